@@ -1,0 +1,80 @@
+"""The errors that the package raises on purpose.
+
+Each is a :class:`WsgiBgError` and also the builtin exception that callers already
+catch in its place, and carries as attributes what a handler may want to look at.
+"""
+
+from __future__ import annotations
+
+
+class WsgiBgError(Exception):
+    """Base of every error that wsgi_bg raises on purpose."""
+
+
+class TaskTypeError(WsgiBgError, TypeError):
+    """What was given to ``add_task`` or ``BackgroundTask`` cannot run as a task.
+
+    :ivar given: the object that was given.
+    """
+
+    def __init__(self, message: str, given: object) -> None:
+        super().__init__(message)
+        self.given = given
+
+
+class BatchEndedError(WsgiBgError, RuntimeError):
+    """A task was added after the last task of its request had run.
+
+    :ivar name: the name of the function that was not added.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"{name} was not added: the tasks of this request have run and the batch "
+            "has ended. Add tasks before the response is closed, or from a running task."
+        )
+        self.name = name
+
+
+class OutsideRequestError(WsgiBgError, RuntimeError):
+    """``background_tasks`` or ``inject`` was used where no request is being handled."""
+
+
+class MiddlewareMissingError(WsgiBgError, LookupError):
+    """The environ has no ``BackgroundTasks``: the middleware is not installed.
+
+    :ivar key: the environ key that was looked up.
+    """
+
+    def __init__(self, key: str) -> None:
+        super().__init__(
+            f"environ has no {key!r}: wrap the application with "
+            "wsgi_bg.BackgroundTasksMiddleware(app)"
+        )
+        self.key = key
+
+
+class OptionTypeError(WsgiBgError, TypeError):
+    """An option has a value of a type that it does not take.
+
+    :ivar option: the option's name.
+    :ivar given: the value that was given.
+    """
+
+    def __init__(self, option: str, given: object, wanted: str) -> None:
+        super().__init__(f"{option} must be {wanted}; got {given!r}")
+        self.option = option
+        self.given = given
+
+
+class OptionValueError(WsgiBgError, ValueError):
+    """An option has a value that it does not know.
+
+    :ivar option: the option's name.
+    :ivar given: the value that was given.
+    """
+
+    def __init__(self, option: str, given: object, wanted: str) -> None:
+        super().__init__(f"{option} must be {wanted}; got {given!r}")
+        self.option = option
+        self.given = given
