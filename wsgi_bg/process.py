@@ -1,0 +1,54 @@
+"""State that belongs to one process.
+
+A fork copies objects but not threads, and ``os.register_at_fork`` does not fire under
+uWSGI, so the process id is the only sure sign that what lies here is a parent's.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+def is_exiting() -> bool:
+    """Whether the interpreter is on its way out: no thread may start (Python 3.12 lets
+    none), and no one will wait for one that has."""
+    return not threading.main_thread().is_alive()
+
+
+class PerProcess(Generic[T]):
+    """One ``T`` a process, made by ``make()`` on first use.
+
+    A parent's object stays referenced in the child and is never used there: to free it
+    would run the finalizers of loops and threads that are not the child's.
+    """
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._values: dict[int, T] = {}
+        # A lock a process: one that was held during the fork is never released here.
+        # It can be taken again, since a signal handler may have interrupted its holder.
+        self._locks: dict[int, threading.RLock] = {}
+
+    def get(self) -> T:
+        """This process's object; from any thread, blocks while another one makes it."""
+        pid = os.getpid()
+        value = self._values.get(pid)
+        if value is None:
+            with self._locks.setdefault(pid, threading.RLock()):
+                value = self._values.get(pid)
+                if value is None:
+                    value = self._values.setdefault(pid, self._make())
+        return value
+
+    def peek(self) -> T | None:
+        """This process's object if there is one; never blocks and never makes one."""
+        return self._values.get(os.getpid())
+
+    def forget(self) -> None:
+        """Make a new object at the next :meth:`get` of this process."""
+        self._values.pop(os.getpid(), None)
