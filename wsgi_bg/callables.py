@@ -1,0 +1,94 @@
+"""What may be a task: the checks made when one is added, and the name it gets in logs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import reprlib
+from inspect import CO_COROUTINE
+from typing import Any
+
+from .exceptions import TaskTypeError
+
+# One look at these flags settles the usual cases, a function or a bound method, plain or
+# async: inspect.iscoroutinefunction takes 240 ns (1.2 us on 3.13), this 20.
+NOT_PLAIN = (
+    inspect.CO_GENERATOR
+    | CO_COROUTINE
+    | inspect.CO_ITERABLE_COROUTINE
+    | inspect.CO_ASYNC_GENERATOR
+)
+
+
+def kind_of(func: Any) -> bool:
+    """Whether ``func`` is async; it may be a partial or an object with an async ``__call__``.
+
+    :raises TypeError: if ``func`` cannot run as a task; a coroutine is closed first.
+    """
+    if not callable(func):
+        raise TaskTypeError(_why_not_callable(func), func)
+    target = _innermost(func)
+    if inspect.isasyncgenfunction(target) or (
+        inspect.isgeneratorfunction(target) and not _is_coroutine_function(target)
+    ):
+        raise TaskTypeError(
+            f"{name_of(func)} is a generator function: calling it runs nothing. "
+            "Add a function that does the work, with a loop over the generator in it.",
+            func,
+        )
+    return _is_coroutine_function(target)
+
+
+def is_coroutine_callable(func: Any) -> bool:
+    """Whether calling ``func`` gives a coroutine, as far as can be seen without the call."""
+    return _is_coroutine_function(_innermost(func))
+
+
+def name_of(func: Any) -> str:
+    """``module.qualname`` of what is called in the end; for a callable object its class's."""
+    while isinstance(func, functools.partial):
+        func = func.func
+    named = func if hasattr(func, "__qualname__") else type(func)
+    module = named.__module__  # None for a method of a builtin type, such as [].append
+    return f"{module}.{named.__qualname__}" if module else str(named.__qualname__)
+
+
+def _innermost(func: Any) -> Any:
+    """The function under partials, or behind the ``__call__`` of an object."""
+    while isinstance(func, functools.partial):
+        func = func.func
+    # A function or a bound method has flags; so has unittest.mock's AsyncMock.
+    if _flags_of(func) is not None or isinstance(func, type):
+        return func
+    return type(func).__call__
+
+
+def _is_coroutine_function(func: Any) -> bool:
+    flags = _flags_of(func) or 0
+    return bool(flags & (CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE))
+
+
+def _flags_of(func: Any) -> int | None:
+    flags = getattr(getattr(func, "__code__", None), "co_flags", None)
+    return flags if isinstance(flags, int) else None
+
+
+def _why_not_callable(given: Any) -> str:
+    if inspect.iscoroutine(given):
+        name = given.__qualname__
+        given.close()  # or Python warns that it was never awaited
+        return (
+            f"got a coroutine object, {name}(...) has been called already: "
+            f"write add_task({name}, ...) and not add_task({name}(...))"
+        )
+    if inspect.isawaitable(given) or inspect.isgenerator(given) or inspect.isasyncgen(given):
+        return (
+            f"got a {type(given).__name__} object, and not the function that makes it: "
+            "write add_task(function, ...) and not add_task(function(...))"
+        )
+    if isinstance(given, str):
+        return f"got the string {reprlib.repr(given)}: give the function itself, not its name"
+    return (
+        f"got {reprlib.repr(given)} of type {type(given).__name__}, which cannot be called: "
+        "write add_task(function, *args, **kwargs), without calling the function"
+    )
