@@ -1,0 +1,46 @@
+"""What is said of tasks that failed or did not run. Names only: arguments are data."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from .interrupts import goes_through
+
+if TYPE_CHECKING:
+    from .task import BackgroundTask
+
+logger = logging.getLogger("wsgi_bg")
+
+
+def failure(task: BackgroundTask, exc: BaseException) -> None:
+    """Log the task's error with its traceback and tell the ``on_error`` it was added with.
+
+    Called in the task's context, so that log records carry its correlation ids.
+    """
+    logger.error("background task %s raised %s", task.name, type(exc).__name__, exc_info=exc)
+    on_error = task._options.on_error
+    if on_error is None:
+        return
+    try:
+        on_error(task, exc)
+    except BaseException as second:
+        if goes_through(second):
+            raise
+        logger.error("on_error raised for background task %s", task.name, exc_info=second)
+
+
+def not_run(task: BackgroundTask, reason: str) -> None:
+    """Name a task that will not run."""
+    logger.warning("background task %s was not run: %s", task.name, reason)
+
+
+def stopped(task: BackgroundTask, exc: BaseException, *, began: bool) -> None:
+    """Name a task that was left undone when ``exc`` stopped its worker."""
+    end = " to its end" if began else ""
+    logger.warning(
+        "background task %s was not run%s: %s stopped its worker",
+        task.name,
+        end,
+        type(exc).__name__,
+    )
