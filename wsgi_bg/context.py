@@ -1,0 +1,56 @@
+"""Ways to the current request's ``BackgroundTasks``: the proxy and the environ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, cast
+
+from werkzeug.local import LocalProxy
+
+from .exceptions import MiddlewareMissingError, OutsideRequestError
+
+if TYPE_CHECKING:
+    from .tasks import BackgroundTasks
+
+ENVIRON_KEY = "wsgi_bg.background_tasks"
+"""Where the middleware puts the request's ``BackgroundTasks`` in the environ."""
+
+# Set while the application callable runs and in the contexts of its tasks. A streamed
+# body has no place where it could be set: each chunk is made in the server's context.
+current: ContextVar[BackgroundTasks] = ContextVar("wsgi_bg.current")
+
+
+def current_background_tasks() -> BackgroundTasks:
+    """The object behind the proxy.
+
+    :raises RuntimeError: where no application callable and no task is running.
+    """
+    try:
+        return current.get()
+    except LookupError:
+        raise OutsideRequestError(
+            "wsgi_bg.background_tasks works while the application callable runs and inside "
+            "its tasks, with BackgroundTasksMiddleware installed. In a streamed body or "
+            "another thread use get_background_tasks(environ), or keep the object that the "
+            "view had."
+        ) from None
+
+
+background_tasks = cast("BackgroundTasks", LocalProxy(current_background_tasks))
+"""The current request's :class:`BackgroundTasks`, from anywhere in the call of the
+application and in its tasks; elsewhere any use of it raises a ``RuntimeError``."""
+
+
+def get_background_tasks(environ: Mapping[str, Any]) -> BackgroundTasks:
+    """The ``BackgroundTasks`` of the request that ``environ`` belongs to.
+
+    Works on every thread and in streamed bodies; does not block.
+
+    :param environ: the WSGI environ that the application was called with.
+    :raises LookupError: if the middleware is not installed.
+    """
+    try:
+        return cast("BackgroundTasks", environ[ENVIRON_KEY])
+    except KeyError:
+        raise MiddlewareMissingError(ENVIRON_KEY) from None
