@@ -1,0 +1,137 @@
+"""``BackgroundTask``: one call to make later."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextvars import Context, copy_context
+from inspect import CO_COROUTINE
+from types import FunctionType, MethodType
+from typing import Any, ParamSpec
+
+from . import portal
+from .callables import NOT_PLAIN, kind_of, name_of
+from .options import DEFAULTS, Options
+
+P = ParamSpec("P")
+
+
+class BackgroundTask:
+    """One call to make later.
+
+    :param func: a plain or ``async def`` function, or anything callable. Positional
+        only, so that ``kwargs`` may have any name.
+    :raises TypeError: if ``func`` cannot run as a task: it is not callable, a generator
+        function, or a coroutine object.
+
+    :ivar func: what is called.
+    :ivar args: its positional arguments.
+    :ivar kwargs: its keyword arguments.
+    :ivar is_async: whether ``func`` is known to return an awaitable: an ``async def``
+        function, a :func:`functools.partial` of one, an object with an async
+        ``__call__``. What another function returns is awaited too, if it can be.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_context",
+        "_options",
+        "_unclaimed",
+        "_unowned",
+        "args",
+        "func",
+        "is_async",
+        "kwargs",
+    )
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    is_async: bool
+
+    def __init__(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
+        self._fill(func, args, kwargs, None, DEFAULTS)
+        self._unowned = True
+
+    def _fill(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: Context | None,
+        options: Options,
+    ) -> None:
+        flags = NOT_PLAIN
+        if type(func) is FunctionType or (
+            type(func) is MethodType and type(func.__func__) is FunctionType
+        ):
+            flags = func.__code__.co_flags & NOT_PLAIN
+        if flags == 0:
+            self.is_async = False
+        elif flags == CO_COROUTINE:
+            self.is_async = True
+        else:
+            self.is_async = kind_of(func)
+        self.func = func
+        self.args = args
+        self.kwargs = kwargs
+        self._context = context
+        self._options = options
+        self._unclaimed = True
+
+    @property
+    def name(self) -> str:
+        """``module.qualname`` of the function, for logs."""
+        return name_of(self.func)
+
+    def __call__(self) -> Any:
+        """Make the call now and return its result; blocks until it is done.
+
+        A plain function runs on the calling thread, what is async on the portal's. The
+        call is made in the context that was current when the task was added, if it was.
+
+        :raises BaseException: what the call raises.
+        :raises RuntimeError: for an async call from the portal's own thread.
+        """
+        if self._context is None:
+            return self._call_in(copy_context())
+        return self._call_in(self._context)
+
+    def _call_in(self, context: Context) -> Any:
+        result = context.run(self.func, *self.args, **self.kwargs)
+        if result is not None and inspect.isawaitable(result):
+            result, error = portal.wait_for(context, result)
+            if error is not None:
+                raise error
+        return result
+
+    def _claim(self) -> bool:
+        """Take the right to run this task: True for one caller only, on any thread.
+
+        Deleting a slot is one atomic step of the interpreter, as the second deletion's
+        error is: no lock that a signal handler or a fork could find held.
+        """
+        try:
+            del self._unclaimed
+        except AttributeError:
+            return False
+        return True
+
+    @property
+    def _is_unclaimed(self) -> bool:
+        return hasattr(self, "_unclaimed")
+
+    def _owned(self, options: Options) -> BackgroundTask:
+        """This task as a member of a batch; a copy if another batch has it already."""
+        try:
+            del self._unowned
+        except AttributeError:
+            task = BackgroundTask.__new__(BackgroundTask)
+            task._fill(self.func, self.args, self.kwargs, copy_context(), options)
+            return task
+        self._context = copy_context()
+        self._options = options
+        return self
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}>"

@@ -1,0 +1,199 @@
+"""``BackgroundTasks``: the calls of one request, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextvars import Context, copy_context
+from typing import Any, ParamSpec
+
+from . import report
+from .exceptions import BatchEndedError, TaskTypeError
+from .interrupts import goes_through
+from .options import DEFAULTS, OnError, Options, RunOn
+from .task import BackgroundTask
+
+P = ParamSpec("P")
+
+# The phases of a batch: its request goes on; its request is over, its tasks are to run or
+# running and may add others; no task will run any more.
+OPEN, CLOSED, ENDED = range(3)
+
+_new_task = BackgroundTask.__new__
+
+
+class BackgroundTasks:
+    """The calls of one request, in order.
+
+    In a request the middleware makes the object, and its tasks run after the response.
+    Made by hand it is a list of calls for :meth:`__call__`.
+
+    :param tasks: tasks to begin with.
+    :raises TypeError: if one of them is no :class:`BackgroundTask`.
+    """
+
+    __slots__ = ("_list", "_options", "_phase")
+
+    _list: list[BackgroundTask] | None
+    _options: Options
+    _phase: int
+
+    def __init__(self, tasks: Sequence[BackgroundTask] | None = None) -> None:
+        for task in tasks or ():
+            if not isinstance(task, BackgroundTask):
+                raise TaskTypeError(
+                    f"tasks must be BackgroundTask objects; got {task!r}: write "
+                    "BackgroundTasks([BackgroundTask(function, ...)])",
+                    task,
+                )
+        self._list = [task._owned(DEFAULTS) for task in tasks or ()]
+        self._options = DEFAULTS
+        self._phase = OPEN
+
+    @property
+    def tasks(self) -> list[BackgroundTask]:
+        """The list of tasks, as added; those that have run stay in it.
+
+        To be read: what joins it without :meth:`add_task` has no options and no context of
+        this request, and runs in one batch only.
+        """
+        return self._begin() if self._list is None else self._list
+
+    def add_task(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
+        """Add a call of ``func``, to run after those added before it.
+
+        From any thread of the request and from a running task; does not wait for any task.
+        The task keeps a copy of the current context variables and runs in it.
+
+        :param func: a plain or ``async def`` function; ``args`` and ``kwargs`` are its own.
+        :raises TypeError: if ``func`` cannot run as a task.
+        :raises RuntimeError: if the batch has ended.
+        """
+        task = _new_task(BackgroundTask)
+        task._fill(func, args, kwargs, copy_context(), self._options)
+        check = self._options.check
+        if check is not None:
+            check(task)
+        tasks = self._list
+        if tasks is None:
+            tasks = self._begin()
+        tasks.append(task)
+        # Append first, look then; the other side marks the end first and looks for more
+        # then. So one of the two sees the other, and _claim decides between them.
+        if self._phase == ENDED and task._claim():
+            raise BatchEndedError(task.name)
+
+    @property
+    def _is_open(self) -> bool:
+        """Whether another middleware may still share this object."""
+        return self._phase == OPEN
+
+    @property
+    def _root(self) -> BackgroundTasks:
+        """The object that views are views on."""
+        return self
+
+    @property
+    def _layer(self) -> BackgroundTasks:
+        """This object, or what it was made of by a layer that is not in charge any more."""
+        return self
+
+    def _begin(self) -> list[BackgroundTask]:
+        """Make the list, where ``__init__`` has not."""
+        raise NotImplementedError
+
+    def using(
+        self,
+        *,
+        run_on: RunOn | None = None,
+        on_error: OnError | None = None,
+        stop_on_error: bool | None = None,
+    ) -> BackgroundTasks:
+        """A view on the same list whose ``add_task`` gives its tasks other options.
+
+        What is None stays as it is here. The options are those of
+        :class:`~wsgi_bg.BackgroundTasksMiddleware`.
+
+        :raises ValueError: if ``run_on`` is none of ``"success"``, ``"error"``, ``"always"``.
+        :raises TypeError: if ``on_error`` is not a plain callable.
+        """
+        return View(self, self._options.override(run_on, on_error, stop_on_error))
+
+    def __call__(self) -> None:
+        """Run the tasks that have not run yet, now, each once; blocks until they are done.
+
+        Plain functions run on the calling thread. The batch goes on: tasks added later
+        run when the response is closed.
+
+        :raises BaseException: the first task's error, after all have run; the others are
+            logged.
+        """
+        first: BaseException | None = None
+        for task in self.tasks:  # a list's iterator sees what is appended meanwhile
+            if not task._claim():
+                continue
+            context = self._context_of(task)
+            try:
+                task._call_in(context)
+            except BaseException as exc:
+                if goes_through(exc):
+                    raise
+                if first is None:
+                    first = exc
+                else:
+                    context.run(report.failure, task, exc)
+        if first is not None:
+            raise first
+
+    def _context_of(self, task: BackgroundTask) -> Context:
+        """The context to run ``task`` in; the task lets go of it.
+
+        A request's context holds the tasks again, through the proxy's variable: a cycle
+        that only the garbage collector could free.
+        """
+        context = task._context
+        if context is None:
+            return copy_context()
+        task._context = None
+        return context
+
+    def __repr__(self) -> str:
+        names = ", ".join(task.name for task in self.tasks)
+        return f"<{type(self).__name__} [{names}]{' ended' if self._phase == ENDED else ''}>"
+
+
+class View(BackgroundTasks):
+    """The same list under other options: see :meth:`BackgroundTasks.using`.
+
+    A middleware inside another one makes one too; ``_has_returned`` says that its
+    application has, and perhaps streams.
+    """
+
+    __slots__ = ("_has_returned", "_origin")
+
+    def __init__(self, origin: BackgroundTasks, options: Options) -> None:
+        self._list = None
+        self._origin = origin
+        self._options = options
+        self._has_returned = False
+
+    def _begin(self) -> list[BackgroundTask]:
+        self._list = self._origin.tasks
+        return self._list
+
+    @property
+    def _phase(self) -> int:  # type: ignore[override]  # a slot elsewhere: faster
+        return self._origin._phase
+
+    @property
+    def _root(self) -> BackgroundTasks:
+        return self._origin._root
+
+    @property
+    def _layer(self) -> BackgroundTasks:
+        return self._origin._layer if self._has_returned else self
+
+    def __call__(self) -> None:
+        self._origin()
+
+    def __repr__(self) -> str:
+        return f"<view of {self._origin!r}>"
