@@ -1,0 +1,59 @@
+"""``InlineRunner``: on the server's thread, where no response waits for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from wsgi_bg.process import PerProcess
+
+from .base import Statistics
+from .ledger import Ledger
+from .pool import shared_pool
+
+if TYPE_CHECKING:
+    from wsgi_bg.batch import Batch
+    from wsgi_bg.task import BackgroundTask
+
+
+class InlineRunner:
+    """Runs tasks in ``close()``, on the server's thread, if the response is complete.
+
+    Batches of other responses go to the process's shared :class:`PoolRunner`. The
+    server's thread is held until the tasks are done, and so is the next request on the
+    same connection: for production use ``runner="pool"``.
+    """
+
+    def __init__(self) -> None:
+        self._ledgers = PerProcess(Ledger)
+
+    def submit(self, batch: Batch) -> None:
+        """Run the batch now, or hand it over if the response is not complete.
+
+        :raises KeyboardInterrupt: or what else stops the server's worker.
+        """
+        takes_more = self._ledgers.get().enter(batch)
+        if batch.response_complete or not takes_more:
+            batch.run()
+        else:
+            shared_pool.submit(batch)
+
+    def drain(self, timeout: float) -> list[BackgroundTask]:
+        """Hand nothing over any more; wait for what runs and what was handed over.
+
+        Blocks; a batch submitted later runs in ``close()``.
+
+        :param timeout: seconds to wait at most.
+        :return: the tasks that were not finished by then. They go on.
+        """
+        return self._ledgers.get().drain(timeout)
+
+    def abandon(self) -> list[BackgroundTask]:
+        """Let no batch begin another task; return the tasks left undone. Does not block."""
+        return self._ledgers.get().abandon()
+
+    def statistics(self) -> Statistics:
+        """Numbers of tasks, those handed over included."""
+        return self._ledgers.get().statistics()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
