@@ -1,0 +1,138 @@
+"""``BackgroundTasksMiddleware``: the way of a request, from the environ to its tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import GeneratorType
+from typing import TYPE_CHECKING, Literal
+
+from .body import Body, GeneratorBody, SizedBody
+from .context import ENVIRON_KEY, current
+from .exceptions import OptionTypeError
+from .options import Given, OnError, Options, RunOn
+from .request import LEFT, RAISED, RequestTasks
+from .runners import Runner, resolve
+from .tasks import ENDED, OPEN, BackgroundTasks, View
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+_NOTHING = Given(run_on=None, on_error=None, stop_on_error=None)
+
+
+class BackgroundTasksMiddleware:
+    """Gives each request a ``BackgroundTasks`` and runs its tasks after the response.
+
+    A task runs after the response and never delays it: where the server has written the
+    whole response before it calls ``close()``, the runner runs it there, elsewhere it is
+    handed over to a thread. A task that raises is logged and reported to ``on_error``,
+    and the next one runs.
+
+    Where another ``BackgroundTasksMiddleware`` is installed further out, both share one
+    object: what is not None here holds for the tasks added here, and the outer one
+    decides when they run.
+
+    :param app: the WSGI application. Install the middleware outermost.
+    :param runner: a runner, or ``"inline"`` (the default) or ``"pool"`` for the process's
+        shared runner of that kind.
+    :param run_on: ``"success"`` (the default) runs tasks only if the request did not fail,
+        ``"error"`` only if it did, ``"always"`` in both cases. A request fails if the
+        application raises or answers with a status of 500 or more.
+    :param on_error: called with a task and what it raised, on the thread that ran it.
+    :param stop_on_error: whether a task's error keeps the rest of the batch from running
+        (Starlette's rule; default False).
+    :raises TypeError: if ``app`` is not callable, or an option is of the wrong type.
+    :raises ValueError: if ``runner`` or ``run_on`` is a word that is not known.
+    """
+
+    def __init__(
+        self,
+        app: WSGIApplication,
+        *,
+        runner: Runner | Literal["inline", "pool"] | None = None,
+        run_on: RunOn | None = None,
+        on_error: OnError | None = None,
+        stop_on_error: bool | None = None,
+    ) -> None:
+        if not callable(app):
+            raise OptionTypeError(
+                "app", app, "a WSGI application: app(environ, start_response)"
+            )
+        self._app = app
+        self._given = Given(run_on=run_on, on_error=on_error, stop_on_error=stop_on_error)
+        self._options = Options(runner=resolve(runner)).override(**self._given)
+
+    def __call__(
+        self, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Iterable[bytes]:
+        """Handle a request: PEP 3333's application side."""
+        if ENVIRON_KEY in environ:
+            outer = environ[ENVIRON_KEY]
+            if isinstance(outer, BackgroundTasks) and outer._is_open:
+                return self._join(outer, environ, start_response)
+
+        environ[ENVIRON_KEY] = tasks = RequestTasks()
+        tasks._list = None
+        tasks._options = self._options
+        tasks._phase = OPEN
+        tasks._start_response = start_response
+
+        token = current.set(tasks)
+        try:
+            app_iter = self._app(environ, tasks.start_response)
+        except BaseException:
+            tasks.end(environ, RAISED)
+            raise
+        finally:
+            current.reset(token)
+
+        kind = type(app_iter)
+        is_final = kind is list or kind is tuple or kind is environ.get("wsgi.file_wrapper")
+        if is_final and not tasks._list:
+            # Goes back as it is: it has nothing in it that could add a task, and a server
+            # sends its own file wrapper by other means than iterating.
+            tasks._phase = ENDED  # and look again, as end_if_empty() does
+            if not tasks._list:
+                tasks._start_response = None
+                return app_iter
+            tasks._phase = OPEN
+        if kind is GeneratorType:
+            body: Body = GeneratorBody()
+            body._is_fresh = True  # type: ignore[attr-defined]
+        elif isinstance(app_iter, (list, tuple)):
+            body = SizedBody()
+        else:
+            body = Body()
+        body._app_iter = app_iter
+        body._tasks = tasks
+        body._environ = environ
+        body._outcome = LEFT
+        body._open = True
+        return body
+
+    def _join(
+        self, tasks: BackgroundTasks, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Iterable[bytes]:
+        """Handle a request whose tasks an outer layer runs."""
+        tasks = tasks._layer
+        if self._given == _NOTHING:
+            inner = tasks
+        else:
+            inner = View(tasks, tasks._options.override(**self._given))
+        environ[ENVIRON_KEY] = inner
+        token = current.set(inner)
+        app_iter: Iterable[bytes] = ()
+        try:
+            app_iter = self._app(environ, start_response)
+            return app_iter
+        finally:
+            current.reset(token)
+            if type(app_iter) in (list, tuple):
+                environ[ENVIRON_KEY] = tasks
+            elif isinstance(inner, View) and inner is not tasks:
+                # A stream finds its options in the environ until it is closed; another
+                # application that is called with this environ does not.
+                inner._has_returned = True
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self._app!r}, {self._options.runner!r}>"

@@ -1,0 +1,131 @@
+"""The ``BackgroundTasks`` of one request, and how the request's end reaches the runner."""
+
+from __future__ import annotations
+
+import os
+from contextvars import Context
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from . import servers
+from .batch import Batch
+from .context import current
+from .interrupts import goes_through
+from .report import logger
+from .runners.pool import shared_pool
+from .task import BackgroundTask
+from .tasks import CLOSED, ENDED, BackgroundTasks
+from .unclosed import collectors
+
+if TYPE_CHECKING:
+    from queue import SimpleQueue
+
+    from _typeshed.wsgi import WSGIEnvironment
+
+
+class Outcome(Enum):
+    """How the application's call and the iteration over its body ended."""
+
+    LEFT = "the server has not asked for the end of the body"
+    USED_UP = "the server has taken the whole body"
+    RAISED = "the application has raised"
+
+
+LEFT, USED_UP, RAISED = Outcome
+
+
+class RequestTasks(BackgroundTasks):
+    """What the middleware puts into the environ.
+
+    It is made for every request, those that add no task included, so its middleware
+    fills it in place of an ``__init__`` and some slots are not set before they are
+    needed: ``_status`` and ``_headers``, what ``start_response`` was last called with;
+    ``_pid``, the process that added the first task; ``_unclosed``, the queue for a
+    response that is freed without ``close()``.
+    """
+
+    __slots__ = ("_headers", "_pid", "_start_response", "_status", "_unclosed")
+
+    _headers: list[tuple[str, str]]
+    _pid: int
+    _start_response: Any  # dropped in the end: a server's holds the environ
+    _status: str
+    _unclosed: SimpleQueue[Any]
+
+    __init__ = object.__init__  # so that to make one calls no Python function
+
+    def start_response(
+        self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
+    ) -> Any:
+        """The server's ``start_response``, watched."""
+        self._status = status
+        self._headers = headers
+        if exc_info is None:
+            return self._start_response(status, headers)
+        return self._start_response(status, headers, exc_info)
+
+    def _begin(self) -> list[BackgroundTask]:
+        # Everything that a later step may need is made here, with the first task: a
+        # garbage collection that frees the response can start no thread.
+        collector = collectors.get()
+        with collector.lock:
+            collector.start()
+            if self._list is None:
+                self._pid = os.getpid()
+                self._unclosed = collector.queue
+                self._list = []
+            return self._list
+
+    def _context_of(self, task: BackgroundTask) -> Context:
+        context = super()._context_of(task)
+        inside = context.get(current)
+        if inside is None or inside._root is not self:  # added in a stream, another thread
+            context.run(current.set, self)
+        return context
+
+    def end_if_empty(self) -> bool:
+        """End the batch if no task was added; a later ``add_task`` then raises."""
+        self._start_response = None
+        if not self._list:
+            self._phase = ENDED  # and look again: see BackgroundTasks.add_task
+        if self._list:
+            self._phase = CLOSED
+            return False
+        return True
+
+    def end(self, environ: WSGIEnvironment, outcome: Outcome, *, closed: bool = True) -> None:
+        """Give the tasks to the runner, now that the application has nothing more to say.
+
+        :param closed: whether this is the server's call of ``close()``, or as good as it.
+        :raises KeyboardInterrupt: or what else stops the server's worker.
+        """
+        if self.end_if_empty() or self._pid != os.getpid():
+            return  # in a forked child the tasks are the parent's
+        status = getattr(self, "_status", "")
+        failed = outcome is RAISED or status[:3] >= "500"
+        complete = closed and (
+            servers.is_test_client(environ)
+            or (
+                outcome is USED_UP
+                and servers.is_written(environ, status, getattr(self, "_headers", ()))
+            )
+        )
+        batch = Batch(self, request_failed=failed, response_complete=complete)
+        runner = self._options.runner
+        assert runner is not None
+        try:
+            runner.submit(batch)
+        except BaseException as exc:
+            if goes_through(exc):
+                batch.stop_for(exc)
+                raise
+            logger.error(
+                "%r did not take %s, which run in this process",
+                runner,
+                [task.name for task in batch.tasks],
+                exc_info=exc,
+            )
+            if batch.response_complete:
+                batch.run()
+            else:
+                shared_pool.submit(batch)
