@@ -1,0 +1,27 @@
+"""FastAPI's ``BackgroundTasks`` for every WSGI application.
+
+Add a function while you handle a request; it runs after the response, and no response
+waits for its own tasks, whatever the server.
+"""
+
+from .context import ENVIRON_KEY, background_tasks, get_background_tasks
+from .injection import inject
+from .middleware import BackgroundTasksMiddleware
+from .runners import InlineRunner, PoolRunner
+from .task import BackgroundTask
+from .tasks import BackgroundTasks
+
+__all__ = [
+    "ENVIRON_KEY",
+    "BackgroundTask",
+    "BackgroundTasks",
+    "BackgroundTasksMiddleware",
+    "InlineRunner",
+    "PoolRunner",
+    "__version__",
+    "background_tasks",
+    "get_background_tasks",
+    "inject",
+]
+
+__version__ = "0.1.0"
