@@ -1,0 +1,236 @@
+"""What the tests share: environs, real servers, a client that sees a response complete."""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler as WSGIRefHandler
+from wsgiref.simple_server import make_server as make_wsgiref_server
+from wsgiref.util import setup_testing_defaults
+
+import h11
+from waitress.server import create_server
+from werkzeug.debug import DebuggedApplication
+from werkzeug.serving import WSGIRequestHandler, make_server
+
+TIMEOUT = 10.0
+"""The bound of every wait, in seconds."""
+
+Environ = dict[str, Any]
+App = Callable[[Environ, Any], Iterable[bytes]]
+
+
+class Server:
+    """The server's side of one request, without a server."""
+
+    def __init__(self) -> None:
+        self.status = ""
+        self.headers: list[tuple[str, str]] = []
+        self.written: list[bytes] = []
+        self.calls: list[tuple[Any, ...]] = []
+
+    def start_response(self, *args: Any) -> Callable[[bytes], None]:
+        self.calls.append(args)
+        self.status, self.headers = args[0], args[1]
+        return self.written.append
+
+    def run(self, app: App, environ: Environ) -> bytes:
+        """Handle a request as PEP 3333 describes it and return the body."""
+        body = app(environ, self.start_response)
+        try:
+            return b"".join(self.written) + b"".join(body)
+        finally:
+            close = getattr(body, "close", None)
+            if close is not None:
+                close()
+
+
+def make_environ(**extra: Any) -> Environ:
+    """The environ of a test client."""
+    environ: Environ = {"wsgi.input": io.BytesIO(), **extra}
+    setup_testing_defaults(environ)
+    return environ
+
+
+def make_server_environ(**extra: Any) -> Environ:
+    """The environ of a server that is known (waitress)."""
+    return make_environ(
+        **{
+            "waitress.client_disconnected": lambda: False,
+            "SERVER_SOFTWARE": "waitress",
+            "wsgi.multithread": True,
+            **extra,
+        }
+    )
+
+
+def respond(app: App, environ: Environ | None = None) -> bytes:
+    """The body of one request in a test client."""
+    return Server().run(app, make_environ() if environ is None else environ)
+
+
+def app_that(
+    do: Callable[[Environ], object],
+    *,
+    status: str = "200 OK",
+    headers: Iterable[tuple[str, str]] = (("Content-Length", "2"),),
+    body: Callable[[], Iterable[bytes]] = lambda: [b"ok"],
+) -> App:
+    """An application that calls ``do(environ)`` and answers."""
+
+    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        do(environ)
+        start_response(status, list(headers))
+        return body()
+
+    return app
+
+
+class Gate:
+    """A task that waits until the client has its whole response."""
+
+    def __init__(self) -> None:
+        self._opened = threading.Event()
+        self._done = threading.Event()
+        self.begun = threading.Event()
+        self.passed: list[bool] = []
+
+    def open(self) -> None:
+        self._opened.set()
+
+    def task(self) -> None:
+        self.begun.set()
+        self.passed.append(self._opened.wait(TIMEOUT / 2))
+        self._done.set()
+
+    async def async_task(self) -> None:
+        import anyio.to_thread
+
+        await anyio.to_thread.run_sync(self.task)
+
+    def wait(self) -> None:
+        assert self._done.wait(TIMEOUT), "the task did not run"
+
+
+def ask(
+    port: int, method: str = "GET", path: str = "/", version: str = "1.1"
+) -> tuple[int, bytes, dict[bytes, bytes]]:
+    """Make a request and read until the framing says that the response is complete.
+
+    For a server that closes the connection in place of a length, that is the closing.
+    """
+    with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        request = f"{method} {path} HTTP/{version}\r\nHost: test\r\n\r\n"
+        connection.sendall(request.encode())
+        client = h11.Connection(h11.CLIENT)
+        client.send(h11.Request(method=method, target=path, headers=[("Host", "test")]))
+        client.send(h11.EndOfMessage())
+        status, body, headers = 0, b"", {}
+        while True:
+            event = client.next_event()
+            if event is h11.NEED_DATA:
+                client.receive_data(connection.recv(65536))
+            elif isinstance(event, h11.Response):
+                status, headers = event.status_code, dict(event.headers)
+            elif isinstance(event, h11.Data):
+                body += bytes(event.data)
+            elif isinstance(event, h11.EndOfMessage):
+                return status, body, headers
+
+
+class _QuietWerkzeug(WSGIRequestHandler):
+    def log(self, type: str, message: str, *args: Any) -> None:
+        pass
+
+
+class _Werkzeug11(_QuietWerkzeug):
+    protocol_version = "HTTP/1.1"
+
+
+class _QuietWSGIRef(WSGIRefHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@contextmanager
+def _in_thread(serve: Callable[[], object], stop: Callable[[], object]) -> Iterator[None]:
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop()
+        thread.join(TIMEOUT)
+        assert not thread.is_alive()
+
+
+@contextmanager
+def waitress(app: App, threads: int = 2) -> Iterator[int]:
+    server: Any = create_server(app, host="127.0.0.1", port=0, threads=threads)
+
+    def stop() -> None:
+        server.task_dispatcher.shutdown()
+        with suppress(OSError):  # the loop was awake, and has closed the trigger already
+            server.trigger.pull_trigger(server.close)
+
+    with _in_thread(server.run, stop):
+        yield server.effective_port
+
+
+@contextmanager
+def werkzeug(app: App, *, threaded: bool = False, http11: bool = False) -> Iterator[int]:
+    handler = _Werkzeug11 if http11 else _QuietWerkzeug
+    server = make_server("127.0.0.1", 0, app, threaded=threaded, request_handler=handler)
+    with _in_thread(lambda: server.serve_forever(0.01), server.shutdown):
+        yield server.port
+    server.server_close()
+
+
+@contextmanager
+def werkzeug_threaded(app: App) -> Iterator[int]:
+    with werkzeug(app, threaded=True, http11=True) as port:
+        yield port
+
+
+@contextmanager
+def werkzeug_debugger(app: App) -> Iterator[int]:
+    with werkzeug(DebuggedApplication(app), threaded=True, http11=True) as port:
+        yield port
+
+
+@contextmanager
+def wsgiref(app: App) -> Iterator[int]:
+    server = make_wsgiref_server("127.0.0.1", 0, app, handler_class=_QuietWSGIRef)
+    with _in_thread(lambda: server.serve_forever(0.01), server.shutdown):
+        yield server.server_port
+    server.server_close()
+
+
+SERVERS: dict[str, Callable[[App], AbstractContextManager[int]]] = {
+    "waitress": waitress,
+    "werkzeug": werkzeug,
+    "werkzeug threaded": werkzeug_threaded,
+    "werkzeug debugger": werkzeug_debugger,
+    "wsgiref": wsgiref,
+}
+
+
+def run_python(code: str, *, timeout: float = 30.0) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` in an interpreter of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env={**os.environ, "PYTHONWARNINGS": "default"},
+    )

@@ -1,0 +1,263 @@
+"""The proxy, ``get_background_tasks`` and ``inject``."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Optional
+
+import pytest
+from flask import Flask
+
+from tests.support import TIMEOUT, Environ, app_that, make_environ, respond
+from wsgi_bg import (
+    BackgroundTasks,
+    BackgroundTasksMiddleware,
+    background_tasks,
+    get_background_tasks,
+    inject,
+)
+from wsgi_bg.exceptions import MiddlewareMissingError, OptionTypeError, OutsideRequestError
+
+
+def in_request(call: Any) -> None:
+    """Call ``call(tasks)`` within a request."""
+    respond(BackgroundTasksMiddleware(app_that(lambda e: call(get_background_tasks(e)))))
+
+
+def test_the_proxy_outside_of_a_request_says_what_to_use() -> None:
+    with pytest.raises(RuntimeError, match=r"use get_background_tasks\(environ\)") as caught:
+        background_tasks.add_task(print)
+    assert isinstance(caught.value, OutsideRequestError)
+    assert "unbound" in repr(background_tasks)
+
+
+def test_the_proxy_in_a_streamed_body_says_what_to_use() -> None:
+    def app(environ: Environ, start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", [])
+        with pytest.raises(RuntimeError, match="In a streamed body"):
+            background_tasks.add_task(print)
+        yield b"ok"
+
+    assert respond(BackgroundTasksMiddleware(app)) == b"ok"
+
+
+def test_the_proxy_works_inside_tasks_wherever_they_were_added() -> None:
+    seen: list[bool] = []
+
+    def look(tasks: BackgroundTasks) -> None:
+        seen.append(background_tasks == tasks)
+
+    async def look_async(tasks: BackgroundTasks) -> None:
+        await asyncio.sleep(0)
+        seen.append(background_tasks == tasks)
+
+    def app(environ: Environ, start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", [])
+        tasks = get_background_tasks(environ)
+        tasks.add_task(look, tasks)
+        tasks.add_task(look_async, tasks)
+        thread = threading.Thread(target=tasks.add_task, args=(look, tasks))
+        thread.start()
+        thread.join(TIMEOUT)
+        yield b"ok"
+
+    respond(BackgroundTasksMiddleware(app))
+    assert seen == [True] * 3
+
+
+def test_the_proxy_is_gone_when_the_application_has_returned_or_raised() -> None:
+    def fail(environ: Environ) -> None:
+        raise ValueError("a bug")
+
+    respond(BackgroundTasksMiddleware(app_that(lambda e: None)))
+    with pytest.raises(ValueError, match="a bug"):
+        respond(BackgroundTasksMiddleware(app_that(fail)))
+    with pytest.raises(RuntimeError):
+        background_tasks.add_task(print)
+
+
+def test_the_proxy_works_in_an_async_flask_view() -> None:
+    """Flask runs it on another thread, in a copy of the context."""
+    seen: list[str] = []
+    app = Flask(__name__)
+
+    @app.get("/")
+    async def view() -> str:
+        await asyncio.sleep(0)
+        background_tasks.add_task(seen.append, "ran")
+        return "ok"
+
+    app.wsgi_app = BackgroundTasksMiddleware(app.wsgi_app)  # type: ignore[method-assign]
+    assert app.test_client().get("/", buffered=True).text == "ok"
+    assert seen == ["ran"]
+
+
+def test_a_missing_middleware_is_named() -> None:
+    with pytest.raises(
+        LookupError, match=r"wsgi_bg\.BackgroundTasksMiddleware\(app\)"
+    ) as caught:
+        get_background_tasks(make_environ())
+    assert isinstance(caught.value, MiddlewareMissingError)
+    assert caught.value.key == "wsgi_bg.background_tasks"
+
+
+# inject
+
+
+@inject
+def string(x: int, tasks: BackgroundTasks) -> tuple[int, BackgroundTasks]:
+    return x, tasks
+
+
+@inject
+def annotated(
+    x: int, *, bg: Annotated[BackgroundTasks, "any name"]
+) -> tuple[int, BackgroundTasks]:
+    return x, bg
+
+
+@inject
+def optional(x: int, tasks: BackgroundTasks | None = None) -> tuple[int, Any]:
+    return x, tasks
+
+
+@inject
+def old_optional(x: int, tasks: Optional[BackgroundTasks] = None) -> tuple[int, Any]:  # noqa: UP045
+    return x, tasks
+
+
+@inject
+def implicitly_optional(x: int, tasks: BackgroundTasks = None) -> tuple[int, Any]:  # type: ignore[assignment]
+    return x, tasks
+
+
+@inject
+def annotated_optional(
+    x: int,
+    tasks: Annotated[Optional[BackgroundTasks], "doc"] = None,  # noqa: UP045
+) -> tuple[int, Any]:
+    return x, tasks
+
+
+@inject
+def needs_one(x: int, tasks: BackgroundTasks | None) -> tuple[int, Any]:
+    return x, tasks
+
+
+class Service:
+    @inject
+    def method(self, x: int, tasks: BackgroundTasks) -> tuple[int, BackgroundTasks]:
+        return x, tasks
+
+
+OPTIONAL: list[Any] = [optional, old_optional, implicitly_optional, annotated_optional]
+REQUIRED: list[Any] = [string, annotated, needs_one, Service().method]
+
+
+@pytest.mark.parametrize("func", OPTIONAL + REQUIRED)
+def test_inject_fills_the_annotated_parameter(func: Any) -> None:
+    def look(tasks: BackgroundTasks) -> None:
+        assert func(5) == (5, tasks)
+        assert func(x=5) == (5, tasks)
+
+    in_request(look)
+
+
+@pytest.mark.parametrize("func", OPTIONAL + REQUIRED)
+def test_an_argument_given_explicitly_wins(func: Any) -> None:
+    mine = BackgroundTasks()
+    name = "bg" if func is annotated else "tasks"
+
+    def look(tasks: BackgroundTasks) -> None:
+        assert func(5, **{name: mine}) == (5, mine)
+        assert func(5, **{name: None}) == (5, None)
+        if func is not annotated:
+            assert func(5, mine) == (5, mine)
+
+    in_request(look)
+    assert func(5, **{name: mine}) == (5, mine)
+
+
+@pytest.mark.parametrize("func", OPTIONAL)
+def test_an_optional_parameter_is_none_outside_of_a_request(func: Any) -> None:
+    assert func(5) == (5, None)
+
+
+@pytest.mark.parametrize("func", REQUIRED)
+def test_inject_outside_of_a_request_names_the_function(func: Any) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        func(5)
+    assert f"{func.__qualname__} wants the request's BackgroundTasks" in str(caught.value)
+    assert "make the parameter optional with None as its default" in str(caught.value)
+
+
+def test_inject_fills_async_functions_and_generators() -> None:
+    @inject
+    async def later(tasks: BackgroundTasks) -> BackgroundTasks:
+        return tasks
+
+    @inject
+    def stream(tasks: BackgroundTasks) -> Iterable[BackgroundTasks]:
+        yield tasks
+
+    def look(tasks: BackgroundTasks) -> None:
+        assert asyncio.iscoroutinefunction(later)
+        assert asyncio.run(later()) is tasks
+        assert list(stream()) == [tasks]
+
+    in_request(look)
+
+
+def test_inject_works_in_a_task() -> None:
+    seen: list[object] = []
+
+    @inject
+    def task(tasks: BackgroundTasks) -> None:
+        seen.append(tasks)
+
+    def add(tasks: BackgroundTasks) -> None:
+        tasks.add_task(task)
+        seen.append(tasks)
+
+    in_request(add)
+    assert seen[0] is seen[1]
+
+
+def test_inject_keeps_name_and_docstring() -> None:
+    @inject
+    def documented(tasks: BackgroundTasks) -> None:
+        """What it does."""
+
+    assert (documented.__name__, documented.__doc__) == ("documented", "What it does.")
+
+
+def test_inject_says_that_there_is_nothing_to_fill() -> None:
+    @inject
+    def plain(x: int) -> int:
+        return x
+
+    with pytest.raises(
+        TypeError, match="a function with a parameter annotated BackgroundTasks"
+    ):
+        plain(1)
+
+
+def test_inject_says_that_an_annotation_cannot_be_resolved() -> None:
+    @inject
+    def unknown(x: Missing) -> None:  # type: ignore[name-defined]  # noqa: F821
+        """Never called."""
+
+    with pytest.raises(TypeError, match=r"annotations can be resolved \(name 'Missing'"):
+        unknown(1)
+
+
+def test_inject_refuses_what_is_no_function() -> None:
+    with pytest.raises(OptionTypeError, match="@inject above a def"):
+        inject("view")  # type: ignore[arg-type]
+
+
+def test_a_class_with_a_partial_of_an_injected_function_is_filled() -> None:
+    in_request(lambda tasks: functools.partial(string, 5)())

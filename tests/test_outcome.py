@@ -1,0 +1,209 @@
+"""Which tasks run when the request failed, and when it did not (rule 3)."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.conftest import Log
+from tests.support import (
+    TIMEOUT,
+    App,
+    Environ,
+    Server,
+    app_that,
+    make_environ,
+    make_server_environ,
+    respond,
+    waitress,
+)
+from wsgi_bg import (
+    BackgroundTasksMiddleware,
+    InlineRunner,
+    background_tasks,
+    get_background_tasks,
+)
+
+SUCCESS, FAILURE = {"success", "always"}, {"error", "always"}
+
+
+def add_one_of_each(seen: list[str]) -> Any:
+    def add(environ: Environ) -> None:
+        tasks = get_background_tasks(environ)
+        for word in ("success", "error", "always"):
+            tasks.using(run_on=word).add_task(seen.append, word)
+
+    return add
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        ("200 OK", SUCCESS),
+        ("302 FOUND", SUCCESS),
+        ("404 NOT FOUND", SUCCESS),
+        ("499 CLIENT CLOSED REQUEST", SUCCESS),
+        ("500 INTERNAL SERVER ERROR", FAILURE),
+        ("503 SERVICE UNAVAILABLE", FAILURE),
+        ("599 CUSTOM", FAILURE),
+    ],
+)
+def test_a_status_of_500_or_more_is_a_failure(status: str, expected: set[str]) -> None:
+    seen: list[str] = []
+    respond(BackgroundTasksMiddleware(app_that(add_one_of_each(seen), status=status)))
+    assert set(seen) == expected
+
+
+def test_the_last_status_counts() -> None:
+    seen: list[str] = []
+
+    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        add_one_of_each(seen)(environ)
+        start_response("200 OK", [])
+        start_response("500 OOPS", [], (ValueError, ValueError(), None))
+        return [b"oops"]
+
+    respond(BackgroundTasksMiddleware(app))
+    assert set(seen) == FAILURE
+
+
+def test_an_application_that_raises_has_failed() -> None:
+    seen: list[str] = []
+
+    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        add_one_of_each(seen)(environ)
+        start_response("200 OK", [])
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        respond(BackgroundTasksMiddleware(app))
+    assert set(seen) == FAILURE
+
+
+class Raising:
+    """An iterator that raises after its first chunk."""
+
+    def __init__(self) -> None:
+        self.left = 1
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError("midway")
+        return b"x"
+
+
+def raising_generator() -> Iterator[bytes]:
+    yield b"x"
+    raise ValueError("midway")
+
+
+def exiting_generator() -> Iterator[bytes]:
+    yield b"x"
+    raise SystemExit(1)
+
+
+@pytest.mark.parametrize("make", [Raising, raising_generator, exiting_generator])
+def test_a_body_that_raises_midway_is_a_failure(make: Any) -> None:
+    seen: list[str] = []
+    app = BackgroundTasksMiddleware(app_that(add_one_of_each(seen), body=make))
+    with pytest.raises((ValueError, SystemExit)):
+        respond(app)
+    assert set(seen) == FAILURE
+
+
+def chunks() -> Iterator[bytes]:
+    yield b"a"
+    yield b"b"
+
+
+@pytest.mark.parametrize("take", [0, 1])
+@pytest.mark.parametrize(
+    "make",
+    [
+        chunks,
+        lambda: iter([b"a", b"b"]),
+        lambda: [b"a", b"b"],
+        lambda: map(bytes, (b"a", b"b")),
+    ],
+)
+def test_a_client_that_leaves_is_no_failure(make: Any, take: int) -> None:
+    seen: list[str] = []
+    app = BackgroundTasksMiddleware(app_that(add_one_of_each(seen), body=make))
+    body: Any = app(make_environ(), Server().start_response)
+    iterator = iter(body)
+    for _ in range(take):
+        next(iterator)
+    body.close()
+    assert set(seen) == SUCCESS
+
+
+def test_a_client_that_leaves_a_real_server_is_no_failure() -> None:
+    """waitress notices at one of the next writes, and calls ``close()`` midway."""
+    seen: list[str] = []
+    done, gone = threading.Event(), threading.Event()
+
+    def app(environ: Environ, start_response: Any) -> Iterator[bytes]:
+        tasks = get_background_tasks(environ)
+        tasks.add_task(seen.append, "ran")
+        tasks.add_task(done.set)
+        start_response("200 OK", [])
+        yield b"x"
+        assert gone.wait(TIMEOUT)
+        for _ in range(10_000):
+            yield b"x" * 65536
+        raise AssertionError("the server has not noticed")
+
+    with waitress(BackgroundTasksMiddleware(app)) as port:
+        with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+            assert connection.recv(1)
+        gone.set()
+        assert done.wait(TIMEOUT)
+    assert seen == ["ran"]
+
+
+@pytest.mark.parametrize(
+    ("run_on", "status", "ending"),
+    [("success", "500 OOPS", "failed"), ("error", "200 OK", "succeeded")],
+)
+def test_a_task_that_does_not_run_is_named_with_the_reason(
+    log: Log, run_on: Any, status: str, ending: str
+) -> None:
+    runner = InlineRunner()
+    app = app_that(lambda e: background_tasks.add_task(print, "secret"), status=status)
+    respond(BackgroundTasksMiddleware(app, run_on=run_on, runner=runner))
+    assert log.warnings == [
+        "background task builtins.print was not run: "
+        f"the request {ending}, and run_on is '{run_on}'"
+    ]
+    assert runner.statistics().discarded == 1
+
+
+def test_a_task_that_a_task_adds_follows_the_outcome_too(log: Log) -> None:
+    seen: list[str] = []
+
+    def first() -> None:
+        background_tasks.using(run_on="success").add_task(seen.append, "no")
+        background_tasks.using(run_on="error").add_task(seen.append, "yes")
+
+    app = app_that(lambda e: background_tasks.add_task(first), status="500 OOPS")
+    respond(BackgroundTasksMiddleware(app, run_on="error"))
+    assert seen == ["yes"]
+    assert len(log.warnings) == 1
+
+
+def test_a_failed_request_with_nothing_to_run_hands_nothing_over(log: Log) -> None:
+    runner = InlineRunner()
+    app: App = app_that(lambda e: background_tasks.add_task(print), status="500 OOPS")
+    Server().run(BackgroundTasksMiddleware(app, runner=runner), make_server_environ())
+    assert len(log.warnings) == 1
+    assert runner.drain(0) == []
+    assert runner.statistics().discarded == 1

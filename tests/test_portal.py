@@ -1,0 +1,265 @@
+"""The process's event loop: one, shared, and robust."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+from typing import Any
+
+import anyio
+import anyio.from_thread
+import anyio.to_thread
+import pytest
+
+from tests.conftest import Log
+from tests.support import TIMEOUT, Gate, app_that, respond, run_python
+from wsgi_bg import BackgroundTask, BackgroundTasksMiddleware, background_tasks, portal
+
+variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
+
+
+def run(*functions: Any) -> None:
+    def add(environ: object) -> None:
+        for func in functions:
+            background_tasks.add_task(func)
+
+    respond(BackgroundTasksMiddleware(app_that(add)))
+
+
+def test_all_requests_and_threads_share_one_loop() -> None:
+    loops: list[object] = []
+
+    async def look() -> None:
+        loops.append(asyncio.get_running_loop())
+
+    barrier = threading.Barrier(8)
+
+    def request() -> None:
+        barrier.wait(TIMEOUT)
+        run(look)
+
+    threads = [threading.Thread(target=request) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT)
+    assert len(loops) == 8
+    assert len(set(loops)) == 1
+
+
+def test_threads_that_race_for_the_first_portal_get_one() -> None:
+    done = run_python(
+        """
+        import threading
+        from wsgi_bg import portal
+
+        barrier = threading.Barrier(16)
+        seen = []
+
+        def get():
+            barrier.wait(10)
+            seen.append(portal.portal())
+
+        threads = [threading.Thread(target=get) for _ in range(16)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join(10)
+        print(len(seen), len(set(map(id, seen))),
+              sum(t.name == "wsgi_bg-portal" for t in threading.enumerate()))
+        """
+    )
+    assert done.stdout == "16 1 1\n", done.stderr
+
+
+def test_consecutive_async_tasks_make_one_trip(monkeypatch: pytest.MonkeyPatch) -> None:
+    trips: list[object] = []
+    run_on_portal = portal.run
+
+    def counting_run(*args: Any, **kwargs: Any) -> Any:
+        trips.append(args)
+        return run_on_portal(*args, **kwargs)
+
+    monkeypatch.setattr(portal, "run", counting_run)
+    seen: list[int] = []
+
+    async def task(x: int) -> None:
+        await asyncio.sleep(0)
+        seen.append(x)
+        if x == 0:
+            background_tasks.add_task(task, 9)
+
+    def add(environ: object) -> None:
+        for x in range(5):
+            background_tasks.add_task(task, x)
+
+    respond(BackgroundTasksMiddleware(app_that(add)))
+    assert seen == [0, 1, 2, 3, 4, 9]
+    assert len(trips) == 1
+
+
+def test_async_tasks_of_one_trip_have_contexts_of_their_own() -> None:
+    seen: list[str] = []
+
+    async def task(name: str) -> None:
+        seen.append(variable.get())
+        variable.set(f"by {name}")
+        await asyncio.sleep(0)
+        seen.append(variable.get())
+        await asyncio.create_task(child())
+        await anyio.to_thread.run_sync(lambda: seen.append(variable.get()))
+
+    async def child() -> None:
+        seen.append(variable.get())
+
+    def add(environ: object) -> None:
+        for name in ("a", "b"):
+            token = variable.set(f"for {name}")
+            background_tasks.add_task(task, name)
+            variable.reset(token)
+
+    respond(BackgroundTasksMiddleware(app_that(add)))
+    assert seen == ["for a", *["by a"] * 3, "for b", *["by b"] * 3]
+    assert variable.get() == "unset"
+
+
+def test_what_coroutines_expect_of_a_loop_works() -> None:
+    """Timeouts, task groups and exceptions thrown into a coroutine that waits."""
+    seen: list[str] = []
+
+    async def asyncio_timeout() -> None:
+        try:
+            await asyncio.wait_for(asyncio.sleep(60), 0.01)
+        except asyncio.TimeoutError:
+            seen.append("asyncio")
+
+    async def anyio_timeout() -> None:
+        with anyio.move_on_after(0.01):
+            await anyio.sleep(60)
+        seen.append("anyio")
+
+    async def group() -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(anyio.sleep, 60)
+            tasks.cancel_scope.cancel()
+        seen.append("group")
+
+    async def failing_future() -> None:
+        future = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_soon(future.set_exception, KeyError("x"))
+        with pytest.raises(KeyError):
+            await future
+        seen.append("future")
+
+    run(asyncio_timeout, anyio_timeout, group, failing_future)
+    assert seen == ["asyncio", "anyio", "group", "future"]
+
+
+def test_a_plain_function_in_a_batch_does_not_run_on_the_loop() -> None:
+    names: list[str] = []
+
+    async def task() -> None:
+        names.append(threading.current_thread().name)
+
+    run(task, lambda: names.append(threading.current_thread().name), task)
+    assert names == ["wsgi_bg-portal", threading.current_thread().name, "wsgi_bg-portal"]
+
+
+def test_a_slow_async_task_does_not_keep_another_request_from_its_own() -> None:
+    gate = Gate()
+    thread = threading.Thread(target=run, args=(gate.async_task,))
+    thread.start()
+    run(lambda: None, BackgroundTask(asyncio.sleep, 0).func)  # finishes while the other waits
+    gate.open()
+    gate.wait()
+    thread.join(TIMEOUT)
+    assert gate.passed == [True]
+
+
+def test_an_async_task_called_on_the_loops_own_thread_is_refused() -> None:
+    errors: list[BaseException] = []
+
+    class Soon:
+        def __await__(self) -> Any:
+            return iter(())
+
+    async def outer() -> None:
+        for inner in (asyncio.sleep(0), Soon()):
+            try:
+                portal.wait_for(contextvars.copy_context(), inner)
+            except RuntimeError as error:
+                errors.append(error)
+
+    run(outer)
+    assert len(errors) == 2
+    assert "cannot be called from the event loop thread" in str(errors[0])
+
+
+def test_tasks_run_by_hand_from_an_async_task_leave_no_coroutine_behind(log: Log) -> None:
+    async def by_hand() -> None:
+        background_tasks()
+
+    async def behind() -> None:
+        raise AssertionError("cannot run here")
+
+    run(by_hand, behind)
+    assert "cannot be called from the event loop thread" in str(log.tracebacks[0])
+
+
+def test_a_loop_that_a_stray_task_has_ended_is_replaced(log: Log) -> None:
+    """asyncio lets a SystemExit of any task end the loop; of those a coroutine starts, too."""
+    seen: list[str] = []
+
+    async def stray() -> None:
+        raise SystemExit(1)
+
+    async def start_stray() -> None:
+        stray_task = asyncio.create_task(stray())
+        stray_task.add_done_callback(asyncio.Task.exception)  # or asyncio logs it
+        await asyncio.sleep(60)
+
+    async def then() -> None:
+        seen.append("ran")
+
+    portal.portal()
+    before = next(t for t in threading.enumerate() if t.name == "wsgi_bg-portal")
+    run(start_stray, then)
+    run(then)
+    assert seen == ["ran", "ran"]
+    before.join(TIMEOUT)
+    assert "the portal's event loop was ended by a task on it" in log.errors
+
+
+def test_a_loop_that_cannot_be_had_is_the_tasks_error() -> None:
+    """No file descriptor is left for the loop: the async task fails, the plain one runs."""
+    done = run_python(
+        """
+        import logging, os, resource, sys
+        from tests.support import Server, app_that, make_environ
+        from wsgi_bg import BackgroundTasksMiddleware, background_tasks
+
+        logging.basicConfig(stream=sys.stdout, format="%(message)s")
+
+        async def task(): print("async ran")
+
+        def add(environ):
+            background_tasks.add_task(task)
+            background_tasks.add_task(print, "plain ran")
+
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        held = []
+        try:
+            while True: held.append(os.open(os.devnull, os.O_RDONLY))
+        except OSError: pass
+        app = BackgroundTasksMiddleware(app_that(add))
+        Server().run(app, make_environ())
+        for number in held: os.close(number)
+        Server().run(app, make_environ())
+        """
+    )
+    lines = [line for line in done.stdout.splitlines() if "ran" in line or "raised" in line]
+    assert lines == [
+        "background task __main__.task raised OSError",
+        "plain ran",
+        "async ran",
+        "plain ran",
+    ], done.stdout + done.stderr

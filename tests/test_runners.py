@@ -1,0 +1,263 @@
+"""The inline runner and the pool: who runs what, bounds, drain, numbers."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.conftest import Log
+from tests.support import (
+    TIMEOUT,
+    Environ,
+    Gate,
+    Server,
+    app_that,
+    make_environ,
+    make_server_environ,
+)
+from wsgi_bg import BackgroundTasksMiddleware, InlineRunner, PoolRunner, background_tasks
+from wsgi_bg.runners import Runner, Statistics, resolve
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    """A gate that does not stay shut when a test fails."""
+    gate = Gate()
+    yield gate
+    gate.open()
+
+
+def submit(runner: Runner, func: Any, *args: Any, complete: bool = True) -> None:
+    """One request whose task goes to ``runner``; its response is complete, or is not."""
+    headers = [("Content-Length", "2")] if complete else []
+    app = app_that(lambda e: background_tasks.add_task(func, *args), headers=headers)
+    Server().run(BackgroundTasksMiddleware(app, runner=runner), make_server_environ())
+
+
+def test_a_name_means_the_processs_shared_runner() -> None:
+    assert resolve("inline") is resolve("inline") is resolve(None)
+    assert resolve("pool") is resolve("pool")
+    assert isinstance(resolve("pool"), PoolRunner)
+
+
+def test_runners_show_what_they_are() -> None:
+    assert repr(InlineRunner()) == "InlineRunner()"
+    assert repr(PoolRunner(max_pending=None)) == (
+        "PoolRunner(threads=40, max_pending=None, drain_timeout=30.0)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("threads", 0, "threads must be 1 or more; got 0"),
+        ("max_pending", -1, "max_pending must be 0 or more, or None; got -1"),
+        ("drain_timeout", -1.0, "drain_timeout must be 0 seconds or more; got -1.0"),
+        ("drain_timeout", float("nan"), "drain_timeout must be 0 seconds or more; got nan"),
+        ("threads", "4", "threads must be a whole number; got '4'"),
+        ("max_pending", 0.5, "max_pending must be a whole number or None; got 0.5"),
+        ("drain_timeout", "1", "drain_timeout must be a number of seconds; got '1'"),
+    ],
+)
+def test_a_pool_refuses_numbers_out_of_range(option: str, value: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        PoolRunner(**{option: value})
+
+
+def test_a_pool_starts_threads_when_they_are_needed_up_to_its_limit() -> None:
+    runner = PoolRunner(threads=2)
+    names: set[str] = set()
+    barrier = threading.Barrier(2)
+
+    def meet() -> None:
+        barrier.wait(TIMEOUT)
+        names.add(threading.current_thread().name)
+
+    def alone() -> None:
+        names.add(threading.current_thread().name)
+
+    submit(runner, alone)
+    assert runner.drain(TIMEOUT) == []
+    assert names == {"wsgi_bg-pool-0"}
+
+    runner = PoolRunner(threads=2)
+    for _ in range(6):
+        submit(runner, meet)
+    assert runner.drain(TIMEOUT) == []
+    assert names == {"wsgi_bg-pool-0", "wsgi_bg-pool-1"}
+    assert runner.statistics() == Statistics(0, 0, 6, 0, 0)
+
+
+def test_the_numbers_of_a_pool(gate: Gate) -> None:
+    runner = PoolRunner(threads=1)
+
+    def add(environ: Environ) -> None:
+        background_tasks.add_task(print, end="")
+        background_tasks.add_task(int)
+        background_tasks.add_task(gate.task)
+        background_tasks.add_task(lambda: 1 / 0)
+        background_tasks.using(run_on="error").add_task(print)
+
+    app = BackgroundTasksMiddleware(app_that(add), runner=runner)
+    Server().run(app, make_environ())
+    submit(runner, int)
+    assert gate.begun.wait(TIMEOUT)
+    assert runner.statistics() == Statistics(
+        pending=2, running=1, succeeded=2, failed=0, discarded=1
+    )
+    gate.open()
+    assert runner.drain(TIMEOUT) == []
+    assert runner.statistics() == Statistics(
+        pending=0, running=0, succeeded=4, failed=1, discarded=1
+    )
+
+
+def test_beyond_max_pending_a_complete_batch_runs_in_close(gate: Gate) -> None:
+    runner = PoolRunner(threads=1, max_pending=1)
+    threads: list[int] = []
+    submit(runner, gate.task)
+    submit(runner, lambda: threads.append(threading.get_ident()))
+    assert threads == [threading.get_ident()]
+
+
+def test_beyond_max_pending_an_incomplete_batch_is_still_taken(log: Log, gate: Gate) -> None:
+    runner = PoolRunner(threads=1, max_pending=1)
+    threads: list[int] = []
+
+    def here() -> None:
+        threads.append(threading.get_ident())
+
+    submit(runner, gate.task, complete=False)
+    for _ in range(9):
+        submit(runner, here, complete=False)
+    assert threads == []
+    submit(runner, here, complete=False)
+    assert threads == [threading.get_ident()]
+    assert "10 batches are pending" in log.warnings[0]
+    assert "its client waits" in log.warnings[0]
+    gate.open()
+    assert runner.drain(TIMEOUT) == []
+    assert len(threads) == 10
+
+
+def test_a_pool_without_a_limit_takes_all(gate: Gate) -> None:
+    runner = PoolRunner(threads=1, max_pending=None)
+    submit(runner, gate.task)
+    for _ in range(2000):
+        submit(runner, int)
+    assert runner.statistics().pending == 2000
+    gate.open()
+    assert runner.drain(TIMEOUT) == []
+
+
+def test_waiting_async_batches_count_as_pending_too(gate: Gate) -> None:
+    runner = PoolRunner(threads=4, max_pending=2)
+    threads: list[int] = []
+    submit(runner, gate.async_task)
+    submit(runner, gate.async_task)
+    submit(runner, lambda: threads.append(threading.get_ident()))
+    assert threads == [threading.get_ident()]
+
+
+@pytest.mark.parametrize("make", [PoolRunner, InlineRunner])
+def test_drain_returns_what_is_not_finished_and_takes_no_more_in(make: Any, gate: Gate) -> None:
+    runner = make()
+    threads: list[int] = []
+    submit(runner, gate.task, complete=False)
+    (left,) = runner.drain(0.01)
+    assert left.func == gate.task
+    for complete in (True, False):
+        submit(runner, lambda: threads.append(threading.get_ident()), complete=complete)
+    assert threads == [threading.get_ident()] * 2
+    gate.open()
+    assert runner.drain(TIMEOUT) == []
+    assert gate.passed == [True]
+
+
+def test_drain_waits_for_what_is_running() -> None:
+    runner, gate = PoolRunner(), Gate()
+    submit(runner, gate.task)
+    waiting = threading.Event()
+    left: list[object] = []
+
+    def drain() -> None:
+        waiting.set()
+        left.extend(runner.drain(TIMEOUT))
+        left.append("drained")
+
+    thread = threading.Thread(target=drain)
+    thread.start()
+    assert waiting.wait(TIMEOUT)
+    gate.open()
+    thread.join(TIMEOUT)
+    assert left == ["drained"]
+    assert gate.passed == [True]
+
+
+def test_an_inline_runner_counts_what_it_ran_and_what_it_handed_over() -> None:
+    runner = InlineRunner()
+    submit(runner, int)
+    submit(runner, int, complete=False)
+    submit(runner, int, "no number")
+    assert runner.drain(TIMEOUT) == []
+    assert runner.statistics() == Statistics(0, 0, 2, 1, 0)
+
+
+def test_the_order_within_a_batch_is_kept_in_a_pool() -> None:
+    runner = PoolRunner()
+    seen: list[int] = []
+
+    async def append(x: int) -> None:
+        await asyncio.sleep(0)
+        seen.append(x)
+
+    def add(environ: Environ) -> None:
+        for x in range(20):
+            background_tasks.add_task(append if x % 3 else seen.append, x)
+
+    Server().run(BackgroundTasksMiddleware(app_that(add), runner=runner), make_environ())
+    assert runner.drain(TIMEOUT) == []
+    assert seen == list(range(20))
+
+
+def test_a_pool_that_can_start_no_thread_runs_batches_in_close(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A mock: memory for not one more stack cannot be had here without ending the tests."""
+    runner = PoolRunner()
+    threads: list[int] = []
+
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        submit(runner, lambda: threads.append(threading.get_ident()))
+    assert threads == [threading.get_ident()]
+
+
+def test_a_runner_of_the_users_own() -> None:
+    """The protocol: no base class."""
+
+    class Mine:
+        def __init__(self) -> None:
+            self.taken: list[Any] = []
+
+        def submit(self, batch: Any) -> None:
+            self.taken.append(batch)
+
+        def drain(self, timeout: float) -> list[Any]:
+            return [task for batch in self.taken for task in batch.tasks]
+
+        def statistics(self) -> Statistics:
+            return Statistics(len(self.taken), 0, 0, 0, 0)
+
+    runner, seen = Mine(), list[int]()
+    submit(runner, seen.append, 1)
+    assert [task.args for task in runner.drain(0)] == [(1,)]
+    runner.taken.pop().run()
+    assert seen == [1]

@@ -1,0 +1,208 @@
+"""The rules by which a server, a test client and a complete response are recognised."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from django.conf import settings
+from django.test import RequestFactory
+from flask import Flask
+from webtest import TestApp
+from werkzeug.test import Client, EnvironBuilder
+
+from tests.support import TIMEOUT, Environ, Server, app_that, make_environ, make_server_environ
+from wsgi_bg import BackgroundTasksMiddleware, background_tasks, servers
+
+MARKS: dict[str, Environ] = {
+    "waitress": {"waitress.client_disconnected": print, "SERVER_SOFTWARE": "renamed"},
+    "werkzeug": {"werkzeug.socket": object(), "SERVER_SOFTWARE": "Werkzeug/3.1.3"},
+    "uWSGI": {"uwsgi.version": b"2.0.28"},
+    "mod_wsgi": {"mod_wsgi.version": (4, 9, 4), "SERVER_SOFTWARE": "Apache/2.4.62 (Debian)"},
+    "eventlet": {"eventlet.posthooks": []},
+    "a2wsgi": {"asgi.scope": {}},
+    "gunicorn": {"SERVER_SOFTWARE": "gunicorn/23.0.0"},
+    "cheroot": {"SERVER_SOFTWARE": "Cheroot/11.0.0 Server"},
+    "gevent": {"SERVER_SOFTWARE": "gevent/25.5 Python/3.11"},
+    "granian": {"SERVER_SOFTWARE": "Granian"},
+    "wsgiref": {"SERVER_SOFTWARE": "WSGIServer/0.2 CPython/3.11.7"},
+}
+
+
+@pytest.mark.parametrize("name", MARKS)
+def test_a_server_is_recognised_by_its_mark(name: str) -> None:
+    environ = make_environ(**MARKS[name])
+    server = servers.recognise(environ)
+    assert server is not None
+    assert server.name == servers.describe(environ) == name
+    assert not servers.is_test_client(environ)
+
+
+def test_every_server_of_the_table_is_tried() -> None:
+    assert set(MARKS) == {server.name for server in servers.SERVERS}
+
+
+@pytest.mark.parametrize(
+    ("environ", "description"),
+    [({"SERVER_SOFTWARE": "acme/1"}, "acme/1"), ({}, "a server that does not name itself")],
+)
+def test_an_unknown_server_is_described_by_what_it_says(
+    environ: Environ, description: str
+) -> None:
+    assert servers.recognise(environ) is None
+    assert servers.describe(environ) == description
+
+
+def test_no_header_of_a_request_makes_a_server() -> None:
+    environ = make_server_environ()
+    del environ["waitress.client_disconnected"], environ["SERVER_SOFTWARE"]
+    environ["HTTP_SERVER_SOFTWARE"] = environ["HTTP_WAITRESS_CLIENT_DISCONNECTED"] = (
+        "gunicorn/1"
+    )
+    assert servers.recognise(environ) is None
+
+
+def via_werkzeug(app: Any) -> None:
+    Client(app).get("/", buffered=True)
+
+
+def via_flask(app: Any) -> None:
+    flask = Flask(__name__)
+    flask.wsgi_app = app  # type: ignore[method-assign]
+    flask.test_client().get("/", buffered=True)
+
+
+def via_webtest(app: Any) -> None:
+    TestApp(app, lint=False).get("/")
+
+
+def via_setup_testing_defaults(app: Any) -> None:
+    Server().run(app, make_environ())
+
+
+def via_django(app: Any) -> None:
+    if not settings.configured:
+        settings.configure(ALLOWED_HOSTS=["*"])
+    Server().run(app, RequestFactory()._base_environ())
+
+
+CLIENTS = [via_werkzeug, via_flask, via_webtest, via_setup_testing_defaults, via_django]
+
+
+@pytest.mark.parametrize("status", ["200 OK", "204 NO CONTENT", "500 OOPS"])
+@pytest.mark.parametrize("client", CLIENTS)
+def test_in_a_test_client_everything_runs_inline(
+    client: Callable[[Any], None], status: str
+) -> None:
+    threads: list[int] = []
+
+    def add(environ: Environ) -> None:
+        background_tasks.add_task(lambda: threads.append(threading.get_ident()))
+
+    app = BackgroundTasksMiddleware(
+        app_that(add, status=status, headers=[("Content-Type", "text/plain")]), run_on="always"
+    )
+    if client is via_webtest and status[0] == "5":
+        with pytest.raises(Exception, match="500 OOPS"):
+            client(app)
+    else:
+        client(app)
+    assert threads == [threading.get_ident()]
+
+
+def test_in_a_test_client_tasks_of_an_application_that_raises_run_inline() -> None:
+    seen: list[str] = []
+
+    def fail(environ: Environ) -> None:
+        background_tasks.add_task(seen.append, "ran")
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        via_werkzeug(BackgroundTasksMiddleware(app_that(fail), run_on="error"))
+    assert seen == ["ran"]
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"wsgi.multithread": True},
+        {"wsgi.multiprocess": True},
+        {"SERVER_SOFTWARE": "acme/1"},
+        {"uwsgi.version": b"2"},
+    ],
+)
+def test_nothing_else_is_a_test_client(environ: Environ) -> None:
+    assert servers.is_test_client(make_environ())
+    assert servers.is_test_client(EnvironBuilder().get_environ())
+    assert not servers.is_test_client(make_environ(**environ))
+
+
+def test_an_environ_that_does_not_say_is_not_a_test_clients() -> None:
+    assert not servers.is_test_client({})
+
+
+@pytest.mark.parametrize(
+    ("headers", "length"),
+    [
+        ([("Content-Length", "12")], 12),
+        ([("content-LENGTH", "3")], 3),
+        ([("A", "1"), ("Content-Length", "0")], 0),
+        ([("Content-Length", "-1")], 0),
+        ([("Content-Length", "many")], 0),
+        ([], 0),
+    ],
+)
+def test_the_declared_length(headers: list[tuple[str, str]], length: int) -> None:
+    assert servers.declared_length(headers) == length
+
+
+def where_the_task_runs(app: Any, environ: Environ) -> str:
+    """``"here"``, or ``"elsewhere"`` for a task that was handed over."""
+    done = threading.Event()
+    threads: list[int] = []
+
+    def task() -> None:
+        threads.append(threading.get_ident())
+        done.set()
+
+    Server().run(
+        BackgroundTasksMiddleware(app(lambda e: background_tasks.add_task(task))), environ
+    )
+    assert done.wait(TIMEOUT)
+    return "here" if threads == [threading.get_ident()] else "elsewhere"
+
+
+def test_only_a_declared_length_that_a_known_server_has_written_runs_inline() -> None:
+    def app(**options: Any) -> Any:
+        options.setdefault("headers", [("Content-Length", "2")])
+        return lambda add: app_that(add, **options)
+
+    known = make_server_environ
+    unknown = make_environ(SERVER_SOFTWARE="acme/1", **{"wsgi.multithread": True})
+    assert where_the_task_runs(app(), known()) == "here"
+    assert where_the_task_runs(app(body=lambda: (c for c in (b"ok",))), known()) == "here"
+    assert where_the_task_runs(app(body=lambda: iter((b"ok",))), known()) == "here"
+    assert where_the_task_runs(app(), unknown) == "elsewhere"
+    assert where_the_task_runs(app(), known(REQUEST_METHOD="HEAD")) == "elsewhere"
+    assert where_the_task_runs(app(headers=[]), known()) == "elsewhere"
+    assert where_the_task_runs(app(headers=[("Content-Length", "0")]), known()) == "elsewhere"
+    for status in ("204 NO CONTENT", "304 NOT MODIFIED", "103 EARLY HINTS"):
+        assert where_the_task_runs(app(status=status), known()) == "elsewhere"
+
+
+def test_a_body_that_was_not_used_up_is_handed_over() -> None:
+    done = threading.Event()
+    threads: list[int] = []
+
+    def add(environ: Environ) -> None:
+        background_tasks.add_task(lambda: threads.append(threading.get_ident()))
+        background_tasks.add_task(done.set)
+
+    app = BackgroundTasksMiddleware(app_that(add, body=lambda: [b"o", b"k"]))
+    body: Any = app(make_server_environ(), Server().start_response)
+    next(iter(body))
+    body.close()
+    assert done.wait(TIMEOUT)
+    assert threads != [threading.get_ident()]

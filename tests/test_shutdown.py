@@ -1,0 +1,361 @@
+"""The end of the process, in real processes."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from tests.support import run_python
+
+SETUP = """
+import asyncio, atexit, logging, sys, threading
+from tests.support import Server, app_that, make_server_environ
+from wsgi_bg import BackgroundTasksMiddleware, InlineRunner, PoolRunner, background_tasks
+
+logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
+
+def request(runner, *functions, complete=False):
+    def add(environ):
+        for func in functions:
+            background_tasks.add_task(func)
+    headers = [("Content-Length", "2")] if complete else []
+    Server().run(BackgroundTasksMiddleware(app_that(add, headers=headers), runner=runner),
+                 make_server_environ())
+"""
+
+
+def run(code: str) -> tuple[int, list[str]]:
+    import textwrap
+
+    done = run_python(SETUP + textwrap.dedent(code))
+    assert done.stderr == ""
+    return done.returncode, done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("runner", ["'inline'", "'pool'", "PoolRunner()", "InlineRunner()"])
+def test_the_process_ends_after_the_tasks_that_were_handed_over(runner: str) -> None:
+    assert run(
+        f"""
+        leaving = threading.Event()
+        threading._register_atexit(leaving.set)
+
+        def slow():
+            leaving.wait(10)
+            print("plain")
+
+        async def slow_async():
+            await asyncio.sleep(0.01)
+            print("async")
+
+        request({runner}, slow, slow_async)
+        """
+    ) == (0, ["plain", "async"])
+
+
+def test_what_the_application_registered_on_import_ends_after_the_tasks() -> None:
+    assert run(
+        """
+        atexit.register(print, "pool of connections closed")
+        request("inline", lambda: print("task"))
+        """
+    ) == (0, ["task", "pool of connections closed"])
+
+
+STUCK = {
+    "plain": "def stuck(): begun.set(); threading.Event().wait()",
+    "async": "async def stuck(): begun.set(); await asyncio.sleep(3600)",
+    "async that catches its cancellation": """
+async def stuck():
+    begun.set()
+    while True:
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            pass
+""",
+    "async that blocks the loop": "async def stuck(): begun.set(); threading.Event().wait()",
+}
+
+
+@pytest.mark.parametrize("kind", STUCK)
+def test_a_stuck_task_is_named_and_the_process_ends(kind: str) -> None:
+    code = SETUP + (
+        "begun = threading.Event()\n"
+        + STUCK[kind]
+        + """
+async def never(): print("never")
+request(PoolRunner(drain_timeout=0.2), stuck, never)
+assert begun.wait(10)
+"""
+    )
+    done = run_python(code, timeout=20)
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [
+        f"ERROR background task __main__.{name} was not finished within the drain time of "
+        "0.2 seconds: the process ends without it"
+        for name in ("stuck", "never")
+    ]
+    assert done.stderr == ""
+
+
+def test_an_async_task_that_never_ends_is_cancelled_after_the_drain_time() -> None:
+    code, lines = run(
+        """
+        begun = threading.Event()
+
+        async def stuck():
+            begun.set()
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                print("cleaned up")
+
+        request(PoolRunner(drain_timeout=0.2), stuck)
+        assert begun.wait(10)
+        """
+    )
+    assert code == 0
+    assert "was not finished within the drain time" in lines[0]
+    assert lines[1:] == ["cleaned up"]
+
+
+def test_a_stuck_inline_task_of_a_daemon_thread_is_named(tmp_path: object) -> None:
+    assert run(
+        """
+        begun = threading.Event()
+
+        def stuck():
+            begun.set()
+            threading.Event().wait()
+
+        runner = InlineRunner()
+        runner.drain_timeout = 0.2
+        serve = lambda: request(runner, stuck, complete=True)
+        server = threading.Thread(target=serve, daemon=True)
+        server.start()
+        assert begun.wait(10)
+        """
+    ) == (
+        0,
+        [
+            "ERROR background task __main__.stuck was not finished within the drain time of "
+            "0.2 seconds: the process ends without it"
+        ],
+    )
+
+
+def test_a_runner_of_the_users_own_is_drained_and_what_it_leaves_is_named() -> None:
+    assert run(
+        """
+        from wsgi_bg.runners import Statistics
+
+        class Mine:
+            drain_timeout = 5.0
+            def submit(self, batch): self.batch = batch
+            def drain(self, timeout): return self.batch.tasks
+            def statistics(self): return Statistics(0, 0, 0, 0, 0)
+
+        def task(): pass
+
+        request(Mine(), task)
+        """
+    ) == (
+        0,
+        [
+            "ERROR background task __main__.task was not finished within the drain time of "
+            "5 seconds: the process ends without it"
+        ],
+    )
+
+
+def test_a_second_ctrl_c_while_the_exit_waits_names_the_tasks_and_ends() -> None:
+    code = (
+        SETUP
+        + """
+import signal
+begun = threading.Event()
+
+def stuck():
+    begun.set()
+    while True:
+        threading.Event().wait(0.05)
+        if not threading.main_thread().is_alive():
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+request(PoolRunner(drain_timeout=20), stuck)
+assert begun.wait(10)
+"""
+    )
+    done = run_python(code, timeout=15)
+    assert "ERROR background task __main__.stuck was not finished" in done.stdout, done.stderr
+
+
+def test_a_runner_that_cannot_be_drained_keeps_no_other_from_it() -> None:
+    assert run(
+        """
+        class Broken(InlineRunner):
+            def drain(self, timeout): raise OSError("no broker")
+
+        leaving = threading.Event()
+        threading._register_atexit(leaving.set)
+        logging.disable(logging.ERROR)
+        request(Broken(), int)
+        request("pool", lambda: (leaving.wait(10), print("ran")))
+        """
+    ) == (0, ["ran"])
+
+
+def test_what_a_broken_runner_did_not_take_is_waited_for_too() -> None:
+    assert run(
+        """
+        class Broken(InlineRunner):
+            def submit(self, batch): raise OSError("no broker")
+
+        leaving = threading.Event()
+        threading._register_atexit(leaving.set)
+        logging.disable(logging.ERROR)
+        request(Broken(), lambda: (leaving.wait(10), print("ran")))
+        """
+    ) == (0, ["ran"])
+
+
+def test_a_batch_that_comes_while_the_exit_waits_for_others_is_named() -> None:
+    code, lines = run(
+        """
+        begun, running = threading.Event(), threading.Event()
+
+        def slow():
+            begun.set()
+            threading.Event().wait(0.5)
+
+        def late():
+            running.set()
+            threading.Event().wait()
+
+        class First(InlineRunner):
+            drain_timeout = 0.0
+
+        first = First()
+        request(first, int, complete=True)          # drained first
+        request(PoolRunner(drain_timeout=5), slow)
+
+        def serve():
+            while threading.main_thread().is_alive():
+                pass
+            request(first, late, complete=True)
+
+        threading.Thread(target=serve, daemon=True).start()
+        assert begun.wait(10)
+        """
+    )
+    assert code == 0
+    assert lines == [
+        "ERROR background task __main__.late was not finished within the drain time of "
+        "0 seconds: the process ends without it"
+    ]
+
+
+def test_no_limit_of_the_drain_is_a_limit_too_far_away() -> None:
+    assert run(
+        """
+        leaving = threading.Event()
+        threading._register_atexit(leaving.set)
+        runner = PoolRunner(drain_timeout=float("inf"))
+        request(runner, lambda: (leaving.wait(10), print("ran")))
+        """
+    ) == (0, ["ran"])
+
+
+def test_a_stuck_task_that_two_runners_know_of_is_named_once() -> None:
+    code, lines = run(
+        """
+        begun = threading.Event()
+
+        def stuck():
+            begun.set()
+            threading.Event().wait()
+
+        from wsgi_bg.runners.pool import shared_pool
+        inline = InlineRunner()
+        inline.drain_timeout = shared_pool.drain_timeout = 0.2
+        request("pool", int)
+        request(inline, stuck)
+        assert begun.wait(10)
+        """
+    )
+    assert code == 0
+    assert len(lines) == 1
+
+
+def test_a_signal_handler_may_drain_while_a_batch_is_taken_in() -> None:
+    assert run(
+        """
+        import signal
+        runner = InlineRunner()
+        busy = runner._ledgers.get()._changed        # held, as by an interrupted submit
+        signal.signal(signal.SIGUSR1, lambda number, frame: print(runner.drain(1)))
+        with busy:
+            signal.raise_signal(signal.SIGUSR1)
+        """
+    ) == (0, ["[]"])
+
+
+def test_a_portal_that_was_used_does_not_hang_the_exit() -> None:
+    assert run(
+        """
+        async def task(): print("ran")
+        request("inline", task, complete=True)
+        """
+    ) == (0, ["ran"])
+
+
+def test_a_process_without_tasks_has_no_thread_and_nothing_to_wait_for() -> None:
+    assert run(
+        """
+        request("pool", complete=True)
+        request("inline", complete=False)
+        print(threading.active_count())
+        """
+    ) == (0, ["1"])
+
+
+def test_a_response_freed_at_the_very_end_has_its_tasks_run() -> None:
+    code, lines = run(
+        """
+        def add(environ): background_tasks.add_task(print, "ran")
+        app = BackgroundTasksMiddleware(app_that(add))
+        body = app(make_server_environ(), Server().start_response)
+        request("inline", lambda: None)
+        atexit.register(globals().pop, "body")
+        """
+    )
+    assert code == 0
+    assert "ran" in lines
+
+
+def test_a_task_added_while_the_interpreter_exits_runs() -> None:
+    """Python 3.12 starts no thread then, neither the pool's nor the portal's."""
+    assert run(
+        """
+        async def task(): print("async")
+
+        @atexit.register
+        def last_request():
+            request("pool", task, lambda: print("plain"))
+
+        request("inline", complete=True)
+        """
+    ) == (0, ["async", "plain"])
+
+
+def test_importing_the_package_imports_no_extra() -> None:
+    done = run_python(
+        """
+        import sys, wsgi_bg
+        print(sys.modules.keys() & {"flask", "celery", "waitress", "pytest"})
+        """
+    )
+    assert done.stdout == "set()\n", done.stderr
+    assert sys.version_info >= (3, 10)

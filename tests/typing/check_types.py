@@ -1,0 +1,79 @@
+"""What type checkers know. Read by mypy, to which an ignore without an error is an error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from typing_extensions import assert_type
+
+from wsgi_bg import (
+    BackgroundTask,
+    BackgroundTasks,
+    BackgroundTasksMiddleware,
+    InlineRunner,
+    PoolRunner,
+    background_tasks,
+    get_background_tasks,
+    inject,
+)
+from wsgi_bg.runners import Runner
+
+
+def send(to: str, *, copies: int = 1) -> None: ...
+
+
+async def send_async(to: str) -> int: ...  # type: ignore[empty-body]
+
+
+def keywords(func: int, self: int) -> None: ...
+
+
+tasks = BackgroundTasks()
+tasks.add_task(send, "a")
+tasks.add_task(send, to="a", copies=2)
+tasks.add_task(send_async, "a")
+tasks.add_task(keywords, func=1, self=2)
+tasks.add_task(send)  # type: ignore[call-arg]
+tasks.add_task(send, 1)  # type: ignore[arg-type]
+tasks.add_task(send, "a", copies="2")  # type: ignore[arg-type]
+tasks.add_task(send, "a", blind=True)  # type: ignore[call-arg]
+tasks.add_task(send_async)  # type: ignore[call-arg]
+tasks.add_task(send("a"))  # type: ignore[func-returns-value, arg-type]
+tasks.add_task("send")  # type: ignore[arg-type]
+assert_type(tasks.add_task(send, "a"), None)
+assert_type(tasks.tasks, list[BackgroundTask])
+assert_type(tasks.using(run_on="always"), BackgroundTasks)
+tasks.using(run_on="never")  # type: ignore[arg-type]
+tasks.using(run_on="error").add_task(send, 1)  # type: ignore[arg-type]
+
+task = BackgroundTask(send, "a")
+BackgroundTask(send)  # type: ignore[call-arg]
+assert_type(task.name, str)
+assert_type(task.is_async, bool)
+assert_type(task.args, tuple[Any, ...])
+assert_type(BackgroundTasks([task]), BackgroundTasks)
+
+assert_type(background_tasks, BackgroundTasks)
+assert_type(get_background_tasks({}), BackgroundTasks)
+background_tasks.add_task(send, 1)  # type: ignore[arg-type]
+
+
+@inject
+def dependency(q: str, tasks: BackgroundTasks) -> int:
+    return len(q)
+
+
+assert_type(dependency("q"), int)
+
+runners: list[Runner] = [InlineRunner(), PoolRunner(threads=2, max_pending=None)]
+
+
+def application(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+    return []
+
+
+BackgroundTasksMiddleware(application, runner="pool", run_on="always", stop_on_error=True)
+BackgroundTasksMiddleware(application, runner=runners[0], on_error=lambda task, exc: task.name)
+BackgroundTasksMiddleware(application, run_on="sometimes")  # type: ignore[arg-type]
+BackgroundTasksMiddleware(application, runner=1)  # type: ignore[arg-type]
+BackgroundTasksMiddleware(lambda: None)  # type: ignore[arg-type, misc]
