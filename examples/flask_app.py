@@ -1,0 +1,39 @@
+"""A Flask view that answers at once and sends its mail after the answer.
+
+    python examples/flask_app.py [PORT]
+    curl -X POST http://127.0.0.1:8080/send-notification/ada@example.com
+
+Two seconds after the answer log.txt in the current directory has the mail.
+"""
+
+import os
+import sys
+import time
+
+from flask import Flask
+from waitress import create_server
+
+from wsgi_bg import BackgroundTasksMiddleware, background_tasks
+
+DELAY = float(os.environ.get("DELAY", "2"))  # seconds, a slow mail server's
+
+app = Flask(__name__)
+app.wsgi_app = BackgroundTasksMiddleware(app.wsgi_app, runner="pool")  # type: ignore[method-assign]
+
+
+def send_mail(recipient: str, subject: str) -> None:
+    time.sleep(DELAY)
+    with open("log.txt", "a", encoding="utf-8") as log:
+        log.write(f"To {recipient}: {subject}\n")
+
+
+@app.post("/send-notification/<email>")
+def send_notification(email: str) -> dict[str, str]:
+    background_tasks.add_task(send_mail, email, subject="You have news")
+    return {"message": "Notification sent in the background"}
+
+
+if __name__ == "__main__":
+    server = create_server(app, host="127.0.0.1", port=sys.argv[1] if sys.argv[1:] else 8080)
+    print(f"Serving on http://127.0.0.1:{server.effective_port}", flush=True)
+    server.run()
