@@ -1,0 +1,102 @@
+"""The README and the changelog say what is the case."""
+
+from __future__ import annotations
+
+import configparser
+import re
+from queue import SimpleQueue
+from typing import Any
+
+import pytest
+
+import wsgi_bg
+from tests.test_examples import EXAMPLES, FOLDER
+
+ROOT = FOLDER.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+TIMEOUT = 10.0  # seconds
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def section(title: str) -> str:
+    """What stands under the heading of level two."""
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def command(title: str) -> str:
+    """The last line of the first shell block under the heading: the command itself."""
+    return blocks("sh", section(title))[0].splitlines()[-1]
+
+
+def run_block(number: int, **names: Any) -> dict[str, Any]:
+    """Run a Python block in a namespace of its own, and the tests that it defines."""
+    namespace = {"__name__": f"readme_{number}", **names}
+    code = compile(blocks("python")[number], f"README.md, Python block {number}", "exec")
+    exec(code, namespace)
+    for name in [name for name in namespace if name.startswith("test_")]:
+        namespace[name]()
+    return namespace
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_each_python_block_runs_on_its_own(number: int) -> None:
+    run_block(number)
+
+
+def test_the_fifteen_lines_answer_and_then_send_their_mail() -> None:
+    printed: SimpleQueue[tuple[str, ...]] = SimpleQueue()
+    app = run_block(0, print=lambda *words: printed.put(words))["app"]
+    answer = app.test_client().post("/orders/ada@example.com", buffered=True)
+    assert answer.json == {"message": "Thank you"}
+    assert printed.get(timeout=TIMEOUT) == ("To", "ada@example.com", "Your order")
+
+
+def test_the_fifteen_lines_are_fifteen_at_most() -> None:
+    assert blocks("python", section("Fifteen lines")) == blocks("python")[:1]
+    assert len([line for line in blocks("python")[0].splitlines() if line]) <= 15
+
+
+@pytest.mark.parametrize("title", ["Try it", "Run the tests"])
+def test_the_extras_that_a_command_installs_exist(title: str) -> None:
+    setup = configparser.RawConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    named = re.findall(r"'\.\[([\w,]+)\]'", command(title))
+    assert len(named) == 1
+    assert set(named[0].split(",")) <= set(setup["options.extras_require"])
+
+
+def test_the_test_command_stands_alone_under_its_heading() -> None:
+    assert len(blocks("sh", section("Run the tests"))) == 1
+    assert command("Run the tests") == (
+        "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/pytest"
+    )
+
+
+def test_the_test_extra_installs_what_the_test_command_starts() -> None:
+    setup = configparser.RawConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    wanted = setup["options.extras_require"]["test"].split()
+    assert any(requirement.startswith("pytest>") for requirement in wanted)
+
+
+def test_the_first_command_serves_the_example_that_the_curl_line_asks() -> None:
+    example = EXAMPLES[0]
+    assert command("Try it").endswith(f" && .venv/bin/python examples/{example.name}")
+    curl = f"curl -X {example.method} http://127.0.0.1:8080{example.path}\n"
+    assert blocks("sh", section("Try it"))[1] == curl
+    assert blocks("json", section("Try it")) == [example.answer]
+    assert f"`{example.line.strip()}`" in section("Try it")
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(([^)]*)\)", README))
+def test_each_link_leads_to_a_file_of_the_project(link: str) -> None:
+    assert (ROOT / link).exists()
+
+
+def test_this_version_is_the_newest_entry_of_the_changelog() -> None:
+    entries = re.findall(r"^## \[(\d[^]]*)\] - \d{4}-\d\d-\d\d$", CHANGELOG, re.MULTILINE)
+    assert entries[0] == wsgi_bg.__version__
