@@ -1,0 +1,1 @@
+"""Programs that measure; never tests: absolute times differ from machine to machine."""

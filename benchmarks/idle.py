@@ -1,0 +1,198 @@
+"""What the middleware costs a request that adds no task: ``python -m benchmarks.idle``.
+
+Each request is made as a server makes it: call the application, take the length of every
+chunk, close. The peer is werkzeug's ``ClosingIterator``, the usual way to get a callback
+at the end of a response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from flask import Flask
+from werkzeug.test import EnvironBuilder
+from werkzeug.wsgi import ClosingIterator
+
+from benchmarks.measure import alone, interleave, row, run
+from wsgi_bg import BackgroundTasksMiddleware
+
+App = Callable[[dict[str, Any], Any], Iterable[bytes]]
+
+HEADERS = [("Content-Length", "2")]
+THOUSAND = [b"x"] * 1000
+
+
+def list_app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+    start_response("200 OK", HEADERS)
+    return [b"ok"]
+
+
+def generator_app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+    start_response("200 OK", HEADERS)
+    return (chunk for chunk in (b"ok",))
+
+
+def thousand_in_a_list(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+    start_response("200 OK", HEADERS)
+    return THOUSAND
+
+
+def thousand_from_a_generator(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+    start_response("200 OK", HEADERS)
+    return generate()
+
+
+def thousand_from_an_iterator(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+    start_response("200 OK", HEADERS)
+    return Iterated()
+
+
+def generate() -> Iterator[bytes]:
+    for chunk in THOUSAND:
+        yield chunk
+
+
+class Iterated:
+    """An iterator written in Python, as werkzeug's responses are."""
+
+    def __init__(self) -> None:
+        self._next = iter(THOUSAND).__next__
+
+    def __iter__(self) -> Iterated:
+        return self
+
+    def __next__(self) -> bytes:
+        return self._next()
+
+
+class BareClosingIterator:
+    """A middleware that has a function called at the end of each response, and no more."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        return ClosingIterator(self.app(environ, start_response), done)
+
+
+class TasksByHand:
+    """The same feature with ``ClosingIterator``: tasks of a request that has not failed.
+
+    Without the proxy, without knowing whether the client has its response, and without a
+    care for errors in the body or a ``close()`` that is called twice or never.
+    """
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        environ["tasks"] = tasks = list[Any]()
+        seen: list[str] = []
+
+        def watched(status: str, headers: Any, exc_info: Any = None) -> Any:
+            seen.append(status)
+            return start_response(status, headers, exc_info)
+
+        def run() -> None:
+            if seen[-1] < "500":
+                for func, args, kwargs in tasks:
+                    func(*args, **kwargs)
+
+        return ClosingIterator(self.app(environ, watched), run)
+
+
+def done() -> None:
+    """The callback that the peer is given."""
+
+
+def start_response(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> None:
+    """A server's, reduced to nothing."""
+
+
+def request(app: App, environ: dict[str, Any] | None = None) -> Callable[[], int]:
+    template = environ or {"REQUEST_METHOD": "GET"}
+
+    def serve() -> int:
+        sent = 0
+        body = app(template.copy(), start_response)
+        try:
+            for chunk in body:
+                sent += len(chunk)
+        finally:
+            close = getattr(body, "close", None)
+            if close is not None:
+                close()
+        return sent
+
+    return alone(serve)
+
+
+def added_cost(what: str, app: App, goal: str) -> None:
+    bare, ours, peer, by_hand = interleave(
+        request(alone(app)),
+        request(BackgroundTasksMiddleware(alone(app))),
+        request(BareClosingIterator(alone(app))),
+        request(TasksByHand(alone(app))),
+        calls=5000,
+    )
+    for name, cost in (
+        ("ClosingIterator", peer - bare),
+        ("the feature by hand", by_hand - bare),
+    ):
+        row(
+            f"idle request, {what}, added",
+            f"+{ours - bare:.2f}",
+            f"{name} +{cost:.2f}",
+            f"{cost / (ours - bare):.1f} times less",
+            goal,
+        )
+
+
+def chunk_cost(what: str, app: App, goal: str) -> None:
+    bare, ours, peer = interleave(
+        request(alone(app)),
+        request(BackgroundTasksMiddleware(alone(app))),
+        request(BareClosingIterator(alone(app))),
+        calls=100,
+    )
+    row(
+        f"1000 chunks, {what}",
+        f"{ours:.1f}",
+        f"bare {bare:.1f}, ClosingIterator {peer / bare:.2f}x",
+        f"{ours / bare:.2f}x of bare",
+        goal,
+    )
+
+
+def flask_cost() -> None:
+    app = Flask(__name__)
+    app.add_url_rule("/", view_func=lambda: "ok", endpoint="index")
+    environ = EnvironBuilder("/").get_environ()
+    bare, ours = interleave(
+        request(app.wsgi_app, environ),
+        request(BackgroundTasksMiddleware(app.wsgi_app), environ),
+        calls=500,
+    )
+    row(
+        "idle Flask request",
+        f"{ours:.1f}",
+        f"bare {bare:.1f}",
+        f"{ours / bare:.3f}x",
+        "<= 1.03",
+    )
+
+
+GOAL = "<= 1.2 (3.11), 1.6 (3.13)"
+ROWS: dict[str, Callable[[], None]] = {
+    "list": lambda: added_cost("list body", list_app, "<= 0.55, 3 times less"),
+    "generator": lambda: added_cost("generator body", generator_app, "<= 0.9, 2 times less"),
+    "1000": lambda: chunk_cost("list", thousand_in_a_list, "<= 1.05"),
+    "1000-generator": lambda: chunk_cost("generator", thousand_from_a_generator, GOAL),
+    "1000-iterator": lambda: chunk_cost("iterator in Python", thousand_from_an_iterator, GOAL),
+    "flask": flask_cost,
+}
+
+
+if __name__ == "__main__":
+    run("A request that adds no task", ROWS)
