@@ -54,8 +54,8 @@ class MiddlewareMissingError(WsgiBgError, LookupError):
         self.key = key
 
 
-class OptionTypeError(WsgiBgError, TypeError):
-    """An option has a value of a type that it does not take.
+class OptionError(WsgiBgError):
+    """An option was given what it does not take.
 
     :ivar option: the option's name.
     :ivar given: the value that was given.
@@ -67,14 +67,9 @@ class OptionTypeError(WsgiBgError, TypeError):
         self.given = given
 
 
-class OptionValueError(WsgiBgError, ValueError):
-    """An option has a value that it does not know.
+class OptionTypeError(OptionError, TypeError):
+    """An option was given a value of a type that it does not take."""
 
-    :ivar option: the option's name.
-    :ivar given: the value that was given.
-    """
 
-    def __init__(self, option: str, given: object, wanted: str) -> None:
-        super().__init__(f"{option} must be {wanted}; got {given!r}")
-        self.option = option
-        self.given = given
+class OptionValueError(OptionError, ValueError):
+    """An option was given a value that it does not know."""
