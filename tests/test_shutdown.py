@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from tests.support import run_python
+from wsgi_bg import BackgroundTask, InlineRunner, shutdown
 
 SETUP = """
 import asyncio, atexit, logging, sys, threading
@@ -359,3 +361,26 @@ def test_importing_the_package_imports_no_extra() -> None:
     )
     assert done.stdout == "set()\n", done.stderr
     assert sys.version_info >= (3, 10)
+
+
+def test_runners_are_given_their_time_from_one_beginning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stuck runners cost the longest of their limits, not the sum. The clock is a mock."""
+    now = 100.0
+    given: list[float] = []
+
+    class Slow(InlineRunner):
+        drain_timeout = 30.0
+
+        def drain(self, timeout: float) -> list[BackgroundTask]:
+            nonlocal now
+            given.append(timeout)
+            now += 25.0
+            return []
+
+    monkeypatch.setattr("wsgi_bg.shutdown._runners", {number: Slow() for number in range(3)})
+    monkeypatch.setattr("wsgi_bg.shutdown.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("wsgi_bg.portal.stop", lambda timeout: None)
+    shutdown.leave()
+    assert given == [30.0, 5.0, 0.0]
