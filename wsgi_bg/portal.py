@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from contextvars import Context
@@ -18,54 +17,13 @@ import anyio
 from anyio.from_thread import BlockingPortal
 
 from . import steps
+from .greenlets import greenlet_event, in_greenlet
+from .portal_thread import PortalThread
 from .process import PerProcess, is_exiting
-from .report import logger
 
 T = TypeVar("T")
 
-
-class _PortalThread:
-    """A portal and its thread.
-
-    anyio's ``start_blocking_portal`` is a generator: left open at interpreter exit, its
-    ``finally`` waits for a thread that no longer runs, and the process hangs. This
-    thread is a daemon, and :func:`stop` waits for it with a limit.
-    """
-
-    def __init__(self) -> None:
-        self.has_ended = False
-        self.loop: asyncio.AbstractEventLoop
-        ready: Future[BlockingPortal] = Future()
-        self.thread = threading.Thread(
-            target=self._run, args=(ready,), name="wsgi_bg-portal", daemon=True
-        )
-        self.thread.start()
-        self.portal = ready.result()
-
-    def _run(self, ready: Future[BlockingPortal]) -> None:
-        async def serve() -> None:
-            async with BlockingPortal() as portal:
-                self.loop = asyncio.get_running_loop()
-                ready.set_result(portal)
-                try:
-                    await portal.sleep_until_stopped()
-                finally:
-                    self.has_ended = True
-
-        try:
-            anyio.run(serve, backend="asyncio")
-        except BaseException as exc:
-            if not ready.done():
-                ready.set_exception(exc)
-                return
-            # Raised in a task that a coroutine had started on its own: asyncio ends the
-            # loop for SystemExit and KeyboardInterrupt, which no one outside can prevent.
-            # (coverage does not see what a thread does after that; a test sees the record.)
-            message = "the portal's event loop was ended by a task on it"  # pragma: no cover
-            logger.error(message, exc_info=exc)  # pragma: no cover
-
-
-_threads = PerProcess(_PortalThread)
+_threads = PerProcess(PortalThread)
 
 
 def portal() -> BlockingPortal:
@@ -73,11 +31,38 @@ def portal() -> BlockingPortal:
 
     One whose loop was ended by a task on it is replaced.
     """
+    return _thread().portal
+
+
+def _thread() -> PortalThread:
     running = _threads.get()
     if running.has_ended:
         _threads.forget()
         running = _threads.get()
-    return running.portal
+    return running
+
+
+def is_running() -> bool:
+    """Whether :func:`start` will not block to make the portal."""
+    running = _threads.peek()
+    return running is not None and not running.has_ended
+
+
+def start(
+    subject: T,
+    work: Callable[[T], Coroutine[Any, Any, None]],
+    then: Callable[[T], object],
+) -> None:
+    """Have ``work(subject)`` run on the loop; does not wait for the loop, however busy.
+
+    :param work: lets nothing out but a cancellation.
+    :param then: ``then(subject)`` is called on the portal's thread when that is done, or on
+        any thread if the loop was ended before it could begin.
+    :raises RuntimeError: if there is no portal, nor one to be had.
+    """
+    if is_exiting() and not is_running():
+        raise RuntimeError("the interpreter is exiting: no thread can start")
+    _thread().start(subject, work, then)
 
 
 def run(
@@ -97,6 +82,8 @@ def run(
         return anyio.run(func, *args, backend="asyncio")
     trip = _Trip(func, args)
     try:
+        if in_greenlet():
+            return trip.make(_thread())
         return portal().start_task_soon(trip.run).result()
     except Exception:
         raise
@@ -117,12 +104,28 @@ class _Trip(Generic[T]):
         self._args = args
         self._task: asyncio.Task[Any] | None = None
         self._is_cancelled = False
+        self._outcome: Future[T] = Future()
 
     async def run(self) -> T:
         self._task = asyncio.current_task()
         if self._is_cancelled:
             raise asyncio.CancelledError
         return await self._func(*self._args)
+
+    def make(self, thread: PortalThread) -> T:
+        """Run it on ``thread`` and let the greenlets of this one run meanwhile."""
+        arrived = greenlet_event()
+        thread.start(self, _Trip._run_and_keep, lambda trip: arrived.set())
+        arrived.wait()
+        if not self._outcome.done():
+            raise RuntimeError("the portal's event loop was ended by a task on it")
+        return self._outcome.result()
+
+    async def _run_and_keep(self) -> None:
+        try:
+            self._outcome.set_result(await self.run())
+        except Exception as exc:
+            self._outcome.set_exception(exc)
 
     def cancel(self) -> None:
         """From another thread: have the coroutine cancelled, begun or not; does not block."""
@@ -160,9 +163,5 @@ def stop(timeout: float) -> None:
     :param timeout: how long to wait for the portal's thread to end, in seconds.
     """
     running = _threads.peek()
-    if running is None or running.has_ended:
-        return
-    # Not start_task_soon: it waits for the loop, which a task may be blocking.
-    stopping = running.portal.stop
-    running.loop.call_soon_threadsafe(lambda: asyncio.ensure_future(stopping(True)))
-    running.thread.join(timeout)
+    if running is not None:
+        running.stop(timeout)

@@ -1,0 +1,124 @@
+"""The thread of the portal: an event loop that takes work in without making anyone wait."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from contextlib import suppress
+from contextvars import Context
+from functools import partial
+from typing import Any
+
+import anyio
+from anyio.from_thread import BlockingPortal
+
+from .executor import LoopExecutor
+from .greenlets import start_real_thread
+from .report import logger
+
+Work = Callable[[Any], Coroutine[Any, Any, None]]
+Then = Callable[[Any], object]
+
+
+class PortalThread:
+    """A portal and its thread; to make one blocks until the loop runs.
+
+    anyio's ``start_blocking_portal`` is a generator: left open at interpreter exit, its
+    ``finally`` waits for a thread that no longer runs, and the process hangs. This
+    thread is a daemon, and :meth:`stop` waits for it with a limit.
+    """
+
+    def __init__(self) -> None:
+        self._was_stopped = False
+        # What start() was given and the loop has not begun, and whether the loop knows.
+        self._inbox: deque[tuple[Any, Work, Then]] = deque()
+        self._is_woken = False
+        self._under_way: dict[asyncio.Task[None], tuple[Any, Then]] = {}
+        self._context = Context()  # of the callbacks: empty, and no copy for each of them
+        self._loop: asyncio.AbstractEventLoop
+        self._end: asyncio.Future[None]
+        self._thread_has_ended = threading.Event()
+        ready: Future[BlockingPortal] = Future()
+        # Not a greenlet: with a loop on the thread of the application's greenlets,
+        # asyncio.run() would fail for all of them.
+        start_real_thread(partial(self._run, ready), "wsgi_bg-portal")
+        self.portal = ready.result()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the loop takes nothing in any more.
+
+        asyncio cancels all tasks of a loop before it closes it, and with the one below the
+        future that it waits for: at once, before the loop makes another step.
+        """
+        return self._end.done()
+
+    def _run(self, ready: Future[BlockingPortal]) -> None:
+        try:
+            anyio.run(self._serve, ready, backend="asyncio")
+        except BaseException as exc:
+            if not ready.done():
+                ready.set_exception(exc)
+            elif not self._was_stopped:
+                # Raised in a task that a coroutine had started on its own: asyncio ends the
+                # loop for SystemExit and KeyboardInterrupt, and no one can prevent it.
+                # (coverage loses a thread's trace after that; a test sees the record.)
+                logger.error(  # pragma: no cover
+                    "the portal's event loop was ended by a task on it", exc_info=exc
+                )
+        finally:
+            self._thread_has_ended.set()
+
+    async def _serve(self, ready: Future[BlockingPortal]) -> None:
+        async with BlockingPortal() as portal:
+            self._loop = asyncio.get_running_loop()
+            self._loop.set_default_executor(LoopExecutor())
+            self._end = self._loop.create_future()
+            ready.set_result(portal)
+            try:
+                await self._end  # it is never set, only cancelled
+            finally:
+                self._return_inbox()
+
+    def start(self, subject: Any, work: Work, then: Then) -> None:
+        """See :func:`wsgi_bg.portal.start`."""
+        # Append first and look then, as the loop marks first and looks for more then: one
+        # wake of it is enough for all that comes before it has looked.
+        self._inbox.append((subject, work, then))
+        if not self._is_woken:
+            self._is_woken = True
+            with suppress(RuntimeError):  # closed
+                self._loop.call_soon_threadsafe(self._begin, context=self._context)
+        if self.has_ended:
+            self._return_inbox()
+
+    def _begin(self) -> None:
+        self._is_woken = False
+        on_done = self._finish
+        while self._inbox and not self.has_ended:
+            subject, work, then = self._inbox.popleft()
+            task = self._loop.create_task(work(subject), name="wsgi_bg")
+            self._under_way[task] = subject, then  # and held: the loop alone would not
+            task.add_done_callback(on_done, context=self._context)
+
+    def _finish(self, task: asyncio.Task[None]) -> None:
+        subject, then = self._under_way.pop(task)
+        then(subject)
+
+    def _return_inbox(self) -> None:
+        with suppress(IndexError):
+            while True:
+                subject, _, then = self._inbox.popleft()
+                then(subject)
+
+    def stop(self, timeout: float) -> None:
+        """Cancel all that runs and wait ``timeout`` seconds at most for the thread to end."""
+        if self.has_ended:
+            return
+        self._was_stopped = True
+        # Not start_task_soon: it waits for the loop, which a task may be blocking.
+        self._loop.call_soon_threadsafe(self._end.cancel)
+        self._thread_has_ended.wait(timeout)
