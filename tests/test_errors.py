@@ -365,7 +365,7 @@ def test_an_async_task_that_had_not_begun_when_its_worker_was_stopped_does_not_b
     other.join(10)
     run((seen.append, "then"), (fail_async, ValueError()))  # behind it on the loop
     assert seen == ["then"]
-    assert "never was not run to its end: SystemExit" in log.warnings[0]
+    assert "never was not run: SystemExit" in log.warnings[0]
 
 
 def test_a_partials_signal_handler_is_known_too(log: Log) -> None:

@@ -14,6 +14,8 @@ from .interrupts import goes_through
 from .task import BackgroundTask
 from .tasks import CLOSED, ENDED, BackgroundTasks
 
+_NOT_RUN = "it returned a generator that no one runs: nothing was done"
+
 
 class Batch:
     """The tasks of one request, once it is known how the request ended.
@@ -32,6 +34,7 @@ class Batch:
     __slots__ = (
         "__weakref__",
         "_abandoned",
+        "_begun",
         "_index",
         "_list",
         "_of",
@@ -55,8 +58,9 @@ class Batch:
         self._request_failed = request_failed
         self._index = 0
         self._running: BackgroundTask | None = None
+        self._begun: tuple[BackgroundTask, Context, Any] | None = None
         self._stopped = self._abandoned = False
-        self._when_done: list[Callable[[Batch], None]] = []
+        self._when_done: tuple[Callable[[Batch], None], ...] = ()
         for task in self._list:
             if not task._options.runs_after[request_failed] and task._claim():
                 self._discard(task)
@@ -75,6 +79,19 @@ class Batch:
         """Whether a task is running now."""
         return self._running is not None
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether no further task will begin."""
+        return self._of._phase == ENDED
+
+    @property
+    def next_is_async(self) -> bool | None:
+        """Whether the next task is for the portal; None if there is none."""
+        for index in range(self._index, len(self._list)):
+            if self._list[index]._is_unclaimed:
+                return self._list[index].is_async
+        return None
+
     def run(self) -> None:
         """Run the tasks in order, what they add included; blocks until all are done.
 
@@ -85,22 +102,32 @@ class Batch:
             :mod:`wsgi_bg.interrupts`), after the tasks left undone were named; never a
             task's own error.
         """
+        while self.run_plain():
+            self._make_trip()
+
+    def run_plain(self) -> bool:
+        """Run the plain tasks that come next, on the calling thread; blocks.
+
+        :return: whether :meth:`run_async` is to go on.
+        :raises KeyboardInterrupt: as :meth:`run` does.
+        """
         try:
-            while (task := self._next()) is not None:
-                if task.is_async:
-                    self._make_trip(task)
-                else:
-                    self._run_plain(task)
+            return self._run_plain_tasks()
         except BaseException as exc:
             self.stop_for(exc)
             raise
         finally:
-            for tell in self._when_done:
-                tell(self)
+            self._tell_if_ended()
 
     def when_done(self, tell: Callable[[Batch], None]) -> None:
-        """Have ``tell(batch)`` called when :meth:`run` ends, on its thread."""
-        self._when_done.append(tell)
+        """Have ``tell(batch)`` called when the last task is done, on its thread."""
+        self._when_done += (tell,)
+
+    def _tell_if_ended(self) -> None:
+        if self.has_ended:
+            when_done, self._when_done = self._when_done, ()
+            for tell in when_done:
+                tell(self)
 
     def abandon(self) -> list[BackgroundTask]:
         """Begin no further task; return those left undone, the running one first."""
@@ -109,19 +136,18 @@ class Batch:
         self._of._phase = ENDED
         return left
 
-    def _next(self, *, only_async: bool = False) -> BackgroundTask | None:
-        """Claim the next task that is to run; where there is none, end the batch."""
+    def _next(self, *, is_async: bool) -> BackgroundTask | None:
+        """Claim the next task, if it is of this kind; where there is none, end the batch."""
         of, tasks = self._of, self._list
         while not self._abandoned:
             if self._index >= len(tasks):
-                if only_async:
-                    return None
                 of._phase = ENDED  # and look again: see BackgroundTasks.add_task
                 if self._index >= len(tasks) or self._abandoned:
                     return None
                 of._phase = CLOSED
             task = tasks[self._index]
-            if only_async and not task.is_async:
+            is_to_run = not self._stopped and task._options.runs_after[self._request_failed]
+            if is_to_run and task.is_async is not is_async and task._is_unclaimed:
                 return None
             self._running = task  # first, so that a signal finds its name
             self._index += 1
@@ -130,74 +156,99 @@ class Batch:
             except AttributeError:
                 pass
             else:
-                if not self._stopped and task._options.runs_after[self._request_failed]:
+                if is_to_run:
                     return task
                 self._discard(task)
             self._running = None
         return None
 
-    def _run_plain(self, task: BackgroundTask) -> None:
-        context = self._of._context_of(task)
-        error: BaseException | None = None
+    def _run_plain_tasks(self) -> bool:
+        while (task := self._next(is_async=False)) is not None:
+            context = self._of._context_of(task)
+            error: BaseException | None = None
+            try:
+                result = context.run(task.func, *task.args, **task.kwargs)
+                if result is not None:
+                    if isawaitable(result):
+                        self._begun = task, context, result
+                        return True
+                    if isgenerator(result) and getgeneratorstate(result) == GEN_CREATED:
+                        error = TypeError(_NOT_RUN)
+            except BaseException as exc:
+                if goes_through(exc):
+                    raise
+                error = exc
+            if error is None:
+                self.succeeded += 1
+            else:
+                self._fail(task, context, error)
+            self._running = None
+        return not self.has_ended
+
+    def _make_trip(self) -> None:
+        """Have the async tasks that come next run on the portal; wait for them."""
         try:
-            result = context.run(task.func, *task.args, **task.kwargs)
-            if result is not None:
-                error = self._await(context, result)
-        except BaseException as exc:
-            if goes_through(exc):
-                raise
-            error = exc
-        if error is None:
-            self.succeeded += 1
-        else:
-            self._fail(task, context, error)
+            portal.run(self.run_async, interrupted=self.stop_for)
+        except Exception as exc:  # no loop to be had, or one that was ended
+            self._fail_next(exc)
+        finally:
+            self._tell_if_ended()
+
+    def _fail_next(self, exc: Exception) -> None:
+        """Without a loop: the task that should have run on it has failed."""
+        if self._abandoned:  # by a drain whose time was up, and which named the tasks
+            return
+        task = self._running or self._next(is_async=True)
+        if task is None:
+            return
+        context = self._of._context_of(task)
+        if self._begun is not None:
+            _, context, awaitable = self._begun
+            self._begun = None
+            if isinstance(awaitable, CoroutineType):
+                awaitable.close()  # or Python warns that it was never awaited
+        self._fail(task, context, exc)
         self._running = None
 
-    def _await(self, context: Context, result: Any) -> BaseException | None:
-        """What came of a plain function's result, if there was more to do than to make it."""
-        if isawaitable(result):
-            return portal.wait_for(context, result)[1]
-        if isgenerator(result) and getgeneratorstate(result) == GEN_CREATED:
-            return TypeError("it returned a generator that no one runs: nothing was done")
-        return None
+    async def run_async(self) -> None:
+        """Run the async tasks that come next; on the portal's thread.
 
-    def _make_trip(self, task: BackgroundTask) -> None:
-        """Have ``task`` and the async tasks behind it run on the portal; wait for them."""
-        try:
-            portal.run(self._run_async, task, interrupted=self.stop_for)
-        except Exception as exc:  # no loop to be had, or one that was ended
-            if self._abandoned:  # by a drain whose time was up, and which named the tasks
-                return
-            task = self._running or task
-            self._fail(task, self._of._context_of(task), exc)
-            self._running = None
-
-    async def _run_async(self, first: BackgroundTask) -> None:
-        """Run async tasks one after another; on the portal's thread."""
+        Where a task is cancelled it ends early, for the next tasks to run in an asyncio
+        task that is not.
+        """
         cancellations = steps.cancellations_of_current_task()
-        task: BackgroundTask | None = first
-        while task is not None:
-            context = self._of._context_of(task)
-            try:
-                coroutine = context.run(task.func, *task.args, **task.kwargs)
-                if type(coroutine) is not CoroutineType:
-                    coroutine = steps.as_coroutine(coroutine)
-                # The first step, and for a coroutine that waits for nothing the last.
-                waits_for = context.run(next, coroutine.__await__(), steps.DONE)
-                if waits_for is not steps.DONE:
-                    await steps.rest_of(context, coroutine, waits_for)
-            except BaseException as exc:
-                cancelled = isinstance(exc, CancelledError)
-                if cancelled and self._abandoned:
-                    raise
-                self._fail(task, context, exc)
-            else:
-                self.succeeded += 1
+        try:
+            while True:
+                if self._begun is not None:  # what a plain function has returned
+                    task, context, awaitable = self._begun
+                    self._begun = None
+                elif (next_task := self._next(is_async=True)) is not None:
+                    task, awaitable = next_task, None
+                    context = self._of._context_of(task)
+                else:
+                    return
                 cancelled = False
-            self._running = None
-            if cancelled or cancellations() > 0:
-                return  # the next trip is a new asyncio task, without this one's cancellation
-            task = self._next(only_async=True)
+                try:
+                    if awaitable is None:
+                        awaitable = context.run(task.func, *task.args, **task.kwargs)
+                    if type(awaitable) is not CoroutineType:
+                        awaitable = steps.as_coroutine(awaitable)
+                    # The first step, and for a coroutine that waits for nothing the last.
+                    waits_for = context.run(next, awaitable.__await__(), steps.DONE)
+                    if waits_for is not steps.DONE:
+                        await steps.RestOf(context, awaitable, waits_for)
+                except BaseException as exc:
+                    cancelled = isinstance(exc, CancelledError)
+                    if cancelled and self._abandoned:
+                        raise
+                    self._fail(task, context, exc)
+                else:
+                    self.succeeded += 1
+                self._running = None
+                if cancelled or cancellations() > 0:
+                    return
+        finally:
+            self._tell_if_ended()
 
     def _fail(self, task: BackgroundTask, context: Context, exc: BaseException) -> None:
         self.failed += 1

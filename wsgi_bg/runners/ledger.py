@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from math import inf
 from typing import TYPE_CHECKING
 
 from .base import Statistics
@@ -19,47 +20,57 @@ class Ledger:
     def __init__(self) -> None:
         # Guards all below; its notification says that no batch is left. Its lock can be
         # taken again: a signal handler that drains may have interrupted its holder.
-        self._changed = threading.Condition()
-        self._batches: set[Batch] = set()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._handed_over: set[Batch] = set()
+        self._run_here: set[Batch] = set()
         self._succeeded = self._failed = self._discarded = 0
-        self._is_draining = False
+        self.is_draining = False
+        self._on_done = self._leave  # one object for all batches
 
-    def __len__(self) -> int:
-        return len(self._batches)
+    def enter(self, batch: Batch, limit: float = inf) -> bool:
+        """Keep ``batch`` until its run has ended.
 
-    def enter(self, batch: Batch) -> bool:
-        """Keep ``batch`` until its run has ended; False if no more work is to be taken in."""
-        batch.when_done(self._leave)
-        with self._changed:
-            self._batches.add(batch)
-            return not self._is_draining
+        :param limit: how many batches may be handed over at the same time.
+        :return: whether it may be handed over; False also while the runner is drained.
+        """
+        batch.when_done(self._on_done)
+        with self._lock:
+            may_go = len(self._handed_over) < limit and not self.is_draining
+            (self._handed_over if may_go else self._run_here).add(batch)
+            return may_go
 
     def _leave(self, batch: Batch) -> None:
-        with self._changed:
-            self._batches.discard(batch)
+        with self._lock:
+            self._handed_over.discard(batch)
+            self._run_here.discard(batch)
             self._succeeded += batch.succeeded
             self._failed += batch.failed
             self._discarded += batch.discarded
-            if not self._batches:
+            if not self._handed_over and not self._run_here:
                 self._changed.notify_all()
+
+    @property
+    def _batches(self) -> list[Batch]:
+        return [*self._handed_over, *self._run_here]
 
     def drain(self, timeout: float) -> list[BackgroundTask]:
         """Wait until no batch is left or ``timeout`` seconds are over; return the rest."""
         deadline = time.monotonic() + min(timeout, threading.TIMEOUT_MAX)
         with self._changed:
-            self._is_draining = True
+            self.is_draining = True
             while self._batches and (left := deadline - time.monotonic()) > 0:
                 self._changed.wait(left)
-            return [task for batch in list(self._batches) for task in batch.tasks]
+            return [task for batch in self._batches for task in batch.tasks]
 
     def abandon(self) -> list[BackgroundTask]:
         """Let no batch begin another task; return the tasks left undone."""
-        with self._changed:
-            return [task for batch in list(self._batches) for task in batch.abandon()]
+        with self._lock:
+            return [task for batch in self._batches for task in batch.abandon()]
 
     def statistics(self) -> Statistics:
-        with self._changed:
-            batches = list(self._batches)
+        with self._lock:
+            batches = self._batches
             running = sum(batch.is_running for batch in batches)
             unfinished = sum(len(batch.tasks) for batch in batches)
             return Statistics(

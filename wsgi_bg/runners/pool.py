@@ -1,27 +1,38 @@
-"""``PoolRunner``: on threads of its own, so that the server's are free."""
+"""``PoolRunner``: on threads and a loop of its own, so that the server's threads are free."""
 
 from __future__ import annotations
 
-import threading
-from queue import SimpleQueue
+import asyncio
+import time
+from functools import partial
+from math import inf
 from types import NoneType
 from typing import TYPE_CHECKING
 
+from wsgi_bg import greenlets, portal
+from wsgi_bg.batch import Batch
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError
 from wsgi_bg.process import PerProcess, is_exiting
 from wsgi_bg.report import logger
 from wsgi_bg.shutdown import register
+from wsgi_bg.workers import Workers
 
 from .base import Statistics
 from .ledger import Ledger
 
 if TYPE_CHECKING:
-    from wsgi_bg.batch import Batch
     from wsgi_bg.task import BackgroundTask
 
 # An incomplete response's batch is taken in up to this many times max_pending: to run it
 # in close() would make its client wait.
 _INCOMPLETE_FACTOR = 10
+
+PUT_OFF = 0.005
+"""How long after ``submit`` the batch of an incomplete response begins, in seconds.
+
+``close()`` has to return and the server to write its last bytes: a task that computes would
+keep the interpreter from both for as long as its switch interval, 5 ms.
+"""
 
 
 class PoolRunner:
@@ -61,35 +72,32 @@ class PoolRunner:
         self._crews = PerProcess(lambda: _Crew(threads))
 
     def submit(self, batch: Batch) -> None:
-        """Hand the batch over to a worker thread; runs it here where there is no room.
-
-        Does not block, unless it runs the batch.
+        """Hand the batch over; runs it here where there is no room, and then blocks.
 
         :raises KeyboardInterrupt: or what else stops the server's worker, from a batch
             that runs here.
         """
         crew = self._crews.get()
-        has_room = self._has_room(len(crew.ledger), batch)
-        takes_more = crew.ledger.enter(batch) and not is_exiting()
-        if not (has_room and takes_more and batch.tasks and crew.take(batch)):
+        has_room = self._enter(crew.ledger, batch)
+        has_tasks = batch.next_is_async is not None
+        wait_until = 0.0 if batch.response_complete else time.monotonic() + PUT_OFF
+        if not (has_room and has_tasks and not is_exiting() and crew.take(batch, wait_until)):
             batch.run()
 
-    def _has_room(self, pending: int, batch: Batch) -> bool:
-        limit = self._max_pending
-        if limit is None or pending < limit:
-            return True
-        if batch.response_complete:
-            return False
-        if pending < max(limit, 1) * _INCOMPLETE_FACTOR:
-            return True
-        logger.warning(
-            "%d batches are pending in %r: %r runs before its response is complete, and "
-            "its client waits",
-            pending,
-            self,
-            batch,
-        )
-        return False
+    def _enter(self, ledger: Ledger, batch: Batch) -> bool:
+        limit = inf if self._max_pending is None else self._max_pending
+        if not batch.response_complete:
+            limit = max(limit, 1) * _INCOMPLETE_FACTOR
+        has_room = ledger.enter(batch, limit)
+        if not (has_room or batch.response_complete or ledger.is_draining):
+            logger.warning(
+                "%d batches are pending in %r: %r runs before its response is complete, "
+                "and its client waits",
+                limit,
+                self,
+                batch,
+            )
+        return has_room
 
     def drain(self, timeout: float) -> list[BackgroundTask]:
         """Take no more work in and wait until all is done; blocks.
@@ -122,43 +130,54 @@ register(shared_pool)  # other runners hand over to it, and it may not be anyone
 
 
 class _Crew:
-    """The worker threads of one pool in one process."""
+    """What runs the batches of one pool in one process.
+
+    A batch goes to a worker for the plain functions that come next in it and to the
+    portal's loop for the async ones, to and fro, and holds nothing of the other kind.
+    """
 
     def __init__(self, threads: int) -> None:
         self.ledger = Ledger()
-        self._limit = threads
-        self._queue: SimpleQueue[Batch] = SimpleQueue()
-        self._lock = threading.RLock()  # guards the two numbers; see Ledger
-        self._started = 0
-        self._free = 0  # threads less batches queued or running: below 0 one has to wait
+        self._workers = Workers(threads, "wsgi_bg-pool")
+        self._waiting = Workers(inf, "wsgi_bg-wait")  # greenlets, which are cheap to hold
 
-    def take(self, batch: Batch) -> bool:
-        """Queue the batch; False if there is no thread to run it, nor one to be had."""
-        with self._lock:
-            if self._free <= 0 and self._started < self._limit:
-                self._start_thread()
-            if not self._started:
-                return False
-            self._free -= 1
-        self._queue.put(batch)
-        return True
+    def take(self, batch: Batch, wait_until: float) -> bool:
+        """Have the batch begin, not before ``wait_until`` by the monotonic clock.
 
-    def _start_thread(self) -> None:
-        name = f"wsgi_bg-pool-{self._started}"
-        try:
-            threading.Thread(target=self._work, name=name, daemon=True).start()
-        except RuntimeError:  # no memory for a stack, or the interpreter is exiting
+        :return: False if there is neither a thread nor one to be had.
+        """
+        if batch.next_is_async and portal.is_running() and not greenlets.are_threads():
+            self._await(batch, wait_until)
+            return True
+        # The portal would have to be made first, which takes longer than close() may.
+        return self._workers.take(partial(self._work, batch, wait_until))
+
+    def _work(self, batch: Batch, wait_until: float = 0.0) -> None:
+        """On a worker: run plain functions, then pass the batch on."""
+        if wait_until:
+            time.sleep(max(0.0, wait_until - time.monotonic()))
+        if not batch.run_plain():
             return
-        self._started += 1
-        self._free += 1
+        if greenlets.are_threads():
+            # The loop's thread could not pass it on: its greenlets are not the server's.
+            self._waiting.take(batch.run)
+            return
+        try:
+            self._await(batch)
+        except RuntimeError:  # no portal to be had
+            batch.run()
 
-    def _work(self) -> None:
-        while True:
-            batch = self._queue.get()
-            try:
-                batch.run()
-            except BaseException as exc:  # a greenlet's kill; the batch has named its tasks
-                logger.error("%r was stopped", batch, exc_info=exc)
-            del batch
-            with self._lock:
-                self._free += 1
+    def _await(self, batch: Batch, wait_until: float = 0.0) -> None:
+        """From any thread: have the loop run async functions and pass the batch on."""
+        work = partial(_run_late, wait_until) if wait_until else Batch.run_async
+        portal.start(batch, work, self._pass_on)
+
+    def _pass_on(self, batch: Batch) -> None:
+        """On the loop: have a worker go on with what is left of the batch."""
+        if not batch.has_ended and not self._workers.take(partial(self._work, batch)):
+            self._work(batch)  # no thread to be had: better than not at all
+
+
+async def _run_late(wait_until: float, batch: Batch) -> None:
+    await asyncio.sleep(wait_until - time.monotonic())
+    await batch.run_async()

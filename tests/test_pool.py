@@ -1,0 +1,462 @@
+"""The pool: threads, the loop, the way of a batch between them, bounds, what is put off."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import anyio.to_thread
+import pytest
+
+from tests.conftest import Log
+from tests.support import TIMEOUT, Gate, Server, app_that, make_server_environ, run_python
+from wsgi_bg import BackgroundTasksMiddleware, PoolRunner, background_tasks, portal, workers
+from wsgi_bg.runners import Runner, pool
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    """A gate that does not stay shut when a test fails."""
+    gate = Gate()
+    yield gate
+    gate.open()
+
+
+def submit(runner: Runner, *functions: Callable[[], Any], complete: bool = True) -> None:
+    """One request whose tasks go to ``runner``; its response is complete, or is not."""
+
+    def add(environ: object) -> None:
+        for function in functions:
+            background_tasks.add_task(function)
+
+    headers = [("Content-Length", "2")] if complete else []
+    app = app_that(add, headers=headers)
+    Server().run(BackgroundTasksMiddleware(app, runner=runner), make_server_environ())
+
+
+def events(count: int) -> list[threading.Event]:
+    return [threading.Event() for _ in range(count)]
+
+
+async def nothing() -> None:
+    pass
+
+
+@pytest.fixture
+def loop() -> None:
+    """There is a portal: a first async batch makes it."""
+    portal.portal()
+
+
+class Wait:
+    """Async tasks that wait on the loop and hold no thread."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+        self.all_wait = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._gate = asyncio.Event()
+
+    def expect(self, count: int) -> Callable[[], Any]:
+        async def task() -> None:
+            self._loop = asyncio.get_running_loop()
+            self.waiting += 1
+            if self.waiting == count:
+                self.all_wait.set()
+            await asyncio.wait_for(self._gate.wait(), TIMEOUT)
+
+        return task
+
+    def open(self) -> None:
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._gate.set)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, lambda f: lambda: f()], ids=["async", "lambda"])
+def test_waiting_async_batches_hold_no_thread(wrap: Any) -> None:
+    runner, wait, (ran,) = PoolRunner(threads=1), Wait(), events(1)
+    task = wait.expect(50)
+    for _ in range(50):
+        submit(runner, wrap(task))
+    assert wait.all_wait.wait(TIMEOUT)
+    submit(runner, ran.set)
+    assert ran.wait(TIMEOUT)
+    wait.open()
+    assert runner.drain(TIMEOUT) == []
+    assert runner.statistics().succeeded == 51
+
+
+def test_plain_functions_of_a_mixed_batch_hold_no_loop(gate: Gate) -> None:
+    runner, (ran,) = PoolRunner(), events(1)
+
+    async def run() -> None:
+        ran.set()
+
+    submit(runner, nothing, gate.task, nothing)
+    assert gate.begun.wait(TIMEOUT)
+    submit(runner, run)
+    assert ran.wait(TIMEOUT)
+    gate.open()
+    assert runner.drain(TIMEOUT) == []
+
+
+def test_consecutive_plain_functions_of_a_mixed_batch_take_one_thread_hop() -> None:
+    runner, seen = PoolRunner(threads=1), list[str]()
+    begun, submitted = events(2)
+
+    def first() -> None:
+        begun.set()
+        submitted.wait(TIMEOUT)
+        seen.append("first")
+
+    submit(runner, nothing, first, lambda: seen.append("second"))
+    assert begun.wait(TIMEOUT)
+    submit(runner, lambda: seen.append("other batch"))
+    submitted.set()
+    assert runner.drain(TIMEOUT) == []
+    assert seen == ["first", "second", "other batch"]
+
+
+def test_what_tasks_add_runs_in_order_on_thread_and_loop() -> None:
+    runner, seen = PoolRunner(), list[tuple[str, bool]]()
+
+    def note(name: str) -> None:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            seen.append((name, False))
+        else:
+            seen.append((name, True))
+
+    async def last() -> None:
+        note("last")
+
+    def plain() -> None:
+        note("plain")
+        background_tasks.add_task(last)
+
+    async def first() -> None:
+        note("first")
+        background_tasks.add_task(plain)
+
+    submit(runner, first)
+    assert runner.drain(TIMEOUT) == []
+    assert seen == [("first", True), ("plain", False), ("last", True)]
+
+
+def test_handing_over_does_not_wait_for_the_loop(loop: None, gate: Gate) -> None:
+    runner, (ran,) = PoolRunner(), events(1)
+
+    async def block() -> None:
+        gate.task()  # on the loop's thread
+
+    async def run() -> None:
+        ran.set()
+
+    submit(runner, block)
+    assert gate.begun.wait(TIMEOUT)
+    submit(runner, run)
+    submit(runner, run, complete=False)
+    assert not ran.is_set()  # and so the loop was blocked all the time
+    gate.open()
+    assert ran.wait(TIMEOUT)
+    assert runner.drain(TIMEOUT) == []
+    assert gate.passed == [True]
+
+
+def test_handing_over_does_not_wait_for_the_loop_to_be_made() -> None:
+    """The loop comes up only after the response was closed."""
+    done = run_python(
+        """
+        import sys, threading
+        import anyio
+        from tests.test_pool import submit
+        from wsgi_bg import PoolRunner
+
+        closed, run = threading.Event(), anyio.run
+
+        def come_up(*args, **kwargs):
+            assert closed.wait(10)
+            return run(*args, **kwargs)
+
+        anyio.run = come_up
+        runner = PoolRunner()
+
+        async def task():
+            sys.stdout.write("ran\\n")  # at once, on whatever thread
+
+        submit(runner, task)
+        submit(runner, task, complete=False)
+        closed.set()
+        """
+    )
+    assert done.stdout == "ran\nran\n", done.stderr
+
+
+def test_threads_end_when_they_were_idle_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "IDLE_TIMEOUT", 0.01)
+    runner, threads = PoolRunner(threads=2), list[threading.Thread]()
+    barrier = threading.Barrier(2)
+
+    def meet() -> None:
+        threads.append(threading.current_thread())
+        barrier.wait(TIMEOUT)
+
+    for _ in range(2):  # they are started again when needed
+        submit(runner, meet)
+        submit(runner, meet)
+        for thread in threads:
+            thread.join(TIMEOUT)
+            assert not thread.is_alive()
+    assert len(set(threads)) == 4
+    assert runner.drain(TIMEOUT) == []
+
+
+def test_no_batch_is_lost_to_a_thread_whose_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "IDLE_TIMEOUT", 0.0)
+    runner = PoolRunner(threads=3, max_pending=None)
+    for _ in range(2000):
+        submit(runner, int)
+    assert runner.drain(TIMEOUT) == []
+    assert runner.statistics().succeeded == 2000
+
+
+def test_a_light_load_leaves_the_other_threads_idle() -> None:
+    """The one that was idle last works next, so that the others come to their end."""
+    runner, names = PoolRunner(), list[str]()
+    barrier = threading.Barrier(3)
+
+    def meet() -> None:
+        barrier.wait(TIMEOUT)
+
+    def note() -> None:
+        names.append(threading.current_thread().name)
+
+    for _ in range(3):
+        submit(runner, meet)
+    for _ in range(30):
+        (done,) = events(1)
+        submit(runner, note, done.set)
+        assert done.wait(TIMEOUT)
+    assert runner.drain(TIMEOUT) == []
+    assert len(set(names[-20:])) < 3
+
+
+def test_a_flood_is_bounded_and_each_task_runs_once(gate: Gate) -> None:
+    """Eight server threads; the server's threads run what there is no room for."""
+    runner, counts = PoolRunner(threads=2, max_pending=10), Counter[int]()
+    lock, here = threading.Lock(), list[int]()
+    pending: list[int] = []
+
+    def task(number: int) -> Callable[[], None]:
+        def plain() -> None:
+            pending.append(runner.statistics().pending)
+            with lock:
+                counts[number] += 1
+                here.append(threading.get_ident())
+
+        return plain
+
+    def async_task(number: int) -> Callable[[], Any]:
+        async def run() -> None:
+            task(number)()
+
+        return run
+
+    def serve(first: int) -> None:
+        for number in range(first, 800, 8):
+            submit(runner, task(number), async_task(number), complete=bool(number % 5))
+
+    servers = [threading.Thread(target=serve, args=(first,)) for first in range(8)]
+    for _ in range(2):
+        submit(runner, gate.task)
+    assert gate.begun.wait(TIMEOUT)
+    for server in servers:
+        server.start()
+    gate.open()
+    for server in servers:
+        server.join(TIMEOUT)
+    assert runner.drain(TIMEOUT) == []
+    assert counts == dict.fromkeys(range(800), 2)
+    # Two tasks a batch: 10 pending of complete responses, 100 in all, and 8 in the servers.
+    assert max(pending) <= (100 + 8) * 2
+    assert {server.ident for server in servers} & set(here)
+
+
+def test_waiting_async_batches_are_bounded_too() -> None:
+    runner, wait = PoolRunner(max_pending=5), Wait()
+    here: list[int] = []
+    task = wait.expect(5)
+    for _ in range(5):
+        submit(runner, task)
+    assert wait.all_wait.wait(TIMEOUT)
+    submit(runner, lambda: here.append(threading.get_ident()))
+    assert here == [threading.get_ident()]
+    wait.open()
+    assert runner.drain(TIMEOUT) == []
+
+
+def test_what_runs_in_close_for_want_of_room_takes_no_room(gate: Gate, log: Log) -> None:
+    runner = PoolRunner(threads=1, max_pending=1)
+    submit(runner, gate.task)
+
+    def within_close() -> None:
+        for _ in range(9):  # max_pending times ten, less the one that waits
+            submit(runner, int, complete=False)
+
+    submit(runner, within_close)
+    assert log.warnings == []
+    gate.open()
+    assert runner.drain(TIMEOUT) == []
+
+
+class Clock:
+    """Lets a test see what a batch waits for; real time is for the benchmark."""
+
+    def __init__(self) -> None:
+        self.asked: list[float] = []
+        self.begun, self.over = events(2)
+
+    def sleep(self, seconds: float) -> None:
+        self.asked.append(seconds)
+        self.begun.set()
+        assert self.over.wait(TIMEOUT)
+
+    async def sleep_on_loop(self, seconds: float) -> None:
+        await anyio.to_thread.run_sync(self.sleep, seconds)
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
+def test_an_incomplete_responses_batch_is_put_off(
+    is_async: bool, loop: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, runner, (ran, other_ran) = Clock(), PoolRunner(), events(2)
+    time = SimpleNamespace(monotonic=lambda: 100.0, sleep=clock.sleep)
+    monkeypatch.setattr(pool, "time", time)
+    monkeypatch.setattr(pool, "asyncio", SimpleNamespace(sleep=clock.sleep_on_loop))
+
+    async def run() -> None:
+        ran.set()
+
+    submit(runner, run if is_async else ran.set, complete=False)
+    assert clock.begun.wait(TIMEOUT)
+    submit(runner, other_ran.set)  # a complete one is not
+    assert other_ran.wait(TIMEOUT)
+    assert not ran.is_set()
+    clock.over.set()
+    assert ran.wait(TIMEOUT)
+    assert runner.drain(TIMEOUT) == []
+    assert clock.asked == [pytest.approx(pool.PUT_OFF)]
+
+
+def test_batches_outlive_a_loop_that_a_stray_task_has_ended(log: Log, gate: Gate) -> None:
+    """One waits on it, one is put off, some have not begun; none is lost."""
+    runner, wait, seen = PoolRunner(), Wait(), list[str]()
+    strays: list[asyncio.Task[None]] = []
+
+    async def stray() -> None:
+        raise SystemExit
+
+    async def end_the_loop() -> None:
+        strays.append(asyncio.get_running_loop().create_task(stray()))
+        gate.task()  # blocks the loop while the others are handed over
+
+    async def run() -> None:
+        seen.append("run")
+
+    submit(runner, wait.expect(1), run)
+    assert wait.all_wait.wait(TIMEOUT)
+    submit(runner, end_the_loop)
+    assert gate.begun.wait(TIMEOUT)
+    submit(runner, run, lambda: seen.append("plain"))
+    submit(runner, run, complete=False)
+    gate.open()
+    assert runner.drain(TIMEOUT) == []
+    assert sorted(seen) == ["plain", "run", "run", "run"]
+    assert runner.statistics().failed == 1  # the one that waited was cancelled
+    assert any("CancelledError" in error for error in log.errors)
+    assert isinstance(strays[0].exception(), SystemExit)  # or asyncio logs it, some time later
+
+
+def test_a_cancelled_task_does_not_cancel_the_next(log: Log) -> None:
+    runner, seen = PoolRunner(), list[str]()
+
+    async def cancel_itself() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await asyncio.sleep(TIMEOUT)
+
+    async def run() -> None:
+        await asyncio.sleep(0)
+        seen.append("ran")
+
+    submit(runner, cancel_itself, run)
+    assert runner.drain(TIMEOUT) == []
+    assert seen == ["ran"]
+
+
+def test_a_task_may_use_a_thread_and_a_host_name_while_the_exit_waits() -> None:
+    """The standard library's executor takes nothing any more by then."""
+    done = run_python(
+        """
+        import asyncio, sys, threading
+        from tests.test_pool import submit
+        from wsgi_bg import PoolRunner
+
+        leaving, begun = threading.Event(), threading.Event()
+        threading._register_atexit(leaving.set)
+
+        async def task():
+            await asyncio.to_thread(begun.set)
+            while not leaving.is_set():
+                await asyncio.sleep(0.001)
+            print(await asyncio.to_thread(lambda: "on a thread"))
+            await asyncio.get_running_loop().getaddrinfo("127.0.0.1", 80)
+            print("looked up")
+
+        submit(PoolRunner(), task)
+        assert begun.wait(10)
+        """
+    )
+    assert done.stdout == "on a thread\nlooked up\n", done.stderr
+
+
+def test_a_function_stuck_in_asyncios_thread_does_not_keep_the_process() -> None:
+    done = run_python(
+        """
+        import asyncio, threading
+        from tests.test_pool import submit
+        from wsgi_bg import PoolRunner
+
+        begun = threading.Event()
+
+        def stuck():
+            begun.set()
+            threading.Event().wait()
+
+        async def task():
+            await asyncio.to_thread(stuck)
+
+        submit(PoolRunner(drain_timeout=0.2), task)
+        assert begun.wait(10)
+        """,
+        timeout=20,
+    )
+    assert done.returncode == 0
+    assert "background task __main__.task was not finished" in done.stderr
+
+
+def test_an_error_in_asyncios_thread_is_the_tasks() -> None:
+    async def fail() -> None:
+        with pytest.raises(ZeroDivisionError):
+            await asyncio.to_thread(lambda: 1 / 0)
+
+    runner = PoolRunner()
+    submit(runner, fail)
+    assert runner.drain(TIMEOUT) == []
+    assert runner.statistics().succeeded == 1
