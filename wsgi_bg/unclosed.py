@@ -8,9 +8,9 @@ whose ``put`` is safe there by its documentation, and a thread takes it from the
 from __future__ import annotations
 
 import gc
+import queue
 import threading
 from contextlib import suppress
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import servers, shutdown
@@ -54,7 +54,7 @@ class Collector:
     """The queue and its thread; started when the first task of the process is added."""
 
     def __init__(self) -> None:
-        self.queue: SimpleQueue[Unclosed | threading.Event] = SimpleQueue()
+        self.queue: queue.SimpleQueue[Unclosed | threading.Event] = queue.SimpleQueue()
         # Guards the making of a request's list. A finalizer or a signal handler that adds a
         # task may have interrupted its holder.
         self.lock = threading.RLock()
@@ -85,7 +85,8 @@ class Collector:
             reached = threading.Event()
             self.queue.put(reached)
             reached.wait(_FLUSH_TIMEOUT)
-        with suppress(Empty):  # no thread, or one that runs a batch that no runner has taken
+        # Without a thread, or with one that runs a batch that no runner has taken.
+        with suppress(queue.Empty):
             while True:
                 self._take(self.queue.get_nowait())
 

@@ -1,0 +1,249 @@
+"""gevent, monkey-patched and not, in processes of their own; eventlet is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support import Server, app_that, make_server_environ, run_python
+from wsgi_bg import BackgroundTasksMiddleware
+
+# A server and a client in one process: greenlets of one thread. Whatever blocks that thread
+# keeps the client from its answer and the tasks from their gate.
+SETUP = """
+import asyncio, logging, sys, threading, time, warnings
+import gevent, gevent.socket
+from gevent.pywsgi import WSGIServer
+from wsgi_bg import BackgroundTasksMiddleware, PoolRunner, background_tasks
+
+warnings.simplefilter("ignore", ResourceWarning)  # the listening sockets stay open
+logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
+logging.getLogger("asyncio").setLevel(logging.WARNING)
+gate, passed = threading.Event(), []
+
+def plain():
+    passed.append("plain")
+
+async def wait():
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + 10
+    while not gate.is_set() and loop.time() < deadline:
+        await asyncio.sleep(0.001)
+    passed.append(gate.is_set())
+
+def serve(functions, runner, view=lambda: None):
+    def app(environ, start_response):
+        view()
+        for function in functions:
+            background_tasks.add_task(function)
+        start_response("200 OK", [("Content-Length", "2")])
+        return [b"ok"]
+    server = WSGIServer(
+        ("127.0.0.1", 0), BackgroundTasksMiddleware(app, runner=runner), log=None
+    )
+    server.start()
+    return server.server_port
+
+def ask(port):
+    connection = gevent.socket.create_connection(("127.0.0.1", port), timeout=10)
+    connection.sendall(b"GET / HTTP/1.1\\r\\nHost: test\\r\\nConnection: close\\r\\n\\r\\n")
+    answer = b""
+    while not answer.endswith(b"\\r\\n\\r\\nok"):
+        chunk = connection.recv(4096)
+        assert chunk, answer
+        answer += chunk
+
+def until(predicate):
+    with gevent.Timeout(10):
+        while not predicate():
+            gevent.sleep(0.001)
+"""
+PATCH = "from gevent import monkey; monkey.patch_all()\n"
+START = {
+    "not patched": SETUP,
+    "patched": PATCH + SETUP,
+    "patched after the import": "import wsgi_bg\n" + PATCH + SETUP,
+}
+
+each_start = pytest.mark.parametrize("start", START)
+
+
+def run(start: str, code: str) -> list[str]:
+    import textwrap
+
+    done = run_python(START[start] + textwrap.dedent(code))
+    assert done.stderr == ""
+    assert done.returncode == 0
+    return done.stdout.splitlines()
+
+
+@each_start
+@pytest.mark.parametrize("runner", ["inline", "pool"])
+def test_greenlets_run_while_an_async_task_waits(start: str, runner: str) -> None:
+    assert run(
+        start,
+        f"""
+        port = serve([plain, wait, plain], {runner!r})
+        clients = [gevent.spawn(ask, port) for _ in range(20)]
+        gevent.joinall(clients, timeout=10, raise_error=True)
+        until(lambda: passed.count("plain") == 20)
+        assert len(passed) == 20
+        gate.set()
+        until(lambda: len(passed) == 60)
+        print(passed.count("plain"), passed.count(True))
+        """,
+    ) == ["40 20"]
+
+
+@each_start
+def test_the_application_may_use_asyncio_while_the_portal_does(start: str) -> None:
+    assert run(
+        start,
+        """
+        async def answer():
+            await asyncio.sleep(0.001)
+
+        port = serve([wait], "pool", view=lambda: asyncio.run(answer()))
+        ask(port)
+        ask(port)
+        gate.set()
+        until(lambda: len(passed) == 2)
+        print(passed)
+        """,
+    ) == ["[True, True]"]
+
+
+@each_start
+def test_waiting_async_tasks_hold_no_place_of_a_plain_one(start: str) -> None:
+    assert run(
+        start,
+        """
+        runner = PoolRunner(threads=1)
+        port = serve([wait], runner)
+        for _ in range(5):
+            ask(port)
+        ask(serve([plain], runner))
+        until(lambda: passed == ["plain"])
+        gate.set()
+        until(lambda: len(passed) == 6)
+        print(runner.drain(10), runner.statistics().succeeded)
+        """,
+    ) == ["[] 6"]
+
+
+@each_start
+def test_the_exit_waits_for_the_tasks(start: str) -> None:
+    assert run(
+        start,
+        """
+        async def say():
+            await asyncio.sleep(0.1)
+            print("async")
+
+        def say_plain():
+            time.sleep(0.1)
+            print("plain")
+
+        ask(serve([say, say_plain], "pool"))
+        """,
+    ) == ["async", "plain"]
+
+
+@each_start
+def test_a_stuck_task_is_named_and_the_process_ends(start: str) -> None:
+    lines = run(
+        start,
+        """
+        async def stuck():
+            await asyncio.sleep(3600)
+
+        def stuck_plain():
+            passed.append("begun")
+            time.sleep(3600)
+
+        runner = PoolRunner(drain_timeout=0.2)
+        ask(serve([stuck], runner))
+        ask(serve([stuck_plain], runner))
+        until(lambda: passed)
+        """,
+    )
+    assert sorted(line.split()[3] for line in lines) == [
+        "__main__.stuck",
+        "__main__.stuck_plain",
+    ]
+
+
+@each_start
+def test_an_error_of_an_async_task_is_logged(start: str) -> None:
+    lines = run(
+        start,
+        """
+        async def fail():
+            raise ValueError("a bug")
+
+        ask(serve([fail, plain], "inline"))
+        until(lambda: passed)
+        """,
+    )
+    assert lines[0] == "ERROR background task __main__.fail raised ValueError"
+
+
+def test_a_killed_greenlet_takes_its_task_with_it_and_says_so() -> None:
+    lines = run(
+        "not patched",
+        """
+        from tests.support import Server, app_that, make_server_environ
+
+        async def wait_and_say():
+            passed.append("begun")
+            try:
+                await asyncio.sleep(3600)
+            except asyncio.CancelledError:
+                passed.append("cancelled")
+                raise
+
+        app = BackgroundTasksMiddleware(app_that(
+            lambda environ: background_tasks.add_task(wait_and_say)
+        ))
+        greenlet = gevent.spawn(Server().run, app, make_server_environ())
+        until(lambda: passed)
+        greenlet.kill()
+        until(lambda: "cancelled" in passed)
+        print(passed)
+        """,
+    )
+    assert lines == [
+        "WARNING background task __main__.wait_and_say was not run to its end: GreenletExit "
+        "stopped its worker",
+        "['begun', 'cancelled']",
+    ]
+
+
+def test_eventlets_server_is_refused_at_each_request() -> None:
+    environ = make_server_environ(**{"eventlet.posthooks": []})
+    app = BackgroundTasksMiddleware(app_that(lambda environ: None))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="not work with eventlet; serve with gevent"):
+            Server().run(app, dict(environ))
+
+
+def test_a_process_that_eventlet_has_patched_is_refused() -> None:
+    pytest.importorskip("eventlet")
+    done = run_python(
+        """
+        import warnings
+        warnings.simplefilter("ignore")
+        import eventlet
+        eventlet.monkey_patch()
+        from tests.support import Server, app_that, make_server_environ
+        from wsgi_bg import BackgroundTasksMiddleware
+        app = BackgroundTasksMiddleware(app_that(lambda environ: None))
+        try:
+            Server().run(app, make_server_environ())
+        except RuntimeError as exc:
+            print(exc)
+        """
+    )
+    assert done.stdout == (
+        "wsgi_bg does not work with eventlet; serve with gevent, waitress or gunicorn's "
+        "gthread worker\n"
+    ), done.stderr
