@@ -21,7 +21,6 @@ MARKS: dict[str, Environ] = {
     "werkzeug": {"werkzeug.socket": object(), "SERVER_SOFTWARE": "Werkzeug/3.1.3"},
     "uWSGI": {"uwsgi.version": b"2.0.28"},
     "mod_wsgi": {"mod_wsgi.version": (4, 9, 4), "SERVER_SOFTWARE": "Apache/2.4.62 (Debian)"},
-    "eventlet": {"eventlet.posthooks": []},
     "a2wsgi": {"asgi.scope": {}},
     "gunicorn": {"SERVER_SOFTWARE": "gunicorn/23.0.0"},
     "cheroot": {"SERVER_SOFTWARE": "Cheroot/11.0.0 Server"},

@@ -54,6 +54,17 @@ class MiddlewareMissingError(WsgiBgError, LookupError):
         self.key = key
 
 
+class UnsupportedServerError(WsgiBgError, RuntimeError):
+    """The application is served by a server on which tasks cannot run as promised.
+
+    :ivar server: the server's name.
+    """
+
+    def __init__(self, server: str, instead: str) -> None:
+        super().__init__(f"wsgi_bg does not work with {server}; serve with {instead}")
+        self.server = server
+
+
 class OptionError(WsgiBgError):
     """An option was given what it does not take.
 

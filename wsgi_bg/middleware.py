@@ -12,6 +12,7 @@ from .exceptions import OptionTypeError
 from .options import Given, OnError, Options, RunOn
 from .request import LEFT, RAISED, RequestTasks
 from .runners import Runner, resolve
+from .servers import refuse_eventlet
 from .tasks import ENDED, OPEN, BackgroundTasks, View
 
 if TYPE_CHECKING:
@@ -58,14 +59,18 @@ class BackgroundTasksMiddleware:
             raise OptionTypeError(
                 "app", app, "a WSGI application: app(environ, start_response)"
             )
-        self._app = app
+        self._wrapped = app
+        self._app: WSGIApplication = self._handle_first
         self._given = Given(run_on=run_on, on_error=on_error, stop_on_error=stop_on_error)
         self._options = Options(runner=resolve(runner)).override(**self._given)
 
     def __call__(
         self, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
-        """Handle a request: PEP 3333's application side."""
+        """Handle a request: PEP 3333's application side.
+
+        :raises RuntimeError: under eventlet, which is not supported.
+        """
         if ENVIRON_KEY in environ:
             outer = environ[ENVIRON_KEY]
             if isinstance(outer, BackgroundTasks) and outer._is_open:
@@ -110,6 +115,14 @@ class BackgroundTasksMiddleware:
         body._open = True
         return body
 
+    def _handle_first(
+        self, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Iterable[bytes]:
+        """The application, until a request has shown that its server is supported."""
+        refuse_eventlet(environ)
+        self._app = self._wrapped
+        return self._wrapped(environ, start_response)
+
     def _join(
         self, tasks: BackgroundTasks, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
@@ -135,4 +148,4 @@ class BackgroundTasksMiddleware:
                 inner._has_returned = True
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} of {self._app!r}, {self._options.runner!r}>"
+        return f"<{type(self).__name__} of {self._wrapped!r}, {self._options.runner!r}>"

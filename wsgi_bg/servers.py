@@ -10,8 +10,11 @@ leaves no mark; a server that is not known here is taken to be like it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .exceptions import UnsupportedServerError
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -33,7 +36,6 @@ SERVERS = (
     Server("werkzeug", "werkzeug.socket"),
     Server("uWSGI", "uwsgi.version"),
     Server("mod_wsgi", "mod_wsgi.version"),
-    Server("eventlet", "eventlet.posthooks"),
     Server("a2wsgi", "asgi.scope"),
     Server("gunicorn", "SERVER_SOFTWARE", "gunicorn/"),
     Server("cheroot", "SERVER_SOFTWARE", "Cheroot/"),
@@ -44,6 +46,22 @@ SERVERS = (
 
 BODYLESS = ("1", "204", "304")
 """Statuses, or how they begin, after which no body follows (RFC 9110, section 6.4.1)."""
+
+
+def refuse_eventlet(environ: WSGIEnvironment) -> None:
+    """Refuse to serve under eventlet.
+
+    Its threads are greenlets of one thread, which would all wait for an async task, and
+    monkey-patched the portal's loop would live on that thread: ``asyncio.run()`` then fails
+    for the application. gevent has what helps (see :mod:`wsgi_bg.greenlets`).
+
+    :raises RuntimeError: if eventlet made ``environ`` or has patched :mod:`threading`.
+    """
+    patcher = sys.modules.get("eventlet.patcher")
+    if "eventlet.posthooks" in environ or (patcher and patcher.is_monkey_patched("thread")):
+        raise UnsupportedServerError(
+            "eventlet", "gevent, waitress or gunicorn's gthread worker"
+        )
 
 
 def recognise(environ: WSGIEnvironment) -> Server | None:
