@@ -14,12 +14,9 @@ from flask import Flask
 from werkzeug.test import EnvironBuilder
 from werkzeug.wsgi import ClosingIterator
 
-from benchmarks.measure import alone, interleave, row, run
+from benchmarks.measure import HEADERS, App, alone, interleave, request, row, run
 from wsgi_bg import BackgroundTasksMiddleware
 
-App = Callable[[dict[str, Any], Any], Iterable[bytes]]
-
-HEADERS = [("Content-Length", "2")]
 THOUSAND = [b"x"] * 1000
 
 
@@ -104,28 +101,6 @@ class TasksByHand:
 
 def done() -> None:
     """The callback that the peer is given."""
-
-
-def start_response(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> None:
-    """A server's, reduced to nothing."""
-
-
-def request(app: App, environ: dict[str, Any] | None = None) -> Callable[[], int]:
-    template = environ or {"REQUEST_METHOD": "GET"}
-
-    def serve() -> int:
-        sent = 0
-        body = app(template.copy(), start_response)
-        try:
-            for chunk in body:
-                sent += len(chunk)
-        finally:
-            close = getattr(body, "close", None)
-            if close is not None:
-                close()
-        return sent
-
-    return alone(serve)
 
 
 def added_cost(what: str, app: App, goal: str) -> None:

@@ -7,35 +7,60 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
 from typing import Any, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-rounds = 36
+App = Callable[[dict[str, Any], Any], Iterable[bytes]]
+
+HEADERS = [("Content-Length", "2")]
 
 
-def interleave(*subjects: Callable[[], object], calls: int) -> list[float]:
-    """The median time of one call of each subject, in microseconds."""
-    times: list[list[float]] = [[] for _ in subjects]
-    for subject in subjects:
-        subject()
+class Options(argparse.Namespace):
+    """What the command line says: numbers, each with its default until it is read."""
+
+    rounds: int
+    tasks: int
+
+
+options = Options(rounds=36)
+
+
+def in_turns(*subjects: Callable[[], float], rounds: int | None = None) -> list[float]:
+    """The median of what each subject says it took."""
+    taken: list[list[float]] = [[] for _ in subjects]
     gc.disable()
     try:
-        for turn in range(rounds):
+        for turn in range(rounds or options.rounds):
             gc.collect()
             for place in range(len(subjects)):
                 # Whoever comes first after the collection finds the caches cold.
                 number = (turn + place) % len(subjects)
-                subject = subjects[number]
-                began = time.perf_counter()
-                for _ in range(calls):
-                    subject()
-                times[number].append((time.perf_counter() - began) / calls * 1e6)
+                taken[number].append(subjects[number]())
     finally:
         gc.enable()
-    return [statistics.median(taken) for taken in times]
+    return [statistics.median(times) for times in taken]
+
+
+def interleave(*subjects: Callable[[], object], calls: int) -> list[float]:
+    """The median time of one call of each subject, in microseconds."""
+    for subject in subjects:
+        subject()
+    return in_turns(*[timed(subject, calls) for subject in subjects])
+
+
+def timed(subject: Callable[[], object], calls: int) -> Callable[[], float]:
+    """A function that makes ``calls`` calls and returns the time of one in microseconds."""
+
+    def measured() -> float:
+        began = time.perf_counter()
+        for _ in range(calls):
+            subject()
+        return (time.perf_counter() - began) / calls * 1e6
+
+    return measured
 
 
 def alone(function: F) -> F:
@@ -55,20 +80,46 @@ def alone(function: F) -> F:
     return cast("F", copy)
 
 
+def start_response(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> None:
+    """A server's, reduced to nothing."""
+
+
+def request(app: App, environ: dict[str, Any] | None = None) -> Callable[[], int]:
+    """A request as a server makes it: call the application, take the chunks, close."""
+    template = environ or {"REQUEST_METHOD": "GET"}
+
+    def serve() -> int:
+        sent = 0
+        body = app(template.copy(), start_response)
+        try:
+            for chunk in body:
+                sent += len(chunk)
+        finally:
+            close = getattr(body, "close", None)
+            if close is not None:
+                close()
+        return sent
+
+    return alone(serve)
+
+
 def row(what: str, ours: str, peer: str, ratio: str, goal: str) -> None:
     """Print one line of the table."""
     print(f"{what:<40} {ours:>8} {peer:>34} {ratio:>18}   {goal}", flush=True)
 
 
-def run(title: str, measurements: Mapping[str, Callable[[], None]]) -> None:
+def run(
+    title: str, measurements: Mapping[str, Callable[[], None]], unit: str = "microseconds"
+) -> None:
     """The program: take all measurements, or the one that is named on the command line."""
-    global rounds
     parser = argparse.ArgumentParser()
     parser.add_argument("name", nargs="?", choices=list(measurements))
-    parser.add_argument("--rounds", type=int, default=rounds, help="default: %(default)s")
-    options = parser.parse_args()
-    rounds = options.rounds
-    print(f"\n{title}; CPython {sys.version.split()[0]}, microseconds\n")
+    for option, default in vars(options).items():
+        parser.add_argument(
+            f"--{option}", type=int, default=default, help=f"default: {default}"
+        )
+    parser.parse_args(namespace=options)
+    print(f"\n{title}; CPython {sys.version.split()[0]}, {unit}\n")
     row("", "wsgi_bg", "peer", "ratio", "to reach")
     for name in [options.name] if options.name else measurements:
         measurements[name]()

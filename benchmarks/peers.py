@@ -1,0 +1,154 @@
+"""What tasks are handed over to elsewhere: the peers of :mod:`benchmarks.handover`."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from itertools import count
+from queue import SimpleQueue
+from typing import Any
+
+import anyio
+import anyio.to_thread
+from anyio.from_thread import start_blocking_portal
+from flask import Flask
+from starlette.background import BackgroundTasks as StarletteTasks
+
+Func = Callable[[], Any]
+HandOver = Callable[..., Any]
+"""Takes the functions to run, and returns when they are handed over."""
+
+
+class Countdown:
+    """Lets one wait until a number of tasks have been run, whatever their threads."""
+
+    def __init__(self, tasks: int) -> None:
+        self._tasks = tasks
+        self._numbers = count(1)  # next() is one step of the interpreter
+        self._done = threading.Event()
+
+    def tick(self) -> None:
+        if next(self._numbers) == self._tasks:
+            self._done.set()
+
+    def wait(self, timeout: float) -> None:
+        assert self._done.wait(timeout), "not all tasks were run"
+
+
+def counting(countdown: Countdown) -> Func:
+    """A plain task that takes no time."""
+    return countdown.tick
+
+
+def sleeping(countdown: Countdown) -> Func:
+    """A plain task of 1 ms."""
+
+    def sleep() -> None:
+        time.sleep(0.001)
+        countdown.tick()
+
+    return sleep
+
+
+def waiting(countdown: Countdown, seconds: float) -> Func:
+    """An async task that waits."""
+
+    async def wait() -> None:
+        await asyncio.sleep(seconds)
+        countdown.tick()
+
+    return wait
+
+
+@contextmanager
+def plain(threads: int) -> Iterator[dict[str, HandOver]]:
+    """What runs plain functions on threads."""
+    with ExitStack() as stack:
+        executor = stack.enter_context(ThreadPoolExecutor(threads))
+        handing = {"ThreadPoolExecutor": executor.submit}
+        if find_spec("flask_executor") is None:
+            print("Flask-Executor is not installed: left out")
+        else:
+            from flask_executor import Executor
+
+            app = Flask(__name__)
+            app.config["EXECUTOR_MAX_WORKERS"] = threads
+            stack.enter_context(app.test_request_context())
+            flask_executor = Executor(app)
+            stack.callback(flask_executor.shutdown)
+            handing["Flask-Executor"] = flask_executor.submit
+        queue: SimpleQueue[Func | None] = SimpleQueue()
+        threading.Thread(target=lambda: [func() for func in iter(queue.get, None)]).start()
+        stack.callback(queue.put, None)
+        yield {**handing, "SimpleQueue": queue.put}
+
+
+@contextmanager
+def portal() -> Iterator[dict[str, HandOver]]:
+    """What runs coroutine functions, or plain ones, on an event loop in another thread."""
+    with start_blocking_portal() as blocking:
+        loop = blocking.call(asyncio.get_running_loop)
+        yield {
+            "start_task_soon": blocking.start_task_soon,
+            "run_coroutine_threadsafe": lambda func: asyncio.run_coroutine_threadsafe(
+                func(), loop
+            ),
+        }
+
+
+def starlette(tasks: int, size: int) -> float:
+    """Seconds for ``tasks`` plain tasks, ``size`` a response, on a loop that runs.
+
+    A response awaits its tasks when it has been sent, in the asyncio task of its request.
+    Here that are 16 at a time: the peer is slower with one, and with all at once.
+    """
+    countdown = Countdown(tasks)
+    responses = iter(range(tasks // size))
+
+    async def connection() -> None:
+        for _ in responses:
+            background = StarletteTasks()
+            for _ in range(size):
+                background.add_task(countdown.tick)
+            await background()
+
+    async def serve() -> float:
+        began = time.perf_counter()
+        await asyncio.gather(*(connection() for _ in range(16)))
+        return time.perf_counter() - began
+
+    return asyncio.run(serve())
+
+
+def task_group(tasks: int, func: Callable[[Countdown], Func]) -> float:
+    """Seconds for ``tasks`` coroutines in one anyio task group."""
+    wait = func(Countdown(tasks))
+
+    async def serve() -> float:
+        began = time.perf_counter()
+        async with anyio.create_task_group() as group:
+            for _ in range(tasks):
+                group.start_soon(wait)
+        return time.perf_counter() - began
+
+    return asyncio.run(serve())
+
+
+def limited(tasks: int, threads: int, func: Callable[[Countdown], Func]) -> float:
+    """Seconds for ``tasks`` plain tasks on anyio's threads."""
+    sleep = func(Countdown(tasks))
+
+    async def serve() -> float:
+        limiter = anyio.CapacityLimiter(threads)
+        began = time.perf_counter()
+        async with anyio.create_task_group() as group:
+            for _ in range(tasks):
+                group.start_soon(lambda: anyio.to_thread.run_sync(sleep, limiter=limiter))
+        return time.perf_counter() - began
+
+    return asyncio.run(serve())
