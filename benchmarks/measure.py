@@ -63,6 +63,10 @@ def timed(subject: Callable[[], object], calls: int) -> Callable[[], float]:
     return measured
 
 
+def quantile(values: list[float], part: float) -> float:
+    return sorted(values)[int(part * (len(values) - 1))]
+
+
 def alone(function: F) -> F:
     """A copy of a function whose code the interpreter adapts for this copy alone.
 

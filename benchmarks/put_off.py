@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import h11
 
-from benchmarks.measure import App
+from benchmarks.measure import App, quantile
 from benchmarks.serving import TIMEOUT, ServerProcess, connect, serve_cheroot, serve_waitress
 from wsgi_bg import ENVIRON_KEY, BackgroundTasksMiddleware
 from wsgi_bg.runners.base import Statistics
@@ -143,10 +143,6 @@ def measure(server: str, runner: str, requests: int) -> None:
         f"(without a task {(quantile(without, 0.95) - usual) * 1000:.2f})",
         flush=True,
     )
-
-
-def quantile(values: list[float], part: float) -> float:
-    return sorted(values)[int(part * (len(values) - 1))]
 
 
 def main() -> None:
