@@ -50,7 +50,7 @@ def put_load(port: int, seconds: int, connections: int) -> Load:
     if errors := re.search(r"Socket errors: .*", said):  # too slow, most probably
         print(errors[0], file=sys.stderr)
     rate = re.search(r"Requests/sec:\s+([\d.]+)", said)
-    parts = dict(re.findall(r"^ +(50|99)% +([\d.]+[a-z]+)$", said, re.MULTILINE))
+    parts = dict(re.findall(r"^ +(50|99)% +([\d.]+[a-z]+) *$", said, re.MULTILINE))
     assert rate is not None
     return Load(float(rate[1]), _milliseconds(parts["50"]), _milliseconds(parts["99"]))
 
