@@ -11,55 +11,20 @@ tasks shorter, ``--rounds`` all. Memory is what tracemalloc counts: Python's obj
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
-import tracemalloc
 from collections.abc import Callable
 from functools import partial
 from queue import SimpleQueue
-from typing import Any
 
 from benchmarks import peers
-from benchmarks.measure import in_turns, options, request, row, run
-from benchmarks.peers import Countdown, Func, HandOver
-from wsgi_bg import ENVIRON_KEY, BackgroundTasksMiddleware, PoolRunner
+from benchmarks.measure import in_turns, options, peak_memory, row, run
+from benchmarks.peers import THREADS, Countdown, Func, HandOver, through_middleware
 
 TIMEOUT = 600.0
-THREADS = 40
 BLOCKED = 0.05
 
 options.tasks = 10_000
-
-
-def through_middleware(*, sized: bool = True) -> Callable[..., Any]:
-    """A function that makes a request which adds the functions that it is given.
-
-    :param sized: whether the response has a declared length, and is complete.
-    """
-    runner = PoolRunner(threads=THREADS, max_pending=None)
-    headers = [("Content-Length", "2")] if sized else []
-
-    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
-        add_task = environ[ENVIRON_KEY].add_task
-        for func in environ["functions"]:
-            add_task(func)
-        start_response("200 OK", headers)
-        return [b"ok"]
-
-    environ: dict[str, Any] = {
-        "REQUEST_METHOD": "GET",
-        "SERVER_PROTOCOL": "HTTP/1.1",
-        "waitress.client_disconnected": None,  # a server that is known
-        "functions": (),
-    }
-    serve = request(BackgroundTasksMiddleware(app, runner=runner), environ)
-
-    def hand_over(*functions: Func) -> None:
-        environ["functions"] = functions
-        serve()
-
-    return hand_over
 
 
 def one_by_one(
@@ -90,7 +55,7 @@ def one_by_one(
 
 
 def telling(finished: SimpleQueue[None]) -> Func:
-    return partial(finished.put, None)
+    return lambda: finished.put(None)
 
 
 def telling_async(finished: SimpleQueue[None]) -> Func:
@@ -117,7 +82,7 @@ def compare(
 
 
 def idle() -> None:
-    with peers.plain(THREADS) as plain, peers.portal() as portal:
+    with peers.plain() as plain, peers.portal() as portal:
         everyone = {**plain, "start_task_soon": portal["start_task_soon"]}
         compare("hand over a plain task", through_middleware(), everyone, telling, "<= 15 µs")
         del everyone["Flask-Executor"], everyone["start_task_soon"]
@@ -150,7 +115,7 @@ def all_of_them(hand_over: HandOver, func: Callable[[Countdown], Func], size: in
 
 
 def rate(size: int, goal: str) -> None:
-    with peers.plain(THREADS) as plain:
+    with peers.plain() as plain:
         others: dict[str, Callable[[], float]] = {
             name: partial(all_of_them, hand_over, peers.counting, 1)
             for name, hand_over in plain.items()
@@ -169,42 +134,36 @@ def rate(size: int, goal: str) -> None:
         )
 
 
-def memory_of(subject: Callable[[], float]) -> float:
-    """The kB of Python objects that a task needs, at the worst moment."""
-    gc.collect()
-    tracemalloc.start()
-    try:
-        before = tracemalloc.get_traced_memory()[0]
-        subject()
-        return (tracemalloc.get_traced_memory()[1] - before) / options.tasks / 1000
-    finally:
-        tracemalloc.stop()
-
-
 def waiting_async() -> None:
     seconds = options.tasks / 10_000  # less for fewer, so that a short run is short
-    func = partial(peers.waiting, seconds=seconds)
     with peers.portal() as portal:
-        others: dict[str, Callable[[], float]] = {
-            "anyio task group": partial(peers.task_group, options.tasks, func),
-        }
-        for name, hand_over in portal.items():
-            others[name] = partial(all_of_them, hand_over, func, 1)
-        ours = partial(all_of_them, through_middleware(), func, 1)
-        mine, *theirs = in_turns(ours, *others.values(), rounds=min(options.rounds, 3))
-        my_memory = memory_of(ours)
-        their_memory = [memory_of(subject) for subject in others.values()]
-    for name, peer, memory in zip(others, theirs, their_memory, strict=True):
-        what = f"{options.tasks} async tasks of {seconds:g} s"
-        row(what, f"{mine:.2f} s", f"{name} {peer:.2f} s", "", "<= 1.3 s")
-        row("    memory each", f"{my_memory:.1f} kB", f"{memory:.1f} kB", "", "<= 2.5 kB")
+        handing = {"wsgi_bg": through_middleware(), **portal}
+
+        def subjects(seconds: float) -> dict[str, Callable[[], float]]:
+            func = partial(peers.waiting, seconds=seconds)
+            group = partial(peers.task_group, options.tasks, func)
+            ours_and_portals = {
+                name: partial(all_of_them, hand_over, func, 1)
+                for name, hand_over in handing.items()
+            }
+            return {**ours_and_portals, "anyio task group": group}
+
+        took = in_turns(*subjects(seconds).values(), rounds=min(options.rounds, 3))
+        # Traced, to hand over takes longer: all of them are to wait at the same time.
+        sizes = [peak_memory(each) / options.tasks for each in subjects(4 * seconds).values()]
+    what = f"{options.tasks} async tasks of {seconds:g} s"
+    for name, peer, size in zip(
+        [*portal, "anyio task group"], took[1:], sizes[1:], strict=True
+    ):
+        row(what, f"{took[0]:.2f} s", f"{name} {peer:.2f} s", "", "<= 1.3 s")
+        row("    memory each", f"{sizes[0]:.1f} kB", f"{size:.1f} kB", "", "<= 2.5 kB")
 
 
 def sleeping() -> None:
-    with peers.plain(THREADS) as plain:
+    with peers.plain() as plain:
         submit = plain["ThreadPoolExecutor"]
         others: dict[str, Callable[[], float]] = {
-            "anyio limiter": partial(peers.limited, options.tasks, THREADS, peers.sleeping),
+            "anyio limiter": partial(peers.limited, options.tasks, peers.sleeping),
             "ThreadPoolExecutor": partial(all_of_them, submit, peers.sleeping, 1),
         }
         ours = partial(all_of_them, through_middleware(), peers.sleeping, 1)

@@ -7,6 +7,7 @@ import gc
 import statistics
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
 from typing import Any, TypeVar, cast
@@ -61,6 +62,18 @@ def timed(subject: Callable[[], object], calls: int) -> Callable[[], float]:
         return (time.perf_counter() - began) / calls * 1e6
 
     return measured
+
+
+def peak_memory(subject: Callable[[], object]) -> float:
+    """The kB of Python objects that a call has made at the worst moment."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        subject()
+        return (tracemalloc.get_traced_memory()[1] - before) / 1000
+    finally:
+        tracemalloc.stop()
 
 
 def quantile(values: list[float], part: float) -> float:

@@ -1,4 +1,4 @@
-"""What tasks are handed over to elsewhere: the peers of :mod:`benchmarks.handover`."""
+"""What :mod:`benchmarks.handover` hands tasks over to: this package and its peers."""
 
 from __future__ import annotations
 
@@ -19,9 +19,14 @@ from anyio.from_thread import start_blocking_portal
 from flask import Flask
 from starlette.background import BackgroundTasks as StarletteTasks
 
+from benchmarks.measure import request
+from wsgi_bg import ENVIRON_KEY, BackgroundTasksMiddleware, PoolRunner
+
 Func = Callable[[], Any]
 HandOver = Callable[..., Any]
 """Takes the functions to run, and returns when they are handed over."""
+
+THREADS = 40
 
 
 class Countdown:
@@ -65,11 +70,41 @@ def waiting(countdown: Countdown, seconds: float) -> Func:
     return wait
 
 
+def through_middleware(*, sized: bool = True) -> HandOver:
+    """A function that makes a request which adds the functions that it is given.
+
+    :param sized: whether the response has a declared length, and is complete.
+    """
+    runner = PoolRunner(threads=THREADS, max_pending=None)
+    headers = [("Content-Length", "2")] if sized else []
+
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        add_task = environ[ENVIRON_KEY].add_task
+        for func in environ["functions"]:
+            add_task(func)
+        start_response("200 OK", headers)
+        return [b"ok"]
+
+    environ: dict[str, Any] = {
+        "REQUEST_METHOD": "GET",
+        "SERVER_PROTOCOL": "HTTP/1.1",
+        "waitress.client_disconnected": None,  # a server that is known
+        "functions": (),
+    }
+    serve = request(BackgroundTasksMiddleware(app, runner=runner), environ)
+
+    def hand_over(*functions: Func) -> None:
+        environ["functions"] = functions
+        serve()
+
+    return hand_over
+
+
 @contextmanager
-def plain(threads: int) -> Iterator[dict[str, HandOver]]:
+def plain() -> Iterator[dict[str, HandOver]]:
     """What runs plain functions on threads."""
     with ExitStack() as stack:
-        executor = stack.enter_context(ThreadPoolExecutor(threads))
+        executor = stack.enter_context(ThreadPoolExecutor(THREADS))
         handing = {"ThreadPoolExecutor": executor.submit}
         if find_spec("flask_executor") is None:
             print("Flask-Executor is not installed: left out")
@@ -77,7 +112,7 @@ def plain(threads: int) -> Iterator[dict[str, HandOver]]:
             from flask_executor import Executor
 
             app = Flask(__name__)
-            app.config["EXECUTOR_MAX_WORKERS"] = threads
+            app.config["EXECUTOR_MAX_WORKERS"] = THREADS
             stack.enter_context(app.test_request_context())
             flask_executor = Executor(app)
             stack.callback(flask_executor.shutdown)
@@ -139,12 +174,12 @@ def task_group(tasks: int, func: Callable[[Countdown], Func]) -> float:
     return asyncio.run(serve())
 
 
-def limited(tasks: int, threads: int, func: Callable[[Countdown], Func]) -> float:
+def limited(tasks: int, func: Callable[[Countdown], Func]) -> float:
     """Seconds for ``tasks`` plain tasks on anyio's threads."""
     sleep = func(Countdown(tasks))
 
     async def serve() -> float:
-        limiter = anyio.CapacityLimiter(threads)
+        limiter = anyio.CapacityLimiter(THREADS)
         began = time.perf_counter()
         async with anyio.create_task_group() as group:
             for _ in range(tasks):
