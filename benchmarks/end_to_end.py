@@ -152,14 +152,16 @@ def main() -> None:
     if options.serve:
         SUBJECTS[options.serve][0]()
         return
-    subjects = {name for name, (_, package) in SUBJECTS.items() if find_spec(package)}
-    for name in SUBJECTS.keys() - subjects:
-        print(f"{name}: {SUBJECTS[name][1]} is not installed, left out")
+    rounds: dict[str, list[Figures]] = {}
+    for name, (_, package) in SUBJECTS.items():
+        if find_spec(package) is None:
+            print(f"{name}: {package} is not installed, left out")
+        else:
+            rounds[name] = []
     print(
         f"CPython {sys.version.split()[0]}, {load.NAME}, {options.connections} connections, "
         f"{options.rounds} rounds of {options.seconds} s\n"
     )
-    rounds: dict[str, list[Figures]] = {name: [] for name in SUBJECTS if name in subjects}
     for _ in range(options.rounds):
         for name, figures in rounds.items():
             figures.append(measure(name, options.seconds, options.connections))

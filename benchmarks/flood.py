@@ -99,14 +99,16 @@ def flood(name: str, bound: int | None, seconds: int) -> bool:
             client.join(seconds / 20)
             in_hand.append(server.ask("in hand"))
             memory.append(server.memory())
-    third = len(memory) // 3
-    middle, last = (statistics.median(part) for part in (memory[third:-third], memory[-third:]))
     print(f"{name}, in hand {max(in_hand)} at most (bound: {bound})")
     print("   in hand:", *in_hand[::2])
     print("   MB:", *(f"{reading:.0f}" for reading in memory[::2]))
-    print(f"   MB, median of the second and of the last third: {middle:.1f}, {last:.1f}\n")
+    reached = [number >= 0.9 * (bound or 0) for number in in_hand]
+    since = memory[reached.index(True) :] if any(reached) else []
+    half = len(since) // 2
+    growth = statistics.median(since[half:]) / statistics.median(since[:half]) if half else 1.0
+    print(f"   memory since the bound was reached, second half / first half: {growth:.2f}\n")
     sys.stdout.flush()
-    return bound is None or (max(in_hand) <= bound and last <= middle * (1 + GROWTH))
+    return bound is None or (max(in_hand) <= bound and growth <= 1 + GROWTH)
 
 
 def main() -> None:

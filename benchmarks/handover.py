@@ -1,16 +1,17 @@
 """What handing tasks over costs, and how fast they then run: ``python -m benchmarks.handover``.
 
-What is measured of this package is a whole request through the middleware, with an
-application that only adds the tasks: a part of it is what an idle request costs. Of the
-peers it is the bare call that hands the function over, without a request around it; what
-they get is the better for it.
+What is timed of a single hand-over is the ``close()`` that the server calls, through the
+middleware, and of a peer its own call, with the same request before it. Both come after a
+short pause, so that the threads and the loop are asleep: to wake them is most of the cost.
 
-Each wait ends when the last task says so. ``--tasks`` makes the rows with thousands of
-tasks shorter, ``--rounds`` all. Memory is what tracemalloc counts: Python's objects.
+Where many tasks are handed over, this package's side is whole requests through the
+middleware, a peer's the bare calls. Each wait ends when the last task says so. Memory is
+what tracemalloc counts: Python's objects. ``--tasks`` shortens these rows, ``--rounds`` all.
 """
 
 from __future__ import annotations
 
+import asyncio
 import statistics
 import time
 from collections.abc import Callable
@@ -19,18 +20,23 @@ from queue import SimpleQueue
 
 from benchmarks import peers
 from benchmarks.measure import in_turns, options, peak_memory, row, run
-from benchmarks.peers import THREADS, Countdown, Func, HandOver, through_middleware
+from benchmarks.peers import THREADS, Countdown, Func, HandOver, Requests, beside_request
 
 TIMEOUT = 600.0
 BLOCKED = 0.05
+PAUSE = 0.0003
+PUT_OFF = 0.005
 
 options.tasks = 10_000
 
 
 def one_by_one(
-    hand_over: HandOver, func: Callable[[SimpleQueue[None]], Func], calls: int, block: bool
+    begin: Callable[[Func], HandOver], func: Callable[..., Func], calls: int, block: bool
 ) -> Callable[[], float]:
-    """How long a single call takes, made when the task before it is done."""
+    """How long a single call takes, made when the task before it is done.
+
+    :param begin: makes a request, and returns the call that hands its argument over.
+    """
     finished: SimpleQueue[None] = SimpleQueue()
     blocked: SimpleQueue[None] = SimpleQueue()
     task = func(finished)
@@ -43,10 +49,13 @@ def one_by_one(
         taken = []
         for _ in range(calls):
             if block:
-                hand_over(block_loop)
+                begin(block_loop)()
                 blocked.get(timeout=TIMEOUT)
+            else:
+                time.sleep(PAUSE)
+            hand_over = begin(task)
             began = time.perf_counter()
-            hand_over(task)
+            hand_over()
             taken.append(time.perf_counter() - began)
             finished.get(timeout=TIMEOUT)
         return statistics.median(taken) * 1e6
@@ -54,12 +63,19 @@ def one_by_one(
     return measured
 
 
-def telling(finished: SimpleQueue[None]) -> Func:
-    return lambda: finished.put(None)
+def telling(finished: SimpleQueue[None], after: float = 0.0) -> Func:
+    def tell() -> None:
+        if after:
+            time.sleep(after)
+        finished.put(None)
+
+    return tell
 
 
-def telling_async(finished: SimpleQueue[None]) -> Func:
+def telling_async(finished: SimpleQueue[None], after: float = 0.0) -> Func:
     async def tell() -> None:
+        if after:
+            await asyncio.sleep(after)
         finished.put(None)
 
     return tell
@@ -67,16 +83,28 @@ def telling_async(finished: SimpleQueue[None]) -> Func:
 
 def compare(
     what: str,
-    ours: HandOver,
+    ours: Requests,
     others: dict[str, HandOver],
-    func: Callable[[SimpleQueue[None]], Func],
+    func: Callable[..., Func],
     goal: str,
     *,
     block: bool = False,
+    late: bool = False,
 ) -> None:
-    subjects = [ours, *others.values()]
+    """Print a row for each of ``others``.
+
+    :param late: our tasks are put off, so those of the peers take as long: after a longer
+        pause, with the processor's caches cold, a call costs some times more.
+    """
     calls = 3 if block else 50
-    mine, *theirs = in_turns(*(one_by_one(each, func, calls, block) for each in subjects))
+    their_func = partial(func, after=PUT_OFF) if late else func
+    mine, *theirs = in_turns(
+        one_by_one(ours.begin, func, calls, block),
+        *(
+            one_by_one(beside_request(hand_over), their_func, calls, block)
+            for hand_over in others.values()
+        ),
+    )
     for name, peer in zip(others, theirs, strict=True):
         row(what, f"{mine:.1f}", f"{name} {peer:.1f}", f"{peer / mine:.1f} times less", goal)
 
@@ -84,23 +112,22 @@ def compare(
 def idle() -> None:
     with peers.plain() as plain, peers.portal() as portal:
         everyone = {**plain, "start_task_soon": portal["start_task_soon"]}
-        compare("hand over a plain task", through_middleware(), everyone, telling, "<= 15 µs")
-        del everyone["Flask-Executor"], everyone["start_task_soon"]
-        stream = through_middleware(sized=False)
-        compare("the same, of a stream", stream, everyone, telling, "")
+        compare("hand over a plain task", Requests(), everyone, telling, "<= 15 µs")
+        few = {name: plain[name] for name in ("ThreadPoolExecutor", "SimpleQueue")}
+        compare("the same, of a stream", Requests(sized=False), few, telling, "", late=True)
 
 
 def idle_async() -> None:
     with peers.portal() as others:
-        compare("hand over an async task", through_middleware(), others, telling_async, "<= 15")
-        stream = through_middleware(sized=False)
-        compare("the same, of a stream", stream, others, telling_async, "")
+        compare("hand over an async task", Requests(), others, telling_async, "<= 15")
+        what = "the same, of a stream"
+        compare(what, Requests(sized=False), others, telling_async, "", late=True)
 
 
 def blocked() -> None:
     with peers.portal() as others:
         what = "the same, loop blocked for 50 ms"
-        compare(what, through_middleware(), others, telling_async, "<= 1000", block=True)
+        compare(what, Requests(), others, telling_async, "<= 1000", block=True)
 
 
 def all_of_them(hand_over: HandOver, func: Callable[[Countdown], Func], size: int) -> float:
@@ -122,7 +149,7 @@ def rate(size: int, goal: str) -> None:
             if name != "SimpleQueue"
         }
         others["Starlette"] = partial(peers.starlette, options.tasks, size)
-        ours = partial(all_of_them, through_middleware(), peers.counting, size)
+        ours = partial(all_of_them, Requests().make, peers.counting, size)
         mine, *theirs = in_turns(ours, *others.values(), rounds=min(options.rounds, 7))
     for name, peer in zip(others, theirs, strict=True):
         row(
@@ -137,7 +164,7 @@ def rate(size: int, goal: str) -> None:
 def waiting_async() -> None:
     seconds = options.tasks / 10_000  # less for fewer, so that a short run is short
     with peers.portal() as portal:
-        handing = {"wsgi_bg": through_middleware(), **portal}
+        handing = {"wsgi_bg": Requests().make, **portal}
 
         def subjects(seconds: float) -> dict[str, Callable[[], float]]:
             func = partial(peers.waiting, seconds=seconds)
@@ -166,7 +193,7 @@ def sleeping() -> None:
             "anyio limiter": partial(peers.limited, options.tasks, peers.sleeping),
             "ThreadPoolExecutor": partial(all_of_them, submit, peers.sleeping, 1),
         }
-        ours = partial(all_of_them, through_middleware(), peers.sleeping, 1)
+        ours = partial(all_of_them, Requests().make, peers.sleeping, 1)
         mine, *theirs = in_turns(ours, *others.values(), rounds=min(options.rounds, 5))
     for name, peer in zip(others, theirs, strict=True):
         row(

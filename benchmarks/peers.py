@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.util import find_spec
 from itertools import count
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import anyio.to_thread
@@ -19,7 +20,7 @@ from anyio.from_thread import start_blocking_portal
 from flask import Flask
 from starlette.background import BackgroundTasks as StarletteTasks
 
-from benchmarks.measure import request
+from benchmarks.measure import HEADERS, request, start_response
 from wsgi_bg import ENVIRON_KEY, BackgroundTasksMiddleware, PoolRunner
 
 Func = Callable[[], Any]
@@ -70,34 +71,55 @@ def waiting(countdown: Countdown, seconds: float) -> Func:
     return wait
 
 
-def through_middleware(*, sized: bool = True) -> HandOver:
-    """A function that makes a request which adds the functions that it is given.
+class Requests:
+    """Requests through the middleware, whose application only adds the given functions.
 
-    :param sized: whether the response has a declared length, and is complete.
+    :param sized: whether the responses have a declared length, and are complete.
     """
-    runner = PoolRunner(threads=THREADS, max_pending=None)
-    headers = [("Content-Length", "2")] if sized else []
 
-    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+    def __init__(self, *, sized: bool = True) -> None:
+        self._headers = HEADERS if sized else []
+        runner = PoolRunner(threads=THREADS, max_pending=None)
+        self._app = BackgroundTasksMiddleware(self._add, runner=runner)
+
+    def _add(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
         add_task = environ[ENVIRON_KEY].add_task
         for func in environ["functions"]:
             add_task(func)
-        start_response("200 OK", headers)
+        start_response("200 OK", self._headers)
         return [b"ok"]
 
-    environ: dict[str, Any] = {
-        "REQUEST_METHOD": "GET",
-        "SERVER_PROTOCOL": "HTTP/1.1",
-        "waitress.client_disconnected": None,  # a server that is known
-        "functions": (),
-    }
-    serve = request(BackgroundTasksMiddleware(app, runner=runner), environ)
+    def begin(self, *functions: Func) -> HandOver:
+        """Make a request; return the ``close()`` that the server calls at its end."""
+        environ: dict[str, Any] = {
+            "REQUEST_METHOD": "GET",
+            "SERVER_PROTOCOL": "HTTP/1.1",
+            "waitress.client_disconnected": None,  # a server that is known
+            "functions": functions,
+        }
+        body: Any = self._app(environ, cast("Any", start_response))
+        for _ in body:
+            pass
+        return body.close  # type: ignore[no-any-return]
 
-    def hand_over(*functions: Func) -> None:
-        environ["functions"] = functions
+    def make(self, *functions: Func) -> None:
+        self.begin(*functions)()
+
+
+def beside_request(hand_over: HandOver) -> Callable[[Func], HandOver]:
+    """The same for a peer: a request to a bare application, then the peer's own call."""
+
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        start_response("200 OK", HEADERS)
+        return [b"ok"]
+
+    serve = request(app)
+
+    def begin(func: Func) -> HandOver:
         serve()
+        return partial(hand_over, func)
 
-    return hand_over
+    return begin
 
 
 @contextmanager
