@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from asyncio import CancelledError
+from asyncio import CancelledError, current_task
 from collections.abc import Callable
 from contextvars import Context
 from inspect import GEN_CREATED, getgeneratorstate, isawaitable, isgenerator
 from types import CoroutineType
 from typing import Any
 
-from . import portal, report, steps
+from . import portal, report
 from .interrupts import goes_through
+from .steps import DONE, RestOf, as_coroutine, cancellations
 from .task import BackgroundTask
 from .tasks import CLOSED, ENDED, BackgroundTasks
 
@@ -26,6 +27,7 @@ class Batch:
     :ivar response_complete: whether the server needs nothing more from the application
         to finish the response. If not, :meth:`run` must not be called before ``submit``
         has returned.
+    :ivar not_before: when its runner will have it begin, by :func:`time.monotonic`.
     :ivar succeeded: how many tasks have returned.
     :ivar failed: how many have raised.
     :ivar discarded: how many will not run.
@@ -44,6 +46,7 @@ class Batch:
         "_when_done",
         "discarded",
         "failed",
+        "not_before",
         "response_complete",
         "succeeded",
     )
@@ -52,6 +55,7 @@ class Batch:
         self, tasks: BackgroundTasks, *, request_failed: bool, response_complete: bool
     ) -> None:
         self.response_complete = response_complete
+        self.not_before = 0.0
         self.succeeded = self.failed = self.discarded = 0
         self._of = tasks
         self._list = tasks.tasks
@@ -216,27 +220,29 @@ class Batch:
         Where a task is cancelled it ends early, for the next tasks to run in an asyncio
         task that is not.
         """
-        cancellations = steps.cancellations_of_current_task()
+        this = current_task()
         try:
+            task: BackgroundTask | None
             while True:
                 if self._begun is not None:  # what a plain function has returned
                     task, context, awaitable = self._begun
                     self._begun = None
-                elif (next_task := self._next(is_async=True)) is not None:
-                    task, awaitable = next_task, None
-                    context = self._of._context_of(task)
                 else:
-                    return
+                    task = self._next(is_async=True)
+                    if task is None:
+                        return
+                    awaitable = None
+                    context = self._of._context_of(task)
                 cancelled = False
                 try:
                     if awaitable is None:
                         awaitable = context.run(task.func, *task.args, **task.kwargs)
                     if type(awaitable) is not CoroutineType:
-                        awaitable = steps.as_coroutine(awaitable)
+                        awaitable = as_coroutine(awaitable)
                     # The first step, and for a coroutine that waits for nothing the last.
-                    waits_for = context.run(next, awaitable.__await__(), steps.DONE)
-                    if waits_for is not steps.DONE:
-                        await steps.RestOf(context, awaitable, waits_for)
+                    waits_for = context.run(next, awaitable.__await__(), DONE)
+                    if waits_for is not DONE:
+                        await RestOf(context, awaitable, waits_for)
                 except BaseException as exc:
                     cancelled = isinstance(exc, CancelledError)
                     if cancelled and self._abandoned:
@@ -245,7 +251,7 @@ class Batch:
                 else:
                     self.succeeded += 1
                 self._running = None
-                if cancelled or cancellations() > 0:
+                if cancelled or cancellations(this) > 0:
                     return
         finally:
             self._tell_if_ended()

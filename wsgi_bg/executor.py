@@ -21,7 +21,9 @@ class LoopExecutor(ThreadPoolExecutor):
 
     def __init__(self) -> None:
         super().__init__(max_workers=1)  # which starts none before its own submit()
-        self._workers = Workers(min(32, (os.cpu_count() or 1) + 4), "wsgi_bg-loop")
+        self._workers = Workers[Callable[[], None]](
+            lambda work: work(), min(32, (os.cpu_count() or 1) + 4), "wsgi_bg-loop"
+        )
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Call ``fn(*args, **kwargs)`` on a thread; where there is none, right here."""

@@ -42,10 +42,10 @@ def _thread() -> PortalThread:
     return running
 
 
-def is_running() -> bool:
-    """Whether :func:`start` will not block to make the portal."""
+def peek() -> PortalThread | None:
+    """The portal's thread, if there is one that runs; does not block to make it."""
     running = _threads.peek()
-    return running is not None and not running.has_ended
+    return None if running is None or running.has_ended else running
 
 
 def start(
@@ -60,7 +60,7 @@ def start(
         any thread if the loop was ended before it could begin.
     :raises RuntimeError: if there is no portal, nor one to be had.
     """
-    if is_exiting() and not is_running():
+    if is_exiting() and peek() is None:
         raise RuntimeError("the interpreter is exiting: no thread can start")
     _thread().start(subject, work, then)
 

@@ -67,7 +67,8 @@ def refuse_eventlet(environ: WSGIEnvironment) -> None:
 def recognise(environ: WSGIEnvironment) -> Server | None:
     """The server that made ``environ``, if it is one of :data:`SERVERS`."""
     for server in SERVERS:
-        if server.contains in str(environ.get(server.key, "")) and server.key in environ:
+        _, key, contains = server
+        if key in environ and contains in str(environ[key]):
             return server
     return None
 

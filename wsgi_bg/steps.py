@@ -16,6 +16,10 @@ from typing import Any
 # the StopIteration that coroutine.send() raises then.
 DONE: Any = object()
 
+# How often an asyncio task was asked to end, less the times that this was taken back; always
+# 0 on Python 3.10, which does not count.
+cancellations: Callable[[Any], int] = getattr(asyncio.Task, "cancelling", lambda task: 0)
+
 
 async def in_context(context: Context, awaitable: Awaitable[Any]) -> Any:
     """Await ``awaitable`` with every step of it run in ``context``."""
@@ -70,11 +74,3 @@ class RestOf(Generator[Any, Any, Any]):
     def throw(self, *exc: Any) -> Any:
         """A cancellation, which is for the coroutine to see."""
         return self._context.run(self._coroutine.throw, *exc)
-
-
-def cancellations_of_current_task() -> Callable[[], int]:
-    """A function that says how often the running asyncio task was asked to end.
-
-    Without those that were taken back; always 0 on Python 3.10, which does not count.
-    """
-    return getattr(asyncio.current_task(), "cancelling", int)

@@ -11,35 +11,38 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from itertools import count
+from typing import Generic, TypeVar
 
 from .report import logger
 
-Job = Callable[[], object]
+Job = TypeVar("Job")
 
 IDLE_TIMEOUT = 60.0
 """How long a worker without work stays, in seconds."""
 
 
-class Workers:
+class Workers(Generic[Job]):
     """Up to ``limit`` daemon threads of one process.
 
+    :param work: called with each job on a thread; lets nothing out.
     :param limit: how many threads at most; ``math.inf`` for no limit.
     :param name: how the threads' names begin.
     """
 
-    def __init__(self, limit: float, name: str) -> None:
+    def __init__(self, work: Callable[[Job], object], limit: float, name: str) -> None:
+        self._work = work
         self._limit = limit
         self._name = name
         # Guards all below. Its lock can be taken again: a signal handler may have
         # interrupted its holder.
         self._lock = threading.RLock()
-        self._idle: list[_Worker] = []
+        self._idle: list[_Worker[Job]] = []
         self._backlog: deque[Job] = deque()
         self._alive = 0
         self._numbers = count()
 
     def take(self, job: Job) -> bool:
-        """Have ``job()`` called on a thread, in the order of the calls; does not block.
+        """Have a thread do ``job``, in the order of the calls; does not block.
 
         :return: False if no thread is there, nor to be had: the job was not taken.
         """
@@ -58,7 +61,7 @@ class Workers:
 
     def _start(self, job: Job) -> bool:
         thread = threading.Thread(
-            target=self._work,
+            target=self._run,
             args=(_Worker(job),),
             name=f"{self._name}-{next(self._numbers)}",
             daemon=True,
@@ -70,17 +73,17 @@ class Workers:
         self._alive += 1
         return True
 
-    def _work(self, worker: _Worker) -> None:
+    def _run(self, worker: _Worker[Job]) -> None:
         job = worker.take_job()
         while job is not None:
             try:
-                job()
-            except BaseException as exc:  # a greenlet's kill: jobs let nothing else out
+                self._work(job)
+            except BaseException as exc:  # a greenlet's kill
                 logger.error("%s was stopped", self._name, exc_info=exc)
             del job  # an idle thread holds no request
             job = self._next(worker)
 
-    def _next(self, worker: _Worker) -> Job | None:
+    def _next(self, worker: _Worker[Job]) -> Job | None:
         """Wait for the worker's next job; None if the worker is to end."""
         with self._lock:
             if self._backlog:
@@ -96,7 +99,7 @@ class Workers:
         return worker.take_job()
 
 
-class _Worker:
+class _Worker(Generic[Job]):
     """A thread's place for its next job."""
 
     __slots__ = ("_job", "woken")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from functools import partial
 from math import inf
 from types import NoneType
 from typing import TYPE_CHECKING
@@ -68,6 +67,9 @@ class PoolRunner:
             raise OptionValueError("drain_timeout", drain_timeout, "0 seconds or more")
         self._threads = threads
         self._max_pending = max_pending
+        limit = inf if max_pending is None else max_pending
+        # [True] for complete responses, [False] for others.
+        self._limits = (max(limit, 1) * _INCOMPLETE_FACTOR, limit)
         self.drain_timeout = drain_timeout
         self._crews = PerProcess(lambda: _Crew(threads))
 
@@ -78,18 +80,10 @@ class PoolRunner:
             that runs here.
         """
         crew = self._crews.get()
-        has_room = self._enter(crew.ledger, batch)
-        has_tasks = batch.next_is_async is not None
-        wait_until = 0.0 if batch.response_complete else time.monotonic() + PUT_OFF
-        if not (has_room and has_tasks and not is_exiting() and crew.take(batch, wait_until)):
-            batch.run()
-
-    def _enter(self, ledger: Ledger, batch: Batch) -> bool:
-        limit = inf if self._max_pending is None else self._max_pending
-        if not batch.response_complete:
-            limit = max(limit, 1) * _INCOMPLETE_FACTOR
-        has_room = ledger.enter(batch, limit)
-        if not (has_room or batch.response_complete or ledger.is_draining):
+        is_complete = batch.response_complete
+        limit = self._limits[is_complete]
+        has_room = crew.ledger.enter(batch, limit)
+        if not (has_room or is_complete or crew.ledger.is_draining):
             logger.warning(
                 "%d batches are pending in %r: %r runs before its response is complete, "
                 "and its client waits",
@@ -97,7 +91,10 @@ class PoolRunner:
                 self,
                 batch,
             )
-        return has_room
+        if not is_complete:
+            batch.not_before = time.monotonic() + PUT_OFF
+        if not (has_room and not is_exiting() and crew.take(batch)):
+            batch.run()
 
     def drain(self, timeout: float) -> list[BackgroundTask]:
         """Take no more work in and wait until all is done; blocks.
@@ -138,46 +135,45 @@ class _Crew:
 
     def __init__(self, threads: int) -> None:
         self.ledger = Ledger()
-        self._workers = Workers(threads, "wsgi_bg-pool")
-        self._waiting = Workers(inf, "wsgi_bg-wait")  # greenlets, which are cheap to hold
+        self._workers = Workers(self._work, threads, "wsgi_bg-pool")
+        # Greenlets, which are cheap to hold; see _work().
+        self._waiting = Workers(Batch.run, inf, "wsgi_bg-wait")
+        self._then = self._pass_on  # one object for all batches
 
-    def take(self, batch: Batch, wait_until: float) -> bool:
-        """Have the batch begin, not before ``wait_until`` by the monotonic clock.
+    def take(self, batch: Batch) -> bool:
+        """Have the batch begin; False if it has no task or there is no thread to be had."""
+        is_async = batch.next_is_async
+        if is_async and not greenlets.are_threads():
+            thread = portal.peek()
+            if thread is not None:
+                work = _run_late if batch.not_before else Batch.run_async
+                thread.start(batch, work, self._then)
+                return True
+            # It would have to be made first, which takes longer than close() may.
+        return is_async is not None and self._workers.take(batch)
 
-        :return: False if there is neither a thread nor one to be had.
-        """
-        if batch.next_is_async and portal.is_running() and not greenlets.are_threads():
-            self._await(batch, wait_until)
-            return True
-        # The portal would have to be made first, which takes longer than close() may.
-        return self._workers.take(partial(self._work, batch, wait_until))
-
-    def _work(self, batch: Batch, wait_until: float = 0.0) -> None:
+    def _work(self, batch: Batch) -> None:
         """On a worker: run plain functions, then pass the batch on."""
-        if wait_until:
-            time.sleep(max(0.0, wait_until - time.monotonic()))
+        wait = batch.not_before and batch.not_before - time.monotonic()
+        if wait > 0:
+            time.sleep(wait)
         if not batch.run_plain():
             return
         if greenlets.are_threads():
             # The loop's thread could not pass it on: its greenlets are not the server's.
-            self._waiting.take(batch.run)
+            self._waiting.take(batch)
             return
         try:
-            self._await(batch)
+            portal.start(batch, Batch.run_async, self._then)
         except RuntimeError:  # no portal to be had
             batch.run()
 
-    def _await(self, batch: Batch, wait_until: float = 0.0) -> None:
-        """From any thread: have the loop run async functions and pass the batch on."""
-        work = partial(_run_late, wait_until) if wait_until else Batch.run_async
-        portal.start(batch, work, self._pass_on)
-
     def _pass_on(self, batch: Batch) -> None:
         """On the loop: have a worker go on with what is left of the batch."""
-        if not batch.has_ended and not self._workers.take(partial(self._work, batch)):
+        if not batch.has_ended and not self._workers.take(batch):
             self._work(batch)  # no thread to be had: better than not at all
 
 
-async def _run_late(wait_until: float, batch: Batch) -> None:
-    await asyncio.sleep(wait_until - time.monotonic())
+async def _run_late(batch: Batch) -> None:
+    await asyncio.sleep(batch.not_before - time.monotonic())
     await batch.run_async()
