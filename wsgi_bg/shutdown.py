@@ -6,6 +6,7 @@ import atexit
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from . import portal
@@ -23,6 +24,10 @@ _PORTAL_TIMEOUT = 0.5
 
 # By id, and held: a runner that no one holds any more may still have work.
 _runners: dict[int, Runner] = {}
+# Those that were given their time, and the tasks that were named: wsgi_bg.serve() leaves
+# before the interpreter exits, and neither is to come twice.
+_drained: dict[int, Runner] = {}
+_named: dict[int, BackgroundTask] = {}
 
 
 def register(runner: Runner) -> None:
@@ -46,44 +51,72 @@ def _leave_if_in(pid: int, flush: Callable[[], None]) -> None:
         leave()
 
 
-def leave() -> None:
+def leave(*, limit: float | None = None, began: float | None = None) -> list[BackgroundTask]:
     """Drain every runner, name at ERROR what was not finished, leave the portal.
 
-    Blocks for the longest ``drain_timeout`` at most, and half a second for the portal.
+    Blocks for the longest ``drain_timeout`` at most, and half a second for the portal. A
+    second call does not wait for a runner again.
 
+    :param limit: how long to wait, in seconds, in place of each runner's own limit.
+    :param began: when that time began, by :func:`time.monotonic`; None for now.
+    :return: the tasks that were named.
     :raises KeyboardInterrupt: if that ends the wait; the tasks are named all the same.
     """
-    began = time.monotonic()
-    runners = list(_runners.values())
+    if began is None:
+        began = time.monotonic()
+    waiting = [runner for key, runner in list(_runners.items()) if key not in _drained]
+    left: list[BackgroundTask] = []
     try:
-        for runner in runners:
-            _drain(runner, began + _limit_of(runner) - time.monotonic())
+        for runner in waiting:
+            _drain(runner, began + _limit_of(runner, limit) - time.monotonic())
     finally:
         # What came in meanwhile is named too; a batch that two runners know of, once.
-        for runner in runners:
-            _name(runner, getattr(runner, "abandon", list)())
-        portal.stop(_PORTAL_TIMEOUT)
+        for key, runner in list(_runners.items()):
+            _drained[key] = runner
+            reason = f"within the drain time of {_limit_of(runner, limit):g} seconds"
+            left += _name(runner, reason)
+        portal.stop(_PORTAL_TIMEOUT if waiting else 0.0)
+    return left
+
+
+def name_all(reason: str) -> None:
+    """Let no task begin any more and name at ERROR those not finished; does not wait."""
+    for runner in list(_runners.values()):
+        _name(runner, reason)
+
+
+def longest_limit() -> float:
+    """The longest time that a runner wants for its tasks, in seconds."""
+    return max(_limit_of(runner) for runner in list(_runners.values()))
 
 
 def _drain(runner: Runner, timeout: float) -> None:
     try:
-        left = runner.drain(max(0.0, timeout))
+        runner.drain(max(0.0, timeout))
     except Exception as exc:  # a user's runner; the others have tasks too
         logger.error("%r could not be drained", runner, exc_info=exc)
-        return
-    if not hasattr(runner, "abandon"):
-        _name(runner, left)
 
 
-def _name(runner: Runner, tasks: list[BackgroundTask]) -> None:
-    for task in tasks:
+def _name(runner: Runner, reason: str) -> list[BackgroundTask]:
+    left = [task for task in _left_of(runner) if id(task) not in _named]
+    for task in left:
+        _named[id(task)] = task
         logger.error(
-            "background task %s was not finished within the drain time of %g seconds: "
-            "the process ends without it",
+            "background task %s was not finished %s: the process ends without it",
             task.name,
-            _limit_of(runner),
+            reason,
         )
+    return left
 
 
-def _limit_of(runner: Runner) -> float:
-    return float(getattr(runner, "drain_timeout", DRAIN_TIMEOUT))
+def _left_of(runner: Runner) -> list[BackgroundTask]:
+    abandon: Callable[[], list[BackgroundTask]] | None = getattr(runner, "abandon", None)
+    if abandon is not None:
+        return abandon()
+    with suppress(Exception):  # that it cannot be drained was said
+        return runner.drain(0.0)
+    return []
+
+
+def _limit_of(runner: Runner, limit: float | None = None) -> float:
+    return float(getattr(runner, "drain_timeout", DRAIN_TIMEOUT)) if limit is None else limit
