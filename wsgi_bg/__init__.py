@@ -8,6 +8,7 @@ from .context import ENVIRON_KEY, background_tasks, get_background_tasks
 from .injection import inject
 from .middleware import BackgroundTasksMiddleware
 from .runners import InlineRunner, PoolRunner
+from .serving import serve
 from .task import BackgroundTask
 from .tasks import BackgroundTasks
 
@@ -22,6 +23,7 @@ __all__ = [
     "background_tasks",
     "get_background_tasks",
     "inject",
+    "serve",
 ]
 
 __version__ = "0.1.0"

@@ -84,3 +84,26 @@ class OptionTypeError(OptionError, TypeError):
 
 class OptionValueError(OptionError, ValueError):
     """An option was given a value that it does not know."""
+
+
+class MainThreadError(WsgiBgError, RuntimeError):
+    """``serve`` was called on a thread that cannot have signal handlers."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "serve() stops on SIGTERM and SIGINT, and Python has signal handlers on the "
+            "main thread only: call it there"
+        )
+
+
+class ExtraMissingError(WsgiBgError, ImportError):
+    """A package of an extra is not installed.
+
+    :ivar extra: the name of the extra.
+    """
+
+    def __init__(self, extra: str, wanted_by: str) -> None:
+        super().__init__(
+            f"{wanted_by} needs a package that is not installed: pip install 'wsgi_bg[{extra}]'"
+        )
+        self.extra = extra

@@ -1,0 +1,129 @@
+"""A waitress server that stops without losing a request; imports waitress.
+
+waitress has no handler for SIGTERM. On SIGINT it waits five seconds for its threads, but
+the loop that sends what they write has ended by then. Here the loop goes on until the
+requests in hand are answered and their last byte is with the kernel.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from waitress import create_server, wasyncore
+from waitress.channel import HTTPChannel
+from waitress.server import BaseWSGIServer
+from waitress.trigger import trigger
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIApplication
+
+# How long waitress's threads may take to end where no time is left, in seconds.
+_THREADS_TIMEOUT = 0.1
+
+
+class GracefulServer:
+    """Listens as soon as it is made; accepts once :meth:`run` is called.
+
+    :param options: what ``waitress.create_server`` takes.
+    :raises ValueError: if waitress refuses the options.
+    :raises OSError: if an address cannot be listened on.
+    """
+
+    def __init__(self, app: WSGIApplication, options: dict[str, Any]) -> None:
+        # What the loop watches: listeners, connections, triggers.
+        self._watched: dict[int, Any] = {}
+        self._is_stopping = False
+        try:
+            create_server(app, map=self._watched, **options)
+        except OSError:  # for the second of two addresses, perhaps
+            for listener in self._of_type(BaseWSGIServer):
+                listener.task_dispatcher.shutdown()
+            wasyncore.close_all(self._watched)
+            raise
+        self._listeners = self._of_type(BaseWSGIServer)
+        self._adjustments = self._listeners[0].adj
+        self._dispatcher = self._listeners[0].task_dispatcher
+        # Those of the listeners are for the threads that answer.
+        self._trigger = trigger(self._watched)
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where it listens, as clients spell it."""
+        return [_address_of(listener) for listener in self._listeners]
+
+    def run(self) -> None:
+        """Serve, on this thread, until :meth:`stop` is called."""
+        while not self._is_stopping:
+            self._turn(self._adjustments.asyncore_loop_timeout)
+
+    def stop(self) -> None:
+        """Have :meth:`run` return; for signal handlers: takes no lock, does not block."""
+        self._is_stopping = True
+        self._trigger.pull_trigger()  # select() goes on after a handler that returns
+
+    def finish(self, deadline: float) -> int:
+        """Accept nothing more, answer what has come, end the threads, close all.
+
+        A request has come when its first byte has, on a connection that was accepted or
+        that waited to be: its client could not know better.
+
+        :param deadline: until when to wait, by :func:`time.monotonic`.
+        :return: how many requests were not finished.
+        """
+        self._stop_listening()
+        self._turn(0.0)
+        while self._close_idle() and (left := deadline - time.monotonic()) > 0:
+            self._turn(min(left, self._adjustments.asyncore_loop_timeout))
+        unfinished = self._end_threads(max(_THREADS_TIMEOUT, deadline - time.monotonic()))
+        self._close()
+        return unfinished
+
+    def _turn(self, timeout: float) -> None:
+        use_poll = self._adjustments.asyncore_use_poll
+        wasyncore.loop(timeout=timeout, use_poll=use_poll, map=self._watched, count=1)
+
+    def _stop_listening(self) -> None:
+        for listener in self._listeners:
+            connections = -1
+            while listener.readable() and len(self._watched) != connections:
+                connections = len(self._watched)
+                listener.handle_accept()
+            # Not listener.close(): the threads still need its trigger.
+            wasyncore.dispatcher.close(listener)
+
+    def _close_idle(self) -> list[Any]:
+        """Close the connections that nothing is to be done for; return the others."""
+        busy = []
+        for channel in self._of_type(HTTPChannel):
+            # In this order: a thread drops the request after it has written the response.
+            if channel.requests or channel.request is not None or channel.total_outbufs_len:
+                busy.append(channel)
+            else:
+                channel.handle_close()
+        return busy
+
+    def _end_threads(self, timeout: float) -> int:
+        """Wait for the threads; return how many requests they leave, or have not begun,
+        or have answered to a client that has not read it all."""
+        self._dispatcher.shutdown(cancel_pending=False, timeout=timeout)
+        unread = [c for c in self._close_idle() if c.total_outbufs_len and not c.requests]
+        return len(self._dispatcher.threads) + len(self._dispatcher.queue) + len(unread)
+
+    def _close(self) -> None:
+        for channel in self._of_type(HTTPChannel):
+            channel.handle_close()  # lets a thread go that waits to write
+        if not self._dispatcher.threads:
+            # One that goes on may pull its trigger, and must not write to whatever file
+            # has got that number by then.
+            wasyncore.close_all(self._watched)
+
+    def _of_type(self, kind: type) -> list[Any]:
+        return [item for item in list(self._watched.values()) if isinstance(item, kind)]
+
+
+def _address_of(listener: Any) -> str:
+    host, port = listener.effective_host, listener.effective_port
+    if host == "unix":
+        return f"unix:{port}"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
