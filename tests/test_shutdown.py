@@ -313,6 +313,61 @@ def test_a_portal_that_was_used_does_not_hang_the_exit() -> None:
     ) == (0, ["ran"])
 
 
+def test_a_second_leave_neither_waits_nor_names_again() -> None:
+    code, lines = run(
+        """
+        from wsgi_bg import shutdown
+        from wsgi_bg.runners import Statistics
+
+        begun = threading.Event()
+
+        def stuck():
+            begun.set()
+            threading.Event().wait()
+
+        class Mine:
+            drain_timeout = 3600.0
+            def __init__(self): self.tasks = []
+            def submit(self, batch): self.tasks += batch.tasks
+            def drain(self, timeout):
+                print("drain", timeout)
+                return self.tasks
+            def statistics(self): return Statistics(0, 0, 0, 0, 0)
+
+        mine = Mine()
+        request(mine, int)
+        request(PoolRunner(drain_timeout=3600.0), stuck)
+        assert begun.wait(10)
+        left = shutdown.leave(limit=0.25, began=__import__("time").monotonic() - 3600)
+        print([task.name for task in left])
+        request(mine, float)
+        """
+    )
+    name = "ERROR background task {} was not finished within the drain time of {} seconds: "
+    name += "the process ends without it"
+    assert code == 0
+    assert lines == [
+        "drain 0.0",  # its time is over
+        "drain 0.0",  # and what is left
+        name.format("builtins.int", "0.25"),
+        name.format("__main__.stuck", "0.25"),
+        "['builtins.int', '__main__.stuck']",
+        "drain 0.0",  # at the exit: what is left
+        name.format("builtins.float", "3600"),
+    ]
+
+
+def test_the_longest_limit_is_that_of_the_runner_that_wants_most() -> None:
+    assert run(
+        """
+        from wsgi_bg import shutdown
+        print(shutdown.longest_limit())
+        request(PoolRunner(drain_timeout=60))
+        print(shutdown.longest_limit())
+        """
+    ) == (0, ["30.0", "60.0"])
+
+
 def test_a_process_without_tasks_has_no_thread_and_nothing_to_wait_for() -> None:
     assert run(
         """

@@ -142,8 +142,8 @@ def run(server: GracefulServer, drain_timeout: float | None) -> Unfinished:
         requests = server.finish(began + limit)
         if requests:
             logger.error(
-                "%d requests, or tasks that run on their threads, were not finished within "
-                "the drain time of %g seconds: the process ends without them",
+                "%d requests, their inline tasks included, were not finished within the "
+                "drain time of %g seconds: the process ends without them",
                 requests,
                 limit,
             )

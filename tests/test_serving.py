@@ -1,0 +1,363 @@
+"""The stop of ``wsgi-bg``: real processes, real signals, real connections."""
+
+from __future__ import annotations
+
+import math
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import wsgi_bg
+import wsgi_bg.serving as wsgi_bg_serving
+from tests.command import SHOP, running, serving, write
+from tests.support import TIMEOUT, App, app_that
+from wsgi_bg import graceful
+from wsgi_bg.exceptions import ExtraMissingError, MainThreadError
+from wsgi_bg.graceful import GracefulServer
+from wsgi_bg.signals import StopSignals
+
+each_signal = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+
+
+def not_finished(name: str, reason: str) -> str:
+    return (
+        f"ERROR:wsgi_bg:background task {name} was not finished {reason}: the process ends "
+        "without it"
+    )
+
+
+@pytest.mark.parametrize("options", [(), ("--", "--asyncore-use-poll")])
+@each_signal
+def test_a_response_in_the_middle_is_finished_and_then_its_task_runs(
+    number: signal.Signals, options: tuple[str, ...], tmp_path: Path
+) -> None:
+    with serving(tmp_path, *options) as command:
+        response = command.ask("/stream")
+        assert response.readline() == b"first\n"
+        command.stop_accepting(number)
+        command.open_gate()
+        assert response.read() == b"last\n"
+        assert command.line() == "task ran"
+        assert command.end() == (0, [])
+
+
+@pytest.mark.parametrize("runner", ["pool", "inline"])
+@pytest.mark.parametrize("path", ["/plain", "/coroutine"])
+def test_tasks_are_waited_for_with_those_that_they_add(
+    path: str, runner: str, tmp_path: Path
+) -> None:
+    with serving(tmp_path, "--runner", runner) as command:
+        assert command.ask(path).read() == b"ok\n"
+        assert command.line() == "task begins"
+        command.stop_accepting()
+        command.open_gate()
+        assert command.line() == "task ends"
+        assert command.line() == "task of the task ran"
+        assert command.end() == (0, [])
+
+
+def test_requests_that_wait_for_a_thread_are_answered(tmp_path: Path) -> None:
+    with serving(tmp_path, "--threads", "1") as command:
+        connections = [command.request("/held") for _ in range(3)]
+        assert command.line() == "request begins"
+        command.stop_accepting()
+        for connection in connections:
+            command.open_gate()
+            assert connection.getresponse().read() == b"ok\n"
+        said = [command.line() for _ in range(5)]
+        assert sorted(said) == 2 * ["request begins"] + 3 * ["task ran"]
+        assert command.end() == (0, [])
+
+
+def test_a_large_response_is_sent_to_its_last_byte(tmp_path: Path) -> None:
+    with serving(tmp_path) as command:
+        response = command.ask("/large")
+        assert command.line() == "task ran"
+        command.stop_accepting()
+        assert len(response.read()) == 20_000_000
+        assert command.end() == (0, [])
+
+
+def test_a_request_of_which_a_part_has_come_is_answered(tmp_path: Path) -> None:
+    with serving(tmp_path) as command:
+        connection = command.connect()
+        connection.putrequest("POST", "/echo")
+        connection.putheader("Content-Length", "6")
+        connection.endheaders(b"abc")
+        command.stop_accepting()
+        connection.send(b"def")
+        assert connection.getresponse().read() == b"abcdef"
+        assert command.end() == (0, [])
+
+
+def test_a_request_whose_client_has_left_is_finished_too(tmp_path: Path) -> None:
+    options = ("--", "--channel-request-lookahead", "1")  # notices that at once
+    with serving(tmp_path, *options) as command:
+        connection = command.request("/held")
+        assert command.line() == "request begins"
+        connection.close()
+        command.stop_accepting()
+        command.open_gate()
+        assert command.line() == "task ran"
+        assert command.end() == (0, [])
+
+
+def test_an_idle_connection_is_closed_and_not_waited_for(tmp_path: Path) -> None:
+    with serving(tmp_path) as command:
+        silent, idle = command.connect(), command.request("/answer")
+        assert idle.getresponse().read() == b"ok\n"
+        command.stop_accepting()
+        for connection in (silent, idle):
+            assert connection.sock is not None
+            assert connection.sock.recv(1) == b""
+        assert command.end() == (0, [])
+
+
+def test_a_stuck_task_is_named_once_and_the_status_is_1(tmp_path: Path) -> None:
+    with serving(tmp_path, "--drain-timeout", "0.3") as command:
+        assert command.ask("/plain").read() == b"ok\n"
+        assert command.line() == "task begins"
+        command.send(signal.SIGTERM)
+        reason = "within the drain time of 0.3 seconds"
+        assert command.end() == (1, [not_finished("shop.slow", reason)])
+
+
+def test_a_stuck_request_is_counted_and_the_status_is_1(tmp_path: Path) -> None:
+    with serving(tmp_path, "--drain-timeout", "0.3", "--threads", "1") as command:
+        stuck, waiting = command.request("/held"), command.request("/held")
+        assert command.line() == "request begins"
+        command.send(signal.SIGTERM)
+        assert command.end() == (
+            1,
+            [
+                "ERROR:wsgi_bg:2 requests, their inline tasks included, were not finished "
+                "within the drain time of 0.3 seconds: the process ends without them"
+            ],
+        )
+        for connection in (stuck, waiting):
+            with pytest.raises(OSError):  # noqa: PT011  # reset, or closed unanswered
+                connection.getresponse()
+
+
+def test_a_response_that_its_client_does_not_read_is_counted(tmp_path: Path) -> None:
+    with serving(tmp_path, "--drain-timeout", "0.3") as command:
+        command.ask("/large")
+        assert command.line() == "task ran"
+        command.send(signal.SIGTERM)
+        code, lines = command.end()
+        assert code == 1
+        assert [line.split(",")[0] for line in lines] == ["ERROR:wsgi_bg:1 requests"]
+
+
+def test_a_request_that_never_comes_whole_is_not_counted(tmp_path: Path) -> None:
+    with serving(tmp_path, "--drain-timeout", "0.3") as command:
+        connection = command.connect()
+        connection.putrequest("POST", "/echo")
+        connection.putheader("Content-Length", "6")
+        connection.endheaders(b"abc")
+        command.send(signal.SIGTERM)
+        assert command.end() == (0, [])
+
+
+@each_signal
+@pytest.mark.parametrize("path", ["/plain", "/held"])
+def test_a_second_signal_names_the_tasks_and_ends_the_process(
+    path: str, number: signal.Signals, tmp_path: Path
+) -> None:
+    with serving(tmp_path, "--drain-timeout", "3600") as command:
+        command.request(path)
+        assert command.line().endswith(" begins")
+        command.stop_accepting()
+        command.send(number)
+        reason = f"before a second signal ({number.name})"
+        left = [not_finished("shop.slow", reason)] if path == "/plain" else []
+        assert command.end() == (-number, left)
+
+
+def test_a_runner_of_the_programs_own_keeps_its_drain_time(tmp_path: Path) -> None:
+    write(tmp_path, "shop", SHOP)
+    write(
+        tmp_path,
+        "program",
+        """
+        import signal, wsgi_bg
+        from shop import app, say
+
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        handlers = [signal.getsignal(number) for number in numbers]
+        runner = wsgi_bg.PoolRunner(drain_timeout=0.3)
+        left = wsgi_bg.serve(app, port=0, runner=runner)
+        say(left.requests, [task.name for task in left.tasks], bool(left))
+        say(handlers == [signal.getsignal(number) for number in numbers])
+        """,
+    )
+    with running([sys.executable, "program.py"], tmp_path) as command:
+        assert command.ask("/plain").read() == b"ok\n"
+        assert command.line() == "task begins"
+        command.send(signal.SIGINT)
+        assert command.line() == "0 ['shop.slow'] True"
+        assert command.line() == "True"
+        reason = "within the drain time of 0.3 seconds"
+        assert command.end() == (0, [not_finished("shop.slow", reason)])
+
+
+# The server alone, in this process: what came before the stop, but was not looked at yet.
+
+
+def finish(app: App, connect: Any, **options: Any) -> int:
+    server = GracefulServer(app, {"listen": "127.0.0.1:0", "threads": 1, **options})
+    connect(int(server.addresses[0].rpartition(":")[2]))
+    server.stop()
+    server.run()
+    return server.finish(time.monotonic() + TIMEOUT)
+
+
+def test_connections_that_wait_to_be_accepted_are_answered() -> None:
+    clients: list[socket.socket] = []
+
+    def connect(port: int) -> None:
+        for _ in range(3):
+            clients.append(socket.create_connection(("127.0.0.1", port), TIMEOUT))
+            clients[-1].sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+
+    assert finish(app_that(lambda environ: None), connect) == 0
+    for client in clients:
+        with client, client.makefile("rb") as received:
+            status, *_, body = received.read().split(b"\r\n")
+        assert (status, body) == (b"HTTP/1.1 200 OK", b"ok")
+
+
+def test_no_more_connections_are_accepted_than_waitress_allows() -> None:
+    clients: list[socket.socket] = []
+
+    def connect(port: int) -> None:
+        for _ in range(3):
+            clients.append(socket.create_connection(("127.0.0.1", port), TIMEOUT))
+            clients[-1].sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+
+    seen: list[object] = []
+    # The listener and the two triggers count.
+    assert finish(app_that(seen.append), connect, connection_limit=5) == 0
+    assert len(seen) == 2
+    for client in clients:
+        client.close()
+
+
+def threads_have_ended() -> bool:
+    """Whether no thread of waitress is left, but those that are just ending."""
+    threads = [each for each in threading.enumerate() if each.name.startswith("waitress-")]
+    for thread in threads:
+        thread.join(TIMEOUT)
+    return not any(thread.is_alive() for thread in threads)
+
+
+def test_the_threads_end_and_nothing_stays_open() -> None:
+    assert finish(app_that(lambda environ: None), lambda port: None) == 0
+    assert threads_have_ended()
+
+
+def test_an_address_that_cannot_be_had_leaves_nothing_open() -> None:
+    with pytest.raises(OSError, match="address"):
+        GracefulServer(app_that(print), {"listen": "127.0.0.1:0 192.0.2.1:1"})
+    assert threads_have_ended()
+
+
+def test_an_ipv6_address_is_written_as_clients_write_it() -> None:
+    listener = SimpleNamespace(effective_host="::1", effective_port=8080)
+    assert graceful._address_of(listener) == "http://[::1]:8080"
+
+
+# serve() itself.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"host": 1}, "host must be a name or an address; got 1"),
+        ({"port": "80"}, "port must be a whole number; got '80'"),
+        ({"port": -1}, "port must be 0 to 65535; got -1"),
+        ({"threads": "4"}, "threads must be a whole number; got '4'"),
+        ({"threads": 0}, "threads must be 1 or more; got 0"),
+        ({"drain_timeout": "1"}, "drain_timeout must be a number of seconds or None; got '1'"),
+        ({"drain_timeout": math.nan}, "drain_timeout must be 0 seconds or more, or None"),
+        ({"runner": "poll"}, "runner must be 'inline', 'pool' or a runner object; got 'poll'"),
+        ({"app": 1}, "app must be a WSGI application"),
+        ({"thread": 4}, "Unknown adjustment 'thread'"),
+    ],
+)
+def test_serve_refuses_options_before_it_listens(options: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        wsgi_bg.serve(**{"app": app_that(print), **options})
+
+
+def test_serve_says_that_it_is_for_the_main_thread() -> None:
+    with ThreadPoolExecutor() as other, pytest.raises(MainThreadError, match="main thread"):
+        other.submit(wsgi_bg.serve, app_that(print)).result(TIMEOUT)
+
+
+def test_serve_says_how_to_install_waitress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "waitress", None)
+    message = re.escape("pip install 'wsgi_bg[waitress]'")
+    with pytest.raises(ImportError, match=message) as raised:
+        wsgi_bg.serve(app_that(print))
+    assert isinstance(raised.value, ExtraMissingError)
+    assert raised.value.extra == "waitress"
+
+
+def test_the_address_is_8080_of_this_host_unless_another_is_given() -> None:
+    assert serving_options() == {"host": "127.0.0.1", "port": 8080}
+    assert serving_options(host=None, port=0) == {"host": "127.0.0.1", "port": 0}
+    assert serving_options(host="::1", port=None) == {"host": "::1", "port": 8080}
+    for option in ({"listen": "*:80"}, {"unix_socket": "x"}, {"sockets": [1]}):
+        assert serving_options(host=None, **option) == option
+
+
+def serving_options(**options: Any) -> dict[str, Any]:
+    return wsgi_bg_serving.complete(options)
+
+
+@pytest.mark.parametrize("previous", [signal.SIG_IGN, None])
+def test_the_handlers_are_put_back_if_python_knows_them(
+    previous: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, Any]] = []
+
+    def install(number: int, handler: Any) -> Any:
+        calls.append((number, handler))
+        return previous  # None for a handler that C code has set
+
+    monkeypatch.setattr("signal.signal", install)
+    with StopSignals(list):
+        calls.clear()
+    handler = signal.SIG_DFL if previous is None else previous
+    assert calls == [(signal.SIGTERM, handler), (signal.SIGINT, handler)]
+
+
+def test_the_process_ends_at_the_second_signal_even_if_the_log_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Real signals; the one that would end this process is only noted."""
+    raised: list[int] = []
+    stops: list[str] = []
+
+    def fail(reason: str) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("wsgi_bg.shutdown.name_all", fail)
+    raise_signal = signal.raise_signal
+    with StopSignals(lambda: stops.append("stop")):
+        raise_signal(signal.SIGTERM)
+        monkeypatch.setattr("signal.raise_signal", raised.append)
+        with pytest.raises(OSError, match="no space"):
+            raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert (stops, raised) == (["stop"], [signal.SIGINT])
