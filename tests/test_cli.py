@@ -118,6 +118,8 @@ def test_it_serves_on_a_unix_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             client.sendall(b"GET /answer HTTP/1.0\r\n\r\n")
             with client.makefile("rb") as received:
                 assert received.read().endswith(b"\r\n\r\nok\n")
+        command.send(signal.SIGTERM)
+        assert command.end() == (0, [])
 
 
 THREADS = """

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.conftest import Log
 from tests.support import run_python
 from wsgi_bg import BackgroundTask, InlineRunner, shutdown
 
@@ -207,6 +208,25 @@ def test_a_runner_that_cannot_be_drained_keeps_no_other_from_it() -> None:
         request("pool", lambda: (leaving.wait(10), print("ran")))
         """
     ) == (0, ["ran"])
+
+
+def test_a_runner_that_cannot_be_drained_is_complained_of_once() -> None:
+    code, lines = run(
+        """
+        from wsgi_bg.runners import Statistics
+
+        class Broken:
+            def submit(self, batch): pass
+            def drain(self, timeout): raise OSError("no broker")
+            def statistics(self): return Statistics(0, 0, 0, 0, 0)
+            def __repr__(self): return "Broken()"
+
+        request(Broken(), int)
+        """
+    )
+    assert code == 0
+    assert lines[0] == "ERROR Broken() could not be drained"
+    assert [line for line in lines if line.startswith("OSError")] == ["OSError: no broker"]
 
 
 def test_what_a_broken_runner_did_not_take_is_waited_for_too() -> None:
@@ -416,6 +436,23 @@ def test_importing_the_package_imports_no_extra() -> None:
     )
     assert done.stdout == "set()\n", done.stderr
     assert sys.version_info >= (3, 10)
+
+
+def test_tasks_are_named_without_a_wait_when_there_is_no_time(
+    monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    class Busy(InlineRunner):
+        def drain(self, timeout: float) -> list[BackgroundTask]:
+            raise AssertionError("this is to wait")
+
+        def abandon(self) -> list[BackgroundTask]:
+            return [BackgroundTask(int)]
+
+    monkeypatch.setattr("wsgi_bg.shutdown._runners", {1: Busy(), 2: Busy()})
+    monkeypatch.setattr("wsgi_bg.shutdown._named", {})
+    shutdown.name_all("since time was up")
+    message = "background task builtins.int was not finished since time was up: "
+    assert log.errors == 2 * [f"{message}the process ends without it"]
 
 
 def test_runners_are_given_their_time_from_one_beginning(
