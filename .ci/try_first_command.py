@@ -18,7 +18,7 @@ TIMEOUT = 600.0  # seconds, for the installation
 
 def main(clone: str, command: str) -> int:
     process = subprocess.Popen(
-        ["bash", "-euo", "pipefail", "-c", command + " 0"],
+        ["bash", "-euo", "pipefail", "-c", command + " --port 0"],
         cwd=clone,
         stdout=subprocess.PIPE,
         text=True,

@@ -1,9 +1,9 @@
 """A Flask view that answers at once and sends its mail after the answer.
 
-    python examples/flask_app.py [PORT]
+    wsgi-bg examples.flask_app:app [--port PORT]
     curl -X POST http://127.0.0.1:8080/send-notification/ada@example.com
 
-Two seconds after the answer log.txt in the current directory has the mail.
+Two seconds later ./log.txt has the mail. Plain waitress: python examples/flask_app.py [PORT]
 """
 
 import os

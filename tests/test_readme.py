@@ -85,7 +85,9 @@ def test_the_test_extra_installs_what_the_test_command_starts() -> None:
 
 def test_the_first_command_serves_the_example_that_the_curl_line_asks() -> None:
     example = EXAMPLES[0]
-    assert command("Try it").endswith(f" && .venv/bin/python examples/{example.name}")
+    module = example.name.removesuffix(".py")
+    assert command("Try it").endswith(f" && .venv/bin/wsgi-bg examples.{module}:app")
+    assert f"    wsgi-bg examples.{module}:app [--port PORT]\n" in example.source
     curl = f"curl -X {example.method} http://127.0.0.1:8080{example.path}\n"
     assert blocks("sh", section("Try it"))[1] == curl
     assert blocks("json", section("Try it")) == [example.answer]
