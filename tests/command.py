@@ -158,6 +158,13 @@ class Command:
         assert stdout.read() == "", "more was said than the test has read"
         return code, [line for line in stderr.read().splitlines() if ":waitress" not in line]
 
+    def ends_within(self, seconds: float) -> bool:
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
     def connect(self) -> http.client.HTTPConnection:
         """A connection that is closed with the process."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT)

@@ -297,6 +297,7 @@ def test_help_names_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("import nowhere", "ModuleNotFoundError: No module named 'nowhere'"),
+        ("import sho", "ModuleNotFoundError: No module named 'sho'"),
         ("import shop_settings.prod", "ModuleNotFoundError: No module named 'shop_settings'"),
         ("from os import nowhere", "ImportError: cannot import name 'nowhere' from 'os'"),
         ("raise ModuleNotFoundError('no licence')", "ModuleNotFoundError: no licence"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import signal
@@ -9,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +37,11 @@ def not_finished(name: str, reason: str) -> str:
     )
 
 
-@pytest.mark.parametrize("options", [(), ("--", "--asyncore-use-poll")])
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--", "--asyncore-use-poll"), ("--", "--asyncore-loop-timeout=3600")],
+    ids=["select", "poll", "a loop that looks up once an hour"],
+)
 @each_signal
 def test_a_response_in_the_middle_is_finished_and_then_its_task_runs(
     number: signal.Signals, options: tuple[str, ...], tmp_path: Path
@@ -106,6 +112,7 @@ def test_a_request_whose_client_has_left_is_finished_too(tmp_path: Path) -> None
         assert command.line() == "request begins"
         connection.close()
         command.stop_accepting()
+        assert not command.ends_within(0.5)
         command.open_gate()
         assert command.line() == "task ran"
         assert command.end() == (0, [])
@@ -250,6 +257,30 @@ def test_no_more_connections_are_accepted_than_waitress_allows() -> None:
     assert len(seen) == 2
     for client in clients:
         client.close()
+
+
+def test_a_thread_that_waits_for_its_client_to_read_is_let_go() -> None:
+    let_go = threading.Event()
+
+    def body() -> Iterator[bytes]:
+        server.stop()
+        try:
+            yield from itertools.repeat(bytes(1 << 20))
+        finally:
+            let_go.set()
+
+    server = GracefulServer(
+        app_that(lambda environ: None, headers=[], body=body),
+        {"listen": "127.0.0.1:0", "threads": 1, "outbuf_high_watermark": 1},
+    )
+    port = int(server.addresses[0].rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), TIMEOUT) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+        server.run()
+        assert server.finish(time.monotonic()) == 1
+        assert let_go.wait(TIMEOUT)
+    assert threads_have_ended()
+    server._close()  # what is left open while a thread goes on
 
 
 def threads_have_ended() -> bool:

@@ -152,7 +152,7 @@ def _find(module_name: str, path: str) -> Any:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as exc:
         # One that the user's module imports is an error inside that module.
-        if exc.name is None or not f"{module_name}.".startswith(f"{exc.name}."):
+        if not f"{module_name}.".startswith(f"{exc.name}."):
             raise
         raise _UsageError(f"{exc} (looked for in {sys.path[0]} first)") from exc
     for name in path.split("."):
