@@ -372,8 +372,9 @@ def test_a_second_leave_neither_waits_nor_names_again() -> None:
         name.format("builtins.int", "0.25"),
         name.format("__main__.stuck", "0.25"),
         "['builtins.int', '__main__.stuck']",
-        "drain 0.0",  # at the exit: what is left
+        "drain 0.0",  # when the threads have ended: what is left
         name.format("builtins.float", "3600"),
+        "drain 0.0",  # from atexit
     ]
 
 
@@ -476,3 +477,85 @@ def test_runners_are_given_their_time_from_one_beginning(
     monkeypatch.setattr("wsgi_bg.portal.stop", lambda timeout: None)
     shutdown.leave()
     assert given == [30.0, 5.0, 0.0]
+
+
+def test_a_process_of_multiprocessing_waits_for_its_tasks() -> None:
+    """It calls nothing of atexit: a worker of granian is one."""
+    code, lines = run(
+        """
+        import multiprocessing
+
+        def slow():
+            threading.main_thread().join()
+            print("plain", flush=True)
+
+        async def slow_async():
+            await asyncio.to_thread(threading.main_thread().join)
+            print("async", flush=True)
+
+        def stuck():
+            threading.Event().wait()
+
+        def child():
+            request("pool", slow, slow_async)
+            request(PoolRunner(drain_timeout=0.5), stuck)
+
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        process.join(20)
+        """
+    )
+    assert code == 0
+    assert sorted(lines) == [
+        "ERROR background task __main__.stuck was not finished within the drain time of 0.5 "
+        "seconds: the process ends without it",
+        "async",
+        "plain",
+    ]
+
+
+needs_threads_at_exit = pytest.mark.skipif(
+    (3, 12, 0) <= sys.version_info < (3, 12, 2),
+    reason="Python 3.12.0 and 3.12.1 start no thread once the main one has ended (gh-113964)",
+)
+
+
+@needs_threads_at_exit
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_server_that_outlives_the_main_thread_hands_over_as_before(complete: bool) -> None:
+    assert run(
+        f"""
+        names = []
+
+        def task():
+            names.append(threading.current_thread().name)
+
+        async def async_task():
+            names.append(threading.current_thread().name)
+
+        def serve():
+            threading.main_thread().join()
+            for _ in range(2):
+                request("pool", task, async_task, complete={complete})
+            while len(names) < 4:
+                pass
+            request("pool", lambda: print(sorted({{name[:12] for name in names}})))
+
+        threading.Thread(target=serve).start()
+        """
+    ) == (0, ["['wsgi_bg-pool', 'wsgi_bg-port']"])
+
+
+@needs_threads_at_exit
+def test_a_task_may_start_threads_while_the_exit_waits() -> None:
+    assert run(
+        """
+        def task():
+            threading.main_thread().join()
+            thread = threading.Thread(target=print, args=("on a thread",))
+            thread.start()
+            thread.join()
+
+        request("pool", task)
+        """
+    ) == (0, ["on a thread"])

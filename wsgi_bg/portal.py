@@ -19,7 +19,7 @@ from anyio.from_thread import BlockingPortal
 from . import steps
 from .greenlets import greenlet_event, in_greenlet
 from .portal_thread import PortalThread
-from .process import PerProcess, is_exiting
+from .process import PerProcess
 
 T = TypeVar("T")
 
@@ -60,8 +60,6 @@ def start(
         any thread if the loop was ended before it could begin.
     :raises RuntimeError: if there is no portal, nor one to be had.
     """
-    if is_exiting() and peek() is None:
-        raise RuntimeError("the interpreter is exiting: no thread can start")
     _thread().start(subject, work, then)
 
 
@@ -72,19 +70,22 @@ def run(
 ) -> T:
     """Run ``func(*args)`` on the portal; blocks until it is done.
 
-    ``func`` must let no ``SystemExit`` out: that would end the loop for everyone. Where
-    the interpreter exits and has no portal, it runs right here.
+    ``func`` must let no ``SystemExit`` out: that would end the loop for everyone. Where no
+    thread can start for the portal (in Python 3.12 while the interpreter exits), it runs
+    right here.
 
     :param interrupted: called with what a signal handler raises here meanwhile, before
         the coroutine is cancelled.
     """
-    if is_exiting() and _threads.peek() is None:
+    try:
+        thread = _thread()
+    except RuntimeError:
         return anyio.run(func, *args, backend="asyncio")
     trip = _Trip(func, args)
     try:
         if in_greenlet():
-            return trip.make(_thread())
-        return portal().start_task_soon(trip.run).result()
+            return trip.make(thread)
+        return thread.portal.start_task_soon(trip.run).result()
     except Exception:
         raise
     except BaseException as exc:

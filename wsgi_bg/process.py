@@ -14,12 +14,6 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-def is_exiting() -> bool:
-    """Whether the interpreter is on its way out: no thread may start (Python 3.12 lets
-    none), and no one will wait for one that has."""
-    return not threading.main_thread().is_alive()
-
-
 class PerProcess(Generic[T]):
     """One ``T`` a process, made by ``make()`` on first use.
 

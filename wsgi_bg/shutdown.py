@@ -7,9 +7,10 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
-from . import portal
+from . import ending, portal
 from .report import logger
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ _runners: dict[int, Runner] = {}
 # before the interpreter exits, and neither is to come twice.
 _drained: dict[int, Runner] = {}
 _named: dict[int, BackgroundTask] = {}
+# The processes that are ending; a forked child is another one.
+_leaving: set[int] = set()
 
 
 def register(runner: Runner) -> None:
@@ -36,19 +39,28 @@ def register(runner: Runner) -> None:
 
 
 def arm(flush: Callable[[], None]) -> None:
-    """Call :func:`leave` at the exit of this process, after ``flush()``.
+    """Call :func:`leave` at the end of this process, after ``flush()``.
 
-    Called with the first task and not on import: what the application registers with
-    :mod:`atexit` while it is imported, such as the end of a database pool, then runs
-    after the tasks that need it.
+    Called with the first task. What the application has registered with :mod:`atexit`, such
+    as the end of a database pool, runs after the tasks that need it.
     """
-    atexit.register(_leave_if_in, os.getpid(), flush)
+    ending.when_it_comes(partial(_leave_in, os.getpid(), flush))
+    atexit.register(_leave_in, os.getpid(), flush)
 
 
-def _leave_if_in(pid: int, flush: Callable[[], None]) -> None:
-    if pid == os.getpid():  # a forked child inherits the registration, but no threads
+def _leave_in(pid: int, flush: Callable[[], None]) -> None:
+    """Leave, or where that goes on, with the exit that waited for it interrupted, end it."""
+    if pid != os.getpid():  # a forked child inherits the registration, but no threads
+        return
+    if pid in _leaving:
+        name_all("before the wait for it was interrupted")
+        return
+    _leaving.add(pid)
+    try:
         flush()
         leave()
+    finally:
+        _leaving.discard(pid)
 
 
 def leave(*, limit: float | None = None, began: float | None = None) -> list[BackgroundTask]:

@@ -14,7 +14,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import servers, shutdown
-from .process import PerProcess, is_exiting
+from .ending import is_exiting
+from .process import PerProcess
 from .report import logger
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from wsgi_bg import greenlets, portal
 from wsgi_bg.batch import Batch
+from wsgi_bg.ending import is_exiting
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError
-from wsgi_bg.process import PerProcess, is_exiting
+from wsgi_bg.process import PerProcess
 from wsgi_bg.report import logger
 from wsgi_bg.shutdown import register
 from wsgi_bg.workers import Workers
