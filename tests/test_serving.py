@@ -37,16 +37,22 @@ def not_finished(name: str, reason: str) -> str:
     )
 
 
-@pytest.mark.parametrize(
-    "options",
-    [(), ("--", "--asyncore-use-poll"), ("--", "--asyncore-loop-timeout=3600")],
-    ids=["select", "poll", "a loop that looks up once an hour"],
-)
+@each_signal
+@pytest.mark.parametrize("options", [(), ("--asyncore-use-poll",)], ids=["select", "poll"])
+def test_a_server_with_nothing_to_do_hears_the_signal(
+    options: tuple[str, ...], number: signal.Signals, tmp_path: Path
+) -> None:
+    # Its loop would look up once an hour.
+    with serving(tmp_path, "--", "--asyncore-loop-timeout=3600", *options) as command:
+        command.send(number)
+        assert command.end() == (0, [])
+
+
 @each_signal
 def test_a_response_in_the_middle_is_finished_and_then_its_task_runs(
-    number: signal.Signals, options: tuple[str, ...], tmp_path: Path
+    number: signal.Signals, tmp_path: Path
 ) -> None:
-    with serving(tmp_path, *options) as command:
+    with serving(tmp_path) as command:
         response = command.ask("/stream")
         assert response.readline() == b"first\n"
         command.stop_accepting(number)
