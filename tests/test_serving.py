@@ -90,6 +90,20 @@ def test_requests_that_wait_for_a_thread_are_answered(tmp_path: Path) -> None:
         assert command.end() == (0, [])
 
 
+def test_the_last_response_on_a_connection_says_that_it_is_the_last(tmp_path: Path) -> None:
+    with serving(tmp_path) as command:
+        before = command.ask("/answer")
+        assert before.headers["Connection"] is None
+        connection = command.request("/held")
+        assert command.line() == "request begins"
+        command.stop_accepting()
+        command.open_gate()
+        response = connection.getresponse()
+        assert (response.headers["Connection"], response.read()) == ("close", b"ok\n")
+        assert command.line() == "task ran"
+        assert command.end() == (0, [])
+
+
 def test_a_large_response_is_sent_to_its_last_byte(tmp_path: Path) -> None:
     with serving(tmp_path) as command:
         response = command.ask("/large")

@@ -71,9 +71,11 @@ class GracefulServer:
         :param deadline: until when to wait, by :func:`time.monotonic`.
         :return: how many requests were not finished.
         """
+        self._announce_end()
         self._stop_listening()
         self._turn(0.0)
         while self._close_idle() and (left := deadline - time.monotonic()) > 0:
+            self._announce_end()
             self._turn(min(left, self._adjustments.asyncore_loop_timeout))
         unfinished = self._end_threads(max(_THREADS_TIMEOUT, deadline - time.monotonic()))
         self._close()
@@ -82,6 +84,16 @@ class GracefulServer:
     def _turn(self, timeout: float) -> None:
         use_poll = self._adjustments.asyncore_use_poll
         wasyncore.loop(timeout=timeout, use_poll=use_poll, map=self._watched, count=1)
+
+    def _announce_end(self) -> None:
+        """Have the last response on each connection say that it is the last.
+
+        A client that is not told sends its next request into a closed connection, and
+        cannot repeat it if it was a POST.
+        """
+        for channel in self._of_type(HTTPChannel):
+            for request in channel.requests[-1:]:
+                request.headers["CONNECTION"] = "close"  # as if the client had asked for it
 
     def _stop_listening(self) -> None:
         for listener in self._listeners:
