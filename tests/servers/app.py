@@ -1,0 +1,127 @@
+"""The application that every server process of this suite imports.
+
+Its paths: ``/inline/KIND/TASK`` and ``/pool/KIND/TASK``, TASK being ``plain`` or
+``async``; the same with ``leave`` for KIND, a stream whose client goes away; ``/bare``,
+without the middleware; ``/about``. The query is the token of the request's task.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from tests.servers.gate import announce, visit, visit_async
+from tests.servers.kinds import KINDS, OK, TEXT, TWO, Kind
+from wsgi_bg import (
+    BackgroundTask,
+    BackgroundTasksMiddleware,
+    PoolRunner,
+    get_background_tasks,
+    servers,
+)
+
+NONCE = "WSGI_BG_TEST_NONCE"
+"""The environment variable by which a test knows the server that it has started."""
+
+DRAIN = "WSGI_BG_TEST_DRAIN"
+"""The environment variable with the token that announces the drain of the pool."""
+
+Environ = dict[str, Any]
+
+TASKS: dict[str, Callable[[str], object]] = {"plain": visit, "async": visit_async}
+
+
+class Pool(PoolRunner):
+    """A pool that tells the test when it is drained."""
+
+    def drain(self, timeout: float) -> list[BackgroundTask]:
+        if DRAIN in os.environ:
+            announce(os.environ[DRAIN])
+        return super().drain(timeout)
+
+
+def with_task(kind: Kind, task: Callable[[str], object]) -> Any:
+    """The application that answers with a response of this kind, and adds the task."""
+
+    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        tasks = get_background_tasks(environ).using(run_on=kind.run_on)
+        token = environ["QUERY_STRING"]
+        return kind.answer(lambda: tasks.add_task(task, token), start_response)
+
+    return app
+
+
+def leave(environ: Environ, start_response: Any) -> Iterator[bytes]:
+    """A stream that waits in its middle until its client has left, and has an end."""
+    start_response(OK, [TEXT])
+    yield b"before "
+    visit(environ["QUERY_STRING"] + "-stream")
+    for _ in range(16):
+        yield bytes(65536)
+
+
+def leave_with_task(task: Callable[[str], object]) -> Any:
+    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        get_background_tasks(environ).add_task(task, environ["QUERY_STRING"])
+        return leave(environ, start_response)
+
+    return app
+
+
+class Bare:
+    """A body whose ``close()`` waits at the gate, without the middleware."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter([b"ok"])
+
+    def close(self) -> None:
+        visit(self._token)
+
+
+def bare(environ: Environ, start_response: Any) -> Iterable[bytes]:
+    start_response(OK, TWO)
+    return Bare(environ["QUERY_STRING"])
+
+
+def about(environ: Environ, start_response: Any) -> Iterable[bytes]:
+    """What the server is, as the package sees it."""
+    server = servers.recognise(environ)
+    facts = {
+        "nonce": os.environ[NONCE],
+        "pid": os.getpid(),
+        "recognised": server and server.name,
+        "test client": servers.is_test_client(environ),
+    }
+    body = json.dumps(facts).encode()
+    start_response(OK, [TEXT, ("Content-Length", str(len(body)))])
+    return [body]
+
+
+HANDLERS: dict[str, Any] = {}
+for name, task in TASKS.items():
+    HANDLERS[f"/leave/{name}"] = leave_with_task(task)
+    for kind in KINDS:
+        HANDLERS[f"/{kind}/{name}"] = with_task(KINDS[kind], task)
+
+
+def handle(environ: Environ, start_response: Any) -> Any:
+    return HANDLERS[environ["wsgi_bg_test.handler"]](environ, start_response)
+
+
+APPS: dict[str, Any] = {
+    "inline": BackgroundTasksMiddleware(handle, runner="inline"),
+    "pool": BackgroundTasksMiddleware(handle, runner=Pool()),
+    "bare": bare,
+    "about": about,
+}
+
+
+def application(environ: Environ, start_response: Any) -> Any:
+    name, _, rest = environ["PATH_INFO"].removeprefix("/").partition("/")
+    environ["wsgi_bg_test.handler"] = "/" + rest
+    return APPS[name](environ, start_response)

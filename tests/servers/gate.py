@@ -1,0 +1,62 @@
+"""The server's side of the gate: a task goes on when the client lets it.
+
+A task connects to the test's process, says who it is and waits to be let through. The
+address comes from the environment of the server's process; a request brings no more than
+the token, which is data.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+
+BOUND = 5.0
+"""How long a task waits to be let through, in seconds."""
+
+ADDRESS = "WSGI_BG_TEST_GATE"
+"""The environment variable with the port of the test's process on loopback."""
+
+
+def _port() -> int:
+    return int(os.environ[ADDRESS])
+
+
+def _announcement(token: str) -> bytes:
+    return f"{token} {os.getpid()}\n".encode()
+
+
+def _report(answer: bytes) -> bytes:
+    return b"passed\n" if answer == b"go\n" else b"late\n"
+
+
+def visit(token: str, bound: float = BOUND) -> None:
+    """Wait at the gate, ``bound`` seconds at most, and say how that ended; blocks."""
+    with socket.create_connection(("127.0.0.1", _port()), timeout=bound) as connection:
+        connection.sendall(_announcement(token))
+        try:
+            answer = connection.recv(16)
+        except TimeoutError:
+            answer = b""
+        connection.sendall(_report(answer))
+
+
+def announce(token: str) -> None:
+    """Tell the test that this point was reached, and go on."""
+    with socket.create_connection(("127.0.0.1", _port()), timeout=BOUND) as connection:
+        connection.sendall(_announcement(token) + b"passed\n")
+
+
+async def visit_async(token: str, bound: float = BOUND) -> None:
+    """The same without holding a thread."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", _port())
+    try:
+        writer.write(_announcement(token))
+        try:
+            answer = await asyncio.wait_for(reader.readline(), bound)
+        except asyncio.TimeoutError:
+            answer = b""
+        writer.write(_report(answer))
+        await writer.drain()
+    finally:
+        writer.close()

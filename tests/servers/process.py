@@ -1,0 +1,103 @@
+"""A server in a process of its own: started, awaited, asked to stop, ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import secrets
+import signal
+import socket
+import subprocess
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tests.client import ask
+from tests.servers.app import NONCE
+from tests.servers.control import Control
+from tests.servers.gate import ADDRESS
+from tests.servers.setups import Launch
+from tests.support import TIMEOUT
+
+ROOT = Path(__file__).parents[2]
+
+_pause = threading.Event()  # never set
+
+
+def free_port() -> int:
+    """A port below those that the system gives to clients: none takes it meanwhile."""
+    while True:
+        port = random.randrange(16384, 32768)
+        with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+class Process:
+    """A server's process, and those that it starts."""
+
+    def __init__(
+        self, command: list[str], launch: Launch, control: Control, env: dict[str, str]
+    ) -> None:
+        self.port = launch.port
+        self.facts: dict[str, Any] = {}
+        self._nonce = secrets.token_hex(8)
+        self._log = launch.folder / "log"
+        with self._log.open("wb") as output:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                start_new_session=True,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": f"{ROOT}:{launch.folder}",
+                    "PYTHONUNBUFFERED": "1",
+                    ADDRESS: str(control.port),
+                    NONCE: self._nonce,
+                    **env,
+                },
+            )
+
+    def wait_until_up(self) -> None:
+        """Wait for its first answer, which fills ``facts``."""
+        for _ in range(int(TIMEOUT / 0.01)):
+            if self._process.poll() is not None:
+                break
+            with suppress(ConnectionRefusedError):
+                self.facts = json.loads(ask(self.port, path="/about").body)
+                assert self.facts["nonce"] == self._nonce, "another server has this port"
+                return
+            _pause.wait(0.01)
+        raise AssertionError(f"the server did not start:\n{self.output}")
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def output(self) -> str:
+        """What it and its children have written."""
+        return self._log.read_text(errors="replace")
+
+    def terminate(self) -> None:
+        """Ask the server to stop, as a service manager does."""
+        self._process.send_signal(signal.SIGTERM)
+
+    def wait(self) -> int:
+        """Its exit status; blocks until it has ended."""
+        return self._process.wait(TIMEOUT)
+
+    def end(self) -> None:
+        """Stop it, by force where it does not stop by itself."""
+        self.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.wait()
