@@ -3,6 +3,9 @@
 Its paths: ``/inline/KIND/TASK`` and ``/pool/KIND/TASK``, TASK being ``plain`` or
 ``async``; the same with ``leave`` for KIND, a stream whose client goes away; ``/bare``,
 without the middleware; ``/about``. The query is the token of the request's task.
+
+Where the environment says so, requests are handled as the module is imported: in the
+parent of the process that serves.
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ NONCE = "WSGI_BG_TEST_NONCE"
 DRAIN = "WSGI_BG_TEST_DRAIN"
 """The environment variable with the token that announces the drain of the pool."""
 
+PARENT = "WSGI_BG_TEST_PARENT"
+"""The environment variable with the token of the tasks that are handed over on import."""
+
 Environ = dict[str, Any]
 
 TASKS: dict[str, Callable[[str], object]] = {"plain": visit, "async": visit_async}
@@ -38,7 +44,7 @@ class Pool(PoolRunner):
 
     def drain(self, timeout: float) -> list[BackgroundTask]:
         if DRAIN in os.environ:
-            announce(os.environ[DRAIN])
+            announce(os.environ.pop(DRAIN))  # once, whoever drains again
         return super().drain(timeout)
 
 
@@ -116,6 +122,7 @@ def handle(environ: Environ, start_response: Any) -> Any:
 APPS: dict[str, Any] = {
     "inline": BackgroundTasksMiddleware(handle, runner="inline"),
     "pool": BackgroundTasksMiddleware(handle, runner=Pool()),
+    "parent": BackgroundTasksMiddleware(handle, runner=PoolRunner(threads=1)),
     "bare": bare,
     "about": about,
 }
@@ -125,3 +132,26 @@ def application(environ: Environ, start_response: Any) -> Any:
     name, _, rest = environ["PATH_INFO"].removeprefix("/").partition("/")
     environ["wsgi_bg_test.handler"] = "/" + rest
     return APPS[name](environ, start_response)
+
+
+def handle_in_parent(token: str) -> None:
+    """Hand over tasks that wait at the gate, and one behind them; then wait oneself."""
+    for path, name in (
+        ("/inline/stream/async", "async"),
+        ("/parent/stream/plain", "plain"),
+        ("/parent/stream/plain", "queued"),
+    ):
+        environ = {
+            "REQUEST_METHOD": "GET",
+            "PATH_INFO": path,
+            "QUERY_STRING": f"{token}-{name}",
+            "wsgi.multithread": True,
+        }
+        body = application(environ, lambda *args: None)
+        list(body)
+        body.close()
+    visit(token)
+
+
+if PARENT in os.environ:
+    handle_in_parent(os.environ[PARENT])

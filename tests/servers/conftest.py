@@ -16,7 +16,7 @@ from tests.servers.fleet import Fleet
 def control() -> Iterator[Control]:
     with closing(Control()) as control:
         yield control
-        assert control.repeated() == []
+        assert control.repeated() == [], "a task ran twice"
 
 
 @pytest.fixture(scope="session")

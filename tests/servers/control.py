@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import socket
 import threading
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 
@@ -45,12 +45,14 @@ class Control:
         self._changed = threading.Condition()  # guards the two below
         self._runs: list[Run] = []
         self._open: set[str] = set()
-        self._numbers = itertools.count()
+        self._tests: dict[str, str] = {}  # by token
         self._in_thread(self._accept)
 
     def token(self) -> str:
-        """A new name for a task; it is no prefix of another one."""
-        return f"task{os.getpid()}x{next(self._numbers)}"
+        """A new name for a task."""
+        token = f"task{len(self._tests)}"
+        self._tests[token] = os.environ["PYTEST_CURRENT_TEST"]
+        return token
 
     def go(self, token: str) -> None:
         """Let all runs of the task through, those to come included."""
@@ -77,16 +79,16 @@ class Control:
         return self.run(token).passed
 
     def repeated(self) -> list[str]:
-        """Tasks that ran more than once."""
+        """The tests whose tasks ran more than once."""
         count = Counter(run.token for run in self._runs)
-        return [token for token in count if count[token] > 1]
+        return [self._tests[token.partition("-")[0]] for token in count if count[token] > 1]
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
-    def _in_thread(self, func: object, *args: object) -> None:
-        threading.Thread(target=func, args=args, daemon=True).start()  # type: ignore[arg-type]
+    def _in_thread(self, func: Callable[..., object], *args: object) -> None:
+        threading.Thread(target=func, args=args, daemon=True).start()
 
     def _accept(self) -> None:
         with suppress(OSError):  # closed

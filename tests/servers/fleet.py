@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 
+from tests.servers.commands import APP, Launch
 from tests.servers.control import Control
 from tests.servers.process import Process, free_port
-from tests.servers.setups import APP, Launch, Setup
+from tests.servers.setups import Setup
 
 
 def start(
@@ -16,20 +19,21 @@ def start(
     setup: Setup,
     control: Control,
     *,
-    files: dict[str, str] | None = None,
+    files: Mapping[str, str] = MappingProxyType({}),
     module: str = APP,
-    options: tuple[str, ...] = (),
-    **env: str,
+    options: Sequence[str] = (),
+    env: Mapping[str, str] = MappingProxyType({}),
 ) -> Process:
     """Start a process of the set-up, which ends with ``stack``; does not wait for it.
 
     :param files: what its folder has in it, by name; the folder can be imported from.
     :param module: what it serves the ``application`` of.
     :param options: put behind its command.
+    :param env: variables added to its environment.
     """
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wsgi_bg-")))
     folder.chmod(0o755)  # mod_wsgi's user reads it
-    for name, text in (files or {}).items():
+    for name, text in files.items():
         (folder / name).write_text(text)
     launch = Launch(free_port(), folder, module)
     command = [*setup.command(launch), *options]
@@ -67,5 +71,5 @@ class Fleet:
         """Stop all: each is asked first, so that they end side by side."""
         for process in self._started.values():
             if isinstance(process, Process):
-                process.terminate()
+                process.stop()
         self._stack.close()

@@ -10,20 +10,26 @@ import signal
 import socket
 import subprocess
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tests.client import ask
 from tests.servers.app import NONCE
+from tests.servers.commands import Launch
 from tests.servers.control import Control
 from tests.servers.gate import ADDRESS
-from tests.servers.setups import Launch
 from tests.support import TIMEOUT
 
 ROOT = Path(__file__).parents[2]
 
 _pause = threading.Event()  # never set
+
+
+def _environment() -> dict[str, str]:
+    """Without coverage's start, whose SIGTERM handler is not the server's."""
+    return {key: os.environ[key] for key in os.environ if not key.startswith("COVERAGE_")}
 
 
 def free_port() -> int:
@@ -40,7 +46,7 @@ class Process:
     """A server's process, and those that it starts."""
 
     def __init__(
-        self, command: list[str], launch: Launch, control: Control, env: dict[str, str]
+        self, command: list[str], launch: Launch, control: Control, env: Mapping[str, str]
     ) -> None:
         self.port = launch.port
         self.facts: dict[str, Any] = {}
@@ -55,7 +61,7 @@ class Process:
                 cwd=ROOT,
                 start_new_session=True,
                 env={
-                    **os.environ,
+                    **_environment(),
                     "PYTHONPATH": f"{ROOT}:{launch.folder}",
                     "PYTHONUNBUFFERED": "1",
                     ADDRESS: str(control.port),
@@ -85,9 +91,17 @@ class Process:
         """What it and its children have written."""
         return self._log.read_text(errors="replace")
 
-    def terminate(self) -> None:
-        """Ask the server to stop, as a service manager does."""
-        self._process.send_signal(signal.SIGTERM)
+    def wait_until_it_says(self, text: str) -> None:
+        """Wait for a line of its log."""
+        for _ in range(int(TIMEOUT / 0.01)):
+            if text in self.output:
+                return
+            _pause.wait(0.01)
+        raise AssertionError(f"it did not say {text!r}:\n{self.output}")
+
+    def stop(self, by: signal.Signals = signal.SIGTERM) -> None:
+        """Ask it to stop, as a service manager does; does not wait."""
+        self._process.send_signal(by)
 
     def wait(self) -> int:
         """Its exit status; blocks until it has ended."""
@@ -95,7 +109,7 @@ class Process:
 
     def end(self) -> None:
         """Stop it, by force where it does not stop by itself."""
-        self.terminate()
+        self.stop()
         with suppress(subprocess.TimeoutExpired):
             self.wait()
         with suppress(ProcessLookupError):

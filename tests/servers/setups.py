@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
-from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from tests.servers import apache
-
-APP = "tests.servers.app"
-"""The module whose ``application`` is served."""
+from tests.servers import apache, commands
+from tests.servers.commands import Command
 
 CLOSES = "closes the connection without an answer"
 SILENT = "never answers, and leaves the connection open"
 
 NOTHING: Mapping[str, int | str] = MappingProxyType({})
-
-
-class Launch(NamedTuple):
-    """What a command is made for."""
-
-    port: int
-    folder: Path
-    """A folder of this process alone, which every user of the machine can read."""
-    module: str = APP
 
 
 class Setup(NamedTuple):
@@ -43,7 +30,7 @@ class Setup(NamedTuple):
     """
 
     name: str
-    command: Callable[[Launch], list[str]]
+    command: Command
     missing: Callable[[], str | None]
     mark: str | None
     keeps_alive: bool = False
@@ -62,122 +49,102 @@ def _package(*names: str) -> Callable[[], str | None]:
     return missing
 
 
-def _serve(name: str) -> Callable[[Launch], list[str]]:
-    program = [sys.executable, "-m", "tests.servers.serve", name]
-    return lambda launch: [*program, str(launch.port), launch.module]
-
-
-def _gunicorn(*options: str) -> Callable[[Launch], list[str]]:
-    return lambda launch: [
-        *(sys.executable, "-m", "gunicorn", "-b", f"127.0.0.1:{launch.port}"),
-        *("--no-control-socket", *options, f"{launch.module}:application"),
-    ]
-
-
-def _granian(launch: Launch) -> list[str]:
-    return [
-        *(sys.executable, "-m", "granian", "--interface", "wsgi", "--host", "127.0.0.1"),
-        *("--port", str(launch.port), f"{launch.module}:application"),
-    ]
-
-
-def _hypercorn(launch: Launch) -> list[str]:
-    return [
-        *(sys.executable, "-m", "hypercorn", "-b", f"127.0.0.1:{launch.port}"),
-        f"wsgi:{launch.module}:application",
-    ]
-
-
-def _uwsgi(*options: str) -> Callable[[Launch], list[str]]:
-    return lambda launch: [
-        *(str(Path(sys.executable).with_name("uwsgi")), "--enable-threads", *options),
-        *("--http-socket", f"127.0.0.1:{launch.port}"),
-        *("--module", f"{launch.module}:application", "--pythonpath", str(launch.folder)),
-    ]
-
-
 # It sends the headers with the first chunk.
 _HYPERCORN = dict.fromkeys(("length-0-no-chunk", "204", "304", "empty"), 500)
 _TORNADO = {"head": CLOSES, "raises": SILENT, "raises-always": SILENT}
 _UWSGI = {"raises": CLOSES, "raises-always": CLOSES}
 
 
-def _mod_wsgi(mode: str) -> Callable[[Launch], list[str]]:
-    return lambda launch: apache.command(launch.folder, launch.port, launch.module, mode)
-
-
 SETUPS = (
-    Setup("waitress", _serve("waitress"), _package("waitress"), "waitress", keeps_alive=True),
-    Setup("werkzeug", _serve("werkzeug"), _package("werkzeug"), "werkzeug"),
-    Setup("werkzeug-threaded", _serve("werkzeug-threaded"), _package("werkzeug"), "werkzeug"),
-    Setup("werkzeug-debugger", _serve("werkzeug-debugger"), _package("werkzeug"), "werkzeug"),
-    Setup("wsgiref", _serve("wsgiref"), _package("wsgiref"), "wsgiref"),
-    Setup("gunicorn-sync", _gunicorn(), _package("gunicorn"), "gunicorn"),
+    Setup(
+        "waitress",
+        commands.serve("waitress"),
+        _package("waitress"),
+        "waitress",
+        keeps_alive=True,
+    ),
+    Setup("werkzeug", commands.serve("werkzeug"), _package("werkzeug"), "werkzeug"),
+    Setup(
+        "werkzeug-threaded",
+        commands.serve("werkzeug-threaded"),
+        _package("werkzeug"),
+        "werkzeug",
+    ),
+    Setup(
+        "werkzeug-debugger",
+        commands.serve("werkzeug-debugger"),
+        _package("werkzeug"),
+        "werkzeug",
+    ),
+    Setup("wsgiref", commands.serve("wsgiref"), _package("wsgiref"), "wsgiref"),
+    Setup("gunicorn-sync", commands.gunicorn(), _package("gunicorn"), "gunicorn"),
     Setup(
         "gunicorn-gthread",
-        _gunicorn("-k", "gthread", "--threads", "4"),
+        commands.gunicorn("-k", "gthread", "--threads", "4"),
         _package("gunicorn"),
         "gunicorn",
         keeps_alive=True,
     ),
     Setup(
         "gunicorn-preload",
-        _gunicorn("--preload"),
+        commands.gunicorn("--preload"),
         _package("gunicorn"),
         "gunicorn",
         forks=True,
     ),
     Setup(
         "gunicorn-gevent",
-        _gunicorn("-k", "gevent"),
+        commands.gunicorn("-k", "gevent"),
         _package("gunicorn", "gevent"),
         "gunicorn",
         keeps_alive=True,
     ),
-    Setup("cheroot", _serve("cheroot"), _package("cheroot"), "cheroot", keeps_alive=True),
-    Setup("gevent", _serve("gevent"), _package("gevent"), "gevent", keeps_alive=True),
+    Setup(
+        "cheroot", commands.serve("cheroot"), _package("cheroot"), "cheroot", keeps_alive=True
+    ),
+    Setup("gevent", commands.serve("gevent"), _package("gevent"), "gevent", keeps_alive=True),
     Setup(
         "gevent-monkey",
-        _serve("gevent-monkey"),
+        commands.serve("gevent-monkey"),
         _package("gevent"),
         "gevent",
         keeps_alive=True,
     ),
-    Setup("granian", _granian, _package("granian"), "granian", keeps_alive=True),
+    Setup("granian", commands.granian, _package("granian"), "granian", keeps_alive=True),
     Setup(
         "uvicorn-a2wsgi",
-        _serve("uvicorn-a2wsgi"),
+        commands.serve("uvicorn-a2wsgi"),
         _package("uvicorn", "a2wsgi"),
         "a2wsgi",
         keeps_alive=True,
     ),
     Setup(
         "uvicorn-starlette",
-        _serve("uvicorn-starlette"),
+        commands.serve("uvicorn-starlette"),
         _package("uvicorn", "starlette"),
         None,
         keeps_alive=True,
     ),
     Setup(
         "uvicorn-asgiref",
-        _serve("uvicorn-asgiref"),
+        commands.serve("uvicorn-asgiref"),
         _package("uvicorn", "asgiref"),
         None,
         keeps_alive=True,
     ),
-    Setup("django", _serve("django"), _package("django"), "wsgiref", keeps_alive=True),
+    Setup("django", commands.serve("django"), _package("django"), "wsgiref", keeps_alive=True),
     Setup(
         "hypercorn",
-        _hypercorn,
+        commands.hypercorn,
         _package("hypercorn"),
         None,
         keeps_alive=True,
         instead=_HYPERCORN,
     ),
-    Setup("twisted", _serve("twisted"), _package("twisted"), None, keeps_alive=True),
+    Setup("twisted", commands.serve("twisted"), _package("twisted"), None, keeps_alive=True),
     Setup(
         "tornado",
-        _serve("tornado"),
+        commands.serve("tornado"),
         _package("tornado"),
         None,
         keeps_alive=True,
@@ -185,16 +152,16 @@ SETUPS = (
     ),
     Setup(
         "tornado-threads",
-        _serve("tornado-threads"),
+        commands.serve("tornado-threads"),
         _package("tornado"),
         None,
         keeps_alive=True,
         instead=_TORNADO,
     ),
-    Setup("uWSGI", _uwsgi(), _package("pyuwsgi"), "uWSGI", instead=_UWSGI),
+    Setup("uWSGI", commands.uwsgi(), _package("pyuwsgi"), "uWSGI", instead=_UWSGI),
     Setup(
         "uWSGI-master",
-        _uwsgi("--master"),
+        commands.uwsgi("--master", "--die-on-term"),
         _package("pyuwsgi"),
         "uWSGI",
         forks=True,
@@ -202,19 +169,19 @@ SETUPS = (
     ),
     Setup(
         "mod_wsgi-daemon",
-        _mod_wsgi(apache.DAEMON),
+        commands.mod_wsgi(apache.DAEMON),
         apache.missing,
         "mod_wsgi",
         keeps_alive=True,
     ),
     Setup(
         "mod_wsgi-embedded",
-        _mod_wsgi(apache.EMBEDDED),
+        commands.mod_wsgi(apache.EMBEDDED),
         apache.missing,
         "mod_wsgi",
         keeps_alive=True,
     ),
-    Setup("bjoern", _serve("bjoern"), _package("bjoern"), None, keeps_alive=True),
+    Setup("bjoern", commands.serve("bjoern"), _package("bjoern"), None, keeps_alive=True),
 )
 
 MISSING = {setup.name: setup.missing() for setup in SETUPS}

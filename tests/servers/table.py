@@ -31,7 +31,7 @@ def note(item: pytest.Item) -> None:
 def write(reporter: pytest.TerminalReporter) -> None:
     """Print the table, if there is anything in it."""
     outcomes: Outcomes = defaultdict(set)
-    for outcome in ("passed", "failed", "error"):
+    for outcome in ("passed", "failed"):
         for report in reporter.getreports(outcome):
             for key, cell in report.user_properties:
                 if key == _CELL:
@@ -47,8 +47,9 @@ def _lines(outcomes: Outcomes, columns: list[str]) -> list[str]:
     heads = [column.split("-") for column in columns]
     rows: list[list[str]] = [["", *words] for words in zip_longest(*heads, fillvalue="")]
     for setup in SETUPS:
-        if MISSING[setup.name] is None:
-            cells = [_cell(setup, column, outcomes[setup.name, column]) for column in columns]
+        seen = [outcomes.get((setup.name, column), set()) for column in columns]
+        if any(seen):
+            cells = map(_cell, [setup] * len(columns), columns, seen)
             rows.append([setup.name, *cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

@@ -1,0 +1,71 @@
+"""How each server is started: what makes the command of a set-up."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.servers import apache
+
+APP = "tests.servers.app"
+"""The module whose ``application`` is served."""
+
+
+class Launch(NamedTuple):
+    """What a command is made for."""
+
+    port: int
+    folder: Path
+    """A folder of this process alone, which every user of the machine can read."""
+    module: str = APP
+
+
+Command = Callable[[Launch], list[str]]
+
+
+def serve(name: str) -> Command:
+    program = [sys.executable, "-m", "tests.servers.serve", name]
+    return lambda launch: [*program, str(launch.port), launch.module]
+
+
+def gunicorn(*options: str) -> Command:
+    return lambda launch: [
+        *(sys.executable, "-m", "gunicorn", "-b", f"127.0.0.1:{launch.port}"),
+        *("--no-control-socket", *options, f"{launch.module}:application"),
+    ]
+
+
+def granian(launch: Launch) -> list[str]:
+    return [
+        *(sys.executable, "-m", "granian", "--interface", "wsgi", "--host", "127.0.0.1"),
+        *("--port", str(launch.port), f"{launch.module}:application"),
+    ]
+
+
+def uvicorn(launch: Launch) -> list[str]:
+    """What serves an ASGI application by the name ``app``."""
+    return [
+        *(sys.executable, "-m", "uvicorn", "--host", "127.0.0.1"),
+        *("--port", str(launch.port), f"{launch.module}:app"),
+    ]
+
+
+def hypercorn(launch: Launch) -> list[str]:
+    return [
+        *(sys.executable, "-m", "hypercorn", "-b", f"127.0.0.1:{launch.port}"),
+        f"wsgi:{launch.module}:application",
+    ]
+
+
+def uwsgi(*options: str) -> Command:
+    return lambda launch: [
+        *(str(Path(sys.executable).with_name("uwsgi")), "--enable-threads", *options),
+        *("--http-socket", f"127.0.0.1:{launch.port}"),
+        *("--module", f"{launch.module}:application", "--pythonpath", str(launch.folder)),
+    ]
+
+
+def mod_wsgi(mode: str) -> Command:
+    return lambda launch: apache.command(launch.folder, launch.port, launch.module, mode)

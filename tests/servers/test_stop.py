@@ -1,0 +1,132 @@
+"""SIGTERM: which servers wait for the tasks, and that what docs/servers.md adds does.
+
+A task waits at the gate while its server is asked to stop, and is let through once the
+server has come to drain its runners.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from tests.client import Connection, ask
+from tests.servers import commands, docs
+from tests.servers.app import DRAIN
+from tests.servers.control import Control
+from tests.servers.fleet import start
+from tests.servers.process import Process
+from tests.servers.setups import HERE, Setup
+from tests.support import TIMEOUT
+
+ALONE, HOOK, _ = range(3)
+"""The columns of the table "SIGTERM"."""
+
+ROWS = docs.rows("SIGTERM")
+
+# What takes the place of the adapter in the code for uvicorn.
+ADAPTERS = {
+    "uvicorn-starlette": "starlette.middleware.wsgi import WSGIMiddleware",
+    "uvicorn-asgiref": "asgiref.wsgi import WsgiToAsgi as WSGIMiddleware",
+}
+
+
+def drains_alone(setup: Setup) -> bool:
+    if setup.name == "granian" and sys.version_info >= (3, 13):
+        return True
+    return ROWS[setup.name][ALONE] == "drains"
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def start_with_hook(stack: ExitStack, setup: Setup, control: Control, drain: str) -> Process:
+    """Start the set-up with what the table has beside it."""
+    hook = ROWS[setup.name][HOOK]
+    code, options = "", []
+    if hook:
+        title = docs.title_of(hook)
+        code = docs.block(title, "python")
+        options = docs.uwsgi_options() if title == "uWSGI" else []
+    if setup.name.startswith("uvicorn"):
+        setup = setup._replace(command=commands.uvicorn)
+        adapter = ADAPTERS.get(setup.name)
+        code = code.replace("a2wsgi import WSGIMiddleware", adapter) if adapter else code
+    files = {
+        "myproject.py": "from tests.servers.app import application\n",
+        "hooked.py": f"{code}\nfrom myproject import application\n",
+    }
+    return start(
+        stack,
+        setup,
+        control,
+        files=files,
+        module="hooked",
+        options=options,
+        env={DRAIN: drain},
+    )
+
+
+def hand_over(server: Process, control: Control) -> tuple[str, str]:
+    """Have the server's pool run a plain and an async task; both stand at the gate then."""
+    server.wait_until_up()
+    tokens = control.token(), control.token()
+    for task, token in zip(("plain", "async"), tokens, strict=True):
+        assert ask(server.port, path=f"/pool/length/{task}?{token}").body == b"ok"
+        control.run(token)
+    return tokens
+
+
+@pytest.mark.column("SIGTERM")
+@pytest.mark.parametrize("setup", HERE, ids=str)
+def test_sigterm_waits_for_the_tasks(setup: Setup, control: Control, stack: ExitStack) -> None:
+    """By itself, or with what the documentation adds."""
+    drain = control.token()
+    server = start_with_hook(stack, setup, control, drain)
+    tokens = hand_over(server, control)
+    server.stop(signal.SIGINT if "SIGINT" in ROWS[setup.name][HOOK] else signal.SIGTERM)
+    control.run(drain)  # the pool is being drained, and the tasks have not ended
+    for token in tokens:
+        assert control.let_through(token)
+    server.wait()
+    assert "was not finished" not in server.output
+
+
+@pytest.mark.parametrize("setup", [s for s in HERE if not drains_alone(s)], ids=str)
+def test_sigterm_by_itself_ends_the_server_and_its_tasks(
+    setup: Setup, control: Control, stack: ExitStack
+) -> None:
+    """Should this fail, the server has learned to wait: the documentation can say so."""
+    drain = control.token()
+    server = start(stack, setup, control, env={DRAIN: drain})
+    tokens = hand_over(server, control)
+    server.stop()
+    assert [control.run(token).ended.result(TIMEOUT) for token in tokens] == ["", ""]
+    server.wait()
+    assert not control.runs(drain)
+
+
+@pytest.mark.parametrize("setup", [s for s in HERE if s.name == "uWSGI-master"], ids=str)
+def test_with_its_options_a_busy_uwsgi_finishes_its_request_and_drains(
+    setup: Setup, control: Control, stack: ExitStack
+) -> None:
+    drain, stream = control.token(), control.token()
+    server = start_with_hook(stack, setup, control, drain)
+    tokens = hand_over(server, control)
+    client = Connection(server.port)
+    client.send(path=f"/pool/leave/plain?{stream}")
+    control.run(stream + "-stream")
+    server.stop()
+    server.wait_until_it_says("Gracefully killing worker")
+    client.leave()
+    assert control.let_through(stream + "-stream")
+    control.run(drain)
+    for token in (*tokens, stream):
+        assert control.let_through(token)
+    server.wait()
