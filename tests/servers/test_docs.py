@@ -1,0 +1,53 @@
+"""docs/servers.md has every set-up, and says of it what the suite has seen."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.servers import docs
+from tests.servers.setups import MISSING, SETUPS, SILENT, Setup
+from wsgi_bg.servers import SERVERS, Server
+
+KNOWN_BY, _, INSTEAD = range(3)
+"""The columns of the table "The set-ups"."""
+
+MARKS = {server.name: server for server in SERVERS}
+
+
+def in_code(text: str) -> set[str]:
+    return set(re.findall("`([^`]*)`", text))
+
+
+def parts(server: Server) -> set[str]:
+    return {server.key, server.contains} - {""}
+
+
+@pytest.mark.parametrize("title", ["The set-ups", "SIGTERM"])
+def test_the_tables_have_the_set_ups(title: str) -> None:
+    assert list(docs.rows(title)) == list(MISSING)
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=str)
+def test_the_table_says_how_a_server_is_known(setup: Setup) -> None:
+    cell = in_code(docs.rows("The set-ups")[setup.name][KNOWN_BY])
+    assert cell == (parts(MARKS[setup.mark]) if setup.mark else set())
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=str)
+def test_the_table_says_what_a_server_answers_instead(setup: Setup) -> None:
+    cell = docs.rows("The set-ups")[setup.name][INSTEAD]
+    assert in_code(cell) == set(setup.instead)
+    assert ("never answers" in cell) == (SILENT in setup.instead.values())
+
+
+@pytest.mark.parametrize("server", SERVERS, ids=lambda server: server.name)
+def test_the_page_names_every_mark(server: Server) -> None:
+    assert parts(server) <= in_code(docs.TEXT)
+
+
+def test_the_hooks_are_found() -> None:
+    titles = {docs.title_of(row[1]) for row in docs.rows("SIGTERM").values() if row[1]}
+    with_code = {title for title in titles if docs.block(title, "python")}
+    assert titles - with_code == {"uWSGI", "bjoern"}
