@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import io
 import os
-import socket
 import subprocess
 import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler as WSGIRefHandler
-from wsgiref.simple_server import make_server as make_wsgiref_server
 from wsgiref.util import setup_testing_defaults
 
-import h11
 from waitress.server import create_server
-from werkzeug.debug import DebuggedApplication
-from werkzeug.serving import WSGIRequestHandler, make_server
 
 TIMEOUT = 10.0
 """The bound of every wait, in seconds."""
@@ -120,47 +114,6 @@ class Gate:
         assert self._done.wait(TIMEOUT), "the task did not run"
 
 
-def ask(
-    port: int, method: str = "GET", path: str = "/", version: str = "1.1"
-) -> tuple[int, bytes, dict[bytes, bytes]]:
-    """Make a request and read until the framing says that the response is complete.
-
-    For a server that closes the connection in place of a length, that is the closing.
-    """
-    with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT) as connection:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        request = f"{method} {path} HTTP/{version}\r\nHost: test\r\n\r\n"
-        connection.sendall(request.encode())
-        client = h11.Connection(h11.CLIENT)
-        client.send(h11.Request(method=method, target=path, headers=[("Host", "test")]))
-        client.send(h11.EndOfMessage())
-        status, body, headers = 0, b"", {}
-        while True:
-            event = client.next_event()
-            if event is h11.NEED_DATA:
-                client.receive_data(connection.recv(65536))
-            elif isinstance(event, h11.Response):
-                status, headers = event.status_code, dict(event.headers)
-            elif isinstance(event, h11.Data):
-                body += bytes(event.data)
-            elif isinstance(event, h11.EndOfMessage):
-                return status, body, headers
-
-
-class _QuietWerkzeug(WSGIRequestHandler):
-    def log(self, type: str, message: str, *args: Any) -> None:
-        pass
-
-
-class _Werkzeug11(_QuietWerkzeug):
-    protocol_version = "HTTP/1.1"
-
-
-class _QuietWSGIRef(WSGIRefHandler):
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
 @contextmanager
 def _in_thread(serve: Callable[[], object], stop: Callable[[], object]) -> Iterator[None]:
     thread = threading.Thread(target=serve, daemon=True)
@@ -184,44 +137,6 @@ def waitress(app: App, threads: int = 2) -> Iterator[int]:
 
     with _in_thread(server.run, stop):
         yield server.effective_port
-
-
-@contextmanager
-def werkzeug(app: App, *, threaded: bool = False, http11: bool = False) -> Iterator[int]:
-    handler = _Werkzeug11 if http11 else _QuietWerkzeug
-    server = make_server("127.0.0.1", 0, app, threaded=threaded, request_handler=handler)
-    with _in_thread(lambda: server.serve_forever(0.01), server.shutdown):
-        yield server.port
-    server.server_close()
-
-
-@contextmanager
-def werkzeug_threaded(app: App) -> Iterator[int]:
-    with werkzeug(app, threaded=True, http11=True) as port:
-        yield port
-
-
-@contextmanager
-def werkzeug_debugger(app: App) -> Iterator[int]:
-    with werkzeug(DebuggedApplication(app), threaded=True, http11=True) as port:
-        yield port
-
-
-@contextmanager
-def wsgiref(app: App) -> Iterator[int]:
-    server = make_wsgiref_server("127.0.0.1", 0, app, handler_class=_QuietWSGIRef)
-    with _in_thread(lambda: server.serve_forever(0.01), server.shutdown):
-        yield server.server_port
-    server.server_close()
-
-
-SERVERS: dict[str, Callable[[App], AbstractContextManager[int]]] = {
-    "waitress": waitress,
-    "werkzeug": werkzeug,
-    "werkzeug threaded": werkzeug_threaded,
-    "werkzeug debugger": werkzeug_debugger,
-    "wsgiref": wsgiref,
-}
 
 
 def run_python(code: str, *, timeout: float = 30.0) -> subprocess.CompletedProcess[str]:
