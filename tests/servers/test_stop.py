@@ -19,7 +19,7 @@ from tests.servers.app import DRAIN
 from tests.servers.control import Control
 from tests.servers.fleet import start
 from tests.servers.process import Process
-from tests.servers.setups import HERE, Setup
+from tests.servers.setups import HERE, MISSING, SETUPS, Setup
 from tests.support import TIMEOUT
 
 ALONE, HOOK, _ = range(3)
@@ -112,10 +112,11 @@ def test_sigterm_by_itself_ends_the_server_and_its_tasks(
     assert not control.runs(drain)
 
 
-@pytest.mark.parametrize("setup", [s for s in HERE if s.name == "uWSGI-master"], ids=str)
+@pytest.mark.skipif(MISSING["uWSGI-master"] is not None, reason="uWSGI is not here")
 def test_with_its_options_a_busy_uwsgi_finishes_its_request_and_drains(
-    setup: Setup, control: Control, stack: ExitStack
+    control: Control, stack: ExitStack
 ) -> None:
+    setup = next(setup for setup in SETUPS if setup.name == "uWSGI-master")
     drain, stream = control.token(), control.token()
     server = start_with_hook(stack, setup, control, drain)
     tokens = hand_over(server, control)
