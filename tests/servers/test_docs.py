@@ -7,6 +7,7 @@ import re
 import pytest
 
 from tests.servers import docs
+from tests.servers.kinds import KINDS
 from tests.servers.setups import MISSING, SETUPS, SILENT, Setup
 from wsgi_bg.servers import SERVERS, Server
 
@@ -22,6 +23,10 @@ def in_code(text: str) -> set[str]:
 
 def parts(server: Server) -> set[str]:
     return {server.key, server.contains} - {""}
+
+
+def test_the_promise_is_made_for_every_kind_of_response() -> None:
+    assert set(KINDS) <= in_code(docs.section("The promise"))
 
 
 @pytest.mark.parametrize("title", ["The set-ups", "SIGTERM"])

@@ -37,8 +37,7 @@ def test_a_worker_runs_its_own_tasks_and_none_of_its_parents(
 
         for task in tasks:
             control.go(task)
-        if setup.name.startswith("gunicorn"):  # uWSGI's master runs no thread of Python's
-            assert all(control.run(task).passed for task in tasks)
+        assert all(control.run(task).passed for task in tasks)
         server.stop()
         server.wait()
         assert "was not finished" not in server.output

@@ -37,7 +37,7 @@ ADAPTERS = {
 def drains_alone(setup: Setup) -> bool:
     if setup.name == "granian" and sys.version_info >= (3, 13):
         return True
-    return ROWS[setup.name][ALONE] == "drains"
+    return ROWS[setup.name][ALONE].startswith("drains")
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def start_with_hook(stack: ExitStack, setup: Setup, control: Control, drain: str
     if hook:
         title = docs.title_of(hook)
         code = docs.block(title, "python")
-        options = docs.uwsgi_options() if title == "uWSGI" else []
+        options = docs.uwsgi_options() if title == "uWSGI" and setup.forks else []
     if setup.name.startswith("uvicorn"):
         setup = setup._replace(command=commands.uvicorn)
         adapter = ADAPTERS.get(setup.name)
