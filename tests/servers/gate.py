@@ -11,7 +11,7 @@ import asyncio
 import os
 import socket
 
-BOUND = 5.0
+BOUND = float(os.environ.get("WSGI_BG_TEST_BOUND", "5"))
 """How long a task waits to be let through, in seconds."""
 
 ADDRESS = "WSGI_BG_TEST_GATE"
@@ -30,9 +30,9 @@ def _report(answer: bytes) -> bytes:
     return b"passed\n" if answer == b"go\n" else b"late\n"
 
 
-def visit(token: str, bound: float = BOUND) -> None:
-    """Wait at the gate, ``bound`` seconds at most, and say how that ended; blocks."""
-    with socket.create_connection(("127.0.0.1", _port()), timeout=bound) as connection:
+def visit(token: str) -> None:
+    """Wait at the gate, and say how that ended; blocks."""
+    with socket.create_connection(("127.0.0.1", _port()), timeout=BOUND) as connection:
         connection.sendall(_announcement(token))
         try:
             answer = connection.recv(16)
@@ -47,13 +47,13 @@ def announce(token: str) -> None:
         connection.sendall(_announcement(token) + b"passed\n")
 
 
-async def visit_async(token: str, bound: float = BOUND) -> None:
+async def visit_async(token: str) -> None:
     """The same without holding a thread."""
     reader, writer = await asyncio.open_connection("127.0.0.1", _port())
     try:
         writer.write(_announcement(token))
         try:
-            answer = await asyncio.wait_for(reader.readline(), bound)
+            answer = await asyncio.wait_for(reader.readline(), BOUND)
         except asyncio.TimeoutError:
             answer = b""
         writer.write(_report(answer))

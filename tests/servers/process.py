@@ -24,6 +24,11 @@ from tests.support import TIMEOUT
 
 ROOT = Path(__file__).parents[2]
 
+PATIENT = {"WSGI_BG_TEST_BOUND": "30"}
+"""For a process whose tasks stand at the gate while it starts or stops."""
+
+START_TIMEOUT = 30.0  # seconds
+
 _pause = threading.Event()  # never set
 
 
@@ -72,7 +77,7 @@ class Process:
 
     def wait_until_up(self) -> None:
         """Wait for its first answer, which fills ``facts``."""
-        for _ in range(int(TIMEOUT / 0.01)):
+        for _ in range(int(START_TIMEOUT / 0.01)):
             if self._process.poll() is not None:
                 break
             with suppress(ConnectionRefusedError):

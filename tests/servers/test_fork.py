@@ -10,6 +10,7 @@ from tests.client import ask
 from tests.servers.app import PARENT
 from tests.servers.control import Control
 from tests.servers.fleet import start
+from tests.servers.process import PATIENT
 from tests.servers.setups import HERE, Setup
 
 
@@ -22,7 +23,7 @@ def test_a_worker_runs_its_own_tasks_and_none_of_its_parents(
     token = control.token()
     tasks = [f"{token}-{name}" for name in ("plain", "async", "queued")]
     with ExitStack() as stack:
-        server = start(stack, setup, control, env={PARENT: token})
+        server = start(stack, setup, control, env={PARENT: token, **PATIENT})
         parents = {control.run(task).pid for task in tasks[:2]}
         assert control.let_through(token)  # the import goes on, and the fork follows
 

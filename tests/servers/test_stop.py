@@ -18,7 +18,7 @@ from tests.servers import commands, docs
 from tests.servers.app import DRAIN
 from tests.servers.control import Control
 from tests.servers.fleet import start
-from tests.servers.process import Process
+from tests.servers.process import PATIENT, Process
 from tests.servers.setups import HERE, MISSING, SETUPS, Setup
 from tests.support import TIMEOUT
 
@@ -69,7 +69,7 @@ def start_with_hook(stack: ExitStack, setup: Setup, control: Control, drain: str
         files=files,
         module="hooked",
         options=options,
-        env={DRAIN: drain},
+        env={DRAIN: drain, **PATIENT},
     )
 
 
