@@ -67,7 +67,7 @@ class Process:
                 start_new_session=True,
                 env={
                     **_environment(),
-                    "PYTHONPATH": f"{ROOT}:{launch.folder}",
+                    "PYTHONPATH": f"{launch.folder}:{ROOT}",
                     "PYTHONUNBUFFERED": "1",
                     ADDRESS: str(control.port),
                     NONCE: self._nonce,
