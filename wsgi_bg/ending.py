@@ -8,6 +8,7 @@ of those waits here for all the others.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 
@@ -26,11 +27,13 @@ def when_it_comes(call: Callable[[], object]) -> None:
     """Have ``call()`` made on a thread once the main one and all that are no daemons ended.
 
     The process does not end before it has returned. Nothing happens where it is too late,
-    where a thread waits already (two would wait for each other), and where threads are
-    greenlets: no one would wait for them.
+    where a thread waits already (two would wait for each other), where threads are
+    greenlets, for which no one would wait, and under uWSGI, whose forks Python does not
+    know of: a child would wait for its parent's thread.
     """
     is_late = not threading.main_thread().is_alive() and not _keepers()
-    if is_late or os.getpid() in _awaited or greenlets.are_threads():
+    is_useless = greenlets.are_threads() or "uwsgi" in sys.modules
+    if is_late or is_useless or os.getpid() in _awaited:
         return
     _awaited.add(os.getpid())
     try:

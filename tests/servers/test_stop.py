@@ -7,7 +7,6 @@ server has come to drain its runners.
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -35,8 +34,6 @@ ADAPTERS = {
 
 
 def drains_alone(setup: Setup) -> bool:
-    if setup.name == "granian" and sys.version_info >= (3, 13):
-        return True
     return ROWS[setup.name][ALONE].startswith("drains")
 
 
