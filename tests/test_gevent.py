@@ -172,6 +172,28 @@ def test_a_stuck_task_is_named_and_the_process_ends(start: str) -> None:
     ]
 
 
+def test_a_task_that_a_greenlet_waits_for_is_named_at_the_exit() -> None:
+    lines = run(
+        "not patched",
+        """
+        from wsgi_bg import InlineRunner
+
+        async def stuck():
+            passed.append("begun")
+            await asyncio.sleep(3600)
+
+        runner = InlineRunner()
+        runner.drain_timeout = 0.2
+        client = gevent.spawn(ask, serve([stuck], runner))
+        until(lambda: passed)
+        """,
+    )
+    assert lines == [
+        "ERROR background task __main__.stuck was not finished within the drain time of 0.2 "
+        "seconds: the process ends without it"
+    ]
+
+
 @each_start
 def test_an_error_of_an_async_task_is_logged(start: str) -> None:
     lines = run(
@@ -185,6 +207,33 @@ def test_an_error_of_an_async_task_is_logged(start: str) -> None:
         """,
     )
     assert lines[0] == "ERROR background task __main__.fail raised ValueError"
+
+
+@each_start
+def test_a_greenlets_tasks_outlive_a_loop_that_was_ended_before_they_began(start: str) -> None:
+    lines = run(
+        start,
+        """
+        async def stray():
+            raise SystemExit
+
+        async def end_the_loop():
+            asyncio.get_running_loop().create_task(stray())
+            while not blocked:
+                time.sleep(0.001)  # the loop, and not a greenlet of the server's thread
+
+        blocked = []
+        logging.disable(logging.ERROR)
+        ask(serve([end_the_loop], "pool"))
+        client = gevent.spawn(ask, serve([wait, plain], "inline"))
+        client.join(10)
+        blocked.append(True)
+        gate.set()
+        until(lambda: "plain" in passed)
+        print(passed)
+        """,
+    )
+    assert lines == ["[True, 'plain']"]
 
 
 def test_a_killed_greenlet_takes_its_task_with_it_and_says_so() -> None:

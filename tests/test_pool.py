@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,8 @@ import pytest
 from tests.conftest import Log
 from tests.support import TIMEOUT, Gate, Server, app_that, make_server_environ, run_python
 from wsgi_bg import BackgroundTasksMiddleware, PoolRunner, background_tasks, portal, workers
+from wsgi_bg.portal_thread import PortalThread
+from wsgi_bg.process import PerProcess
 from wsgi_bg.runners import Runner, pool
 
 
@@ -460,3 +463,174 @@ def test_an_error_in_asyncios_thread_is_the_tasks() -> None:
     submit(runner, fail)
     assert runner.drain(TIMEOUT) == []
     assert runner.statistics().succeeded == 1
+
+
+def test_a_batch_without_a_task_to_run_holds_nothing(log: Log) -> None:
+    runner, loud = PoolRunner(), list[str]()
+
+    def add(environ: object) -> None:
+        background_tasks.using(run_on="error").add_task(loud.append, "no")
+
+    Server().run(BackgroundTasksMiddleware(app_that(add), runner=runner), make_server_environ())
+    assert runner.statistics().discarded == 1
+    assert runner.drain(0.0) == []
+    assert "was not run: the request succeeded" in log.warnings[0]
+
+
+@contextmanager
+def no_threads() -> Iterator[None]:
+    """A mock: memory for not one more stack cannot be had here without ending the tests."""
+
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        yield
+
+
+@pytest.fixture
+def no_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no portal yet."""
+    monkeypatch.setattr(portal, "_threads", PerProcess(PortalThread))
+
+
+def test_async_tasks_run_where_no_thread_can_start_for_the_loop(no_loop: None) -> None:
+    runner, (ready, go), seen = PoolRunner(threads=1), events(2), list[str]()
+
+    def wait() -> None:
+        ready.set()
+        assert go.wait(TIMEOUT)
+
+    async def run() -> None:
+        seen.append(threading.current_thread().name)
+
+    submit(runner, wait)
+    assert ready.wait(TIMEOUT)
+    with no_threads():
+        submit(runner, run)  # to the worker, behind the other
+        go.set()
+        assert runner.drain(TIMEOUT) == []
+    assert seen == ["wsgi_bg-pool-0"]
+
+
+def test_a_plain_task_behind_an_async_one_runs_where_no_thread_can_start(loop: None) -> None:
+    runner, seen = PoolRunner(), list[str]()
+
+    async def run() -> None:
+        seen.append("async")
+
+    with no_threads():
+        submit(runner, run, lambda: seen.append(threading.current_thread().name))
+        assert runner.drain(TIMEOUT) == []
+    assert seen == ["async", "wsgi_bg-portal"]
+
+
+def test_asyncios_thread_pool_works_where_no_thread_can_start(no_loop: None) -> None:
+    runner, seen = PoolRunner(), list[str]()
+
+    async def run() -> None:
+        with no_threads():
+            seen.append(await asyncio.to_thread(lambda: threading.current_thread().name))
+
+    submit(runner, run)
+    assert runner.drain(TIMEOUT) == []
+    assert seen == ["wsgi_bg-portal"]
+
+
+def test_what_was_cancelled_before_a_thread_was_free_is_not_called() -> None:
+    runner, (go,), seen = PoolRunner(), events(1), list[str]()
+    count = 64  # more than the loop's executor has threads
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        busy = [loop.run_in_executor(None, go.wait, TIMEOUT) for _ in range(count)]
+        behind = loop.run_in_executor(None, seen.append, "called")
+        behind.cancel()
+        await asyncio.gather(behind, return_exceptions=True)
+        go.set()
+        await asyncio.gather(*busy)
+
+    submit(runner, run)
+    assert runner.drain(TIMEOUT) == []
+    assert runner.statistics().succeeded == 1
+    assert seen == []
+
+
+def test_what_would_block_the_loop_for_ever_fails(log: Log) -> None:
+    """A request that a task of the loop makes in the same process, with async tasks inline."""
+    seen: list[str] = []
+
+    class Future:
+        def __await__(self) -> Iterator[None]:
+            raise AssertionError("awaited")
+
+    async def run() -> None:
+        seen.append("ran")
+
+    def add(environ: object) -> None:
+        background_tasks.add_task(lambda: run())
+        background_tasks.add_task(Future)
+        background_tasks.add_task(run)
+        background_tasks.add_task(seen.append, "plain")
+
+    async def request() -> None:
+        Server().run(BackgroundTasksMiddleware(app_that(add)), make_server_environ())
+
+    runner = PoolRunner()
+    submit(runner, request)
+    assert runner.drain(TIMEOUT) == []
+    assert seen == ["plain"]
+    assert [type(error) for error in log.tracebacks] == [RuntimeError] * 3
+
+
+def test_a_batch_goes_on_where_threads_are_greenlets(
+    loop: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mock; gevent itself is in test_gevent.py, where coverage does not see this."""
+    runner, seen = PoolRunner(), list[str]()
+
+    async def run() -> None:
+        seen.append("async")
+
+    monkeypatch.setattr("wsgi_bg.greenlets.are_threads", lambda: True)
+    submit(runner, lambda: seen.append("first"), run, lambda: seen.append("last"))
+    assert runner.drain(TIMEOUT) == []
+    assert seen == ["first", "async", "last"]
+
+
+def test_what_is_given_to_a_loop_that_has_ended_is_given_back(no_loop: None, log: Log) -> None:
+    strays: list[asyncio.Task[None]] = []
+
+    async def stray() -> None:
+        raise SystemExit
+
+    async def end_the_loop() -> None:
+        strays.append(asyncio.get_running_loop().create_task(stray()))
+
+    runner, back = PoolRunner(), list[str]()
+    portal.portal()
+    thread = portal.peek()
+    assert thread is not None
+    submit(runner, end_the_loop)
+    assert runner.drain(TIMEOUT) == []
+    while portal.peek() is not None:
+        pass
+    thread.start("subject", None, back.append)  # type: ignore[arg-type]  # not called
+    assert back == ["subject"]
+    assert isinstance(strays[0].exception(), SystemExit)
+
+
+def test_a_process_that_can_start_no_thread_for_its_end_has_atexit() -> None:
+    done = run_python(
+        """
+        import threading
+        from tests.test_pool import no_threads, submit
+        from wsgi_bg import InlineRunner
+
+        with no_threads():
+            submit(InlineRunner(), lambda: print("ran"))
+        submit(InlineRunner(), lambda: print("ran too"), complete=False)
+        """
+    )
+    assert done.stdout == "ran\nran too\n", done.stderr

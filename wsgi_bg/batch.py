@@ -200,9 +200,8 @@ class Batch:
 
     def _fail_next(self, exc: Exception) -> None:
         """Without a loop: the task that should have run on it has failed."""
-        if self._abandoned:  # by a drain whose time was up, and which named the tasks
-            return
-        task = self._running or self._next(is_async=True)
+        # Abandoned by a drain whose time was up, and which named the tasks?
+        task = None if self._abandoned else self._running or self._next(is_async=True)
         if task is None:
             return
         context = self._of._context_of(task)

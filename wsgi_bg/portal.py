@@ -84,7 +84,7 @@ def run(
     trip = _Trip(func, args)
     try:
         if in_greenlet():
-            return trip.make(thread)
+            return trip.make()
         return thread.portal.start_task_soon(trip.run).result()
     except Exception:
         raise
@@ -105,7 +105,8 @@ class _Trip(Generic[T]):
         self._args = args
         self._task: asyncio.Task[Any] | None = None
         self._is_cancelled = False
-        self._outcome: Future[T] = Future()
+        self._outcome: Future[T] = Future()  # these two for greenlets
+        self._arrived: Any = None
 
     async def run(self) -> T:
         self._task = asyncio.current_task()
@@ -113,20 +114,23 @@ class _Trip(Generic[T]):
             raise asyncio.CancelledError
         return await self._func(*self._args)
 
-    def make(self, thread: PortalThread) -> T:
-        """Run it on ``thread`` and let the greenlets of this one run meanwhile."""
-        arrived = greenlet_event()
-        thread.start(self, _Trip._run_and_keep, lambda trip: arrived.set())
-        arrived.wait()
-        if not self._outcome.done():
-            raise RuntimeError("the portal's event loop was ended by a task on it")
+    def make(self) -> T:
+        """Run it on the portal and let the greenlets of this thread run meanwhile."""
+        while self._task is None:  # its loop may be ended before it has begun
+            self._arrived = greenlet_event()
+            _thread().start(self, _Trip._run_and_keep, _Trip._arrive)
+            self._arrived.wait()
         return self._outcome.result()
+
+    def _arrive(self) -> None:
+        self._arrived.set()
 
     async def _run_and_keep(self) -> None:
         try:
             self._outcome.set_result(await self.run())
-        except Exception as exc:
-            self._outcome.set_exception(exc)
+        except BaseException as exc:  # a cancellation, at the exit, must not leave close()
+            ended = RuntimeError("the portal has ended")
+            self._outcome.set_exception(exc if isinstance(exc, Exception) else ended)
 
     def cancel(self) -> None:
         """From another thread: have the coroutine cancelled, begun or not; does not block."""
