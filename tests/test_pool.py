@@ -200,6 +200,32 @@ def test_handing_over_does_not_wait_for_the_loop_to_be_made() -> None:
     assert done.stdout == "ran\nran\n", done.stderr
 
 
+def test_without_a_loop_an_async_task_has_failed_and_the_next_runs() -> None:
+    """No file descriptor is left for the loop."""
+    done = run_python(
+        """
+        import os, resource
+        import wsgi_bg.portal, anyio._backends._asyncio
+        from tests.test_pool import submit
+        from wsgi_bg import PoolRunner
+
+        async def task(): pass
+
+        runner = PoolRunner()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        held = []
+        try:
+            while True: held.append(os.open(os.devnull, os.O_RDONLY))
+        except OSError: pass
+        submit(runner, task, lambda: print("ran"))
+        print(runner.drain(10), runner.statistics().failed)
+        for number in held: os.close(number)
+        """
+    )
+    assert done.stdout == "ran\n[] 1\n", done.stderr
+    assert "task raised OSError" in done.stderr
+
+
 def test_threads_end_when_they_were_idle_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "IDLE_TIMEOUT", 0.01)
     runner, threads = PoolRunner(threads=2), list[threading.Thread]()

@@ -58,7 +58,7 @@ def start(
     :param work: lets nothing out but a cancellation.
     :param then: ``then(subject)`` is called on the portal's thread when that is done, or on
         any thread if the loop was ended before it could begin.
-    :raises RuntimeError: if there is no portal, nor one to be had.
+    :raises Exception: what keeps a portal from being made, if there is none.
     """
     _thread().start(subject, work, then)
 

@@ -166,7 +166,7 @@ class _Crew:
             return
         try:
             portal.start(batch, Batch.run_async, self._then)
-        except RuntimeError:  # no portal to be had
+        except Exception:  # no portal to be had
             batch.run()
 
     def _pass_on(self, batch: Batch) -> None:
