@@ -200,6 +200,26 @@ def test_handing_over_does_not_wait_for_the_loop_to_be_made() -> None:
     assert done.stdout == "ran\nran\n", done.stderr
 
 
+def test_the_first_async_task_waits_for_no_plain_one() -> None:
+    """The loop is not there yet, and all workers are taken."""
+    done = run_python(
+        """
+        import threading
+        from tests.test_pool import submit
+        from wsgi_bg import PoolRunner
+
+        runner, begun, ran = PoolRunner(threads=1), threading.Event(), threading.Event()
+
+        async def task(): ran.set()
+
+        submit(runner, lambda: (begun.set(), print(ran.wait(10))))
+        assert begun.wait(10)
+        submit(runner, task)
+        """
+    )
+    assert done.stdout == "True\n", done.stderr
+
+
 def test_without_a_loop_an_async_task_has_failed_and_the_next_runs() -> None:
     """No file descriptor is left for the loop."""
     done = run_python(

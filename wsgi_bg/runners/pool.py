@@ -137,6 +137,7 @@ class _Crew:
     def __init__(self, threads: int) -> None:
         self.ledger = Ledger()
         self._workers = Workers(self._work, threads, "wsgi_bg-pool")
+        self._starter = Workers(self._work, 1, "wsgi_bg-start")
         # Greenlets, which are cheap to hold; see _work().
         self._waiting = Workers(Batch.run, inf, "wsgi_bg-wait")
         self._then = self._pass_on  # one object for all batches
@@ -144,17 +145,21 @@ class _Crew:
     def take(self, batch: Batch) -> bool:
         """Have the batch begin; False if it has no task or there is no thread to be had."""
         is_async = batch.next_is_async
-        if is_async and not greenlets.are_threads():
-            thread = portal.peek()
-            if thread is not None:
-                work = _run_late if batch.not_before else Batch.run_async
-                thread.start(batch, work, self._then)
-                return True
-            # It would have to be made first, which takes longer than close() may.
-        return is_async is not None and self._workers.take(batch)
+        if is_async is None:
+            return False
+        if not is_async:
+            return self._workers.take(batch)
+        thread = None if greenlets.are_threads() else portal.peek()
+        if thread is None:
+            # To make it takes longer than close() may, and plain functions may have all
+            # the workers for long.
+            return self._starter.take(batch)
+        work = _run_late if batch.not_before else Batch.run_async
+        thread.start(batch, work, self._then)
+        return True
 
     def _work(self, batch: Batch) -> None:
-        """On a worker: run plain functions, then pass the batch on."""
+        """On a thread: run the plain functions that come next, then pass the batch on."""
         wait = batch.not_before and batch.not_before - time.monotonic()
         if wait > 0:
             time.sleep(wait)
