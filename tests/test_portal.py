@@ -15,6 +15,7 @@ import pytest
 from tests.conftest import Log
 from tests.support import TIMEOUT, Gate, app_that, respond, run_python
 from wsgi_bg import BackgroundTask, BackgroundTasksMiddleware, background_tasks, portal
+from wsgi_bg.process import PerProcess
 
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
 
@@ -69,6 +70,15 @@ def test_threads_that_race_for_the_first_portal_get_one() -> None:
         """
     )
     assert done.stdout == "16 1 1\n", done.stderr
+
+
+def test_threads_that_find_the_loop_ended_replace_it_once() -> None:
+    threads = PerProcess(object)
+    ended = threads.get()
+    threads.forget(ended)
+    replaced = threads.get()
+    threads.forget(ended)  # the slower one
+    assert threads.get() is replaced is not ended
 
 
 def test_consecutive_async_tasks_make_one_trip(monkeypatch: pytest.MonkeyPatch) -> None:

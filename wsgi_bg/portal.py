@@ -37,7 +37,7 @@ def portal() -> BlockingPortal:
 def _thread() -> PortalThread:
     running = _threads.get()
     if running.has_ended:
-        _threads.forget()
+        _threads.forget(running)
         running = _threads.get()
     return running
 

@@ -33,7 +33,7 @@ class PerProcess(Generic[T]):
         pid = os.getpid()
         value = self._values.get(pid)
         if value is None:
-            with self._locks.setdefault(pid, threading.RLock()):
+            with self._lock_of(pid):
                 value = self._values.get(pid)
                 if value is None:
                     value = self._values.setdefault(pid, self._make())
@@ -43,6 +43,15 @@ class PerProcess(Generic[T]):
         """This process's object if there is one; never blocks and never makes one."""
         return self._values.get(os.getpid())
 
-    def forget(self) -> None:
-        """Make a new object at the next :meth:`get` of this process."""
-        self._values.pop(os.getpid(), None)
+    def forget(self, value: T) -> None:
+        """Make a new object at the next :meth:`get` of this process, in place of ``value``.
+
+        Nothing happens where another thread has done it: what is there now is of use.
+        """
+        pid = os.getpid()
+        with self._lock_of(pid):
+            if self._values.get(pid) is value:
+                del self._values[pid]
+
+    def _lock_of(self, pid: int) -> threading.RLock:
+        return self._locks.setdefault(pid, threading.RLock())
