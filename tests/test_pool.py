@@ -246,6 +246,27 @@ def test_without_a_loop_an_async_task_has_failed_and_the_next_runs() -> None:
     assert "task raised OSError" in done.stderr
 
 
+def test_a_signal_that_stops_a_hand_over_keeps_no_other_from_the_loop(
+    loop: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, (ran,), thread = PoolRunner(), events(1), portal.peek()
+    assert thread is not None
+
+    async def run() -> None:
+        ran.set()
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        monkeypatch.undo()
+        submit(runner, run)  # another thread's, which counts on this wake
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(thread._loop, "call_soon_threadsafe", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        submit(runner, nothing)
+    assert ran.wait(TIMEOUT)
+    assert runner.drain(TIMEOUT) == []
+
+
 def test_threads_end_when_they_were_idle_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "IDLE_TIMEOUT", 0.01)
     runner, threads = PoolRunner(threads=2), list[threading.Thread]()

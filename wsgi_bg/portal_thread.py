@@ -89,11 +89,18 @@ class PortalThread:
         # wake of it is enough for all that comes before it has looked.
         self._inbox.append((subject, work, then))
         if not self._is_woken:
-            self._is_woken = True
-            with suppress(RuntimeError):  # closed
-                self._loop.call_soon_threadsafe(self._begin, context=self._context)
+            try:
+                self._is_woken = True
+                self._wake()
+            except BaseException:  # a signal handler's: others count on this wake
+                self._wake()
+                raise
         if self.has_ended:
             self._return_inbox()
+
+    def _wake(self) -> None:
+        with suppress(RuntimeError):  # closed
+            self._loop.call_soon_threadsafe(self._begin, context=self._context)
 
     def _begin(self) -> None:
         self._is_woken = False
