@@ -15,10 +15,20 @@ import pytest
 
 from tests.conftest import Log
 from tests.support import TIMEOUT, Gate, Server, app_that, make_server_environ, run_python
-from wsgi_bg import BackgroundTasksMiddleware, PoolRunner, background_tasks, portal, workers
+from wsgi_bg import (
+    BackgroundTask,
+    BackgroundTasks,
+    BackgroundTasksMiddleware,
+    PoolRunner,
+    background_tasks,
+    portal,
+    workers,
+)
+from wsgi_bg.batch import Batch
 from wsgi_bg.portal_thread import PortalThread
 from wsgi_bg.process import PerProcess
 from wsgi_bg.runners import Runner, pool
+from wsgi_bg.tasks import CLOSED, ENDED
 
 
 @pytest.fixture
@@ -265,6 +275,61 @@ def test_a_signal_that_stops_a_hand_over_keeps_no_other_from_the_loop(
         submit(runner, nothing)
     assert ran.wait(TIMEOUT)
     assert runner.drain(TIMEOUT) == []
+
+
+class Meanwhile(list[BackgroundTask]):
+    """A batch's list that lets something happen as a part of it is looked at."""
+
+    def __init__(self, tasks: list[BackgroundTask], happens: Callable[[], object]) -> None:
+        super().__init__(tasks)
+        self._happens = happens
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            self._happens()
+        return super().__getitem__(index)
+
+
+def test_a_task_that_begins_as_the_batch_is_abandoned_is_named_too() -> None:
+    first, second = Gate(), Gate()
+
+    def second_begins() -> None:
+        first.open()
+        assert second.begun.wait(TIMEOUT)
+
+    tasks = BackgroundTasks()
+    tasks.add_task(first.task)
+    tasks.add_task(second.task)
+    tasks._list = Meanwhile(tasks.tasks, second_begins)
+    batch = Batch(tasks, request_failed=False, response_complete=True)
+    thread = threading.Thread(target=batch.run)
+    thread.start()
+    assert first.begun.wait(TIMEOUT)
+    left = batch.tasks
+    second.open()
+    thread.join(TIMEOUT)
+    assert [task.func for task in left] == [second.task]
+
+
+def test_a_batch_that_is_abandoned_as_a_task_is_added_at_its_end_has_ended() -> None:
+    class AddedAtTheEnd(BackgroundTasks):
+        @property
+        def _phase(self) -> int:
+            return phases[-1]
+
+        @_phase.setter
+        def _phase(self, phase: int) -> None:
+            if phase == CLOSED:
+                left.extend(batch.abandon())
+            phases.append(phase)
+            if phase == ENDED and len(phases) == 2:
+                self.tasks.append(BackgroundTask(int, "1"))
+
+    phases, left = list[int](), list[BackgroundTask]()
+    batch = Batch(AddedAtTheEnd(), request_failed=False, response_complete=True)
+    batch.run()
+    assert [task.args for task in left] == [("1",)]
+    assert batch.has_ended
 
 
 def test_threads_end_when_they_were_idle_for_long(monkeypatch: pytest.MonkeyPatch) -> None:

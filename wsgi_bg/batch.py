@@ -72,8 +72,8 @@ class Batch:
     @property
     def tasks(self) -> list[BackgroundTask]:
         """The tasks that are to run and have not finished, the running one first."""
-        running = self._running
         waiting = [task for task in self._list[self._index :] if task._is_unclaimed]
+        running = self._running  # now: one that begins is running before it is claimed
         if running is None or running in waiting:  # it was claimed meanwhile
             return waiting
         return [running, *waiting]
@@ -135,10 +135,10 @@ class Batch:
 
     def abandon(self) -> list[BackgroundTask]:
         """Begin no further task; return those left undone, the running one first."""
-        left = [] if self._abandoned else self.tasks
+        was_abandoned = self._abandoned
         self._abandoned = True
-        self._of._phase = ENDED
-        return left
+        self._of._phase = ENDED  # and look then: no task is added any more
+        return [] if was_abandoned else self.tasks
 
     def _next(self, *, is_async: bool) -> BackgroundTask | None:
         """Claim the next task, if it is of this kind; where there is none, end the batch."""
@@ -164,6 +164,7 @@ class Batch:
                     return task
                 self._discard(task)
             self._running = None
+        of._phase = ENDED  # again: abandon() may have come between the look and CLOSED
         return None
 
     def _run_plain_tasks(self) -> bool:
