@@ -27,7 +27,7 @@ from wsgi_bg import (
 from wsgi_bg.batch import Batch
 from wsgi_bg.portal_thread import PortalThread
 from wsgi_bg.process import PerProcess
-from wsgi_bg.runners import Runner, pool
+from wsgi_bg.runners import Runner, Statistics, pool
 from wsgi_bg.tasks import CLOSED, ENDED
 
 
@@ -275,6 +275,20 @@ def test_a_signal_that_stops_a_hand_over_keeps_no_other_from_the_loop(
         submit(runner, nothing)
     assert ran.wait(TIMEOUT)
     assert runner.drain(TIMEOUT) == []
+
+
+def test_a_batch_whose_hand_over_was_stopped_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    runner = PoolRunner()
+    monkeypatch.setattr(workers.Workers, "take", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        submit(runner, int, int)
+    assert runner.drain(0) == []
+    assert runner.statistics() == Statistics(0, 0, 0, 0, discarded=2)
 
 
 class Meanwhile(list[BackgroundTask]):

@@ -116,6 +116,19 @@ def test_the_numbers_of_a_pool(gate: Gate) -> None:
     )
 
 
+def test_the_tasks_that_a_stopped_worker_leaves_are_counted() -> None:
+    runner = InlineRunner()
+
+    def stop() -> None:
+        background_tasks.add_task(int)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        submit(runner, stop)
+    assert runner.drain(0) == []
+    assert runner.statistics() == Statistics(0, 0, 0, 0, discarded=2)
+
+
 def test_beyond_max_pending_a_complete_batch_runs_in_close(gate: Gate) -> None:
     runner = PoolRunner(threads=1, max_pending=1)
     threads: list[int] = []

@@ -275,7 +275,10 @@ class Batch:
         """Begin no further task, since ``exc`` stops the worker, and name those left."""
         running = self._running
         for task in self.abandon():
+            self.discarded += 1
             report.stopped(task, exc, began=task is running)
+        if not self.is_running:  # perhaps no one else does: the hand-over was stopped
+            self._tell_if_ended()
 
     def __repr__(self) -> str:
         names = ", ".join(task.name for task in self.tasks)

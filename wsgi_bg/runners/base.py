@@ -19,7 +19,7 @@ class Statistics:
     :ivar succeeded: tasks that have returned.
     :ivar failed: tasks that have raised.
     :ivar discarded: tasks that were not run: for the request's outcome, after another
-        task's error, or because their worker was stopped.
+        task's error, or because their worker was stopped, perhaps in the middle of them.
     """
 
     pending: int
