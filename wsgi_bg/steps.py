@@ -16,9 +16,11 @@ from typing import Any
 # the StopIteration that coroutine.send() raises then.
 DONE: Any = object()
 
-# How often an asyncio task was asked to end, less the times that this was taken back; always
-# 0 on Python 3.10, which does not count.
-cancellations: Callable[[Any], int] = getattr(asyncio.Task, "cancelling", lambda task: 0)
+# How often an asyncio task was asked to end, less the times that this was taken back; Python
+# 3.10 does not count, and only knows whether the next step is to raise it.
+cancellations: Callable[[Any], int] = getattr(
+    asyncio.Task, "cancelling", lambda task: task._must_cancel
+)
 
 
 async def in_context(context: Context, awaitable: Awaitable[Any]) -> Any:
