@@ -29,6 +29,7 @@ from wsgi_bg import (
     PoolRunner,
     background_tasks,
     get_background_tasks,
+    portal,
 )
 
 correlation: contextvars.ContextVar[str] = contextvars.ContextVar("correlation")
@@ -187,6 +188,26 @@ def test_a_cancellation_that_a_task_leaves_behind_does_not_hit_the_next(log: Log
     run((cancel_itself,), (then,))
     assert seen == ["ran"]
     assert [type(error) for error in log.tracebacks] == [asyncio.CancelledError]
+
+
+def test_a_cancellation_that_a_task_does_not_wait_for_does_not_hit_the_next() -> None:
+    seen: list[str] = []
+
+    async def cancel_itself() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+
+    async def then() -> None:
+        await asyncio.sleep(0)
+        seen.append("ran")
+
+    before = portal.portal()
+    run((cancel_itself,), (then,))
+    run((cancel_itself,))
+    run((then,))
+    assert seen == ["ran", "ran"]
+    assert portal.portal() is before
 
 
 @pytest.mark.skipif(not hasattr(asyncio.Task, "uncancel"), reason="needs Python 3.11")

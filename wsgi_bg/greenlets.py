@@ -28,12 +28,9 @@ def start_real_thread(target: Callable[[], object], name: str) -> None:
         threading.Thread(target=target, name=name, daemon=True).start()
 
 
-def in_greenlet() -> bool:
-    """Whether to wait for another thread would stop the other greenlets of this one."""
-    gevent = sys.modules.get("gevent")
-    return gevent is not None and isinstance(gevent.getcurrent(), gevent.Greenlet)
-
-
-def greenlet_event() -> Any:
+def event() -> Any:
     """An event that another thread may set and whose ``wait()`` lets greenlets run."""
-    return sys.modules["gevent.event"].Event()
+    gevent = sys.modules.get("gevent")
+    if gevent is not None and isinstance(gevent.getcurrent(), gevent.Greenlet):
+        return sys.modules["gevent.event"].Event()
+    return threading.Event()

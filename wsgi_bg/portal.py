@@ -17,7 +17,7 @@ import anyio
 from anyio.from_thread import BlockingPortal
 
 from . import steps
-from .greenlets import greenlet_event, in_greenlet
+from .greenlets import event
 from .portal_thread import PortalThread
 from .process import PerProcess
 
@@ -78,14 +78,12 @@ def run(
         the coroutine is cancelled.
     """
     try:
-        thread = _thread()
+        _thread()
     except RuntimeError:
         return anyio.run(func, *args, backend="asyncio")
     trip = _Trip(func, args)
     try:
-        if in_greenlet():
-            return trip.make()
-        return thread.portal.start_task_soon(trip.run).result()
+        return trip.make()
     except Exception:
         raise
     except BaseException as exc:
@@ -95,8 +93,11 @@ def run(
 
 
 class _Trip(Generic[T]):
-    """A coroutine on the portal that can be cancelled before there is a future for it:
-    anyio's ``start_task_soon`` waits for the loop, and a signal may come meanwhile."""
+    """A coroutine on the portal that can be cancelled before it has begun.
+
+    Not in the portal's task group: a task that cancels itself and returns would end that,
+    and with it the loop of all others. And anyio's ``start_task_soon`` waits for the loop.
+    """
 
     def __init__(
         self, func: Callable[..., Coroutine[Any, Any, T]], args: tuple[Any, ...]
@@ -105,7 +106,7 @@ class _Trip(Generic[T]):
         self._args = args
         self._task: asyncio.Task[Any] | None = None
         self._is_cancelled = False
-        self._outcome: Future[T] = Future()  # these two for greenlets
+        self._outcome: Future[T] = Future()
         self._arrived: Any = None
 
     async def run(self) -> T:
@@ -115,10 +116,16 @@ class _Trip(Generic[T]):
         return await self._func(*self._args)
 
     def make(self) -> T:
-        """Run it on the portal and let the greenlets of this thread run meanwhile."""
+        """Run it on the portal; blocks, but lets the greenlets of this thread run.
+
+        :raises RuntimeError: on the portal's own thread, which it would block for ever.
+        """
         while self._task is None:  # its loop may be ended before it has begun
-            self._arrived = greenlet_event()
-            _thread().start(self, _Trip._run_and_keep, _Trip._arrive)
+            thread = _thread()
+            if thread.is_current:
+                raise RuntimeError("this cannot be called from the event loop thread")
+            self._arrived = event()
+            thread.start(self, _Trip._run_and_keep, _Trip._arrive)
             self._arrived.wait()
         return self._outcome.result()
 

@@ -56,6 +56,14 @@ class PortalThread:
         """
         return self._end.done()
 
+    @property
+    def is_current(self) -> bool:
+        """Whether this code runs on the loop."""
+        try:
+            return asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            return False
+
     def _run(self, ready: Future[BlockingPortal]) -> None:
         try:
             anyio.run(self._serve, ready, backend="asyncio")
