@@ -229,6 +229,29 @@ def test_a_runner_that_cannot_be_drained_is_complained_of_once() -> None:
     assert [line for line in lines if line.startswith("OSError")] == ["OSError: no broker"]
 
 
+def test_a_runner_that_cannot_say_what_it_left_keeps_no_other_from_it() -> None:
+    code, lines = run(
+        """
+        class Broken(InlineRunner):
+            def abandon(self): raise OSError("no broker")
+            def __repr__(self): return "Broken()"
+
+        begun = threading.Event()
+
+        def stuck():
+            begun.set()
+            threading.Event().wait()
+
+        request(Broken())
+        request(PoolRunner(drain_timeout=0.2), stuck)
+        assert begun.wait(10)
+        """
+    )
+    assert code == 0
+    assert "ERROR Broken() could not say what it left undone" in lines
+    assert "background task __main__.stuck was not finished" in "".join(lines)
+
+
 def test_what_a_broken_runner_did_not_take_is_waited_for_too() -> None:
     assert run(
         """

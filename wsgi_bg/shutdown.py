@@ -124,7 +124,11 @@ def _name(runner: Runner, reason: str) -> list[BackgroundTask]:
 def _left_of(runner: Runner) -> list[BackgroundTask]:
     abandon: Callable[[], list[BackgroundTask]] | None = getattr(runner, "abandon", None)
     if abandon is not None:
-        return abandon()
+        try:
+            return abandon()
+        except Exception as exc:  # as in _drain()
+            logger.error("%r could not say what it left undone", runner, exc_info=exc)
+            return []
     with suppress(Exception):  # that it cannot be drained was said
         return runner.drain(0.0)
     return []
