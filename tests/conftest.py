@@ -33,7 +33,7 @@ class Log:
         return [
             record.exc_info[1]
             for record in self._caplog.records
-            if record.exc_info is not None and record.exc_info[1] is not None
+            if record.name == "wsgi_bg" and record.exc_info and record.exc_info[1]
         ]
 
 

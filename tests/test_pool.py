@@ -642,22 +642,14 @@ def no_loop(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_async_tasks_run_where_no_thread_can_start_for_the_loop(no_loop: None) -> None:
-    runner, (ready, go), seen = PoolRunner(threads=1), events(2), list[str]()
-
-    def wait() -> None:
-        ready.set()
-        assert go.wait(TIMEOUT)
+    seen: list[str] = []
 
     async def run() -> None:
         seen.append(threading.current_thread().name)
 
-    submit(runner, wait)
-    assert ready.wait(TIMEOUT)
     with no_threads():
-        submit(runner, run)  # to the worker, behind the other
-        go.set()
-        assert runner.drain(TIMEOUT) == []
-    assert seen == ["wsgi_bg-pool-0"]
+        submit(PoolRunner(), run)
+    assert seen == ["MainThread"]
 
 
 def test_a_plain_task_behind_an_async_one_runs_where_no_thread_can_start(loop: None) -> None:
