@@ -236,6 +236,22 @@ def test_a_greenlets_tasks_outlive_a_loop_that_was_ended_before_they_began(start
     assert lines == ["[True, 'plain']"]
 
 
+@each_start
+def test_a_greenlet_may_wait_for_a_task_while_all_else_is_idle(start: str) -> None:
+    assert run(
+        start,
+        """
+        from wsgi_bg import BackgroundTask
+
+        async def say():
+            await asyncio.sleep(0.01)
+            print("async")
+
+        gevent.spawn(BackgroundTask(say)).join()
+        """,
+    ) == ["async"]
+
+
 def test_a_killed_greenlet_takes_its_task_with_it_and_says_so() -> None:
     lines = run(
         "not patched",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from contextvars import Context
@@ -126,7 +127,8 @@ class _Trip(Generic[T]):
                 raise RuntimeError("this cannot be called from the event loop thread")
             self._arrived = event()
             thread.start(self, _Trip._run_and_keep, _Trip._arrive)
-            self._arrived.wait()
+            # With a limit: without one gevent takes it for a dead lock if all else is idle.
+            self._arrived.wait(threading.TIMEOUT_MAX)
         return self._outcome.result()
 
     def _arrive(self) -> None:
