@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -598,6 +600,49 @@ def test_a_function_stuck_in_asyncios_thread_does_not_keep_the_process() -> None
     )
     assert done.returncode == 0
     assert "background task __main__.task was not finished" in done.stderr
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+class Subject:
+    """An argument of a task, which a test sees freed."""
+
+    def __init__(self) -> None:
+        self.freed = threading.Event()
+        weakref.finalize(self, self.freed.set)
+
+    def touch(self) -> None:
+        pass
+
+    def fail(self) -> None:
+        raise ValueError
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_an_idle_thread_holds_no_request() -> None:
+    runner, subject = PoolRunner(), Subject()
+    freed = subject.freed
+    submit(runner, subject.touch)
+    del subject
+    assert freed.wait(TIMEOUT)
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_an_error_in_asyncios_thread_keeps_no_argument() -> None:
+    runner, subjects = PoolRunner(), [Subject()]
+    freed = subjects[0].freed
+
+    async def fail() -> None:
+        with suppress(ValueError):
+            await asyncio.to_thread(subjects.pop().fail)
+
+    submit(runner, fail)
+    assert freed.wait(TIMEOUT)
 
 
 def test_an_error_in_asyncios_thread_is_the_tasks() -> None:

@@ -15,33 +15,36 @@ from .workers import Workers
 
 T = TypeVar("T")
 
+_Call = tuple[Future[Any], Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+
 
 class LoopExecutor(ThreadPoolExecutor):
     """Daemon threads behind the one interface that asyncio takes for a default executor."""
 
     def __init__(self) -> None:
         super().__init__(max_workers=1)  # which starts none before its own submit()
-        self._workers = Workers[Callable[[], None]](
-            lambda work: work(), min(32, (os.cpu_count() or 1) + 4), "wsgi_bg-loop"
-        )
+        self._workers = Workers(_make, min(32, (os.cpu_count() or 1) + 4), "wsgi_bg-loop")
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Call ``fn(*args, **kwargs)`` on a thread; where there is none, right here."""
         future: Future[T] = Future()
-
-        def work() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                result = fn(*args, **kwargs)
-            except BaseException as exc:
-                future.set_exception(exc)
-            else:
-                future.set_result(result)
-
-        if not self._workers.take(work):
-            work()
+        call = (future, fn, args, kwargs)
+        if not self._workers.take(call):
+            _make(call)
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Nothing: the threads end on their own, and exit does not wait for them."""
+
+
+def _make(call: _Call) -> None:
+    future, fn, args, kwargs = call
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = fn(*args, **kwargs)
+    except BaseException as exc:
+        future.set_exception(exc)
+        del call, future  # or the error holds itself, by this frame, and all arguments
+    else:
+        future.set_result(result)

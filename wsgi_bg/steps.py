@@ -75,4 +75,7 @@ class RestOf(Generator[Any, Any, Any]):
 
     def throw(self, *exc: Any) -> Any:
         """A cancellation, which is for the coroutine to see."""
-        return self._context.run(self._coroutine.throw, *exc)
+        try:
+            return self._context.run(self._coroutine.throw, *exc)
+        finally:
+            del exc  # or what is raised on may hold itself, by this frame
