@@ -9,6 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +28,7 @@ from wsgi_bg import (
     workers,
 )
 from wsgi_bg.batch import Batch
+from wsgi_bg.executor import LoopExecutor
 from wsgi_bg.portal_thread import PortalThread
 from wsgi_bg.process import PerProcess
 from wsgi_bg.runners import Runner, Statistics, pool
@@ -376,6 +378,23 @@ def test_no_batch_is_lost_to_a_thread_whose_time_is_up(monkeypatch: pytest.Monke
     assert runner.statistics().succeeded == 2000
 
 
+def test_batches_that_wait_for_a_thread_begin_in_the_order_of_the_requests(gate: Gate) -> None:
+    runner, seen = PoolRunner(threads=1), list[int]()
+    submit(runner, gate.task)
+    for number in range(5):
+        submit(runner, partial(seen.append, number))
+    gate.open()
+    assert runner.drain(TIMEOUT) == []
+    assert seen == [0, 1, 2, 3, 4]
+
+
+def test_a_signal_handler_may_submit_while_a_batch_is_handed_over() -> None:
+    runner, (ran,) = PoolRunner(), events(1)
+    with runner._crews.get()._workers._lock:  # held, as by an interrupted submit
+        submit(runner, ran.set)
+        assert ran.wait(TIMEOUT)
+
+
 def test_a_light_load_leaves_the_other_threads_idle() -> None:
     """The one that was idle last works next, so that the others come to their end."""
     runner, names = PoolRunner(), list[str]()
@@ -600,6 +619,30 @@ def test_a_function_stuck_in_asyncios_thread_does_not_keep_the_process() -> None
     )
     assert done.returncode == 0
     assert "background task __main__.task was not finished" in done.stderr
+
+
+def test_a_function_that_was_cancelled_before_a_thread_had_it_is_not_called(gate: Gate) -> None:
+    executor, seen = LoopExecutor(), list[str]()
+    for _ in range(int(executor._workers._limit)):
+        executor.submit(gate.task)
+    cancelled = executor.submit(seen.append, "cancelled")
+    last = executor.submit(seen.append, "last")
+    assert cancelled.cancel()
+    gate.open()
+    last.result(TIMEOUT)
+    assert seen == ["last"]
+
+
+def test_a_function_for_which_there_is_no_thread_is_called_right_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A mock: memory for not one more stack cannot be had here without ending the tests."""
+
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert LoopExecutor().submit(threading.get_ident).result(0) == threading.get_ident()
 
 
 @pytest.fixture
