@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+from collections.abc import Iterator
 
 import pytest
+
+from tests.support import Gate
+from wsgi_bg import portal
+from wsgi_bg.portal_thread import PortalThread
+from wsgi_bg.process import PerProcess
 
 
 class Log:
@@ -41,3 +48,30 @@ class Log:
 def log(caplog: pytest.LogCaptureFixture) -> Log:
     caplog.set_level(logging.DEBUG, logger="wsgi_bg")
     return Log(caplog)
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    """A gate that does not stay shut when a test fails."""
+    gate = Gate()
+    yield gate
+    gate.open()
+
+
+@pytest.fixture
+def loop() -> None:
+    """There is a portal: a first async batch makes it."""
+    portal.portal()
+
+
+@pytest.fixture
+def no_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no portal yet."""
+    monkeypatch.setattr(portal, "_threads", PerProcess(PortalThread))
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 from wsgiref.util import setup_testing_defaults
 
+import pytest
 from waitress.server import create_server
+
+from wsgi_bg import BackgroundTasksMiddleware, background_tasks
+from wsgi_bg.runners import Runner
 
 TIMEOUT = 10.0
 """The bound of every wait, in seconds."""
@@ -149,3 +155,73 @@ def run_python(code: str, *, timeout: float = 30.0) -> subprocess.CompletedProce
         check=False,
         env={**os.environ, "PYTHONWARNINGS": "default"},
     )
+
+
+def submit(runner: Runner, *functions: Callable[[], Any], complete: bool = True) -> None:
+    """One request whose tasks go to ``runner``; its response is complete, or is not."""
+
+    def add(environ: object) -> None:
+        for function in functions:
+            background_tasks.add_task(function)
+
+    headers = [("Content-Length", "2")] if complete else []
+    app = app_that(add, headers=headers)
+    Server().run(BackgroundTasksMiddleware(app, runner=runner), make_server_environ())
+
+
+def events(count: int) -> list[threading.Event]:
+    return [threading.Event() for _ in range(count)]
+
+
+@contextmanager
+def no_threads() -> Iterator[None]:
+    """A mock: memory for not one more stack cannot be had here without ending the tests."""
+
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        yield
+
+
+async def nothing() -> None:
+    pass
+
+
+class Wait:
+    """Async tasks that wait on the loop and hold no thread."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+        self.all_wait = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._gate = asyncio.Event()
+
+    def expect(self, count: int) -> Callable[[], Any]:
+        async def task() -> None:
+            self._loop = asyncio.get_running_loop()
+            self.waiting += 1
+            if self.waiting == count:
+                self.all_wait.set()
+            await asyncio.wait_for(self._gate.wait(), TIMEOUT)
+
+        return task
+
+    def open(self) -> None:
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._gate.set)
+
+
+class Subject:
+    """An argument of a task, which a test sees freed."""
+
+    def __init__(self) -> None:
+        self.freed = threading.Event()
+        weakref.finalize(self, self.freed.set)
+
+    def touch(self) -> None:
+        pass
+
+    def fail(self) -> None:
+        raise ValueError

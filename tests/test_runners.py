@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,14 +20,6 @@ from tests.support import (
 )
 from wsgi_bg import BackgroundTasksMiddleware, InlineRunner, PoolRunner, background_tasks
 from wsgi_bg.runners import Runner, Statistics, resolve
-
-
-@pytest.fixture
-def gate() -> Iterator[Gate]:
-    """A gate that does not stay shut when a test fails."""
-    gate = Gate()
-    yield gate
-    gate.open()
 
 
 def submit(runner: Runner, func: Any, *args: Any, complete: bool = True) -> None:

@@ -1,0 +1,248 @@
+"""What becomes of a batch whose loop ends, whose worker is stopped, which is abandoned."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.conftest import Log
+from tests.support import (
+    TIMEOUT,
+    Gate,
+    Server,
+    Wait,
+    app_that,
+    events,
+    make_server_environ,
+    nothing,
+    run_python,
+    submit,
+)
+from wsgi_bg import (
+    BackgroundTask,
+    BackgroundTasks,
+    BackgroundTasksMiddleware,
+    PoolRunner,
+    background_tasks,
+    portal,
+    workers,
+)
+from wsgi_bg.batch import Batch
+from wsgi_bg.runners import Statistics
+from wsgi_bg.tasks import CLOSED, ENDED
+
+
+def test_without_a_loop_an_async_task_has_failed_and_the_next_runs() -> None:
+    """No file descriptor is left for the loop."""
+    done = run_python(
+        """
+        import os, resource
+        import wsgi_bg.portal, anyio._backends._asyncio
+        from tests.support import submit
+        from wsgi_bg import PoolRunner
+
+        async def task(): pass
+
+        runner = PoolRunner()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        held = []
+        try:
+            while True: held.append(os.open(os.devnull, os.O_RDONLY))
+        except OSError: pass
+        submit(runner, task, lambda: print("ran"))
+        print(runner.drain(10), runner.statistics().failed)
+        for number in held: os.close(number)
+        """
+    )
+    assert done.stdout == "ran\n[] 1\n", done.stderr
+    assert "task raised OSError" in done.stderr
+
+
+def test_a_signal_that_stops_a_hand_over_keeps_no_other_from_the_loop(
+    loop: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, (ran,), thread = PoolRunner(), events(1), portal.peek()
+    assert thread is not None
+
+    async def run() -> None:
+        ran.set()
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        monkeypatch.undo()
+        submit(runner, run)  # another thread's, which counts on this wake
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(thread._loop, "call_soon_threadsafe", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        submit(runner, nothing)
+    assert ran.wait(TIMEOUT)
+    assert runner.drain(TIMEOUT) == []
+
+
+def test_a_batch_whose_hand_over_was_stopped_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    runner = PoolRunner()
+    monkeypatch.setattr(workers.Workers, "take", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        submit(runner, int, int)
+    assert runner.drain(0) == []
+    assert runner.statistics() == Statistics(0, 0, 0, 0, discarded=2)
+
+
+class Meanwhile(list[BackgroundTask]):
+    """A batch's list that lets something happen as a part of it is looked at."""
+
+    def __init__(self, tasks: list[BackgroundTask], happens: Callable[[], object]) -> None:
+        super().__init__(tasks)
+        self._happens = happens
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            self._happens()
+        return super().__getitem__(index)
+
+
+def test_a_task_that_begins_as_the_batch_is_abandoned_is_named_too() -> None:
+    first, second = Gate(), Gate()
+
+    def second_begins() -> None:
+        first.open()
+        assert second.begun.wait(TIMEOUT)
+
+    tasks = BackgroundTasks()
+    tasks.add_task(first.task)
+    tasks.add_task(second.task)
+    tasks._list = Meanwhile(tasks.tasks, second_begins)
+    batch = Batch(tasks, request_failed=False, response_complete=True)
+    thread = threading.Thread(target=batch.run)
+    thread.start()
+    assert first.begun.wait(TIMEOUT)
+    left = batch.tasks
+    second.open()
+    thread.join(TIMEOUT)
+    assert [task.func for task in left] == [second.task]
+
+
+def test_a_batch_that_is_abandoned_as_a_task_is_added_at_its_end_has_ended() -> None:
+    class AddedAtTheEnd(BackgroundTasks):
+        @property
+        def _phase(self) -> int:
+            return phases[-1]
+
+        @_phase.setter
+        def _phase(self, phase: int) -> None:
+            if phase == CLOSED:
+                left.extend(batch.abandon())
+            phases.append(phase)
+            if phase == ENDED and len(phases) == 2:
+                self.tasks.append(BackgroundTask(int, "1"))
+
+    phases, left = list[int](), list[BackgroundTask]()
+    batch = Batch(AddedAtTheEnd(), request_failed=False, response_complete=True)
+    batch.run()
+    assert [task.args for task in left] == [("1",)]
+    assert batch.has_ended
+
+
+def test_batches_outlive_a_loop_that_a_stray_task_has_ended(log: Log, gate: Gate) -> None:
+    """One waits on it, one is put off, some have not begun; none is lost."""
+    runner, wait, seen = PoolRunner(), Wait(), list[str]()
+    strays: list[asyncio.Task[None]] = []
+
+    async def stray() -> None:
+        raise SystemExit
+
+    async def end_the_loop() -> None:
+        strays.append(asyncio.get_running_loop().create_task(stray()))
+        gate.task()  # blocks the loop while the others are handed over
+
+    async def run() -> None:
+        seen.append("run")
+
+    submit(runner, wait.expect(1), run)
+    assert wait.all_wait.wait(TIMEOUT)
+    submit(runner, end_the_loop)
+    assert gate.begun.wait(TIMEOUT)
+    submit(runner, run, lambda: seen.append("plain"))
+    submit(runner, run, complete=False)
+    gate.open()
+    assert runner.drain(TIMEOUT) == []
+    assert sorted(seen) == ["plain", "run", "run", "run"]
+    assert runner.statistics().failed == 1  # the one that waited was cancelled
+    assert any("CancelledError" in error for error in log.errors)
+    assert isinstance(strays[0].exception(), SystemExit)  # or asyncio logs it, some time later
+
+
+def test_a_cancelled_task_does_not_cancel_the_next(log: Log) -> None:
+    runner, seen = PoolRunner(), list[str]()
+
+    async def cancel_itself() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await asyncio.sleep(TIMEOUT)
+
+    async def run() -> None:
+        await asyncio.sleep(0)
+        seen.append("ran")
+
+    submit(runner, cancel_itself, run)
+    assert runner.drain(TIMEOUT) == []
+    assert seen == ["ran"]
+
+
+def test_what_would_block_the_loop_for_ever_fails(log: Log) -> None:
+    """A request that a task of the loop makes in the same process, with async tasks inline."""
+    seen: list[str] = []
+
+    class Future:
+        def __await__(self) -> Iterator[None]:
+            raise AssertionError("awaited")
+
+    async def run() -> None:
+        seen.append("ran")
+
+    def add(environ: object) -> None:
+        background_tasks.add_task(lambda: run())
+        background_tasks.add_task(Future)
+        background_tasks.add_task(run)
+        background_tasks.add_task(seen.append, "plain")
+
+    async def request() -> None:
+        Server().run(BackgroundTasksMiddleware(app_that(add)), make_server_environ())
+
+    runner = PoolRunner()
+    submit(runner, request)
+    assert runner.drain(TIMEOUT) == []
+    assert seen == ["plain"]
+    assert [type(error) for error in log.tracebacks] == [RuntimeError] * 3
+
+
+def test_what_is_given_to_a_loop_that_has_ended_is_given_back(no_loop: None, log: Log) -> None:
+    strays: list[asyncio.Task[None]] = []
+
+    async def stray() -> None:
+        raise SystemExit
+
+    async def end_the_loop() -> None:
+        strays.append(asyncio.get_running_loop().create_task(stray()))
+
+    runner, back = PoolRunner(), list[str]()
+    portal.portal()
+    thread = portal.peek()
+    assert thread is not None
+    submit(runner, end_the_loop)
+    assert runner.drain(TIMEOUT) == []
+    while portal.peek() is not None:
+        pass
+    thread.start("subject", None, back.append)  # type: ignore[arg-type]  # not called
+    assert back == ["subject"]
+    assert isinstance(strays[0].exception(), SystemExit)
