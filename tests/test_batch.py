@@ -97,6 +97,14 @@ def test_a_batch_whose_hand_over_was_stopped_is_not_waited_for(
     assert runner.statistics() == Statistics(0, 0, 0, 0, discarded=2)
 
 
+def test_between_thread_and_loop_no_task_of_a_batch_is_running() -> None:
+    tasks = BackgroundTasks([BackgroundTask(int), BackgroundTask(nothing)])
+    batch = Batch(tasks, request_failed=False, response_complete=True)
+    assert batch.run_plain()
+    assert not batch.is_running
+    assert [task.func for task in batch.tasks] == [nothing]
+
+
 class Meanwhile(list[BackgroundTask]):
     """A batch's list that lets something happen as a part of it is looked at."""
 

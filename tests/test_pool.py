@@ -31,7 +31,7 @@ from wsgi_bg import (
     PoolRunner,
     background_tasks,
 )
-from wsgi_bg.runners import pool
+from wsgi_bg.runners import Statistics, pool
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, lambda f: lambda: f()], ids=["async", "lambda"])
@@ -282,15 +282,14 @@ def test_an_incomplete_responses_batch_is_put_off(
     assert clock.asked == [pytest.approx(pool.PUT_OFF)]
 
 
-def test_a_batch_without_a_task_to_run_holds_nothing(log: Log) -> None:
-    runner, loud = PoolRunner(), list[str]()
-
-    def add(environ: object) -> None:
-        background_tasks.using(run_on="error").add_task(loud.append, "no")
-
-    Server().run(BackgroundTasksMiddleware(app_that(add), runner=runner), make_server_environ())
-    assert runner.statistics().discarded == 1
-    assert runner.drain(0.0) == []
+def test_a_batch_of_which_nothing_is_to_run_takes_no_thread(log: Log) -> None:
+    before = set(threading.enumerate())
+    runner = PoolRunner()
+    app = app_that(lambda environ: background_tasks.using(run_on="error").add_task(int))
+    Server().run(BackgroundTasksMiddleware(app, runner=runner), make_server_environ())
+    started = set(threading.enumerate()) - before
+    assert [thread for thread in started if thread.name.startswith("wsgi_bg-pool")] == []
+    assert runner.statistics() == Statistics(0, 0, 0, 0, discarded=1)
     assert "was not run: the request succeeded" in log.warnings[0]
 
 

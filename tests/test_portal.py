@@ -15,6 +15,7 @@ import pytest
 from tests.conftest import Log
 from tests.support import TIMEOUT, Gate, app_that, respond, run_python
 from wsgi_bg import BackgroundTask, BackgroundTasksMiddleware, background_tasks, portal
+from wsgi_bg.portal_thread import PortalThread
 from wsgi_bg.process import PerProcess
 
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
@@ -156,9 +157,10 @@ def test_what_coroutines_expect_of_a_loop_works() -> None:
     async def failing_future() -> None:
         future = asyncio.get_running_loop().create_future()
         asyncio.get_running_loop().call_soon(future.set_exception, KeyError("x"))
+        variable.set("future")
         with pytest.raises(KeyError):
             await future
-        seen.append("future")
+        seen.append(variable.get())
 
     run(asyncio_timeout, anyio_timeout, group, failing_future)
     assert seen == ["asyncio", "anyio", "group", "future"]
@@ -237,6 +239,34 @@ def test_a_loop_that_a_stray_task_has_ended_is_replaced(log: Log) -> None:
     assert seen == ["ran", "ran"]
     before.join(TIMEOUT)
     assert "the portal's event loop was ended by a task on it" in log.errors
+
+
+def test_what_is_given_to_a_loop_that_has_ended_comes_back() -> None:
+    thread, back = PortalThread(), list[str]()
+
+    async def never(subject: str) -> None:
+        raise AssertionError
+
+    thread.stop(TIMEOUT)
+    thread.start("subject", never, back.append)
+    assert back == ["subject"]
+
+
+def test_stop_waits_for_what_a_cancelled_task_still_does() -> None:
+    thread, begun, seen = PortalThread(), threading.Event(), list[str]()
+
+    async def clean_up(subject: str) -> None:
+        begun.set()
+        try:
+            await asyncio.sleep(TIMEOUT)
+        finally:
+            await asyncio.sleep(0.01)
+            seen.append(subject)
+
+    thread.start("cleaned up", clean_up, id)
+    assert begun.wait(TIMEOUT)
+    thread.stop(TIMEOUT)
+    assert seen == ["cleaned up"]
 
 
 def test_a_loop_that_cannot_be_had_is_the_tasks_error() -> None:

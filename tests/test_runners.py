@@ -148,6 +148,15 @@ def test_beyond_max_pending_an_incomplete_batch_is_still_taken(log: Log, gate: G
     assert len(threads) == 10
 
 
+def test_a_pool_that_keeps_nothing_pending_still_takes_what_is_incomplete(log: Log) -> None:
+    runner = PoolRunner(max_pending=0)
+    threads: list[int] = []
+    submit(runner, lambda: threads.append(threading.get_ident()), complete=False)
+    assert runner.drain(TIMEOUT) == []
+    assert threads != [threading.get_ident()]
+    assert log.warnings == []
+
+
 def test_a_pool_without_a_limit_takes_all(gate: Gate) -> None:
     runner = PoolRunner(threads=1, max_pending=None)
     submit(runner, gate.task)
@@ -168,7 +177,9 @@ def test_waiting_async_batches_count_as_pending_too(gate: Gate) -> None:
 
 
 @pytest.mark.parametrize("make", [PoolRunner, InlineRunner])
-def test_drain_returns_what_is_not_finished_and_takes_no_more_in(make: Any, gate: Gate) -> None:
+def test_drain_returns_what_is_not_finished_and_takes_no_more_in(
+    make: Any, gate: Gate, log: Log
+) -> None:
     runner = make()
     threads: list[int] = []
     submit(runner, gate.task, complete=False)
@@ -179,6 +190,7 @@ def test_drain_returns_what_is_not_finished_and_takes_no_more_in(make: Any, gate
     assert threads == [threading.get_ident()] * 2
     gate.open()
     assert runner.drain(TIMEOUT) == []
+    assert log.warnings == []  # that the runner is full, which it is not
     assert gate.passed == [True]
 
 
