@@ -20,7 +20,7 @@ _awaited: set[int] = set()
 
 def is_exiting() -> bool:
     """Whether the interpreter is on its way out and no one will wait for a thread."""
-    return not threading.main_thread().is_alive() and os.getpid() not in _awaited
+    return os.getpid() not in _awaited and not threading.main_thread().is_alive()
 
 
 def when_it_comes(call: Callable[[], object]) -> None:

@@ -70,8 +70,9 @@ class Progress:
     def next_is_async(self) -> bool | None:
         """Whether the next task is for the portal; None if there is none."""
         for index in range(self._index, len(self._list)):
-            if self._list[index]._is_unclaimed:
-                return self._list[index].is_async
+            task = self._list[index]
+            if hasattr(task, "_unclaimed"):  # task._is_unclaimed, without the call
+                return task.is_async
         return None
 
     def when_done(self, tell: Callable[[Any], None]) -> None:
