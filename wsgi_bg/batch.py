@@ -71,9 +71,13 @@ class Batch(Progress):
     def _run_plain_tasks(self) -> bool:
         while (task := self._next(is_async=False)) is not None:
             context = self._of._context_of(task)
+            calls = task._options.calls
             error: BaseException | None = None
             try:
-                result = context.run(task.func, *task.args, **task.kwargs)
+                if calls is None:
+                    result = context.run(task.func, *task.args, **task.kwargs)
+                else:
+                    result = context.run(calls.make, task)
                 if result is not None:
                     if isawaitable(result):
                         self._begun = task, context, result
@@ -86,6 +90,8 @@ class Batch(Progress):
                 error = exc
             if error is None:
                 self.succeeded += 1
+                if calls is not None:
+                    context.run(calls.finished, task)
             else:
                 self._fail(task, context, error)
             self._running = None
@@ -134,10 +140,14 @@ class Batch(Progress):
                         return
                     awaitable = None
                     context = self._of._context_of(task)
+                calls = task._options.calls
                 cancelled = False
                 try:
                     if awaitable is None:
-                        awaitable = context.run(task.func, *task.args, **task.kwargs)
+                        if calls is None:
+                            awaitable = context.run(task.func, *task.args, **task.kwargs)
+                        else:
+                            awaitable = context.run(calls.make, task)
                     if type(awaitable) is not CoroutineType:
                         awaitable = as_coroutine(awaitable)
                     # The first step, and for a coroutine that waits for nothing the last.
@@ -151,6 +161,8 @@ class Batch(Progress):
                     self._fail(task, context, exc)
                 else:
                     self.succeeded += 1
+                    if calls is not None:
+                        context.run(calls.finished, task)
                 self._running = None
                 if cancelled or cancellations(this) > 0:
                     return

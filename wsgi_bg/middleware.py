@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import GeneratorType
 from typing import TYPE_CHECKING, Literal
 
 from .body import Body, GeneratorBody, SizedBody
+from .calls import Around
 from .context import ENVIRON_KEY, current
 from .exceptions import OptionTypeError
+from .hooks import Hooks
 from .options import Given, OnError, Options, RunOn
 from .request import LEFT, RAISED, RequestTasks
 from .runners import Runner, resolve
@@ -17,8 +19,6 @@ from .tasks import ENDED, OPEN, BackgroundTasks, View
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
-
-_NOTHING = Given(run_on=None, on_error=None, stop_on_error=None)
 
 
 class BackgroundTasksMiddleware:
@@ -42,9 +42,14 @@ class BackgroundTasksMiddleware:
     :param on_error: called with a task and what it raised, on the thread that ran it.
     :param stop_on_error: whether a task's error keeps the rest of the batch from running
         (Starlette's rule; default False).
+    :param hooks: what is told when a task is added, started, finished, failed and
+        discarded: a :class:`~wsgi_bg.hooks.Hooks` object, or a list of them.
     :raises TypeError: if ``app`` is not callable, or an option is of the wrong type.
     :raises ValueError: if ``runner`` or ``run_on`` is a word that is not known.
     """
+
+    # What a framework's own middleware puts around each task.
+    _around: Around | None = None
 
     def __init__(
         self,
@@ -54,6 +59,7 @@ class BackgroundTasksMiddleware:
         run_on: RunOn | None = None,
         on_error: OnError | None = None,
         stop_on_error: bool | None = None,
+        hooks: Hooks | Sequence[Hooks] | None = None,
     ) -> None:
         if not callable(app):
             raise OptionTypeError(
@@ -61,7 +67,14 @@ class BackgroundTasksMiddleware:
             )
         self._wrapped = app
         self._app: WSGIApplication = self._handle_first
-        self._given = Given(run_on=run_on, on_error=on_error, stop_on_error=stop_on_error)
+        self._given = Given(
+            run_on=run_on,
+            on_error=on_error,
+            stop_on_error=stop_on_error,
+            hooks=hooks,
+            around=self._around,
+        )
+        self._sets_nothing = all(option is None for option in self._given.values())
         self._options = Options(runner=resolve(runner)).override(**self._given)
 
     def __call__(
@@ -128,7 +141,7 @@ class BackgroundTasksMiddleware:
     ) -> Iterable[bytes]:
         """Handle a request whose tasks an outer layer runs."""
         tasks = tasks._layer
-        if self._given == _NOTHING:
+        if self._sets_nothing:
             inner = tasks
         else:
             inner = View(tasks, tasks._options.override(**self._given))

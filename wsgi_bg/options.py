@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from .callables import is_coroutine_callable
+from .calls import Around, Calls
 from .exceptions import OptionTypeError, OptionValueError
+from .hooks import Hooks
 
 if TYPE_CHECKING:
     from .runners.base import Runner
     from .task import BackgroundTask
+    from .tasks import BackgroundTasks
 
 RunOn = Literal["success", "error", "always"]
 OnError = Callable[["BackgroundTask", BaseException], Any]
-Check = Callable[["BackgroundTask"], None]
 
 
-class Given(TypedDict):
-    """The options of one layer; None for one that it does not set."""
+class Given(TypedDict, total=False):
+    """The options of one layer; None, or left out, for one that it does not set."""
 
     run_on: RunOn | None
     on_error: OnError | None
     stop_on_error: bool | None
+    hooks: Hooks | Sequence[Hooks] | None
+    around: Around | None
 
 
 class Options:
-    """What a task keeps of the layer that it was added in. Never changed once made."""
+    """What a task keeps of the layer that it was added in. Never changed once made.
 
-    __slots__ = ("check", "on_error", "run_on", "runner", "runs_after", "stop_on_error")
+    :ivar is_watched: whether :meth:`admit` has anything to do.
+    :ivar calls: how tasks are called, if not simply.
+    """
+
+    __slots__ = (
+        "_around",
+        "_check",
+        "_hooks",
+        "calls",
+        "is_watched",
+        "on_error",
+        "run_on",
+        "runner",
+        "runs_after",
+        "stop_on_error",
+    )
 
     def __init__(
         self,
@@ -36,6 +55,8 @@ class Options:
         on_error: OnError | None = None,
         stop_on_error: bool = False,
         runner: Runner | None = None,
+        hooks: tuple[Hooks, ...] = (),
+        around: Around | None = None,
     ) -> None:
         self.run_on = run_on
         self.on_error = on_error
@@ -43,15 +64,35 @@ class Options:
         self.runner = runner
         # Whether a task runs: [False] after a request that succeeded, [True] that failed.
         self.runs_after = (run_on != "error", run_on != "success")
-        self.check: Check | None = getattr(runner, "check", None)
+        self._hooks = hooks
+        self._around = around
+        self.calls = Calls(hooks, around) if hooks or around else None
+        self._check: Callable[[BackgroundTask], None] | None = getattr(runner, "check", None)
+        self.is_watched = bool(hooks or self._check)
+
+    def admit(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
+        """Have the runner look at a task that is to join ``batch``, and tell the hooks.
+
+        :raises TypeError: if the runner refuses it.
+        """
+        if self._check is not None:
+            self._check(task)
+        if self.calls is not None:
+            self.calls.added(task, batch)
 
     def override(
-        self, run_on: RunOn | None, on_error: OnError | None, stop_on_error: bool | None
+        self,
+        run_on: RunOn | None = None,
+        on_error: OnError | None = None,
+        stop_on_error: bool | None = None,
+        hooks: Hooks | Sequence[Hooks] | None = None,
+        around: Around | None = None,
     ) -> Options:
         """These options, but for those that are given and not None.
 
         :raises ValueError: if ``run_on`` is none of the three words.
-        :raises TypeError: if ``on_error`` is no plain callable, ``stop_on_error`` no bool.
+        :raises TypeError: if ``on_error`` is no plain callable, ``stop_on_error`` no bool,
+            or ``hooks`` no :class:`~wsgi_bg.hooks.Hooks` objects.
         """
         if run_on is not None and run_on not in get_args(RunOn):
             raise OptionValueError("run_on", run_on, "'success', 'error' or 'always'")
@@ -66,7 +107,16 @@ class Options:
             self.on_error if on_error is None else on_error,
             self.stop_on_error if stop_on_error is None else stop_on_error,
             self.runner,
+            self._hooks if hooks is None else _as_tuple(hooks),
+            self._around if around is None else around,
         )
+
+
+def _as_tuple(hooks: Hooks | Sequence[Hooks]) -> tuple[Hooks, ...]:
+    several = tuple(hooks) if isinstance(hooks, (list, tuple)) else (hooks,)
+    if not all(isinstance(each, Hooks) for each in several):
+        raise OptionTypeError("hooks", hooks, "a wsgi_bg.hooks.Hooks object, or a list of them")
+    return several
 
 
 DEFAULTS = Options()

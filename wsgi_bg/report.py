@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .interrupts import goes_through
@@ -12,13 +13,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("wsgi_bg")
 
+observer: Callable[[BackgroundTask, BaseException], None] | None = None
+"""What is told of every error that is logged: the pytest plugin, which lets tests fail."""
+
 
 def failure(task: BackgroundTask, exc: BaseException) -> None:
-    """Log the task's error with its traceback and tell the ``on_error`` it was added with.
+    """Log the task's error with its traceback and tell the hooks and its ``on_error``.
 
     Called in the task's context, so that log records carry its correlation ids.
     """
     logger.error("background task %s raised %s", task.name, type(exc).__name__, exc_info=exc)
+    if observer is not None:
+        observer(task, exc)
+    calls = task._options.calls
+    if calls is not None:
+        calls.failed(task, exc)
     on_error = task._options.on_error
     if on_error is None:
         return
@@ -33,14 +42,28 @@ def failure(task: BackgroundTask, exc: BaseException) -> None:
 def not_run(task: BackgroundTask, reason: str) -> None:
     """Name a task that will not run."""
     logger.warning("background task %s was not run: %s", task.name, reason)
+    _discarded(task, reason)
 
 
 def stopped(task: BackgroundTask, exc: BaseException, *, began: bool) -> None:
     """Name a task that was left undone when ``exc`` stopped its worker."""
     end = " to its end" if began else ""
-    logger.warning(
-        "background task %s was not run%s: %s stopped its worker",
+    reason = f"{type(exc).__name__} stopped its worker"
+    logger.warning("background task %s was not run%s: %s", task.name, end, reason)
+    _discarded(task, reason)
+
+
+def unfinished(task: BackgroundTask, reason: str) -> None:
+    """Name a task that the process ends without."""
+    logger.error(
+        "background task %s was not finished %s: the process ends without it",
         task.name,
-        end,
-        type(exc).__name__,
+        reason,
     )
+    _discarded(task, f"it was not finished {reason}")
+
+
+def _discarded(task: BackgroundTask, reason: str) -> None:
+    calls = task._options.calls
+    if calls is not None:
+        calls.discarded(task, reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextvars import Context
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
     from _typeshed.wsgi import WSGIEnvironment
 
+    from .runners import Runner
+
 
 class Outcome(Enum):
     """How the application's call and the iteration over its body ended."""
@@ -32,6 +35,9 @@ class Outcome(Enum):
 
 
 LEFT, USED_UP, RAISED = Outcome
+
+stand_in: Callable[[Runner], Runner] | None = None
+"""What gives the runner to use in place of a request's own: the pytest plugin's."""
 
 
 class RequestTasks(BackgroundTasks):
@@ -113,6 +119,8 @@ class RequestTasks(BackgroundTasks):
         batch = Batch(self, request_failed=failed, response_complete=complete)
         runner = self._options.runner
         assert runner is not None
+        if stand_in is not None:
+            runner = stand_in(runner)
         try:
             runner.submit(batch)
         except BaseException as exc:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from . import ending, portal
+from . import ending, portal, report
 from .report import logger
 
 if TYPE_CHECKING:
@@ -113,11 +113,7 @@ def _name(runner: Runner, reason: str) -> list[BackgroundTask]:
     left = [task for task in _left_of(runner) if id(task) not in _named]
     for task in left:
         _named[id(task)] = task
-        logger.error(
-            "background task %s was not finished %s: the process ends without it",
-            task.name,
-            reason,
-        )
+        report.unfinished(task, reason)
     return left
 
 

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from contextvars import Context, copy_context
 from inspect import CO_COROUTINE
 from types import FunctionType, MethodType
-from typing import Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 from . import portal
 from .callables import NOT_PLAIN, kind_of, name_of
 from .options import DEFAULTS, Options
+
+if TYPE_CHECKING:
+    from .hooks import TaskRecord
 
 P = ParamSpec("P")
 
@@ -36,6 +39,7 @@ class BackgroundTask:
         "__weakref__",
         "_context",
         "_options",
+        "_record",
         "_unclaimed",
         "_unowned",
         "args",
@@ -48,6 +52,7 @@ class BackgroundTask:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     is_async: bool
+    _record: TaskRecord  # only while hooks watch it
 
     def __init__(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
         self._fill(func, args, kwargs, None, DEFAULTS)
@@ -98,7 +103,19 @@ class BackgroundTask:
         return self._call_in(self._context)
 
     def _call_in(self, context: Context) -> Any:
-        result = context.run(self.func, *self.args, **self.kwargs)
+        calls = self._options.calls
+        if calls is None:
+            return self._finish(context, context.run(self.func, *self.args, **self.kwargs))
+        try:
+            result = self._finish(context, context.run(calls.make, self))
+        except BaseException as exc:
+            context.run(calls.failed, self, exc)
+            raise
+        context.run(calls.finished, self)
+        return result
+
+    def _finish(self, context: Context, result: Any) -> Any:
+        """What the call has returned; where that can be awaited, what comes of it."""
         if result is not None and inspect.isawaitable(result):
             result, error = portal.wait_for(context, result)
             if error is not None:

@@ -68,11 +68,11 @@ class BackgroundTasks:
         :raises TypeError: if ``func`` cannot run as a task.
         :raises RuntimeError: if the batch has ended.
         """
+        options = self._options
         task = _new_task(BackgroundTask)
-        task._fill(func, args, kwargs, copy_context(), self._options)
-        check = self._options.check
-        if check is not None:
-            check(task)
+        task._fill(func, args, kwargs, copy_context(), options)
+        if options.is_watched:
+            options.admit(task, self._root)
         tasks = self._list
         if tasks is None:
             tasks = self._begin()
@@ -80,6 +80,8 @@ class BackgroundTasks:
         # Append first, look then; the other side marks the end first and looks for more
         # then. So one of the two sees the other, and _claim decides between them.
         if self._phase == ENDED and task._claim():
+            if options.calls is not None:
+                options.calls.discarded(task, "the batch has ended")
             raise BatchEndedError(task.name)
 
     @property
