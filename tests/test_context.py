@@ -250,7 +250,7 @@ def test_inject_says_that_an_annotation_cannot_be_resolved() -> None:
     def unknown(x: Missing) -> None:  # type: ignore[name-defined]  # noqa: F821
         """Never called."""
 
-    with pytest.raises(TypeError, match=r"annotations can be resolved \(name 'Missing'"):
+    with pytest.raises(TypeError, match=r"annotations can be resolved \(x: name 'Missing'"):
         unknown(1)
 
 
@@ -261,3 +261,81 @@ def test_inject_refuses_what_is_no_function() -> None:
 
 def test_a_class_with_a_partial_of_an_injected_function_is_filled() -> None:
     in_request(lambda tasks: functools.partial(string, 5)())
+
+
+@inject
+def positional(x: int, tasks: BackgroundTasks, /) -> tuple[int, BackgroundTasks]:
+    return x, tasks
+
+
+@inject
+def optional_positional(
+    x: int = 5, tasks: BackgroundTasks | None = None, /, **names: Any
+) -> tuple[int, Any, dict[str, Any]]:
+    return x, tasks, names
+
+
+def test_inject_fills_a_positional_only_parameter() -> None:
+    mine = BackgroundTasks()
+
+    def look(tasks: BackgroundTasks) -> None:
+        assert positional(5) == (5, tasks)
+        assert positional(5, mine) == (5, mine)
+        assert optional_positional(5, tasks=3) == (5, tasks, {"tasks": 3})
+        assert optional_positional(tasks=3) == (5, None, {"tasks": 3})
+        with pytest.raises(TypeError, match="missing 2 required positional arguments"):
+            positional()
+
+    in_request(look)
+    assert optional_positional(5) == (5, None, {})
+
+
+def test_inject_fills_the_parameter_of_a_class_and_of_a_callable_object() -> None:
+    class Order:
+        def __init__(self, tasks: BackgroundTasks) -> None:
+            self.tasks = tasks
+
+    class Call:
+        def __call__(self, x: int, tasks: BackgroundTasks) -> tuple[int, BackgroundTasks]:
+            return x, tasks
+
+    def look(tasks: BackgroundTasks) -> None:
+        assert inject(Order)().tasks is tasks
+        assert inject(Call())(5) == (5, tasks)
+
+    in_request(look)
+
+
+def test_inject_fills_static_methods_and_class_methods() -> None:
+    class Service:
+        @staticmethod
+        @inject
+        def static(tasks: BackgroundTasks) -> BackgroundTasks:
+            return tasks
+
+        @classmethod
+        @inject
+        def of_class(cls, tasks: BackgroundTasks) -> tuple[type, BackgroundTasks]:
+            return cls, tasks
+
+    def look(tasks: BackgroundTasks) -> None:
+        assert Service.static() is tasks
+        assert Service().of_class() == (Service, tasks)
+
+    in_request(look)
+
+
+def test_an_annotation_of_another_parameter_need_not_be_resolved() -> None:
+    @inject
+    def unknown(x: Missing, tasks: BackgroundTasks) -> object:  # type: ignore[name-defined]  # noqa: F821
+        return tasks
+
+    def look(tasks: BackgroundTasks) -> None:
+        assert unknown(1) is tasks
+
+    in_request(look)
+
+
+def test_inject_has_nothing_to_fill_in_a_function_that_does_not_say() -> None:
+    with pytest.raises(TypeError, match="with a parameter annotated BackgroundTasks"):
+        inject(max)(1, 2)

@@ -4,30 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-import types
 import typing
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar
 
-from .context import current, current_background_tasks
-from .exceptions import OptionTypeError, OutsideRequestError
-from .tasks import BackgroundTasks
+from .exceptions import OptionTypeError
+from .wishes import Wish, granted, wishes_of
 
 R = TypeVar("R")
-
-
-class _Wish:
-    """A parameter to fill in: its name, place, and whether the call may do without."""
-
-    __slots__ = ("is_optional", "name", "place")
-
-    def __init__(self, name: str, place: int | None, is_optional: bool) -> None:
-        self.name = name
-        self.place = place
-        self.is_optional = is_optional
-
-    def is_given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        return self.name in kwargs or (self.place is not None and self.place < len(args))
 
 
 def inject(func: Callable[..., R]) -> Callable[..., R]:
@@ -38,82 +22,67 @@ def inject(func: Callable[..., R]) -> Callable[..., R]:
     caller gives wins. The annotation may be a string, ``Annotated`` or optional, and is
     resolved at the first call.
 
-    :raises TypeError: at the first call, if no parameter is annotated ``BackgroundTasks``
-        or the annotations cannot be resolved.
+    :raises TypeError: at the first call, if no parameter is annotated ``BackgroundTasks``,
+        or the annotation of one that may be meant cannot be resolved; at a call that gives
+        too few arguments for one that is positional only.
     :raises RuntimeError: from a call outside of a request; a parameter with a default that
         may be None keeps its default there.
     """
     if not callable(func):
         raise OptionTypeError("inject", func, "used on a function: @inject above a def")
-    wishes: list[_Wish] = []
+    wishes: list[Wish] = []
 
-    def fill(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def look_once() -> list[Wish]:
         if not wishes:
             wishes.extend(_wishes_of(func))
-        for wish in wishes:
-            if wish.is_given(args, kwargs):
+        return wishes
+
+    return filling(func, look_once)
+
+
+def filling(func: Callable[..., R], wishes: Callable[[], list[Wish]]) -> Callable[..., R]:
+    """``func``, given at each call the arguments that ``wishes()`` names and the caller not."""
+
+    def fill(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        for wish in wishes():
+            is_given = wish.place is not None and wish.place < len(args)
+            if is_given or (wish.by_name and wish.name in kwargs):
                 continue
-            if wish.is_optional and current.get(None) is None:
+            tasks = granted(wish, func)
+            if tasks is None:
                 continue
-            kwargs[wish.name] = _request_tasks(func)
+            if wish.by_name:
+                kwargs[wish.name] = tasks
+            elif wish.place == len(args):
+                args = (*args, tasks)
+        return args
 
     if inspect.iscoroutinefunction(func):
 
         @functools.wraps(func)
         async def filled_async(*args: Any, **kwargs: Any) -> Any:
-            fill(args, kwargs)
-            return await func(*args, **kwargs)
+            return await func(*fill(args, kwargs), **kwargs)
 
         return typing.cast("Callable[..., R]", filled_async)
 
     @functools.wraps(func)
     def filled(*args: Any, **kwargs: Any) -> R:
-        fill(args, kwargs)
-        return func(*args, **kwargs)
+        return func(*fill(args, kwargs), **kwargs)
 
     return filled
 
 
-def _request_tasks(func: Callable[..., Any]) -> BackgroundTasks:
-    try:
-        return current_background_tasks()
-    except OutsideRequestError:
-        raise OutsideRequestError(
-            f"{func.__qualname__} wants the request's BackgroundTasks and was called outside "
-            "of a request: give it one as an argument, or make the parameter optional with "
-            "None as its default"
-        ) from None
-
-
-def _wishes_of(func: Callable[..., Any]) -> list[_Wish]:
-    try:
-        hints = typing.get_type_hints(func, include_extras=True)
-    except Exception as exc:
+def _wishes_of(func: Callable[..., Any]) -> list[Wish]:
+    wishes, unresolved = wishes_of(func)
+    if unresolved and not wishes:
+        name, error, _ = unresolved[0]
         raise OptionTypeError(
-            "inject", func, f"used on a function whose annotations can be resolved ({exc})"
-        ) from exc
-    found = []
-    for place, parameter in enumerate(inspect.signature(func).parameters.values()):
-        members = _members(hints.get(parameter.name))
-        if BackgroundTasks not in members:
-            continue
-        may_be_none = type(None) in members or parameter.default is None
-        has_default = parameter.default is not parameter.empty
-        by_name = parameter.kind is parameter.KEYWORD_ONLY
-        found.append(
-            _Wish(parameter.name, None if by_name else place, has_default and may_be_none)
-        )
-    if not found:
+            "inject",
+            func,
+            f"used on a function whose annotations can be resolved ({name}: {error})",
+        ) from error
+    if not wishes:
         raise OptionTypeError(
             "inject", func, "used on a function with a parameter annotated BackgroundTasks"
         )
-    return found
-
-
-def _members(hint: Any) -> tuple[Any, ...]:
-    """The types that a hint allows, without ``Annotated`` and ``Union`` around them."""
-    if get_origin(hint) is Annotated:
-        return _members(get_args(hint)[0])
-    if get_origin(hint) in (Union, types.UnionType):
-        return tuple(member for part in get_args(hint) for member in _members(part))
-    return (hint,)
+    return wishes

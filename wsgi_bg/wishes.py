@@ -1,0 +1,121 @@
+"""Which parameters of a function are annotated ``BackgroundTasks``, and so to be filled."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable
+from inspect import Parameter
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
+
+from .callables import name_of
+from .context import current, current_background_tasks
+from .exceptions import OutsideRequestError
+from .tasks import BackgroundTasks
+
+
+class Wish(NamedTuple):
+    """A parameter to fill in."""
+
+    name: str
+    place: int | None
+    """Where it stands among the positional ones; None if it can only be given by name."""
+    by_name: bool
+    """Whether it can be given by name."""
+    may_be_left: bool
+    """Whether the call may do without: it has a default, and None would do."""
+
+
+class Unresolved(NamedTuple):
+    """A parameter whose annotation could not be made out."""
+
+    name: str
+    error: Exception
+    is_ours: bool
+    """Whether it has the name ``BackgroundTasks`` in it."""
+
+
+def wishes_of(func: Callable[..., Any]) -> tuple[list[Wish], list[Unresolved]]:
+    """The parameters to fill, and those that may be some.
+
+    Each annotation is looked at by itself: that another one cannot be resolved, since its
+    type is imported under ``TYPE_CHECKING`` only, is no matter here.
+    """
+    wishes: list[Wish] = []
+    unresolved: list[Unresolved] = []
+    try:
+        parameters: Iterable[Parameter] = inspect.signature(func).parameters.values()
+    except ValueError:  # a function in C that does not say
+        parameters = ()
+    names = _namespace_of(func)
+    for place, parameter in enumerate(parameters):
+        annotation = parameter.annotation
+        if annotation is parameter.empty:
+            continue
+        has_default = parameter.default is not parameter.empty
+        is_variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        try:
+            members = _members(_resolve(parameter.name, annotation, names))
+        except Exception as exc:  # whatever the evaluation of a string raises
+            is_ours = BackgroundTasks.__name__ in str(annotation)
+            unresolved.append(Unresolved(parameter.name, exc, is_ours))
+            continue
+        if BackgroundTasks not in members or is_variadic:
+            continue
+        may_be_none = type(None) in members or parameter.default is None
+        by_name_only = parameter.kind is parameter.KEYWORD_ONLY
+        wishes.append(
+            Wish(
+                parameter.name,
+                None if by_name_only else place,
+                parameter.kind is not parameter.POSITIONAL_ONLY,
+                has_default and may_be_none,
+            )
+        )
+    return wishes, unresolved
+
+
+def granted(wish: Wish, func: Callable[..., Any]) -> BackgroundTasks | None:
+    """The request's ``BackgroundTasks`` for a parameter of ``func``, or None.
+
+    :raises RuntimeError: outside of a request, if the parameter has to be filled.
+    """
+    if wish.may_be_left and current.get(None) is None:
+        return None
+    try:
+        return current_background_tasks()
+    except OutsideRequestError:
+        raise OutsideRequestError(
+            f"{name_of(func)} wants the request's BackgroundTasks and was called outside "
+            "of a request: give it one as an argument, or make the parameter optional with "
+            "None as its default"
+        ) from None
+
+
+def _resolve(name: str, annotation: Any, names: dict[str, Any]) -> Any:
+    if isinstance(annotation, type):
+        return annotation
+    holder = types.SimpleNamespace(__annotations__={name: annotation})
+    return typing.get_type_hints(holder, names, names, include_extras=True)[name]
+
+
+def _namespace_of(func: Any) -> dict[str, Any]:
+    """The globals of the function that has the annotations, under all decorators."""
+    func = inspect.unwrap(func)
+    while isinstance(func, functools.partial):
+        func = inspect.unwrap(func.func)
+    if not hasattr(func, "__globals__"):
+        name = "__init__" if isinstance(func, type) else "__call__"
+        func = inspect.unwrap(getattr(func, name))
+    return getattr(func, "__globals__", {})
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The types that a hint allows, without ``Annotated`` and ``Union`` around them."""
+    if get_origin(hint) is Annotated:
+        return _members(get_args(hint)[0])
+    if get_origin(hint) in (Union, types.UnionType):
+        return tuple(member for part in get_args(hint) for member in _members(part))
+    return (hint,)
