@@ -16,6 +16,7 @@ from werkzeug.wsgi import ClosingIterator
 
 from benchmarks.measure import HEADERS, App, alone, interleave, request, row, run
 from wsgi_bg import BackgroundTasksMiddleware
+from wsgi_bg.flask import Background
 
 THOUSAND = [b"x"] * 1000
 
@@ -158,6 +159,26 @@ def flask_cost() -> None:
     )
 
 
+def extension_cost() -> None:
+    """What the extension adds to the middleware where a view asks for nothing."""
+    plain, extended = Flask(__name__), Flask(__name__)
+    for app in (plain, extended):
+        app.add_url_rule("/", view_func=lambda: "ok", endpoint="index")
+    plain.wsgi_app = BackgroundTasksMiddleware(plain.wsgi_app)  # type: ignore[method-assign]
+    Background(extended)
+    environ = EnvironBuilder("/").get_environ()
+    middleware, ours = interleave(
+        request(plain.wsgi_app, environ), request(extended.wsgi_app, environ), calls=500
+    )
+    row(
+        "the same with wsgi_bg.flask.Background",
+        f"{ours:.1f}",
+        f"the middleware alone {middleware:.1f}",
+        f"{ours / middleware:.3f}x",
+        "nothing measurable",
+    )
+
+
 GOAL = "<= 1.2 (3.11), 1.6 (3.13)"
 ROWS: dict[str, Callable[[], None]] = {
     "list": lambda: added_cost("list body", list_app, "<= 0.55, 3 times less"),
@@ -166,6 +187,7 @@ ROWS: dict[str, Callable[[], None]] = {
     "1000-generator": lambda: chunk_cost("generator", thousand_from_a_generator, GOAL),
     "1000-iterator": lambda: chunk_cost("iterator in Python", thousand_from_an_iterator, GOAL),
     "flask": flask_cost,
+    "extension": extension_cost,
 }
 
 

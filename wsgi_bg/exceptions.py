@@ -70,12 +70,14 @@ class OptionError(WsgiBgError):
 
     :ivar option: the option's name.
     :ivar given: the value that was given.
+    :ivar wanted: what it takes, in words.
     """
 
     def __init__(self, option: str, given: object, wanted: str) -> None:
         super().__init__(f"{option} must be {wanted}; got {given!r}")
         self.option = option
         self.given = given
+        self.wanted = wanted
 
 
 class OptionTypeError(OptionError, TypeError):
@@ -84,6 +86,33 @@ class OptionTypeError(OptionError, TypeError):
 
 class OptionValueError(OptionError, ValueError):
     """An option was given a value that it does not know."""
+
+
+class InjectionError(WsgiBgError, TypeError):
+    """A view asks for the request's ``BackgroundTasks`` in a way that cannot be met.
+
+    :ivar function: the name of the view's function.
+    :ivar parameter: the name of its parameter.
+    """
+
+    def __init__(self, function: str, parameter: str, reason: str) -> None:
+        super().__init__(f"the parameter {parameter!r} of {function} {reason}")
+        self.function = function
+        self.parameter = parameter
+
+
+class InstalledTwiceError(WsgiBgError, RuntimeError):
+    """The extension was installed on an application that has it already.
+
+    :ivar app: the application's name.
+    """
+
+    def __init__(self, app: str) -> None:
+        super().__init__(
+            f"the Flask application {app!r} has wsgi_bg's Background already: call "
+            "Background(app) or init_app(app) once"
+        )
+        self.app = app
 
 
 class MainThreadError(WsgiBgError, RuntimeError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from flask import Flask
 from typing_extensions import assert_type
 
 from wsgi_bg import (
@@ -16,13 +17,16 @@ from wsgi_bg import (
     get_background_tasks,
     inject,
 )
+from wsgi_bg.flask import Background
+from wsgi_bg.hooks import Hooks, TaskRecord
 from wsgi_bg.runners import Runner
 
 
 def send(to: str, *, copies: int = 1) -> None: ...
 
 
-async def send_async(to: str) -> int: ...  # type: ignore[empty-body]
+async def send_async(to: str) -> int:
+    return len(to)
 
 
 def keywords(func: int, self: int) -> None: ...
@@ -77,3 +81,52 @@ BackgroundTasksMiddleware(application, runner=runners[0], on_error=lambda task, 
 BackgroundTasksMiddleware(application, run_on="sometimes")  # type: ignore[arg-type]
 BackgroundTasksMiddleware(application, runner=1)  # type: ignore[arg-type]
 BackgroundTasksMiddleware(lambda: None)  # type: ignore[arg-type, misc]
+
+
+# inject: the result is known; the parameters are not, as one of them may be left out.
+
+
+class Service:
+    @inject
+    async def charge(self, amount: int, tasks: BackgroundTasks) -> str:
+        return str(amount)
+
+
+async def charge() -> None:
+    assert_type(await Service().charge(5), str)
+
+
+assert_type(dependency("q", tasks=BackgroundTasks()), int)
+
+
+# Flask
+
+flask_app = Flask(__name__)
+background = Background(flask_app, runner="pool", run_on="always", stop_on_error=True)
+assert_type(background, Background)
+assert_type(background.init_app(flask_app), None)
+Background(runner=runners[0], on_error=lambda task, exc: task.name, hooks=[Hooks()])
+Background("shop")  # type: ignore[arg-type]
+Background(flask_app, runner="threads")  # type: ignore[arg-type]
+Background(flask_app, run_on="sometimes")  # type: ignore[arg-type]
+
+
+@flask_app.get("/")
+def view(tasks: BackgroundTasks) -> str:
+    tasks.add_task(send, 1)  # type: ignore[arg-type]
+    return ""
+
+
+assert_type(view(tasks), str)
+
+
+class Monitor(Hooks):
+    def task_finished(self, record: TaskRecord) -> None:
+        assert_type(record.task, BackgroundTask)
+        assert_type(record.batch, BackgroundTasks)
+        assert_type(record.ended_at, float | None)
+        assert_type(record.error, BaseException | None)
+
+
+BackgroundTasksMiddleware(application, hooks=Monitor())
+BackgroundTasksMiddleware(application, hooks=Monitor)  # type: ignore[arg-type]

@@ -1,0 +1,129 @@
+"""``Background``: the Flask extension.
+
+It wraps ``app.wsgi_app`` in the middleware, hands the request's ``BackgroundTasks`` to the
+views that ask for it, and runs each task in an application context of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from .exceptions import ExtraMissingError, InstalledTwiceError, OptionError, OptionTypeError
+from .middleware import BackgroundTasksMiddleware
+
+try:
+    from flask import Flask
+except ModuleNotFoundError as exc:
+    raise ExtraMissingError("flask", "wsgi_bg.flask") from exc
+
+from .flask_views import grant_wishes
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+    from .hooks import Hooks
+    from .options import OnError, RunOn
+    from .runners import Runner
+
+# The name in app.extensions.
+_NAME = "wsgi_bg"
+
+
+class Background:
+    """Background tasks for a Flask application: nothing else is to be installed.
+
+    A view with a parameter annotated ``BackgroundTasks`` gets the request's object, whatever
+    the parameter's name. A task runs in a fresh application context: ``current_app`` works,
+    ``g`` is the task's own, and ``teardown_appcontext`` functions are called when it ends,
+    on the thread that runs it.
+
+    The options are those of :class:`~wsgi_bg.BackgroundTasksMiddleware`. Those of
+    ``app.config`` win: ``WSGI_BG_RUNNER`` (``"inline"``, ``"pool"`` or a runner),
+    ``WSGI_BG_RUN_ON`` and ``WSGI_BG_STOP_ON_ERROR``. They are read by :meth:`init_app`.
+
+    :param app: the application; without it call :meth:`init_app`, for as many as you like.
+    :raises TypeError: if ``app`` is no Flask application, or an option of the wrong type.
+    :raises ValueError: if an option is a word that is not known.
+    :raises RuntimeError: if ``app`` has the extension already.
+    """
+
+    def __init__(
+        self,
+        app: Flask | None = None,
+        runner: Runner | Literal["inline", "pool"] | None = None,
+        *,
+        run_on: RunOn | None = None,
+        on_error: OnError | None = None,
+        stop_on_error: bool | None = None,
+        hooks: Hooks | Sequence[Hooks] | None = None,
+    ) -> None:
+        self._options: dict[str, Any] = {
+            "runner": runner,
+            "run_on": run_on,
+            "on_error": on_error,
+            "stop_on_error": stop_on_error,
+            "hooks": hooks,
+        }
+        if app is not None:
+            self.init_app(app)
+
+    def init_app(self, app: Flask) -> None:
+        """Install the middleware around ``app.wsgi_app``; before the first request.
+
+        What wraps ``app.wsgi_app`` later is further out: see the README on that.
+
+        :raises TypeError: as the constructor does.
+        :raises ValueError: as the constructor does.
+        :raises RuntimeError: if ``app`` has the extension already.
+        """
+        if not isinstance(app, Flask):
+            raise OptionTypeError("app", app, "a Flask application")
+        if _NAME in app.extensions:
+            raise InstalledTwiceError(app.name)
+        middleware = _make_middleware(app, self._options)
+        app.wsgi_app = middleware  # type: ignore[method-assign]
+        app.extensions[_NAME] = self
+
+    def __repr__(self) -> str:
+        given = (
+            f"{name}={value!r}" for name, value in self._options.items() if value is not None
+        )
+        return f"{type(self).__name__}({', '.join(given)})"
+
+
+class _Middleware(BackgroundTasksMiddleware):
+    """The middleware of one application, in whose contexts the tasks run."""
+
+    def __init__(self, app: Flask, **options: Any) -> None:
+        self._around = app.app_context
+        self._flask_app = app
+        self._views_lock = threading.Lock()
+        self._views_are_ready = False
+        super().__init__(app.wsgi_app, **options)
+
+    def _handle_first(
+        self, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Iterable[bytes]:
+        # Flask takes no more views from the first request on.
+        with self._views_lock:
+            if not self._views_are_ready:
+                grant_wishes(self._flask_app)
+                self._views_are_ready = True
+        return super()._handle_first(environ, start_response)
+
+
+def _make_middleware(app: Flask, options: dict[str, Any]) -> BackgroundTasksMiddleware:
+    configured = {
+        option: app.config[key]
+        for option in ("runner", "run_on", "stop_on_error")
+        if app.config.get(key := f"WSGI_BG_{option.upper()}") is not None
+    }
+    try:
+        return _Middleware(app, **{**options, **configured})
+    except OptionError as exc:
+        if exc.option not in configured:
+            raise
+        key = f"WSGI_BG_{exc.option.upper()}"
+        raise type(exc)(key, exc.given, exc.wanted) from None

@@ -1,0 +1,114 @@
+"""What the views of a Flask application want, and how they get it.
+
+A view that asks for the request's ``BackgroundTasks`` is replaced in ``app.view_functions``
+by one that is given it; the others stay, and cost nothing. (One of Flask's URL value
+preprocessors could add the argument too. It adds 5 % to each request, and the object to
+``request.view_args``, where others find it.)
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from flask import Flask, request
+from flask.views import MethodView
+
+from .callables import name_of
+from .exceptions import InjectionError
+from .injection import filling
+from .wishes import Wish, wishes_of
+
+# For a view that is no MethodView: its wishes hold whatever the request's method is.
+_ANY = ""
+
+
+def grant_wishes(app: Flask) -> None:
+    """Have all views of ``app`` given what they ask for; called once, when all are there.
+
+    A view that asks in a way that cannot be met raises :exc:`InjectionError` when it is
+    called.
+    """
+    views: dict[str, Any] = app.view_functions
+    for endpoint, view in list(views.items()):
+        of_url = {name for rule in app.url_map.iter_rules(endpoint) for name in rule.arguments}
+        try:
+            wishes = {
+                method: wished
+                for method, handler in _handlers_of(view).items()
+                if (wished := _wishes_of(handler, view, of_url))
+            }
+        except InjectionError as exc:
+            views[endpoint] = _raising(view, exc)
+            continue
+        if wishes:
+            views[endpoint] = filling(view, functools.partial(_wishes_now, wishes))
+
+
+def _raising(view: Callable[..., Any], exc: InjectionError) -> Callable[..., Any]:
+    @functools.wraps(view)
+    def refused(**values: Any) -> Any:
+        raise exc.with_traceback(None)  # or each call would lengthen it
+
+    return refused
+
+
+def _handlers_of(view: Any) -> dict[str, Callable[..., Any]]:
+    """The functions that have a view's parameters, by the method that they handle."""
+    view_class = getattr(view, "view_class", None)
+    if view_class is None:
+        return {_ANY: view}
+    if not issubclass(view_class, MethodView):
+        return {_ANY: view_class.dispatch_request}
+    return {
+        method.lower(): getattr(view_class, method.lower())
+        for method in view_class.methods or ()
+        if hasattr(view_class, method.lower())
+    }
+
+
+def _wishes_now(wishes: dict[str, list[Wish]]) -> list[Wish]:
+    method = request.method.lower()
+    if method == "head" and method not in wishes:
+        method = "get"  # as MethodView.dispatch_request does
+    return wishes.get(_ANY) or wishes.get(method, [])
+
+
+def _wishes_of(
+    handler: Callable[..., Any], view: Callable[..., Any], of_url: set[str]
+) -> list[Wish]:
+    wishes, unresolved = wishes_of(handler)
+    name = name_of(handler)
+    for parameter, error, is_ours in unresolved:
+        if is_ours and parameter not in of_url:
+            raise InjectionError(
+                name,
+                parameter,
+                f"has an annotation that cannot be resolved ({error}): import what it names at "
+                "the top of the module, and not under TYPE_CHECKING only",
+            ) from error
+    for wish in wishes:
+        if wish.name in of_url:
+            raise InjectionError(
+                name,
+                wish.name,
+                "is annotated BackgroundTasks, and a value of the URL too: rename one of them",
+            )
+        if not wish.by_name:
+            raise InjectionError(
+                name, wish.name, "is positional only, and Flask gives arguments by name"
+            )
+    return [wish for wish in wishes if _takes(view, wish.name)]
+
+
+def _takes(view: Callable[..., Any], name: str) -> bool:
+    """Whether the view, its decorators included, can be called with ``name``.
+
+    A decorator that does not pass it on gives the function an argument of its own.
+    """
+    parameters = inspect.signature(view, follow_wrapped=False).parameters
+    return name in parameters or any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
+    )
