@@ -13,12 +13,12 @@ import time
 from flask import Flask
 from waitress import create_server
 
-from wsgi_bg import BackgroundTasksMiddleware, background_tasks
+from wsgi_bg import BackgroundTasks
+from wsgi_bg.flask import Background
 
 DELAY = float(os.environ.get("DELAY", "2"))  # seconds, a slow mail server's
-
 app = Flask(__name__)
-app.wsgi_app = BackgroundTasksMiddleware(app.wsgi_app, runner="pool")  # type: ignore[method-assign]
+Background(app, runner="pool")
 
 
 def send_mail(recipient: str, subject: str) -> None:
@@ -28,8 +28,8 @@ def send_mail(recipient: str, subject: str) -> None:
 
 
 @app.post("/send-notification/<email>")
-def send_notification(email: str) -> dict[str, str]:
-    background_tasks.add_task(send_mail, email, subject="You have news")
+def send_notification(email: str, tasks: BackgroundTasks) -> dict[str, str]:
+    tasks.add_task(send_mail, email, subject="You have news")
     return {"message": "Notification sent in the background"}
 
 

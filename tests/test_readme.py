@@ -95,8 +95,10 @@ def test_the_first_command_serves_the_example_that_the_curl_line_asks() -> None:
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)]*)\)", README))
-def test_each_link_leads_to_a_file_of_the_project(link: str) -> None:
-    assert (ROOT / link).exists()
+def test_each_link_leads_to_a_file_of_the_project_or_a_heading(link: str) -> None:
+    headings = re.findall(r"^#+ ([\w ]+)$", README, re.MULTILINE)
+    anchors = {"#" + heading.lower().replace(" ", "-") for heading in headings}
+    assert link in anchors or (ROOT / link).exists()
 
 
 def test_this_version_is_the_newest_entry_of_the_changelog() -> None:
