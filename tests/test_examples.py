@@ -44,6 +44,14 @@ EXAMPLES = [
         "To ada@example.com: You have news\n",
     ),
     Example(
+        "django_app.py",
+        "POST",
+        "/subscribe",
+        "email=ada@example.com",
+        "Thank you\n",
+        "To ada@example.com: You are subscribed\n",
+    ),
+    Example(
         "plain_wsgi.py", "GET", "/any/path", "", "Your visit is noted\n", "Visit of /any/path\n"
     ),
     Example(

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from django.conf import settings
-from django.test import RequestFactory
 from flask import Flask
 from webtest import TestApp
 from werkzeug.test import Client, EnvironBuilder
 
+from tests.django_support import RequestFactory
 from tests.support import TIMEOUT, Environ, Server, app_that, make_environ, make_server_environ
 from wsgi_bg import BackgroundTasksMiddleware, background_tasks, servers
 
@@ -82,8 +81,6 @@ def via_setup_testing_defaults(app: Any) -> None:
 
 
 def via_django(app: Any) -> None:
-    if not settings.configured:
-        settings.configure(ALLOWED_HOSTS=["*"])
     Server().run(app, RequestFactory()._base_environ())
 
 

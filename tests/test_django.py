@@ -1,0 +1,140 @@
+"""Django's own: async views, its test client, and the database in a pool's thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from queue import SimpleQueue
+
+import pytest
+from django.db import close_old_connections, connection, connections, transaction
+
+from tests import client
+from tests.conftest import Log
+from tests.django_support import Order, settings
+from tests.frameworks import Seen, Site, make_django, service, via_werkzeug
+from tests.support import TIMEOUT, Gate, waitress
+from tests.test_frameworks import DJANGO, check_failure
+from wsgi_bg import (
+    BackgroundTasks,
+    BackgroundTasksMiddleware,
+    PoolRunner,
+    background_tasks,
+)
+
+
+@pytest.fixture
+def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
+    """The settings of a database in a file; it has a table of orders."""
+    options: dict[str, object] = connections.settings["default"]
+    monkeypatch.setitem(options, "NAME", str(tmp_path / "orders.sqlite3"))
+    with connection.schema_editor() as editor:
+        editor.create_model(Order)
+    yield options
+    connections.close_all()
+
+
+@pytest.fixture
+def pool() -> Iterator[PoolRunner]:
+    """A pool of one thread, on which every task finds what those before it have left."""
+    pool = PoolRunner(threads=1)
+    yield pool
+    assert pool.drain(TIMEOUT) == []
+
+
+def run(pool: PoolRunner, enter: Callable[[BackgroundTasks], object], path: str = "/") -> None:
+    """One request whose tasks run in ``pool``."""
+    via_werkzeug(BackgroundTasksMiddleware(make_django(Site(enter)), runner=pool), path)
+
+
+def test_an_async_view_and_what_it_calls_in_a_thread_reach_the_tasks(gate: Gate) -> None:
+    seen = Seen()
+
+    def enter(tasks: BackgroundTasks) -> None:
+        service(tasks)
+        tasks.add_task(gate.async_task)
+        tasks.add_task(seen.put, "done")
+
+    with waitress(make_django(Site(enter))) as port:
+        assert client.ask(port, path="/async").body == b"ok"
+        gate.open()
+        assert seen.next(2) == ["done", "done"]
+    assert gate.passed == [True, True]
+
+
+def test_an_exception_that_django_lets_out_is_a_failure(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "DEBUG_PROPAGATE_EXCEPTIONS", True)
+    check_failure(DJANGO._replace(lets_errors_out=True), log)
+
+
+def test_djangos_test_client_goes_around_the_middleware() -> None:
+    from django.test import Client
+
+    make_django(Site(service))
+    with pytest.raises(LookupError, match="BackgroundTasksMiddleware"):
+        Client().get("/")
+
+
+@pytest.mark.parametrize(
+    ("path", "count"), [("/", 1), ("/broken", 0)], ids=["committed", "rolled back"]
+)
+def test_a_task_runs_after_the_transaction_of_an_atomic_request(
+    path: str,
+    count: int,
+    database: dict[str, object],
+    pool: PoolRunner,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(database, "ATOMIC_REQUESTS", True)
+    counts: SimpleQueue[int] = SimpleQueue()
+
+    def look() -> None:
+        counts.put(Order.objects.count())
+        close_old_connections()
+
+    def enter(tasks: BackgroundTasks) -> None:
+        Order.objects.create()
+        tasks.using(run_on="always").add_task(look)
+
+    run(pool, enter, path)
+    assert counts.get(timeout=TIMEOUT) == count
+
+
+@pytest.mark.usefixtures("database")
+def test_on_commit_may_add_a_task(pool: PoolRunner) -> None:
+    seen = Seen()
+
+    def enter(tasks: BackgroundTasks) -> None:
+        with transaction.atomic():
+            transaction.on_commit(lambda: background_tasks.add_task(seen.put, "committed"))
+            tasks.add_task(seen.put, "added before")
+
+    run(pool, enter)
+    assert seen.next(2) == ["added before", "committed"]
+
+
+@pytest.mark.usefixtures("database")
+@pytest.mark.parametrize(
+    ("in_the_end", "stays_open"),
+    [(lambda: None, True), (close_old_connections, False)],
+    ids=["nothing", "close_old_connections"],
+)
+def test_a_pool_thread_keeps_its_connection_unless_the_task_closes_it(
+    in_the_end: Callable[[], None], stays_open: bool, pool: PoolRunner
+) -> None:
+    states: SimpleQueue[bool] = SimpleQueue()
+
+    def write() -> None:
+        Order.objects.create()
+        in_the_end()
+
+    def look() -> None:
+        states.put(connection.connection is not None)
+        connection.close()
+
+    run(pool, lambda tasks: tasks.add_task(write))
+    run(pool, lambda tasks: tasks.add_task(look))
+    assert states.get(timeout=TIMEOUT) is stays_open
+    assert Order.objects.count() == 1

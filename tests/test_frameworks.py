@@ -1,0 +1,231 @@
+"""The real frameworks: their views reach the tasks, and their errors decide what runs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import threading
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+import falcon.testing
+import pytest
+
+from tests import client, frameworks
+from tests.conftest import Log
+from tests.frameworks import (
+    Answer,
+    Seen,
+    Site,
+    injected,
+    service,
+    via_falcon,
+    via_webtest,
+    via_werkzeug,
+)
+from tests.support import TIMEOUT, Gate, waitress
+from tests.test_readme import README
+from wsgi_bg import (
+    BackgroundTasks,
+    BackgroundTasksMiddleware,
+    background_tasks,
+    get_background_tasks,
+)
+
+
+class Framework(NamedTuple):
+    """A row of the README's table, and how it is tested."""
+
+    name: str
+    make: Callable[[Site], Any]
+    get: Callable[[Any, str], Answer]
+    lets_errors_out: bool = False
+    """Whether an exception in a view leaves the application; else there is a 500."""
+
+
+FLASK = Framework("Flask", frameworks.make_flask, via_werkzeug)
+WERKZEUG = Framework("Werkzeug", frameworks.make_werkzeug, via_werkzeug, True)
+DJANGO = Framework("Django", frameworks.make_django, via_werkzeug)
+BOTTLE = Framework("Bottle", frameworks.make_bottle, via_webtest)
+PYRAMID = Framework("Pyramid", frameworks.make_pyramid, via_webtest, True)
+FALCON = Framework("Falcon", frameworks.make_falcon, via_falcon)
+PLAIN = Framework("any other", frameworks.make_plain, via_werkzeug, True)
+FRAMEWORKS = [FLASK, WERKZEUG, DJANGO, BOTTLE, PYRAMID, FALCON, PLAIN]
+STRICT_BOTTLE = Framework(
+    "Bottle without catchall",
+    functools.partial(frameworks.make_bottle, catchall=False),
+    via_webtest,
+    True,
+)
+
+
+def name_of(framework: Framework) -> str:
+    return framework.name
+
+
+each_framework = pytest.mark.parametrize("framework", FRAMEWORKS, ids=name_of)
+
+
+@each_framework
+def test_proxy_environ_and_inject_give_a_view_one_object(framework: Framework) -> None:
+    seen = Seen()
+
+    def enter(tasks: BackgroundTasks) -> None:
+        service(tasks)
+        background_tasks.add_task(seen.put, "from the proxy")
+        tasks.add_task(seen.put, "from the environ")
+        injected().add_task(seen.put, "from inject")
+
+    assert framework.get(framework.make(Site(enter)), "/") == (200, b"ok")
+    assert seen.next(3) == ["from the proxy", "from the environ", "from inject"]
+
+
+@pytest.mark.parametrize("path", ["/", "/missing", "/broken", "/stream"])
+@each_framework
+def test_a_task_runs_when_the_client_has_its_whole_response(
+    framework: Framework, path: str, gate: Gate
+) -> None:
+    def enter(tasks: BackgroundTasks) -> None:
+        tasks.using(run_on="always").add_task(gate.task)
+
+    with waitress(framework.make(Site(enter))) as port:
+        response = client.ask(port, path=path)
+        gate.open()
+        gate.wait()
+    assert response.status == {"/missing": 404, "/broken": 500}.get(path, 200)
+    assert gate.passed == [True]
+
+
+@each_framework
+def test_a_404_of_the_framework_is_no_failure(framework: Framework) -> None:
+    seen = Seen()
+    app = framework.make(Site(lambda tasks: tasks.add_task(seen.put, "ran")))
+    status, _ = framework.get(app, "/missing")
+    assert status == 404
+    assert seen.next(1) == ["ran"]
+
+
+def check_failure(framework: Framework, log: Log) -> None:
+    seen = Seen()
+
+    def send_receipt() -> None:
+        seen.put("a receipt for what failed")
+
+    def enter(tasks: BackgroundTasks) -> None:
+        tasks.add_task(send_receipt)
+        tasks.using(run_on="error").add_task(seen.put, "an alarm")
+
+    app = framework.make(Site(enter))
+    if framework.lets_errors_out:
+        with pytest.raises(ValueError, match="a bug"):
+            framework.get(app, "/broken")
+    else:
+        assert framework.get(app, "/broken")[0] == 500
+    assert seen.next(1) == ["an alarm"]
+    assert seen.empty()
+    [warning] = log.warnings
+    assert "send_receipt was not run: the request failed" in warning
+
+
+@pytest.mark.parametrize("framework", [*FRAMEWORKS, STRICT_BOTTLE], ids=name_of)
+def test_an_exception_in_a_view_is_a_failure(framework: Framework, log: Log) -> None:
+    check_failure(framework, log)
+
+
+@each_framework
+def test_tasks_run_after_the_last_row_of_a_stream(framework: Framework) -> None:
+    seen = Seen()
+    kept: list[BackgroundTasks] = []
+
+    def enter(tasks: BackgroundTasks) -> None:
+        tasks.add_task(seen.put, "the view's task")
+        kept.append(tasks)
+
+    def rows() -> Iterator[bytes]:
+        yield b"Ada,"
+        kept[0].add_task(seen.put, "the row's task")
+        seen.put("last row")
+        yield b"Grace"
+
+    app = framework.make(Site(enter, rows))
+    assert framework.get(app, "/stream") == (200, b"Ada,Grace")
+    assert seen.next(3) == ["last row", "the view's task", "the row's task"]
+
+
+# Bottle and Falcon
+
+
+def test_bottle_stays_a_bottle_whose_own_server_runs_the_middleware() -> None:
+    from bottle import Bottle
+
+    app = frameworks.make_bottle(Site(service))
+    assert isinstance(app, Bottle)  # so that app.run() is there
+    assert isinstance(app.wsgi, BackgroundTasksMiddleware)  # which its __call__ calls
+
+
+def test_an_exception_of_bottles_leaves_werkzeugs_test_client() -> None:
+    # Bottle gives the exception to start_response; this client raises it there.
+    with pytest.raises(ValueError, match="a bug"):
+        via_werkzeug(frameworks.make_bottle(Site(service)), "/broken")
+
+
+def test_in_falcons_test_client_a_streams_tasks_are_handed_over() -> None:
+    # It says that it is gunicorn.
+    threads: SimpleQueue[int] = SimpleQueue()
+
+    def enter(tasks: BackgroundTasks) -> None:
+        tasks.add_task(lambda: threads.put(threading.get_ident()))
+
+    app = frameworks.make_falcon(Site(enter))
+    via_falcon(app, "/")
+    assert threads.get(timeout=TIMEOUT) == threading.get_ident()
+    via_falcon(app, "/stream")
+    assert threads.get(timeout=TIMEOUT) != threading.get_ident()
+
+
+def test_what_a_falcon_responder_returns_is_not_sent() -> None:
+    class Page:
+        def on_get(self, req: falcon.Request, resp: falcon.Response) -> Any:
+            resp.media = {"from": "media"}
+            return {"from": "return"}
+
+    app: Any = falcon.App()
+    app.add_route("/", Page())
+    assert via_falcon(BackgroundTasksMiddleware(app), "/") == (200, b'{"from": "media"}')
+
+
+# Pyramid
+
+
+def test_pyramids_dummy_request_has_no_tasks() -> None:
+    from pyramid.testing import DummyRequest
+
+    request = DummyRequest()
+    with pytest.raises(LookupError, match="BackgroundTasksMiddleware"):
+        get_background_tasks(request.environ)
+
+
+# The README
+
+
+def table_rows() -> list[list[str]]:
+    """The rows of the README's table, each a list of its cells."""
+    _, _, below = README.partition("\n## Other frameworks\n")
+    rows = re.findall(r"^\| (\w.*) \|$", below.split("\n#")[0], re.MULTILINE)
+    return [row.split(" | ") for row in rows]
+
+
+def test_each_framework_here_has_a_row_in_the_readmes_table() -> None:
+    assert [row[0] for row in table_rows()] == [framework.name for framework in FRAMEWORKS]
+
+
+@each_framework
+def test_the_code_in_a_row_is_what_makes_the_site(framework: Framework) -> None:
+    [cells] = [row[1:3] for row in table_rows() if row[0] == framework.name]
+    pieces = [code for cell in cells for code in re.findall("`(.+?)`", cell)]
+    assert len(pieces) == 2
+    for code in pieces:
+        makers = (framework.make, frameworks.add_pages)
+        assert any(code in inspect.getsource(maker) for maker in makers), code
