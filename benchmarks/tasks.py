@@ -11,12 +11,16 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
+from flask import Flask
 from starlette.background import BackgroundTask as StarletteTask
 from starlette.background import BackgroundTasks as StarletteTasks
 
 from benchmarks.measure import interleave, row, run
 from wsgi_bg import BackgroundTasks
 from wsgi_bg.batch import Batch
+from wsgi_bg.hooks import Hooks
+from wsgi_bg.options import Options
+from wsgi_bg.tasks import View
 
 BATCH = 100
 
@@ -97,6 +101,50 @@ def plain() -> None:
     )
 
 
+def within(options: Options) -> Callable[[], None]:
+    """Tasks of a layer that has more to do for each."""
+
+    def run() -> None:
+        background = BackgroundTasks()
+        view = View(background, options)
+        for _ in range(BATCH):
+            view.add_task(nothing)
+        Batch(background, request_failed=False, response_complete=True).run()
+
+    return run
+
+
+def watched() -> None:
+    app = Flask(__name__)
+
+    def in_context_by_hand() -> None:
+        for _ in range(BATCH):
+            with app.app_context():
+                nothing()
+
+    bare, hooked, in_context, by_hand = interleave(
+        within(Options()),
+        within(Options(hooks=(Hooks(),))),
+        within(Options(around=app.app_context)),
+        in_context_by_hand,
+        calls=5,
+    )
+    row(
+        "add and run a task that hooks watch, added",
+        f"+{(hooked - bare) / BATCH:.2f}",
+        f"without {bare / BATCH:.2f}",
+        "",
+        "",
+    )
+    row(
+        "a task in a Flask application context, added",
+        f"+{(in_context - bare) / BATCH:.2f}",
+        f"app.app_context() by hand {by_hand / BATCH:.2f}",
+        f"{(in_context - bare) / by_hand:.2f}x by hand",
+        "",
+    )
+
+
 def async_batch() -> None:
     with closing(asyncio.new_event_loop()) as loop:
         one, hundred, peer = interleave(
@@ -122,4 +170,4 @@ def async_batch() -> None:
 
 
 if __name__ == "__main__":
-    run("Tasks", {"add": adding, "plain": plain, "async": async_batch})
+    run("Tasks", {"add": adding, "plain": plain, "async": async_batch, "watched": watched})

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import os
+import signal
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -24,12 +27,14 @@ from tests.support import (
 from wsgi_bg import (
     BackgroundTasks,
     BackgroundTasksMiddleware,
+    InlineRunner,
     PoolRunner,
     background_tasks,
     get_background_tasks,
 )
 from wsgi_bg.exceptions import OptionTypeError
 from wsgi_bg.hooks import Hooks, TaskRecord
+from wsgi_bg.options import DEFAULTS
 
 MOMENTS = ("added", "sent", "started", "finished", "failed", "discarded")
 
@@ -302,6 +307,27 @@ def test_a_ctrl_c_in_a_hook_stops_the_worker() -> None:
         respond(BackgroundTasksMiddleware(app, hooks=Stopping()))
 
 
+@pytest.mark.parametrize("function", [plain, failing])
+def test_a_worker_stopped_after_a_task_names_those_that_follow(function: Any, log: Log) -> None:
+    class Stopping(Hooks):
+        def task_finished(self, record: TaskRecord) -> None:
+            raise KeyboardInterrupt
+
+        task_failed = task_finished
+
+    runner = InlineRunner()
+
+    def add(environ: Environ) -> None:
+        background_tasks.add_task(function)
+        background_tasks.add_task(later)
+
+    with pytest.raises(KeyboardInterrupt):
+        respond(BackgroundTasksMiddleware(app_that(add), runner=runner, hooks=Stopping()))
+    assert [warning.split()[2] for warning in log.warnings] == ["tests.test_hooks.later"]
+    counts = runner.statistics()
+    assert (counts.succeeded + counts.failed, counts.discarded) == (1, 1)
+
+
 def test_hooks_of_the_innermost_layer_that_has_some_hold() -> None:
     outer, inner = Diary(), Diary()
 
@@ -360,6 +386,17 @@ def test_what_is_no_hooks_object_is_refused(hooks: Any) -> None:
     assert isinstance(e.value, OptionTypeError)
 
 
+def test_hooks_that_no_one_would_await_are_refused() -> None:
+    class Later(Hooks):
+        async def task_finished(self, record: TaskRecord) -> None:  # type: ignore[override]
+            """Would never run."""
+
+    with pytest.raises(
+        TypeError, match="hooks must be of plain functions; one is an async def"
+    ):
+        BackgroundTasksMiddleware(app_that(lambda environ: None), hooks=[Hooks(), Later()])
+
+
 def test_a_runner_sees_a_task_before_the_hooks_do() -> None:
     class Choosy(PoolRunner):
         def check(self, task: Any) -> None:
@@ -378,3 +415,133 @@ def test_without_hooks_nothing_is_kept_of_a_task() -> None:
     submit(runner, lambda: kept.append(background_tasks.tasks[0]))
     assert runner.drain(TIMEOUT) == []
     assert not hasattr(kept[0], "_record")
+
+
+def test_times_are_set_when_the_hook_is_told() -> None:
+    seen: list[tuple[str, bool, bool, bool]] = []
+
+    class Times(Hooks):
+        def task_started(self, record: TaskRecord) -> None:
+            seen.append(
+                ("started", record.started_at is not None, record.ended_at is None, True)
+            )
+
+        def task_finished(self, record: TaskRecord) -> None:
+            assert record.started_at is not None
+            assert record.ended_at is not None
+            seen.append(
+                (
+                    "finished",
+                    record.added_at >= began,
+                    True,
+                    record.ended_at > record.started_at,
+                )
+            )
+
+    began = time.monotonic()
+    app = app_that(lambda environ: background_tasks.add_task(threading.Event().wait, 0.001))
+    respond(BackgroundTasksMiddleware(app, hooks=Times()))
+    assert seen == [("started", True, True, True), ("finished", True, True, True)]
+
+
+def test_a_discarded_task_has_an_end() -> None:
+    record = request(plain, run_on="error").records[-1]
+    assert record.ended_at is not None
+
+
+@pytest.mark.parametrize("error", [SystemExit, asyncio.CancelledError, OSError])
+def test_no_error_of_a_hook_gets_out(error: type[BaseException], log: Log) -> None:
+    class Broken(Hooks):
+        def task_added(self, record: TaskRecord) -> None:
+            raise error
+
+        task_started = task_finished = task_added
+
+    def add(environ: Any) -> None:
+        background_tasks.add_task(plain)
+        background_tasks.add_task(later)
+
+    assert respond(BackgroundTasksMiddleware(app_that(add), hooks=Broken())) == b"ok"
+    assert [type(exc) for exc in log.tracebacks] == [error] * 6
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_ctrl_c_while_the_loop_is_in_a_tasks_context_goes_through(watched: bool) -> None:
+    diary = Diary()
+    over = threading.Event()
+
+    async def blocks() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        over.wait(1)
+
+    def add(environ: Any) -> None:
+        background_tasks.add_task(blocks)
+        background_tasks()
+
+    app = BackgroundTasksMiddleware(app_that(add), hooks=diary if watched else None)
+    with pytest.raises(KeyboardInterrupt):
+        respond(app)
+    over.set()
+    assert diary.moments == ["added blocks", "started blocks", "discarded blocks"] * watched
+
+
+async def fail_later(subject: Subject) -> None:
+    await asyncio.sleep(0)
+    raise ValueError
+
+
+def fail(subject: Subject) -> None:
+    raise ValueError
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize("function", [fail, fail_later])
+@pytest.mark.parametrize("hooks", [None, Hooks()])
+def test_the_arguments_of_a_task_that_failed_are_freed_without_a_collection(
+    function: Any, hooks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsgi_bg.report.logger.disabled", True)
+    subject = Subject()
+    freed = subject.freed
+    app = app_that(lambda environ: background_tasks.add_task(function, environ.pop("subject")))
+    environ = make_environ(subject=subject)
+    del subject
+    respond(BackgroundTasksMiddleware(app, hooks=hooks), environ)
+    environ.clear()
+    assert freed.wait(TIMEOUT)
+
+
+def test_hooks_may_be_a_tuple() -> None:
+    first, second = Diary(), Diary()
+    app = app_that(lambda environ: background_tasks.add_task(plain))
+    respond(BackgroundTasksMiddleware(app, hooks=(first, second)))
+    assert len(first.moments) == len(second.moments) == 3
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_the_end_is_told_in_the_tasks_context(by_hand: bool) -> None:
+    class Tracer(Hooks):
+        def task_started(self, record: TaskRecord) -> None:
+            span.set(record.task.name)
+
+        def task_finished(self, record: TaskRecord) -> None:
+            seen.append(span.get() == record.task.name)
+
+        task_failed = task_finished
+
+    seen: list[bool] = []
+
+    def add_them(environ: Any) -> None:
+        for function in (plain, later, failing, failing_later):
+            background_tasks.add_task(function)
+        if by_hand:
+            with pytest.raises(ValueError, match="a bug"):
+                background_tasks()
+
+    respond(BackgroundTasksMiddleware(app_that(add_them), hooks=Tracer()))
+    assert seen == [True] * 4
+
+
+def test_a_layer_without_hooks_makes_its_calls_itself() -> None:
+    assert DEFAULTS.calls is None
+    assert not DEFAULTS.is_watched

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from asyncio import CancelledError, current_task
-from contextvars import Context
+from collections.abc import Callable
+from contextvars import Context, copy_context
 from inspect import GEN_CREATED, getgeneratorstate, isawaitable, isgenerator
 from types import CoroutineType
 from typing import Any
 
-from . import portal
+from . import portal, steps
+from .calls import Calls
 from .interrupts import goes_through
 from .progress import Progress
 from .steps import DONE, RestOf, as_coroutine, cancellations
@@ -27,16 +29,18 @@ class Batch(Progress):
     :ivar response_complete: whether the server needs nothing more from the application
         to finish the response. If not, :meth:`run` must not be called before ``submit``
         has returned.
+    :ivar sends: whether the runner that has it may send its tasks to another process.
     :ivar not_before: when its runner will have it begin, by :func:`time.monotonic`.
     """
 
-    __slots__ = ("_begun", "not_before", "response_complete")
+    __slots__ = ("_begun", "not_before", "response_complete", "sends")
 
     def __init__(
         self, tasks: BackgroundTasks, *, request_failed: bool, response_complete: bool
     ) -> None:
         super().__init__(tasks, request_failed)
         self.response_complete = response_complete
+        self.sends = False
         self.not_before = 0.0
         # The task whose plain function has returned an awaitable, for the portal.
         self._begun: tuple[BackgroundTask, Context, Any] | None = None
@@ -53,6 +57,38 @@ class Batch(Progress):
         """
         while self.run_plain():
             self._make_trip()
+
+    def send(self) -> None:
+        """Offer all tasks that are left to their runner's ``send``, in order; blocks.
+
+        For a runner that does not wait for their turn. Those that it does not take stay.
+
+        :raises KeyboardInterrupt: as :meth:`run` does.
+        """
+        try:
+            for task in self.tasks:
+                if not self._stopped and task._claim():
+                    self._running = task
+                    self._send_or_keep(task)
+                    self._running = None
+        except BaseException as exc:
+            self.stop_for(exc)
+            raise
+
+    def _send_or_keep(self, task: BackgroundTask) -> None:
+        calls = task._options.calls
+        context = task._context or copy_context()
+        try:
+            if calls is None or not context.run(calls.send, task):
+                task._unclaimed = True  # by who has claimed it
+                return
+        except BaseException as exc:
+            if goes_through(exc):
+                raise
+            self._fail(task, context, exc)
+        else:
+            self.succeeded += 1
+        task._context = None
 
     def run_plain(self) -> bool:
         """Run the plain tasks that come next, on the calling thread; blocks.
@@ -77,7 +113,7 @@ class Batch(Progress):
                 if calls is None:
                     result = context.run(task.func, *task.args, **task.kwargs)
                 else:
-                    result = context.run(calls.make, task)
+                    result = context.run(self._make_of(calls), task)
                 if result is not None:
                     if isawaitable(result):
                         self._begun = task, context, result
@@ -88,14 +124,18 @@ class Batch(Progress):
                 if goes_through(exc):
                     raise
                 error = exc
+            self._running = None
             if error is None:
                 self.succeeded += 1
                 if calls is not None:
                     context.run(calls.finished, task)
             else:
                 self._fail(task, context, error)
-            self._running = None
+                error = None  # or it holds itself, by this frame
         return not self.has_ended
+
+    def _make_of(self, calls: Calls) -> Callable[[BackgroundTask], Any]:
+        return calls.send_or_make if self.sends else calls.make
 
     def _make_trip(self) -> None:
         """Have the async tasks that come next run on the portal; wait for them."""
@@ -116,10 +156,9 @@ class Batch(Progress):
         if self._begun is not None:
             _, context, awaitable = self._begun
             self._begun = None
-            if isinstance(awaitable, CoroutineType):
-                awaitable.close()  # or Python warns that it was never awaited
-        self._fail(task, context, exc)
+            steps.drop(context, awaitable)
         self._running = None
+        self._fail(task, context, exc)
 
     async def run_async(self) -> None:
         """Run the async tasks that come next; on the portal's thread.
@@ -147,7 +186,7 @@ class Batch(Progress):
                         if calls is None:
                             awaitable = context.run(task.func, *task.args, **task.kwargs)
                         else:
-                            awaitable = context.run(calls.make, task)
+                            awaitable = context.run(self._make_of(calls), task)
                     if type(awaitable) is not CoroutineType:
                         awaitable = as_coroutine(awaitable)
                     # The first step, and for a coroutine that waits for nothing the last.
@@ -158,12 +197,13 @@ class Batch(Progress):
                     cancelled = isinstance(exc, CancelledError)
                     if cancelled and self._abandoned:
                         raise
+                    self._running = None
                     self._fail(task, context, exc)
                 else:
+                    self._running = None
                     self.succeeded += 1
                     if calls is not None:
                         context.run(calls.finished, task)
-                self._running = None
                 if cancelled or cancellations(this) > 0:
                     return
         finally:

@@ -1,12 +1,13 @@
-"""How a task is called where its layer has hooks, or something that goes around tasks.
+"""How a task is called where its layer has hooks, something around tasks, or sends them.
 
-Most layers have neither: their tasks are called as they are, and nothing here runs.
+Most layers have none of these: their tasks are called as they are, and nothing here runs.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 from .hooks import Hooks, TaskRecord
 from .interrupts import goes_through
 from .report import logger
+from .steps import AwaitedIn
 
 if TYPE_CHECKING:
     from .task import BackgroundTask
     from .tasks import BackgroundTasks
 
+Send = Callable[["BackgroundTask"], bool]
 Around = Callable[[], AbstractContextManager[Any]]
 
 
@@ -27,14 +30,18 @@ class Calls:
 
     :param hooks: each is told, in this order.
     :param around: makes a context manager that a task is called in; an awaitable that the
-        call returns is awaited in it too.
+        call returns is awaited in it too. It lets errors through.
+    :param send: the runner's, which says whether another process makes the call.
     """
 
-    __slots__ = ("_around", "_hooks")
+    __slots__ = ("_around", "_hooks", "_send")
 
-    def __init__(self, hooks: tuple[Hooks, ...], around: Around | None) -> None:
+    def __init__(
+        self, hooks: tuple[Hooks, ...], around: Around | None, send: Send | None
+    ) -> None:
         self._hooks = hooks
         self._around = around
+        self._send = send
 
     def added(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
         """The task is about to join ``batch``."""
@@ -42,23 +49,54 @@ class Calls:
             task._record = record = TaskRecord(task, batch)
             self._tell("task_added", record)
 
+    def send(self, task: BackgroundTask) -> bool:
+        """Whether the task was sent to where it is called; blocks while it is.
+
+        :raises Exception: what the runner's ``send`` raises: the task is given up.
+        """
+        if self._send is None or not self._send(task):
+            return False
+        self._end(task, "task_sent")
+        return True
+
+    def send_or_make(self, task: BackgroundTask) -> Any:
+        """Send the task or, where that is not to be, make the call as :meth:`make` does."""
+        if task.is_async:
+            return self._send_or_make_async(task)
+        return None if self.send(task) else self.make(task)
+
+    async def _send_or_make_async(self, task: BackgroundTask) -> Any:
+        is_sent = await asyncio.to_thread(self.send, task)  # not on the loop: it blocks
+        return None if is_sent else await self.make(task)
+
     def make(self, task: BackgroundTask) -> Any:
-        """Call the task's function, in the current context, and return its result.
+        """Call the task's function in the current context and return its result.
 
         :raises BaseException: what the call raises.
         """
+        self._started(task)
+        if self._around is None:
+            return task.func(*task.args, **task.kwargs)
+        inside = self._around()
+        inside.__enter__()  # an ExitStack for all would take as long again as Flask's
+        try:
+            result = task.func(*task.args, **task.kwargs)
+        except BaseException as exc:
+            inside.__exit__(type(exc), exc, exc.__traceback__)
+            raise
+        if result is not None and isawaitable(result):
+            stack = ExitStack()
+            stack.push(inside)
+            return AwaitedIn(stack, result)
+        inside.__exit__(None, None, None)
+        return result
+
+    def _started(self, task: BackgroundTask) -> None:
+        # Not in make(): what a call raises holds that frame, and the record holds the error.
         record = getattr(task, "_record", None)
         if record is not None:
             record.started_at = time.monotonic()
             self._tell("task_started", record)
-        if self._around is None:
-            return task.func(*task.args, **task.kwargs)
-        with ExitStack() as stack:
-            stack.enter_context(self._around())
-            result = task.func(*task.args, **task.kwargs)
-            if result is not None and isawaitable(result):
-                return _await_in(stack.pop_all(), result)
-            return result
 
     def finished(self, task: BackgroundTask) -> None:
         """The call has returned, and what it returned was awaited."""
@@ -105,8 +143,3 @@ class Calls:
                     record.task.name,
                     exc_info=exc,
                 )
-
-
-async def _await_in(stack: ExitStack, awaitable: Awaitable[Any]) -> Any:
-    with stack:
-        return await awaitable

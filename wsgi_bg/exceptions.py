@@ -136,3 +136,69 @@ class ExtraMissingError(WsgiBgError, ImportError):
             f"{wanted_by} needs a package that is not installed: pip install 'wsgi_bg[{extra}]'"
         )
         self.extra = extra
+
+
+class RegistrationError(WsgiBgError, TypeError):
+    """A function was given to ``registered_task`` that no other process could find.
+
+    :ivar given: what was given.
+    """
+
+    def __init__(self, message: str, given: object) -> None:
+        super().__init__(message)
+        self.given = given
+
+
+class NameTakenError(WsgiBgError, ValueError):
+    """A function was to be registered under a name that another task has.
+
+    :ivar name: the name.
+    """
+
+    def __init__(self, name: str, taken_by: str) -> None:
+        super().__init__(f"the name {name!r} is taken by {taken_by}: register another name")
+        self.name = name
+
+
+class ArgumentError(WsgiBgError, TypeError):
+    """A registered function was given an argument that cannot be sent to another process.
+
+    :ivar name: the registered name of the function.
+    :ivar argument: which argument, and where inside it: ``order['items'][2]``. Empty if
+        the function cannot be called with such arguments at all.
+    """
+
+    def __init__(self, name: str, argument: str, reason: str) -> None:
+        where = f"argument {argument} cannot be sent" if argument else "it would not run"
+        super().__init__(f"{name} was not added, {where}: {reason}")
+        self.name = name
+        self.argument = argument
+
+
+class MessageError(WsgiBgError, ValueError):
+    """A worker got a message whose arguments ``wsgi_bg`` has not written."""
+
+
+class UnsafeCeleryError(WsgiBgError, ValueError):
+    """A Celery application is configured so that a message could run any code.
+
+    :ivar setting: the name of the setting.
+    """
+
+    def __init__(self, setting: str, value: object, instead: str) -> None:
+        super().__init__(
+            f"the Celery setting {setting} is {value!r}, by which a message could make a "
+            f"worker run any code: set {instead}"
+        )
+        self.setting = setting
+
+
+class PublishError(WsgiBgError, ConnectionError):
+    """A task could not be sent to the broker, or not within ``publish_timeout``.
+
+    :ivar name: the registered name of the function.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name} was not sent: {reason}")
+        self.name = name

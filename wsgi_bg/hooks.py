@@ -13,13 +13,14 @@ if TYPE_CHECKING:
 class TaskRecord:
     """What is known of one task; every hook of a task is given the same object.
 
-    Times are seconds by :func:`time.monotonic`, and None as long as they have not come.
+    Times are seconds by :func:`time.monotonic`, and None as long as they have not come. Who
+    keeps a record keeps the tasks of that request, and their arguments.
 
     :ivar task: the task. Its arguments are the application's data: do not log them.
     :ivar batch: the ``BackgroundTasks`` of its request, the same for all of that request.
     :ivar added_at: when it was added.
     :ivar started_at: when its call began.
-    :ivar ended_at: when it returned, raised, or was discarded.
+    :ivar ended_at: when it returned, raised, was sent or was discarded.
     :ivar error: what it raised.
     :ivar reason: why it was discarded.
     """
@@ -51,19 +52,24 @@ class TaskRecord:
 class Hooks:
     """Base class for what watches tasks: override the methods that you need.
 
-    ``task_added`` is called first. Then either ``task_discarded`` follows, or
+    ``task_added`` is called first. Then ``task_discarded`` follows, or ``task_sent``, or
     ``task_started`` and one of ``task_finished``, ``task_failed`` and, if the worker is
     stopped in the middle, ``task_discarded``. Each is called at most once a task.
 
-    All but ``task_added`` are called on the thread that runs the task, or would have run
-    it; for an ``async def`` task that is the event loop's, which a hook must not block.
-    Those from ``task_started`` on run in the task's context variables: what
-    ``task_started`` sets there (a span) the task sees, and no other. What a hook raises is
-    logged at ERROR and harms nothing.
+    ``task_started``, ``task_finished`` and ``task_failed`` are called in the task's context
+    variables: what ``task_started`` sets there (a span) the task sees, and no other. They
+    come on the thread of the call; for an ``async def`` task that is the event loop's, which
+    a hook must not block. ``task_discarded`` comes on whatever thread has given the task up.
+
+    What a hook raises is logged at ERROR and harms nothing, but for what stops the worker,
+    such as a ``KeyboardInterrupt``.
     """
 
     def task_added(self, record: TaskRecord) -> None:
         """The task is about to join its batch; on the thread of ``add_task``."""
+
+    def task_sent(self, record: TaskRecord) -> None:
+        """Another process has the task now, for its runner has sent it; its end is not seen."""
 
     def task_started(self, record: TaskRecord) -> None:
         """The call is about to be made."""
@@ -76,3 +82,7 @@ class Hooks:
 
     def task_discarded(self, record: TaskRecord) -> None:
         """The task will not run, or not to its end, for ``record.reason``."""
+
+
+HOOKS = tuple(name for name in vars(Hooks) if name.startswith("task_"))
+"""The names of the methods of :class:`Hooks`."""

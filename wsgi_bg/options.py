@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from .callables import is_coroutine_callable
 from .calls import Around, Calls
+from .celery_options import for_one_call
 from .exceptions import OptionTypeError, OptionValueError
-from .hooks import Hooks
+from .hooks import HOOKS, Hooks
 
 if TYPE_CHECKING:
     from .runners.base import Runner
@@ -34,6 +35,8 @@ class Options:
 
     :ivar is_watched: whether :meth:`admit` has anything to do.
     :ivar calls: how tasks are called, if not simply.
+    :ivar runner_yields: whether a layer further in that names a runner has its own used.
+    :ivar celery: options for Celery, which other runners ignore.
     """
 
     __slots__ = (
@@ -41,10 +44,12 @@ class Options:
         "_check",
         "_hooks",
         "calls",
+        "celery",
         "is_watched",
         "on_error",
         "run_on",
         "runner",
+        "runner_yields",
         "runs_after",
         "stop_on_error",
     )
@@ -57,16 +62,21 @@ class Options:
         runner: Runner | None = None,
         hooks: tuple[Hooks, ...] = (),
         around: Around | None = None,
+        celery: Mapping[str, Any] | None = None,
+        runner_yields: bool = False,
     ) -> None:
         self.run_on = run_on
         self.on_error = on_error
         self.stop_on_error = stop_on_error
         self.runner = runner
+        self.celery = celery
+        self.runner_yields = runner_yields
         # Whether a task runs: [False] after a request that succeeded, [True] that failed.
         self.runs_after = (run_on != "error", run_on != "success")
         self._hooks = hooks
         self._around = around
-        self.calls = Calls(hooks, around) if hooks or around else None
+        send = getattr(runner, "send", None)
+        self.calls = Calls(hooks, around, send) if hooks or around or send else None
         self._check: Callable[[BackgroundTask], None] | None = getattr(runner, "check", None)
         self.is_watched = bool(hooks or self._check)
 
@@ -87,12 +97,16 @@ class Options:
         stop_on_error: bool | None = None,
         hooks: Hooks | Sequence[Hooks] | None = None,
         around: Around | None = None,
+        celery: Mapping[str, Any] | None = None,
+        runner: Runner | None = None,
     ) -> Options:
         """These options, but for those that are given and not None.
 
-        :raises ValueError: if ``run_on`` is none of the three words.
+        :raises ValueError: if ``run_on`` is none of the three words, or ``celery`` has an
+            option that is not known.
         :raises TypeError: if ``on_error`` is no plain callable, ``stop_on_error`` no bool,
-            or ``hooks`` no :class:`~wsgi_bg.hooks.Hooks` objects.
+            ``hooks`` no :class:`~wsgi_bg.hooks.Hooks` objects, or an option in ``celery``
+            of the wrong type.
         """
         if run_on is not None and run_on not in get_args(RunOn):
             raise OptionValueError("run_on", run_on, "'success', 'error' or 'always'")
@@ -106,9 +120,11 @@ class Options:
             self.run_on if run_on is None else run_on,
             self.on_error if on_error is None else on_error,
             self.stop_on_error if stop_on_error is None else stop_on_error,
-            self.runner,
+            self.runner if runner is None else runner,
             self._hooks if hooks is None else _as_tuple(hooks),
             self._around if around is None else around,
+            self.celery if celery is None else for_one_call(celery),
+            self.runner_yields and runner is None,
         )
 
 
@@ -116,6 +132,9 @@ def _as_tuple(hooks: Hooks | Sequence[Hooks]) -> tuple[Hooks, ...]:
     several = tuple(hooks) if isinstance(hooks, (list, tuple)) else (hooks,)
     if not all(isinstance(each, Hooks) for each in several):
         raise OptionTypeError("hooks", hooks, "a wsgi_bg.hooks.Hooks object, or a list of them")
+    for each in several:
+        if any(is_coroutine_callable(getattr(each, name)) for name in HOOKS):
+            raise OptionTypeError("hooks", each, "of plain functions; one is an async def")
     return several
 
 

@@ -7,7 +7,6 @@ task has opened serves the next. It is made on first use and left at interpreter
 from __future__ import annotations
 
 import asyncio
-import inspect
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
@@ -86,6 +85,9 @@ def run(
     try:
         return trip.make()
     except Exception:
+        # Not the coroutine's own if that goes on: a signal handler's, such as a time limit.
+        if not trip.is_done:
+            trip.cancel()
         raise
     except BaseException as exc:
         interrupted(exc)
@@ -109,6 +111,11 @@ class _Trip(Generic[T]):
         self._is_cancelled = False
         self._outcome: Future[T] = Future()
         self._arrived: Any = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the coroutine has returned or raised."""
+        return self._outcome.done()
 
     async def run(self) -> T:
         self._task = asyncio.current_task()
@@ -157,8 +164,7 @@ def wait_for(context: Context, awaitable: Awaitable[Any]) -> tuple[Any, BaseExce
     try:
         return run(_outcome, context, awaitable)
     except Exception:  # it could not start: this is the portal's own thread, for one
-        if inspect.iscoroutine(awaitable) and awaitable.cr_frame is not None:
-            awaitable.close()  # or Python warns that it was never awaited
+        steps.drop(context, awaitable)
         raise
 
 

@@ -23,8 +23,9 @@ def failure(task: BackgroundTask, exc: BaseException) -> None:
     Called in the task's context, so that log records carry its correlation ids.
     """
     logger.error("background task %s raised %s", task.name, type(exc).__name__, exc_info=exc)
-    if observer is not None:
-        observer(task, exc)
+    observe = observer  # once: another thread may end the test meanwhile
+    if observe is not None:
+        observe(task, exc)
     calls = task._options.calls
     if calls is not None:
         calls.failed(task, exc)
@@ -42,7 +43,7 @@ def failure(task: BackgroundTask, exc: BaseException) -> None:
 def not_run(task: BackgroundTask, reason: str) -> None:
     """Name a task that will not run."""
     logger.warning("background task %s was not run: %s", task.name, reason)
-    _discarded(task, reason)
+    discarded(task, reason)
 
 
 def stopped(task: BackgroundTask, exc: BaseException, *, began: bool) -> None:
@@ -50,7 +51,7 @@ def stopped(task: BackgroundTask, exc: BaseException, *, began: bool) -> None:
     end = " to its end" if began else ""
     reason = f"{type(exc).__name__} stopped its worker"
     logger.warning("background task %s was not run%s: %s", task.name, end, reason)
-    _discarded(task, reason)
+    discarded(task, reason)
 
 
 def unfinished(task: BackgroundTask, reason: str) -> None:
@@ -60,10 +61,11 @@ def unfinished(task: BackgroundTask, reason: str) -> None:
         task.name,
         reason,
     )
-    _discarded(task, f"it was not finished {reason}")
+    discarded(task, f"it was not finished {reason}")
 
 
-def _discarded(task: BackgroundTask, reason: str) -> None:
+def discarded(task: BackgroundTask, reason: str) -> None:
+    """Tell the hooks of a task that will not run, or not to its end."""
     calls = task._options.calls
     if calls is not None:
         calls.discarded(task, reason)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Generator
+from contextlib import ExitStack
 from contextvars import Context
 from typing import Any
 
@@ -33,6 +34,19 @@ async def in_context(context: Context, awaitable: Awaitable[Any]) -> Any:
     return await RestOf(context, coroutine, waits_for)
 
 
+def drop(context: Context, awaitable: Awaitable[Any]) -> None:
+    """Close what no one will await: Python warns of a coroutine that no one has awaited."""
+    # One that has begun, and was left by a signal handler's exception, is the loop's to end.
+    if inspect.iscoroutine(awaitable):
+        has_begun = inspect.getcoroutinestate(awaitable) != inspect.CORO_CREATED
+    elif isinstance(awaitable, AwaitedIn):
+        has_begun = awaitable.has_begun
+    else:
+        return
+    if not has_begun:
+        context.run(awaitable.close)
+
+
 def as_coroutine(awaitable: Awaitable[Any]) -> Coroutine[Any, Any, Any]:
     """``awaitable`` itself, if it is a coroutine, or one that awaits it."""
     return awaitable if inspect.iscoroutine(awaitable) else _awaiting(awaitable)
@@ -40,6 +54,37 @@ def as_coroutine(awaitable: Awaitable[Any]) -> Coroutine[Any, Any, Any]:
 
 async def _awaiting(awaitable: Awaitable[Any]) -> Any:
     return await awaitable
+
+
+class AwaitedIn(Coroutine[Any, Any, Any]):
+    """Awaits ``awaitable`` in what ``stack`` has entered already, and leaves that.
+
+    A coroutine function would not leave it if it was never awaited.
+    """
+
+    __slots__ = ("_awaitable", "_stack", "has_begun")
+
+    def __init__(self, stack: ExitStack, awaitable: Awaitable[Any]) -> None:
+        self._stack = stack
+        self._awaitable = awaitable
+        self.has_begun = False
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        self.has_begun = True
+        with self._stack:
+            return (yield from as_coroutine(self._awaitable).__await__())
+
+    def send(self, value: Any) -> Any:
+        raise NotImplementedError  # it is awaited only
+
+    def throw(self, *exc: Any) -> Any:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Leave without awaiting."""
+        with self._stack:
+            if inspect.iscoroutine(self._awaitable):
+                self._awaitable.close()
 
 
 class RestOf(Generator[Any, Any, Any]):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 from . import portal
 from .callables import NOT_PLAIN, kind_of, name_of
+from .interrupts import goes_through
 from .options import DEFAULTS, Options
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class BackgroundTask:
     __slots__ = (
         "__weakref__",
         "_context",
+        "_encoded",
         "_options",
         "_record",
         "_unclaimed",
@@ -53,6 +55,7 @@ class BackgroundTask:
     kwargs: dict[str, Any]
     is_async: bool
     _record: TaskRecord  # only while hooks watch it
+    _encoded: Any  # only between a runner's check() and its send()
 
     def __init__(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
         self._fill(func, args, kwargs, None, DEFAULTS)
@@ -109,7 +112,10 @@ class BackgroundTask:
         try:
             result = self._finish(context, context.run(calls.make, self))
         except BaseException as exc:
-            context.run(calls.failed, self, exc)
+            if goes_through(exc):  # the loop may be in this context still
+                calls.discarded(self, f"{type(exc).__name__} stopped its worker")
+            else:
+                context.run(calls.failed, self, exc)
             raise
         context.run(calls.finished, self)
         return result

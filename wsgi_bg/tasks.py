@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context, copy_context
 from typing import Any, ParamSpec
 
@@ -80,8 +80,7 @@ class BackgroundTasks:
         # Append first, look then; the other side marks the end first and looks for more
         # then. So one of the two sees the other, and _claim decides between them.
         if self._phase == ENDED and task._claim():
-            if options.calls is not None:
-                options.calls.discarded(task, "the batch has ended")
+            report.discarded(task, "the batch has ended")
             raise BatchEndedError(task.name)
 
     @property
@@ -109,16 +108,23 @@ class BackgroundTasks:
         run_on: RunOn | None = None,
         on_error: OnError | None = None,
         stop_on_error: bool | None = None,
+        celery: Mapping[str, Any] | None = None,
     ) -> BackgroundTasks:
         """A view on the same list whose ``add_task`` gives its tasks other options.
 
         What is None stays as it is here. The options are those of
-        :class:`~wsgi_bg.BackgroundTasksMiddleware`.
+        :class:`~wsgi_bg.BackgroundTasksMiddleware`, and those of one message to Celery.
 
-        :raises ValueError: if ``run_on`` is none of ``"success"``, ``"error"``, ``"always"``.
-        :raises TypeError: if ``on_error`` is not a plain callable.
+        :param celery: options such as ``{"queue": "slow", "countdown": 60}``, in place of
+            those of ``registered_task`` where both name one. Runners without Celery, and a
+            task that runs here since the broker is away, ignore them.
+        :raises ValueError: if ``run_on`` is none of ``"success"``, ``"error"``, ``"always"``,
+            or ``celery`` has an option that is not known.
+        :raises TypeError: if ``on_error`` is not a plain callable, or an option in
+            ``celery`` is of the wrong type.
         """
-        return View(self, self._options.override(run_on, on_error, stop_on_error))
+        options = self._options.override(run_on, on_error, stop_on_error, celery=celery)
+        return View(self, options)
 
     def __call__(self) -> None:
         """Run the tasks that have not run yet, now, each once; blocks until they are done.
