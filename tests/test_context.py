@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import threading
-from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, Optional
+from collections.abc import Callable, Iterable, Iterator
+from typing import Annotated, Any, Optional, TypeVar
 
 import pytest
 from flask import Flask
@@ -20,6 +20,8 @@ from wsgi_bg import (
     inject,
 )
 from wsgi_bg.exceptions import MiddlewareMissingError, OptionTypeError, OutsideRequestError
+
+T = TypeVar("T")
 
 
 def in_request(call: Any) -> None:
@@ -318,9 +320,15 @@ def test_inject_fills_static_methods_and_class_methods() -> None:
         def of_class(cls, tasks: BackgroundTasks) -> tuple[type, BackgroundTasks]:
             return cls, tasks
 
+        @inject
+        @staticmethod
+        def above(tasks: BackgroundTasks) -> BackgroundTasks:
+            return tasks
+
     def look(tasks: BackgroundTasks) -> None:
         assert Service.static() is tasks
         assert Service().of_class() == (Service, tasks)
+        assert Service().above() is Service.above() is tasks
 
     in_request(look)
 
@@ -339,3 +347,88 @@ def test_an_annotation_of_another_parameter_need_not_be_resolved() -> None:
 def test_inject_has_nothing_to_fill_in_a_function_that_does_not_say() -> None:
     with pytest.raises(TypeError, match="with a parameter annotated BackgroundTasks"):
         inject(max)(1, 2)
+
+
+def other_module(source: str, **names: Any) -> dict[str, Any]:
+    """What a module has that knows nothing of this one's names."""
+    module: dict[str, Any] = {"functools": functools, "__name__": "other", **names}
+    exec(source, module)
+    return module
+
+
+WRAP = """
+def wrap(func):
+    @functools.wraps(func)
+    def wrapper(*args, **kwargs):
+        return func(*args, **kwargs)
+    return wrapper
+"""
+
+
+def test_strings_are_resolved_where_the_innermost_function_is() -> None:
+    wrap: Callable[[T], T] = other_module(WRAP)["wrap"]
+
+    @wrap
+    def function(x: int, tasks: BackgroundTasks) -> object:
+        return tasks
+
+    class Call:
+        @wrap
+        def __call__(self, tasks: BackgroundTasks) -> object:
+            return tasks
+
+    def look(tasks: BackgroundTasks) -> None:
+        assert inject(functools.partial(function, 5))() is tasks
+        assert inject(Call())() is tasks
+
+    in_request(look)
+
+
+def test_inject_leaves_variadic_parameters_alone() -> None:
+    @inject
+    def rest(*more: BackgroundTasks, tasks: BackgroundTasks, **other: BackgroundTasks) -> Any:
+        return more, tasks, other
+
+    def look(tasks: BackgroundTasks) -> None:
+        assert rest(1, 2, 3) == ((1, 2, 3), tasks, {})
+        assert rest() == ((), tasks, {})
+
+    in_request(look)
+
+
+def test_a_default_that_is_kept_outside_of_a_request() -> None:
+    mine = BackgroundTasks()
+
+    @inject
+    def keeps(tasks: BackgroundTasks | None = mine) -> object:
+        return tasks
+
+    @inject
+    def needs(tasks: BackgroundTasks = mine) -> object:
+        return tasks
+
+    assert keeps() is mine
+    with pytest.raises(RuntimeError, match="needs wants"):
+        needs()
+
+
+def test_inject_looks_once() -> None:
+    looks: list[type] = []
+
+    def look() -> type:
+        looks.append(BackgroundTasks)
+        return BackgroundTasks
+
+    func = inject(other_module("def func(tasks: 'look()'): return tasks", look=look)["func"])
+    in_request(lambda tasks: [func(), func()])
+    assert len(looks) == 1
+
+
+def test_inject_has_the_cause() -> None:
+    @inject
+    def unknown(x: Missing) -> None:  # type: ignore[name-defined]  # noqa: F821
+        """Never called."""
+
+    with pytest.raises(TypeError) as caught:
+        unknown(1)
+    assert isinstance(caught.value.__cause__, NameError)

@@ -17,6 +17,7 @@ from sqlalchemy.exc import IntegrityError
 
 from tests.conftest import Log
 from tests.support import TIMEOUT, Gate, run_python
+from tests.test_hooks import Diary
 from wsgi_bg import (
     BackgroundTask,
     BackgroundTasks,
@@ -24,6 +25,7 @@ from wsgi_bg import (
     InlineRunner,
     PoolRunner,
     background_tasks,
+    portal,
 )
 from wsgi_bg.exceptions import InstalledTwiceError
 from wsgi_bg.flask import Background
@@ -468,3 +470,61 @@ def test_what_a_view_has_not_committed_is_not_its_tasks(shop: Shop) -> None:
     assert shop.runner.drain(TIMEOUT) == []
     assert counts == [0]
     assert shop.left_open == (0, 0)
+
+
+async def never() -> None:
+    raise AssertionError
+
+
+def test_without_a_loop_the_context_of_a_task_is_left(
+    monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    app, torn_down = make_app(), list[str]()
+    Background(app)
+    app.teardown_appcontext(lambda exc: torn_down.append(g.get("owner", "view")))
+
+    def broken(*args: Any, **options: Any) -> None:
+        raise OSError("no thread")
+
+    def returns_awaitable() -> Any:
+        g.owner = "task"
+        return never()
+
+    monkeypatch.setattr(portal, "run", broken)
+    visit(app, adding(returns_awaitable))
+    assert torn_down == ["view", "task"]
+    assert [str(exc) for exc in log.tracebacks] == ["no thread"]
+
+
+def test_with_options_of_its_own_a_task_keeps_the_applications_context_and_hooks() -> None:
+    app, names, diary = make_app(), list[str](), Diary()
+    Background(app, hooks=diary)
+
+    def view() -> str:
+        g.of_view = 5
+        background_tasks.using(run_on="always").add_task(
+            lambda: names.append(f"{current_app.name} {g.get('of_view')}")
+        )
+        return "ok"
+
+    visit(app, view)
+    assert names == ["shop None"]
+    assert len(diary.moments) == 3
+
+
+def test_no_record_is_kept_where_only_the_runner_looks() -> None:
+    class Looking(PoolRunner):
+        def check(self, task: Any) -> None:
+            pass
+
+    app = make_app()
+    Background(app, Looking())
+    kept: list[Any] = []
+
+    def view() -> str:
+        background_tasks.add_task(int)
+        kept.append(hasattr(background_tasks.tasks[0], "_record"))
+        return "ok"
+
+    visit(app, view)
+    assert kept == [False]

@@ -7,11 +7,13 @@ import threading
 import typing
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+from unittest.mock import MagicMock
 
 import pytest
 from flask import Blueprint, Flask, g, request
 from flask.views import MethodView, View
+from typing_extensions import TypeAliasType
 
 import wsgi_bg
 from tests.support import TIMEOUT
@@ -81,7 +83,9 @@ def test_a_view_gets_what_it_asks_for(
     name = parameter.removeprefix("*, ").split(":")[0]
     names: dict[str, Any] = {**vars(typing), **vars(wsgi_bg), "wsgi_bg": wsgi_bg}
     names["looks_like"] = looks_like
-    exec(f"{future}{kind} view({parameter}):\n    return looks_like({name})", names)
+    source = f"{future}{kind} view({parameter}):\n    return looks_like({name})"
+    # Not with this module's own import of annotations.
+    exec(compile(source, "views.py", "exec", dont_inherit=True), names)
     add(app, names["view"])
     assert get(app).text == "the request's"
     assert get(app).text == "the request's"
@@ -144,6 +148,23 @@ def test_a_view_class_gets_it_in_dispatch_request(app: Flask) -> None:
 
     add(app, Page.as_view("page"))
     assert get(app).text == "the request's"
+
+
+def test_a_method_view_with_a_dispatch_of_its_own_gets_it_there_or_passes_it_on(
+    app: Flask,
+) -> None:
+    class Asks(Items):
+        def dispatch_request(self, tasks: BackgroundTasks, **values: Any) -> Any:  # type: ignore[override]
+            return looks_like(tasks) + " in dispatch_request"
+
+    class PassesOn(Items):
+        def dispatch_request(self, **values: Any) -> Any:
+            return super().dispatch_request(**values)
+
+    add(app, Asks.as_view("asks"), "/asks")
+    add(app, PassesOn.as_view("passes"), "/passes")
+    assert get(app, "/asks").text == "the request's in dispatch_request"
+    assert get(app, "/passes").text == "the request's"
 
 
 def test_views_of_nested_blueprints_get_it(app: Flask) -> None:
@@ -398,3 +419,244 @@ def test_a_streaming_view_adds_tasks_while_it_streams(app: Flask, done: list[Any
 
     assert get(app).text == "ab"
     assert done == ["from the stream"]
+
+
+# Views that cannot be looked at, or not be met
+
+
+def odd_cache() -> Any:
+    return functools.cache(lambda: "odd")
+
+
+def odd_cache_that_wants() -> Any:
+    @functools.cache
+    def view(tasks: BackgroundTasks | None = None) -> str:
+        return "odd"
+
+    return view
+
+
+def odd_mock() -> Any:
+    return MagicMock(return_value="odd", methods=["GET"], required_methods=())
+
+
+def odd_loop() -> Any:
+    def view() -> str:
+        return "odd"
+
+    view.__wrapped__ = view  # type: ignore[attr-defined]
+    return view
+
+
+def odd_equality() -> Any:
+    class Column:
+        def __eq__(self, other: object) -> bool:
+            raise TypeError("Boolean value of this clause is not defined")
+
+        __hash__ = None  # type: ignore[assignment]
+
+    def view(number: int = 5) -> str:
+        return "odd"
+
+    view.__annotations__["number"] = Column()
+    return view
+
+
+def odd_signature() -> Any:
+    class View:
+        __signature__ = 5
+
+        def __call__(self) -> str:
+            return "odd"
+
+    return View()
+
+
+@pytest.mark.parametrize(
+    "make", [odd_cache, odd_cache_that_wants, odd_mock, odd_loop, odd_equality, odd_signature]
+)
+def test_a_view_that_cannot_be_looked_at_is_called_as_ever(
+    app: Flask, make: Callable[[], Any]
+) -> None:
+    add(app, make(), endpoint="odd")
+    assert get(app).text == "odd"
+
+
+def test_a_view_without_a_rule_harms_none(app: Flask) -> None:
+    @app.endpoint("no rule")
+    def unreachable() -> str:
+        raise AssertionError
+
+    @app.get("/")
+    def view(tasks: BackgroundTasks) -> str:
+        return looks_like(tasks)
+
+    assert get(app).text == "the request's"
+
+
+def test_a_view_that_cannot_be_met_leaves_the_others_alone(app: Flask) -> None:
+    @app.get("/<tasks>")
+    def refused(tasks: BackgroundTasks) -> str:
+        """What it does."""
+        return ""
+
+    @app.get("/")
+    def view(tasks: BackgroundTasks) -> str:
+        return looks_like(tasks)
+
+    assert get(app).text == "the request's"
+    assert app.view_functions["refused"].__doc__ == "What it does."
+    lengths = set()
+    for _ in range(3):
+        with pytest.raises(InjectionError) as caught:
+            get(app, "/5")
+        lengths.add(len(caught.traceback))
+    assert len(lengths) == 1
+
+
+def test_an_annotation_that_cannot_be_resolved_is_the_cause(app: Flask) -> None:
+    @app.get("/")
+    def view(tasks: HiddenBackgroundTasks) -> str:
+        return ""
+
+    with pytest.raises(InjectionError) as caught:
+        get(app)
+    assert isinstance(caught.value.__cause__, NameError)
+
+
+def mine(view: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(view)
+    def wrapper(*self: Any) -> Any:
+        return view(*self, BackgroundTasks())
+
+    return wrapper
+
+
+class Mine(MethodView):
+    @mine
+    def get(self, tasks: BackgroundTasks) -> str:
+        return "its own"
+
+
+def test_what_a_decorator_gives_is_no_wish_of_the_view(app: Flask) -> None:
+    @mine
+    def positional(tasks: BackgroundTasks, /) -> str:
+        return "its own"
+
+    @mine
+    def hidden(tasks: HiddenBackgroundTasks) -> str:
+        return "its own"
+
+    add(app, positional, "/positional")
+    add(app, hidden, "/hidden")
+    add(app, Mine.as_view("mine"), "/method")
+    for path in ("/positional", "/hidden", "/method"):
+        assert get(app, path).text == "its own"
+
+
+def test_a_name_that_only_begins_like_ours_need_not_be_resolved(app: Flask) -> None:
+    @app.get("/<number>")
+    def view(number: BackgroundTasks5, options: BackgroundTasksOptions | None = None) -> str:  # type: ignore[name-defined]  # noqa: F821
+        return str(number)
+
+    assert get(app, "/5").text == "5"
+
+
+def test_a_url_values_annotation_need_not_be_resolved(app: Flask) -> None:
+    @app.get("/<tasks>")
+    def view(tasks: HiddenBackgroundTasks) -> str:
+        return str(tasks)
+
+    assert get(app, "/5").text == "5"
+
+
+def test_a_method_view_may_have_a_head_of_its_own_and_methods_without_a_function(
+    app: Flask,
+) -> None:
+    heads: list[str] = []
+
+    class Page(MethodView):
+        methods = {"GET", "HEAD", "POST"}  # noqa: RUF012
+
+        def get(self, tasks: BackgroundTasks) -> str:
+            return looks_like(tasks)
+
+        def head(self, bg: BackgroundTasks) -> str:
+            heads.append(looks_like(bg))
+            return ""
+
+    add(app, Page.as_view("page"))
+    assert get(app).text == "the request's"
+    assert get(app, "/", "HEAD").status_code == 200
+    assert heads == ["the request's"]
+
+
+def test_first_requests_on_two_threads_look_once() -> None:
+    looks: list[type] = []
+    looking, second, go_on = (threading.Event() for _ in range(3))
+
+    def look() -> type:
+        looks.append(int)
+        looking.set()
+        assert go_on.wait(TIMEOUT)
+        return int
+
+    app = Flask("shop")
+    Background(app)
+    names: dict[str, Any] = {"look": look}
+    exec("def view(number: 'look()' = 5) -> str: return str(number)", names)
+    add(app, names["view"])
+    texts: list[str] = []
+
+    def visit() -> None:
+        if looking.is_set():
+            second.set()
+        texts.append(get(app).text)
+
+    threads = [threading.Thread(target=visit) for _ in range(2)]
+    threads[0].start()
+    assert looking.wait(TIMEOUT)
+    threads[1].start()
+    assert second.wait(TIMEOUT)
+    go_on.set()
+    for thread in threads:
+        thread.join(TIMEOUT)
+    assert texts == ["5", "5"]
+    assert len(looks) == 1
+
+
+def test_what_a_partial_has_given_wins(app: Flask) -> None:
+    mine = BackgroundTasks()
+
+    def view(tasks: BackgroundTasks) -> str:
+        return "mine" if tasks is mine else "the request's"
+
+    add(app, functools.partial(view, tasks=mine), endpoint="view")
+    assert get(app).text == "mine"
+
+
+@pytest.mark.parametrize(
+    "meant", [BackgroundTasks, BackgroundTasks | None, Annotated[BackgroundTasks, "doc"]]
+)
+def test_a_type_alias_is_seen_through(app: Flask, meant: Any) -> None:
+    # What the statement "type Tasks = ..." makes, from Python 3.12.
+    names: dict[str, Any] = {
+        "Tasks": TypeAliasType("Tasks", meant),
+        "looks_like": looks_like,
+    }
+    exec("def view(tasks: Tasks): return looks_like(tasks)", names)
+    add(app, names["view"])
+    assert get(app).text == "the request's"
+
+
+def test_a_url_value_of_another_view_may_have_the_name(app: Flask) -> None:
+    @app.get("/others/<tasks>")
+    def other(tasks: str) -> str:
+        return tasks
+
+    @app.get("/")
+    def view(tasks: BackgroundTasks) -> str:
+        return looks_like(tasks)
+
+    assert get(app).text == "the request's"
+    assert get(app, "/others/5").text == "5"

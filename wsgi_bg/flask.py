@@ -106,7 +106,7 @@ class _Middleware(BackgroundTasksMiddleware):
     def _handle_first(
         self, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
-        # Flask takes no more views from the first request on.
+        # Flask takes no more views once it has begun its first request.
         with self._views_lock:
             if not self._views_are_ready:
                 grant_wishes(self._flask_app)

@@ -14,14 +14,14 @@ from collections.abc import Callable
 from typing import Any
 
 from flask import Flask, request
-from flask.views import MethodView
+from flask.views import MethodView, View
 
 from .callables import name_of
 from .exceptions import InjectionError
 from .injection import filling
 from .wishes import Wish, wishes_of
 
-# For a view that is no MethodView: its wishes hold whatever the request's method is.
+# For what handles all methods: a function, or the dispatch_request of a class.
 _ANY = ""
 
 
@@ -32,8 +32,11 @@ def grant_wishes(app: Flask) -> None:
     called.
     """
     views: dict[str, Any] = app.view_functions
-    for endpoint, view in list(views.items()):
-        of_url = {name for rule in app.url_map.iter_rules(endpoint) for name in rule.arguments}
+    of_urls: dict[str, set[str]] = {}
+    for rule in app.url_map.iter_rules():
+        of_urls.setdefault(rule.endpoint, set()).update(rule.arguments)
+    for endpoint, view in views.items():
+        of_url = of_urls.get(endpoint, set())  # a view may have no rule
         try:
             wishes = {
                 method: wished
@@ -58,15 +61,14 @@ def _raising(view: Callable[..., Any], exc: InjectionError) -> Callable[..., Any
 def _handlers_of(view: Any) -> dict[str, Callable[..., Any]]:
     """The functions that have a view's parameters, by the method that they handle."""
     view_class = getattr(view, "view_class", None)
-    if view_class is None:
-        return {_ANY: view}
-    if not issubclass(view_class, MethodView):
-        return {_ANY: view_class.dispatch_request}
-    return {
-        method.lower(): getattr(view_class, method.lower())
-        for method in view_class.methods or ()
-        if hasattr(view_class, method.lower())
-    }
+    if not isinstance(view_class, type) or not issubclass(view_class, View):
+        return {_ANY: view}  # a mock has any attribute
+    handlers: dict[str, Callable[..., Any]] = {_ANY: view_class.dispatch_request}
+    if issubclass(view_class, MethodView):
+        for method in view_class.methods or ():
+            if hasattr(view_class, method.lower()):
+                handlers[method.lower()] = getattr(view_class, method.lower())
+    return handlers
 
 
 def _wishes_now(wishes: dict[str, list[Wish]]) -> list[Wish]:
@@ -82,13 +84,14 @@ def _wishes_of(
     wishes, unresolved = wishes_of(handler)
     name = name_of(handler)
     for parameter, error, is_ours in unresolved:
-        if is_ours and parameter not in of_url:
+        if is_ours and parameter not in of_url and _reaches(handler, view, parameter):
             raise InjectionError(
                 name,
                 parameter,
                 f"has an annotation that cannot be resolved ({error}): import what it names at "
                 "the top of the module, and not under TYPE_CHECKING only",
             ) from error
+    wishes = [wish for wish in wishes if _reaches(handler, view, wish.name)]
     for wish in wishes:
         if wish.name in of_url:
             raise InjectionError(
@@ -100,15 +103,20 @@ def _wishes_of(
             raise InjectionError(
                 name, wish.name, "is positional only, and Flask gives arguments by name"
             )
-    return [wish for wish in wishes if _takes(view, wish.name)]
+    return wishes
 
 
-def _takes(view: Callable[..., Any], name: str) -> bool:
-    """Whether the view, its decorators included, can be called with ``name``.
+def _reaches(handler: Callable[..., Any], view: Callable[..., Any], name: str) -> bool:
+    """Whether ``name`` gets through to a function: a decorator may give it its own."""
+    return _takes(view, name) and _takes(handler, name)
 
-    A decorator that does not pass it on gives the function an argument of its own.
-    """
-    parameters = inspect.signature(view, follow_wrapped=False).parameters
+
+def _takes(func: Callable[..., Any], name: str) -> bool:
+    """Whether ``func``, its decorators included, can be called with ``name``."""
+    try:
+        parameters = inspect.signature(func, follow_wrapped=False).parameters
+    except (TypeError, ValueError):  # functools.cache, in C, does not say; what it wraps does
+        return True
     return name in parameters or any(
         parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
     )

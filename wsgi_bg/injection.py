@@ -28,6 +28,8 @@ def inject(func: Callable[..., R]) -> Callable[..., R]:
     :raises RuntimeError: from a call outside of a request; a parameter with a default that
         may be None keeps its default there.
     """
+    if isinstance(func, (staticmethod, classmethod)):  # what is under them is called
+        return typing.cast("Callable[..., R]", type(func)(inject(func.__func__)))
     if not callable(func):
         raise OptionTypeError("inject", func, "used on a function: @inject above a def")
     wishes: list[Wish] = []

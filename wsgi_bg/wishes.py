@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -14,6 +15,8 @@ from .callables import name_of
 from .context import current, current_background_tasks
 from .exceptions import OutsideRequestError
 from .tasks import BackgroundTasks
+
+_NAME = re.compile(rf"{BackgroundTasks.__name__}\b")
 
 
 class Wish(NamedTuple):
@@ -43,26 +46,27 @@ def wishes_of(func: Callable[..., Any]) -> tuple[list[Wish], list[Unresolved]]:
     Each annotation is looked at by itself: that another one cannot be resolved, since its
     type is imported under ``TYPE_CHECKING`` only, is no matter here.
     """
+    given = func.keywords if isinstance(func, functools.partial) else ()
     wishes: list[Wish] = []
     unresolved: list[Unresolved] = []
     try:
         parameters: Iterable[Parameter] = inspect.signature(func).parameters.values()
-    except ValueError:  # a function in C that does not say
-        parameters = ()
-    names = _namespace_of(func)
+        names = _namespace_of(func)
+    except (TypeError, ValueError):  # a function in C that does not say, a loop of wrappers
+        return [], []
     for place, parameter in enumerate(parameters):
         annotation = parameter.annotation
-        if annotation is parameter.empty:
+        if annotation is parameter.empty or parameter.name in given:
             continue
         has_default = parameter.default is not parameter.empty
         is_variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         try:
             members = _members(_resolve(parameter.name, annotation, names))
         except Exception as exc:  # whatever the evaluation of a string raises
-            is_ours = BackgroundTasks.__name__ in str(annotation)
+            is_ours = _NAME.search(str(annotation)) is not None
             unresolved.append(Unresolved(parameter.name, exc, is_ours))
             continue
-        if BackgroundTasks not in members or is_variadic:
+        if is_variadic or not any(member is BackgroundTasks for member in members):
             continue
         may_be_none = type(None) in members or parameter.default is None
         by_name_only = parameter.kind is parameter.KEYWORD_ONLY
@@ -98,7 +102,7 @@ def _resolve(name: str, annotation: Any, names: dict[str, Any]) -> Any:
     if isinstance(annotation, type):
         return annotation
     holder = types.SimpleNamespace(__annotations__={name: annotation})
-    return typing.get_type_hints(holder, names, names, include_extras=True)[name]
+    return typing.get_type_hints(holder, names, names)[name]
 
 
 def _namespace_of(func: Any) -> dict[str, Any]:
@@ -113,7 +117,9 @@ def _namespace_of(func: Any) -> dict[str, Any]:
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
-    """The types that a hint allows, without ``Annotated`` and ``Union`` around them."""
+    """The types that a hint allows, without the aliases and unions around them."""
+    if hasattr(hint, "__value__"):  # type X = ..., from Python 3.12
+        return _members(hint.__value__)
     if get_origin(hint) is Annotated:
         return _members(get_args(hint)[0])
     if get_origin(hint) in (Union, types.UnionType):
