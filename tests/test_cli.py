@@ -158,6 +158,41 @@ def test_middleware_without_a_runner_gets_that_of_the_command(
         assert command.end() == (0, [])  # and has said nothing more: the task has run once
 
 
+OWN_RUNNER = """
+import wsgi_bg
+
+class Own(wsgi_bg.PoolRunner):
+    def check(self, task):
+        say("the application's own runner looks at it")
+
+    def submit(self, batch):
+        say("and takes it")
+        super().submit(batch)
+
+app = wsgi_bg.BackgroundTasksMiddleware(
+    wsgi_bg.BackgroundTasksMiddleware(app, runner=wsgi_bg.InlineRunner()), runner=Own()
+)
+"""
+
+
+def test_the_runner_that_the_application_names_holds_unless_the_command_names_one(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, "outer", SHOP + OWN_RUNNER)
+    with serving(tmp_path, app="outer:app") as command:
+        assert command.ask("/quick").read() == b"ok\n"
+        assert [command.line() for _ in range(3)] == [
+            "the application's own runner looks at it",
+            "and takes it",
+            "task ran",
+        ]
+        command.send(signal.SIGTERM)
+        assert command.end() == (0, [])
+    with serving(tmp_path, "--runner", "pool", app="outer:app") as command:
+        assert command.ask("/quick").read() == b"ok\n"
+        assert command.line() == "task ran"
+
+
 def test_an_inline_runner_runs_the_task_on_the_threads_of_waitress(tmp_path: Path) -> None:
     write(
         tmp_path,

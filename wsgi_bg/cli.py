@@ -82,8 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--runner",
         choices=("pool", "inline"),
-        default="pool",
-        help="where tasks run: on threads of their own, or on the server's (default: pool)",
+        help="where tasks run: on threads of their own, or on the server's (default: what "
+        "the application's own middleware names, else pool)",
     )
     add(
         "--drain-timeout",
@@ -101,7 +101,7 @@ def _prepare(given: argparse.Namespace, behind: list[str]) -> GracefulServer:
     except (ExtraMissingError, OptionError) as exc:
         raise _UsageError(exc) from exc
     of_waitress, is_factory = _parse_waitress(behind)
-    set_default(given.runner)  # before middleware is made in the user's module
+    set_default(given.runner or "pool")  # before middleware is made in the user's module
     app = _load(given.app, is_factory)
     options = serving.complete({**options, **of_waitress})
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from types import GeneratorType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from .body import Body, GeneratorBody, SizedBody
 from .calls import Around
@@ -19,6 +19,15 @@ from .tasks import ENDED, OPEN, BackgroundTasks, View
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+
+class _Joint(NamedTuple):
+    """Where a layer has met those further out: their options, and what becomes of them."""
+
+    root: Options
+    outer: Options
+    new_root: Options
+    inner: Options
 
 
 class BackgroundTasksMiddleware:
@@ -50,6 +59,8 @@ class BackgroundTasksMiddleware:
 
     # What a framework's own middleware puts around each task.
     _around: Around | None = None
+    # Whether the runner is one that nobody has named, around an application that may name one.
+    _runner_yields = False
 
     def __init__(
         self,
@@ -74,8 +85,10 @@ class BackgroundTasksMiddleware:
             hooks=hooks,
             around=self._around,
         )
-        self._sets_nothing = all(option is None for option in self._given.values())
-        self._options = Options(runner=resolve(runner)).override(**self._given)
+        self._joint: _Joint | None = None
+        self._names_runner = runner is not None
+        options = Options(runner=resolve(runner), runner_yields=self._runner_yields)
+        self._options = options.override(**self._given)
 
     def __call__(
         self, environ: WSGIEnvironment, start_response: StartResponse
@@ -141,10 +154,16 @@ class BackgroundTasksMiddleware:
     ) -> Iterable[bytes]:
         """Handle a request whose tasks an outer layer runs."""
         tasks = tasks._layer
-        if self._sets_nothing:
-            inner = tasks
-        else:
-            inner = View(tasks, tasks._options.override(**self._given))
+        root = tasks._root
+        joint = self._joint
+        if (
+            joint is None
+            or joint.root is not root._options
+            or joint.outer is not tasks._options
+        ):
+            self._joint = joint = self._meet(root._options, tasks._options)
+        root._options = joint.new_root
+        inner = tasks if joint.inner is tasks._options else View(tasks, joint.inner)
         environ[ENVIRON_KEY] = inner
         token = current.set(inner)
         app_iter: Iterable[bytes] = ()
@@ -159,6 +178,16 @@ class BackgroundTasksMiddleware:
                 # A stream finds its options in the environ until it is closed; another
                 # application that is called with this environ does not.
                 inner._has_returned = True
+
+    def _meet(self, root: Options, outer: Options) -> _Joint:
+        """Find the options that hold in this layer; they are the same request after request."""
+        runner = None
+        if self._names_runner and root.runner_yields:
+            runner = self._options.runner
+        if runner is None and all(option is None for option in self._given.values()):
+            return _Joint(root, outer, root, outer)
+        new_root = root if runner is None else root.override(runner=runner)
+        return _Joint(root, outer, new_root, outer.override(**self._given, runner=runner))
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self._wrapped!r}, {self._options.runner!r}>"

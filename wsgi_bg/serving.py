@@ -50,7 +50,7 @@ def serve(
     host: str | None = None,
     port: int | None = None,
     threads: int = THREADS,
-    runner: Runner | Literal["inline", "pool"] | None = "pool",
+    runner: Runner | Literal["inline", "pool"] | None = None,
     drain_timeout: float | None = None,
     **waitress_options: Any,
 ) -> Unfinished:
@@ -67,7 +67,9 @@ def serve(
     :param host: the address to listen on; None is ``"127.0.0.1"``.
     :param port: 0 is any that is free (it is printed); None is 8080.
     :param threads: how many requests are handled at the same time.
-    :param runner: a runner, or the name of the process's shared one.
+    :param runner: a runner, or the name of the process's shared one; None is the one that
+        ``app`` names, being such a middleware itself or a Flask application with the
+        extension, else ``"pool"``.
     :param drain_timeout: how long requests and tasks have, together, from the first
         signal, in seconds; None gives the tasks what their runner's ``drain_timeout``
         says, and the requests the longest of these.
@@ -125,7 +127,14 @@ def listen(
     """A server that listens and does not accept yet; see :func:`serve`."""
     from .graceful import GracefulServer
 
-    return GracefulServer(BackgroundTasksMiddleware(app, runner=runner), options)
+    around = _Outermost if runner is None else BackgroundTasksMiddleware
+    return GracefulServer(around(app, runner=runner or "pool"), options)
+
+
+class _Outermost(BackgroundTasksMiddleware):
+    """Around an application that may have such a middleware, with a runner, itself."""
+
+    _runner_yields = True
 
 
 def run(server: GracefulServer, drain_timeout: float | None) -> Unfinished:
