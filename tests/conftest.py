@@ -13,6 +13,8 @@ from wsgi_bg import portal
 from wsgi_bg.portal_thread import PortalThread
 from wsgi_bg.process import PerProcess
 
+pytest_plugins = ["pytester"]
+
 
 class Log:
     """What the package has logged."""

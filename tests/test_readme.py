@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import configparser
+import inspect
 import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -33,13 +38,34 @@ def command(title: str) -> str:
 
 
 def run_block(number: int, **names: Any) -> dict[str, Any]:
-    """Run a Python block in a namespace of its own, and the tests that it defines."""
+    """Run a Python block in a namespace of its own, and the tests that it defines.
+
+    If one of them takes a fixture, pytest runs them, as the reader will.
+    """
+    block = blocks("python")[number]
     namespace = {"__name__": f"readme_{number}", **names}
-    code = compile(blocks("python")[number], f"README.md, Python block {number}", "exec")
-    exec(code, namespace)
-    for name in [name for name in namespace if name.startswith("test_")]:
-        namespace[name]()
+    exec(compile(block, f"README.md, Python block {number}", "exec"), namespace)
+    tests = [value for name, value in namespace.items() if name.startswith("test_")]
+    if any(inspect.signature(test).parameters for test in tests):
+        run_by_pytest(block)
+    else:
+        for test in tests:
+            test()
     return namespace
+
+
+def run_by_pytest(source: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "test_readme.py").write_text(source, encoding="utf-8")
+        ended = subprocess.run(
+            [sys.executable, "-m", "pytest", "--strict-markers", "-W", "error"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert ended.returncode == 0, ended.stdout
 
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))

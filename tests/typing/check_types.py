@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
+from unittest.mock import ANY
 
 from flask import Flask
 from typing_extensions import assert_type
@@ -19,6 +20,7 @@ from wsgi_bg import (
 )
 from wsgi_bg.flask import Background
 from wsgi_bg.hooks import Hooks, TaskRecord
+from wsgi_bg.pytest_plugin import RecordedTask, TaskRecorder
 from wsgi_bg.runners import Runner
 
 
@@ -130,3 +132,21 @@ class Monitor(Hooks):
 
 BackgroundTasksMiddleware(application, hooks=Monitor())
 BackgroundTasksMiddleware(application, hooks=Monitor)  # type: ignore[arg-type]
+
+
+def test_of_an_application(background_tasks: TaskRecorder) -> None:
+    """How a test annotates the pytest fixture."""
+    assert_type(background_tasks.tasks, list[RecordedTask])
+    assert_type(background_tasks.tasks[0].args, tuple[Any, ...])
+    assert_type(background_tasks.tasks[0].kwargs, dict[str, Any])
+    assert_type(background_tasks.tasks[0].path, str)
+    assert_type(background_tasks.errors, list[BaseException])
+    assert_type(background_tasks.mode, Literal["record", "run", "real"])
+    background_tasks.assert_added(send, ANY, copies=2)
+    background_tasks.assert_added(send, 1)  # type: ignore[arg-type]
+    background_tasks.assert_added(send_async)  # type: ignore[call-arg]
+    background_tasks.assert_none()
+    background_tasks.run()
+    background_tasks.join()
+    background_tasks.join(timeout=0.5)
+    background_tasks.join("1")  # type: ignore[arg-type]

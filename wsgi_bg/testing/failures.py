@@ -1,0 +1,74 @@
+"""What the tasks of one test have raised, and whether the test has looked at it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from threading import Lock
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from wsgi_bg.task import BackgroundTask
+
+_NOTE = "A background task raised this, and the test did not look at it."
+
+
+@dataclass
+class _Failure:
+    task: BackgroundTask
+    error: BaseException
+    is_seen: bool = False
+
+
+class Failures:
+    """Errors in the order in which they came. From any thread; nothing blocks for long."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._failures: list[_Failure] = []
+
+    def add(self, task: BackgroundTask, error: BaseException) -> None:
+        """The task has raised ``error``."""
+        with self._lock:
+            self._failures.append(_Failure(task, error))
+
+    def look(self) -> list[BaseException]:
+        """All errors so far; they have been looked at then."""
+        with self._lock:
+            for failure in self._failures:
+                failure.is_seen = True
+            return [failure.error for failure in self._failures]
+
+    def raise_first(
+        self, is_meant: Callable[[BackgroundTask], bool] = lambda task: True
+    ) -> None:
+        """Raise the first error that no one has looked at.
+
+        :param is_meant: whether the errors of a task are; all are, without.
+        """
+        __tracebackhide__ = True
+        with self._lock:
+            for failure in self._failures:
+                if not failure.is_seen and is_meant(failure.task):
+                    failure.is_seen = True
+                    raise failure.error
+
+    def raise_all(self) -> None:
+        """Raise what no one has looked at: one error as it is, several by name.
+
+        :raises RuntimeError: if there are several.
+        """
+        __tracebackhide__ = True
+        with self._lock:
+            unseen = [failure for failure in self._failures if not failure.is_seen]
+        if len(unseen) > 1:
+            # No ExceptionGroup, which Python 3.10 has not: the log has each traceback.
+            names = ", ".join(f"{each.task.name}: {each.error!r}" for each in unseen)
+            raise RuntimeError(
+                f"{len(unseen)} background tasks raised what the test did not look at: {names}"
+            ) from unseen[0].error
+        for failure in unseen:
+            with suppress(AttributeError):  # Python 3.10 has no notes
+                failure.error.add_note(_NOTE)  # type: ignore[attr-defined]
+        self.raise_first()

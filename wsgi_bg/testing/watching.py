@@ -1,0 +1,221 @@
+"""Between the middleware and the runners, while a test uses the pytest plugin's fixture.
+
+The middleware, ``request.stand_in`` and ``report.observer`` are as before once it is over.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from threading import Condition
+from typing import TYPE_CHECKING, Any, Literal, cast
+from unittest.mock import patch
+
+from wsgi_bg import report, request
+from wsgi_bg.body import Body
+from wsgi_bg.context import ENVIRON_KEY
+from wsgi_bg.middleware import BackgroundTasksMiddleware
+from wsgi_bg.runners.pool import shared_pool
+from wsgi_bg.servers import is_test_client
+from wsgi_bg.tasks import BackgroundTasks
+
+from .failures import Failures
+from .streams import Stream, is_finite, read
+from .visits import Visit
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+    from wsgi_bg.batch import Batch
+    from wsgi_bg.runners import Runner
+    from wsgi_bg.task import BackgroundTask
+
+Mode = Literal["record", "run", "real"]
+
+TEARDOWN_TIMEOUT = 10.0
+"""How long the end of a test waits for tasks that are not done, in seconds."""
+
+_POLL = 0.01  # seconds: a server that closes a response without tasks tells no one
+
+
+class _StandIn:
+    """A request's runner, as the middleware sees it."""
+
+    def __init__(self, submit: Callable[[Batch, Runner], None], runner: Runner) -> None:
+        self._submit = submit
+        self._runner = runner
+
+    def submit(self, batch: Batch) -> None:
+        self._submit(batch, self._runner)
+
+    def __repr__(self) -> str:
+        return repr(self._runner)
+
+
+class Watch:
+    """The requests of one test, their tasks and errors; every method on any thread."""
+
+    # Kept here, where what stops the time for a test (freezegun) does not find it.
+    _now = staticmethod(time.monotonic)
+
+    def __init__(self, mode: Mode) -> None:
+        self._mode = mode
+        # Its lock guards what is below; its notification says that a batch is done. No
+        # code of the application runs with it held.
+        self._changed = Condition()
+        self._visits: list[Visit] = []
+        self._closed: list[Visit] = []  # those that have tasks, in the order of closing
+        self._to_run: list[Batch] = []
+        self._streams: list[Stream] = []
+        self.failures = Failures()
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Have all requests and batches come here, and end the test's at the end.
+
+        :raises TimeoutError: at the end, if tasks were not done in time.
+        :raises BaseException: at the end, the error that no one has looked at.
+        """
+        __tracebackhide__ = True
+        handle = BackgroundTasksMiddleware.__call__
+
+        def call(
+            middleware: BackgroundTasksMiddleware,
+            environ: WSGIEnvironment,
+            start_response: StartResponse,
+        ) -> Iterable[bytes]:
+            return self._handle(partial(handle, middleware), environ, start_response)
+
+        def stand_in(runner: Runner) -> Runner:
+            return cast("Runner", _StandIn(self._submit, runner))
+
+        with (
+            patch.object(BackgroundTasksMiddleware, "__call__", call),
+            patch.object(request, "stand_in", stand_in),
+            patch.object(report, "observer", self._observe),
+        ):
+            yield
+            self._end()
+
+    def _handle(
+        self, app: WSGIApplication, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Iterable[bytes]:
+        """Handle a request; a test client's response is closed for it."""
+        outer = environ.get(ENVIRON_KEY)
+        if isinstance(outer, BackgroundTasks) and outer._is_open:
+            return app(environ, start_response)  # an inner layer's part in a request
+        visit = Visit(environ)
+        with self._changed:
+            self._visits.append(visit)
+        try:
+            body = app(environ, start_response)
+        finally:
+            visit.leave()
+        if not isinstance(body, Body) or not is_test_client(environ):
+            return body
+        if is_finite(body):
+            chunks, is_whole = read(body, iter(body))
+            if is_whole:  # else its own error is what the client gets
+                self._raise_errors_of(visit)
+            return chunks
+        stream = Stream(body, partial(self._raise_errors_of, visit))
+        with self._changed:
+            self._streams.append(stream)
+        return stream
+
+    def _raise_errors_of(self, visit: Visit) -> None:
+        if self._mode == "run":
+            self.failures.raise_first(visit.has)
+
+    def _submit(self, batch: Batch, runner: Runner) -> None:
+        """What the runner's ``submit`` is in this test."""
+        visit = next((v for v in self._visits[::-1] if v.tasks is batch._of), None)
+        is_real = visit is None or self._mode == "real"
+        batch.sends = is_real and hasattr(runner, "send")
+        if visit is not None:
+            self._take(batch, visit)
+        if is_real:  # visit is None: left by an earlier test, which had it run there
+            runner.submit(batch)
+        elif self._mode == "run":
+            if batch.response_complete:
+                batch.run()
+            else:  # a server's client would wait
+                shared_pool.submit(batch)
+
+    def _take(self, batch: Batch, visit: Visit) -> None:
+        def note(batch: Any) -> None:
+            with self._changed:
+                visit.is_done = True
+                self._changed.notify_all()
+
+        batch.when_done(note)
+        with self._changed:
+            visit.take(batch)
+            self._closed.append(visit)
+            if self._mode == "record":
+                self._to_run.append(batch)
+
+    def _observe(self, task: BackgroundTask, exc: BaseException) -> None:
+        if any(visit.has(task) for visit in self._visits):  # else an earlier test's
+            self.failures.add(task, exc)
+
+    def added(self) -> list[tuple[BackgroundTask, str]]:
+        """The tasks that are to run, or have run, and the paths of their requests."""
+        with self._changed:
+            return [(task, visit.path) for visit in self._closed for task in visit.added()]
+
+    def not_to_run(self) -> list[tuple[BackgroundTask, str]]:
+        """The same of those that their request's outcome keeps from running."""
+        with self._changed:
+            return [(task, visit.path) for visit in self._closed for task in visit.not_to_run()]
+
+    def run(self) -> None:
+        """Run what is recorded and was not run; blocks."""
+        while True:
+            with self._changed:
+                if not self._to_run:
+                    return
+                batch = self._to_run.pop(0)
+            batch.run()
+
+    def join(self, timeout: float) -> None:
+        """Wait until no response is open and, unless they are recorded, no task is left.
+
+        :raises TimeoutError: if that takes longer; what is left is named.
+        """
+        __tracebackhide__ = True
+        recorded = self._mode == "record"
+        self._wait(timeout, lambda visit: not visit.is_over(recorded=recorded))
+
+    def _wait(self, timeout: float, is_left: Callable[[Visit], bool]) -> None:
+        __tracebackhide__ = True
+        deadline = self._now() + timeout
+        with self._changed:
+            while left := [visit for visit in self._visits if is_left(visit)]:
+                remaining = deadline - self._now()
+                if remaining <= 0:
+                    names = "; ".join(visit.describe() for visit in left)
+                    raise TimeoutError(f"not finished after {timeout:g} s: {names}")
+                self._changed.wait(min(remaining, _POLL))
+
+    def close_streams(self) -> None:
+        """Close what the client has not read to its end."""
+        with self._changed:
+            streams, self._streams = self._streams, []
+        with ExitStack() as stack:  # closes all, whatever one raises
+            for stream in reversed(streams):
+                stack.callback(stream.cut)
+
+    def _end(self) -> None:
+        """The test is over: wait for its tasks, or drop them; raise what no one has seen."""
+        __tracebackhide__ = True
+        with ExitStack() as stack:  # does all, whatever one raises
+            if self._mode != "real":
+                for visit in self._visits:
+                    stack.callback(visit.drop)
+            stack.callback(self.failures.raise_all)
+            self.close_streams()
+            if self._mode != "record":
+                self._wait(TEARDOWN_TIMEOUT, lambda visit: visit.waits)
