@@ -132,7 +132,8 @@ def test_flask_answers_with_the_message_of_fastapis_tutorial(tmp_path: Path) -> 
 
 
 def test_every_example_is_tested() -> None:
-    assert sorted(file.name for file in FOLDER.glob("*.py")) == sorted(e.name for e in EXAMPLES)
+    tested = [example.name for example in EXAMPLES] + ["celery_app.py"]  # has a test module
+    assert sorted(file.name for file in FOLDER.glob("*.py")) == sorted(tested)
 
 
 @each_example

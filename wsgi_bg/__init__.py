@@ -7,6 +7,7 @@ waits for its own tasks, whatever the server.
 from .context import ENVIRON_KEY, background_tasks, get_background_tasks
 from .injection import inject
 from .middleware import BackgroundTasksMiddleware
+from .registry import registered_task
 from .runners import InlineRunner, PoolRunner
 from .serving import serve
 from .task import BackgroundTask
@@ -23,6 +24,7 @@ __all__ = [
     "background_tasks",
     "get_background_tasks",
     "inject",
+    "registered_task",
     "serve",
 ]
 

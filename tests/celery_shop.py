@@ -1,0 +1,127 @@
+"""Registered functions, and the module that a worker of the tests loads.
+
+Each function notes what it saw in a file, under a name that the test chooses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import threading
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from celery import Celery, current_task
+
+from tests.celery_filesystem import install
+from tests.test_examples import text_of
+from wsgi_bg import registered_task
+from wsgi_bg.celery import CeleryRunner, correlation_id, traceparent
+
+MODULE = "tests.celery_shop"
+
+not_travelling: ContextVar[str] = ContextVar("not_travelling", default="not set")
+local_calls: list[tuple[Any, ...]] = []
+"""What ran in this process without being registered."""
+
+
+def write(path: str, text: object) -> None:
+    """Write a file that is seen whole or not at all."""
+    part = Path(f"{path}.{os.getpid()}.{threading.get_ident()}.part")
+    part.write_text(str(text), encoding="utf-8")
+    part.replace(path)
+
+
+def append(path: str, line: str) -> list[str]:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(f"{line}\n")
+    return Path(path).read_text(encoding="utf-8").splitlines()
+
+
+@registered_task
+def note(path: str, *args: Any, **kwargs: Any) -> None:
+    """Write the arguments as Python writes them, and the process."""
+    write(path, repr((os.getpid(), args, kwargs)))
+
+
+@registered_task(name="shop.again", celery={"queue": "other"})
+def note_on_other_queue(path: str) -> None:
+    write(path, current_task.request.delivery_info["routing_key"])
+
+
+@registered_task
+async def note_loop(path: str, together: int = 1) -> None:
+    """Write the process and the loop once ``together`` of them run at the same time."""
+    lines = append(path, f"{os.getpid()} {id(asyncio.get_running_loop())}")
+    while len(lines) < together:  # of other processes, which can set no event
+        await asyncio.sleep(0.01)
+        lines = text_of(Path(path)).splitlines()
+
+
+@registered_task
+def note_context(path: str) -> None:
+    write(path, json.dumps([correlation_id.get(), traceparent.get(), not_travelling.get()]))
+
+
+@registered_task
+async def note_context_async(path: str) -> None:
+    note_context(path)
+
+
+@registered_task(celery={"acks_late": True, "reject_on_worker_lost": True})
+def hold(path: str) -> None:
+    """Never end the first time; the second time note it."""
+    if len(append(path, f"begun {os.getpid()}")) == 1:
+        threading.Event().wait(600)
+    append(path, "done")
+
+
+@registered_task(celery={"autoretry_for": (KeyError, ValueError), "default_retry_delay": 0})
+def fail_once(path: str, secret: str) -> None:
+    if len(append(path, f"{correlation_id.get()} {secret}")) == 1:
+        raise KeyError("again")
+
+
+@registered_task(celery={"soft_time_limit": 1})
+async def outlast(path: str) -> None:
+    try:
+        await asyncio.sleep(600)
+    except asyncio.CancelledError:
+        write(path, "cancelled")
+        raise
+
+
+@registered_task(name="shop.result", celery={"ignore_result": False})
+def double(number: int) -> int:
+    return 2 * number
+
+
+@registered_task
+def stand_still(path: str) -> None:
+    """Never asked for by its name in these tests, but as an argument of Celery's own."""
+    write(path, "ran")
+
+
+def not_registered(path: str = "") -> None:
+    """What a forged message names: importable, and not registered."""
+    local_calls.append((path,))
+    if path:
+        write(path, f"ran in {os.getpid()}")
+
+
+def make_app(url: str, options: dict[str, Any]) -> Celery:
+    install()
+    app = Celery("shop", broker=url, set_as_current=False)
+    app.conf.update(
+        broker_transport_options=options,
+        broker_connection_retry_on_startup=True,
+        worker_hijack_root_logger=False,
+    )
+    return app
+
+
+if "SHOP_BROKER" in os.environ:
+    app = make_app(*json.loads(os.environ["SHOP_BROKER"]))
+    CeleryRunner(app)  # not held: the worker needs no name for it

@@ -1,0 +1,237 @@
+"""Brokers and workers: Celery's filesystem transport, Redis, and processes of each."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import copy_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import redis
+from celery import Celery
+
+from tests.celery_shop import MODULE, make_app
+from tests.support import Server, app_that, make_server_environ
+from tests.test_examples import text_of, wait_until
+from wsgi_bg import BackgroundTasksMiddleware
+from wsgi_bg.celery import CeleryRunner
+
+TIMEOUT = 30.0
+REQUIRE_REDIS = bool(os.environ.get("WSGI_BG_REQUIRE_REDIS"))
+
+
+class Broker(NamedTuple):
+    """Where messages go."""
+
+    url: str
+    options: dict[str, Any]
+
+    def app(self, **options: Any) -> Celery:
+        return make_app(self.url, {**self.options, **options})
+
+    def runner(self, **options: Any) -> CeleryRunner:
+        return CeleryRunner(self.app(), **options)
+
+
+def filesystem(folder: Path) -> Broker:
+    messages, control = folder / "messages", folder / "control"
+    for each in (messages, control):
+        each.mkdir(parents=True, exist_ok=True)
+    return Broker(
+        "filesystem://",
+        {
+            "data_folder_in": str(messages),
+            "data_folder_out": str(messages),
+            "control_folder": str(control),
+            "polling_interval": 0.02,
+        },
+    )
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+class RedisServer:
+    """A Redis of our own, which keeps nothing on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        program = shutil.which("redis-server")
+        if program is None:
+            if REQUIRE_REDIS:
+                pytest.fail("redis-server is not here, and WSGI_BG_REQUIRE_REDIS is set")
+            pytest.skip("redis-server is not here: apt install redis-server")
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self._folder = folder
+        self._command = [program, "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
+        self.start()
+
+    def start(self) -> None:
+        """Start it, also again, with nothing in it."""
+        self._process = subprocess.Popen(
+            self._command,
+            cwd=self._folder,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        assert wait_until(self._answers), "redis-server does not answer"
+
+    def waiting(self, database: int) -> int:
+        """How many messages no worker has taken."""
+        with redis.Redis(port=self.port, db=database) as client:
+            length: Any = client.llen("celery")
+        return int(length)
+
+    def _answers(self) -> bool:
+        try:
+            with redis.Redis(port=self.port) as client:
+                return bool(client.ping())
+        except redis.ConnectionError:
+            return False
+
+    def seconds_held(self, database: int) -> float:
+        """For how long a worker has held a message that it has not acknowledged."""
+        with redis.Redis(port=self.port, db=database) as client:
+            taken: Any = client.zrange("unacked_index", 0, 0, withscores=True)
+        return time.time() - taken[0][1] if taken else 0.0
+
+    def broker(self, database: int, **options: Any) -> Broker:
+        return Broker(f"{self.url}/{database}", options)
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait(TIMEOUT)
+
+
+@contextmanager
+def redis_server(folder: Path) -> Iterator[RedisServer]:
+    server = RedisServer(folder)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+class Worker:
+    """A Celery worker as a reader of the README starts it."""
+
+    def __init__(
+        self, broker: Broker, folder: Path, *arguments: str, module: str = MODULE
+    ) -> None:
+        self._log = folder / f"worker-{len(list(folder.glob('worker-*')))}.log"
+        command = [sys.executable, "-m", "celery", "-A", module, "worker", "--loglevel=INFO"]
+        quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [*command, *quiet, *arguments],
+                env={**os.environ, "SHOP_BROKER": json.dumps(broker)},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # so that a prefork worker dies with its children
+            )
+        ready = wait_until(lambda: " ready." in self.log or not self.is_alive, TIMEOUT)
+        assert ready, self.log
+        assert self.is_alive, self.log
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    @property
+    def log(self) -> str:
+        return text_of(self._log)
+
+    def kill(self) -> None:
+        """kill -9, of the whole worker."""
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(TIMEOUT)
+
+    def stop(self) -> None:
+        if self.is_alive:
+            self._process.terminate()
+            try:
+                self._process.wait(TIMEOUT)
+            except subprocess.TimeoutExpired:
+                self.kill()
+
+
+@contextmanager
+def worker(broker: Broker, folder: Path, *arguments: str, **options: Any) -> Iterator[Worker]:
+    started = Worker(broker, folder, *arguments, **options)
+    try:
+        yield started
+    finally:
+        started.stop()
+
+
+def wait_for(path: Path, worker: Worker) -> str:
+    """What a task has written."""
+    assert wait_until(path.exists, TIMEOUT), worker.log
+    return path.read_text(encoding="utf-8")
+
+
+def messages(broker: Broker) -> list[dict[str, Any]]:
+    """What lies in the folder of the filesystem transport, in order."""
+    found = []
+    for file in sorted(Path(broker.options["data_folder_out"]).glob("*.msg")):
+        message = json.loads(file.read_text(encoding="utf-8"))
+        message["body"] = json.loads(base64.b64decode(message["body"]))
+        found.append(message)
+    return found
+
+
+class SilentBroker:
+    """Takes connections and never answers, until it ends them all."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self.broker = Broker(f"redis://127.0.0.1:{self.port}/0", {})
+        self._taken: list[socket.socket] = []
+        self.was_asked = threading.Event()
+        threading.Thread(target=self._take, daemon=True).start()
+
+    def _take(self) -> None:
+        with suppress(OSError):
+            while True:
+                self._taken.append(self._listener.accept()[0])
+                self.was_asked.set()
+
+    def end(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread, which close() would not
+        self._listener.close()
+        for connection in self._taken:
+            connection.close()
+
+
+@contextmanager
+def silent_broker() -> Iterator[SilentBroker]:
+    broker = SilentBroker()
+    try:
+        yield broker
+    finally:
+        with suppress(OSError):
+            broker.end()
+
+
+def request(runner: CeleryRunner, do: Callable[[], object], *, complete: bool = True) -> None:
+    """One request in which ``do()`` adds tasks; its response is complete, or is not."""
+    headers = [("Content-Length", "2")] if complete else []
+    app = app_that(lambda environ: do(), headers=headers)
+    wrapped = BackgroundTasksMiddleware(app, runner=runner)
+    # Like the thread of a server: what is set in one request is not set in the next.
+    copy_context().run(Server().run, wrapped, make_server_environ())

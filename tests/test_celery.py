@@ -1,0 +1,547 @@
+"""``CeleryRunner`` in the process that serves: what it checks, sends and keeps."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery, Task
+
+from tests import celery_shop
+from tests.celery_shop import (
+    local_calls,
+    not_registered,
+    note,
+    note_on_other_queue,
+    stand_still,
+)
+from tests.celery_support import Broker, filesystem, messages, request
+from tests.conftest import Log
+from tests.support import TIMEOUT, Gate, app_that, events, no_threads, respond, run_python
+from wsgi_bg import (
+    BackgroundTasksMiddleware,
+    InlineRunner,
+    PoolRunner,
+    background_tasks,
+    celery_worker,
+    registered_task,
+    registry,
+)
+from wsgi_bg.batch import Batch
+from wsgi_bg.celery import CeleryRunner, correlation_id, traceparent
+from wsgi_bg.decoding import decode
+from wsgi_bg.exceptions import (
+    ArgumentError,
+    MessageError,
+    NameTakenError,
+    OptionError,
+    RegistrationError,
+    UnsafeCeleryError,
+)
+from wsgi_bg.publishing import Publisher
+
+NOTE = "tests.celery_shop.note"
+PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Broker:
+    return filesystem(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def forget() -> Iterator[None]:
+    yield
+    local_calls.clear()
+
+
+def add(func: Any, *args: Any, **kwargs: Any) -> Any:
+    return lambda: background_tasks.add_task(func, *args, **kwargs)
+
+
+def test_a_registered_task_is_sent_by_its_name(broker: Broker) -> None:
+    request(broker.runner(), add(note, "path", 1, x=b"y"))
+    (message,) = messages(broker)
+    assert message["headers"]["task"] == NOTE
+    assert message["content-type"] == "application/json"
+    args, kwargs, _ = message["body"]
+    assert args == ['[1,["path",1],{"x":{"$bytes":"eQ=="}}]']
+    assert kwargs == {}
+
+
+def test_the_arguments_are_not_shown_in_headers(broker: Broker) -> None:
+    request(broker.runner(), add(note, "secret"))
+    (message,) = messages(broker)
+    assert message["headers"]["argsrepr"] == message["headers"]["kwargsrepr"] == "(...)"
+    assert "secret" not in str(message["headers"])
+
+
+def test_a_mixed_batch_goes_two_ways(broker: Broker) -> None:
+    runner = broker.runner(local="inline")
+
+    def do() -> None:
+        background_tasks.add_task(not_registered)
+        background_tasks.add_task(note, "a")
+        background_tasks.add_task(not_registered)
+        background_tasks.add_task(note, "b")
+
+    request(runner, do)
+    assert len(local_calls) == 2
+    sent = [message["body"][0][0] for message in messages(broker)]
+    assert sent == ['[1,["a"],{}]', '[1,["b"],{}]']
+    statistics = runner.statistics()
+    assert (statistics.succeeded, statistics.failed, statistics.pending) == (4, 0, 0)
+
+
+def test_what_changes_after_add_task_is_not_sent(broker: Broker) -> None:
+    items, app = [1], broker.runner()
+
+    def do() -> None:
+        background_tasks.add_task(note, "path", items)
+        items.append(2)
+
+    request(app, do)
+    assert messages(broker)[0]["body"][0] == ['[1,["path",[1]],{}]']
+
+
+def test_an_argument_that_is_not_carried_is_refused_in_the_view(broker: Broker) -> None:
+    def view(environ: Any) -> None:
+        with pytest.raises(ArgumentError, match=r"argument args\[0\]\['x'\] cannot be sent"):
+            background_tasks.add_task(note, "path", {"x": (1,)})
+
+    respond(BackgroundTasksMiddleware(app_that(view), runner=broker.runner()))
+    assert messages(broker) == []
+
+
+def test_a_function_that_is_not_registered_takes_any_argument(broker: Broker) -> None:
+    request(broker.runner(local="inline"), add(not_registered, ""))
+    assert local_calls == [("",)]
+
+
+def test_without_a_local_runner_the_others_run_on_the_shared_pool(broker: Broker) -> None:
+    runner = broker.runner()
+    threads: list[str] = []
+    done = events(1)[0]
+
+    def here() -> None:
+        threads.append(threading.current_thread().name)
+        done.set()
+
+    request(runner, add(here))
+    assert done.wait(TIMEOUT)
+    assert threads[0].startswith("wsgi_bg-pool")
+
+
+def test_what_a_running_task_adds_is_sent_too(broker: Broker) -> None:
+    runner = broker.runner(local="inline")
+    request(runner, add(add(note, "later")))
+    assert messages(broker)[0]["body"][0] == ['[1,["later"],{}]']
+
+
+def test_what_an_async_task_adds_is_sent_too(broker: Broker) -> None:
+    runner = broker.runner()
+
+    async def adds() -> None:
+        background_tasks.add_task(celery_shop.note_loop, "later")
+
+    request(runner, add(adds))
+    assert runner.drain(TIMEOUT) == []
+    assert messages(broker)[0]["body"][0] == ['[1,["later"],{}]']
+
+
+def test_run_on_holds_for_what_would_be_sent(broker: Broker, log: Log) -> None:
+    def view(environ: Any) -> None:
+        background_tasks.add_task(note, "success")
+        background_tasks.using(run_on="error").add_task(note, "error")
+
+    app = app_that(view, status="500 Oh")
+    respond(BackgroundTasksMiddleware(app, runner=broker.runner()))
+    assert [message["body"][0][0] for message in messages(broker)] == ['[1,["error"],{}]']
+    assert log.warnings == [
+        f"background task {NOTE} was not run: the request failed, and run_on is 'success'"
+    ]
+
+
+def test_options_of_the_function_and_of_one_message(broker: Broker) -> None:
+    runner = broker.runner()
+    eta = datetime(2040, 1, 1, tzinfo=timezone.utc)
+
+    def do() -> None:
+        background_tasks.add_task(note_on_other_queue, "path")
+        urgent = background_tasks.using(celery={"queue": "urgent", "eta": eta, "priority": 7})
+        urgent.add_task(note_on_other_queue, "path")
+
+    request(runner, do)
+    first, second = messages(broker)
+    assert first["headers"]["task"] == "shop.again"
+    assert first["properties"]["delivery_info"]["routing_key"] == "other"
+    assert first["headers"]["eta"] is None
+    assert second["properties"]["delivery_info"]["routing_key"] == "urgent"
+    assert second["headers"]["eta"] == eta.isoformat()
+    assert second["properties"]["priority"] == 7
+
+
+def test_options_of_the_function_are_those_of_celerys_task(broker: Broker) -> None:
+    app = broker.app()
+    CeleryRunner(app)
+    task = app.tasks["tests.celery_shop.hold"]
+    assert task.acks_late is True
+    assert task.ignore_result is True
+    assert app.tasks[NOTE].acks_late is False
+
+
+def test_options_for_a_function_that_is_not_registered_are_refused(broker: Broker) -> None:
+    def view(environ: Any) -> None:
+        tasks = background_tasks.using(celery={"queue": "slow"})
+        with pytest.raises(RegistrationError, match="not_registered has options for Celery"):
+            tasks.add_task(not_registered)
+
+    respond(BackgroundTasksMiddleware(app_that(view), runner=broker.runner()))
+
+
+def test_correlation_id_and_trace_travel_in_headers_when_they_are_set(broker: Broker) -> None:
+    runner = broker.runner()
+    request(runner, add(note, "path"))
+
+    def do() -> None:
+        correlation_id.set("request-1")
+        traceparent.set(PARENT)
+        background_tasks.add_task(note, "path")
+
+    request(runner, do)
+    without, with_both = [message["headers"] for message in messages(broker)]
+    assert not {"x-correlation-id", "traceparent"} & set(without)
+    assert with_both["x-correlation-id"] == "request-1"
+    assert with_both["traceparent"] == PARENT
+
+
+def test_the_trace_of_opentelemetry_travels(broker: Broker) -> None:
+    trace = pytest.importorskip("opentelemetry.trace")
+    span = trace.NonRecordingSpan(trace.SpanContext(1, 2, False, trace.TraceFlags(1)))
+
+    def do() -> None:
+        traceparent.set(PARENT)
+        with trace.use_span(span):
+            background_tasks.add_task(note, "path")
+
+    request(broker.runner(), do)
+    (message,) = messages(broker)
+    assert message["headers"]["traceparent"] == f"00-{1:032x}-{2:016x}-01"
+
+
+def test_without_opentelemetry_there_is_no_trace_of_its_own(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "opentelemetry.trace", raising=False)
+    request(broker.runner(), add(note, "path"))
+    assert "traceparent" not in messages(broker)[0]["headers"]
+
+
+def test_celerys_eager_mode_runs_all_here(
+    broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(Publisher, "publish")
+    runner = broker.runner(local="inline")
+    runner._app.conf.task_always_eager = True
+    request(runner, add(note, str(tmp_path / "note"), 1))
+    assert ", (1,), {})" in (tmp_path / "note").read_text(encoding="utf-8")
+    assert messages(broker) == []
+
+
+def test_what_was_sent_is_nothing_to_the_local_runner(broker: Broker) -> None:
+    local = PoolRunner()
+    runner = broker.runner(local=local)
+    request(runner, add(note, "path"))
+    request(runner, add(note, "path"), complete=False)
+    assert runner.drain(TIMEOUT) == []
+    assert runner.statistics().succeeded == 2
+    assert local.statistics().succeeded == 0
+
+
+def test_messages_are_json_whatever_else_the_application_sends(broker: Broker) -> None:
+    app = broker.app()
+    app.conf.update(task_serializer="yaml", accept_content=["json", "yaml"])
+    request(CeleryRunner(app), add(note, "path"))
+    assert messages(broker)[0]["content-type"] == "application/json"
+
+
+def test_an_incomplete_response_is_sent_on_a_thread_of_the_runner(broker: Broker) -> None:
+    runner = broker.runner()
+    threads: list[str] = []
+
+    def here() -> None:
+        threads.append(threading.current_thread().name)
+
+    def do() -> None:
+        background_tasks.add_task(here)
+        background_tasks.add_task(note, "path")
+
+    request(runner, do, complete=False)
+    assert runner.drain(TIMEOUT) == []
+    assert len(messages(broker)) == 1
+    assert threads[0].startswith("wsgi_bg-pool")
+
+
+def test_where_no_thread_can_be_had_tasks_run_in_this_process(
+    broker: Broker, tmp_path: Path, log: Log
+) -> None:
+    with no_threads():
+        for number, complete in enumerate((True, False)):
+            request(
+                broker.runner(local=PoolRunner()),
+                add(note, str(tmp_path / f"{number}")),
+                complete=complete,
+            )
+    assert (tmp_path / "0").exists()
+    assert (tmp_path / "1").exists()
+    reason = f"{NOTE} was not sent: no thread can be had"
+    assert log.warnings == [f"background task {NOTE} runs in this process: {reason}"] * 2
+
+
+def test_a_drained_runner_still_sends(broker: Broker) -> None:
+    runner = broker.runner()
+    assert runner.drain(0) == []
+    request(runner, add(note, "path"), complete=False)
+    assert len(messages(broker)) == 1
+
+
+def test_a_local_runner_that_does_not_take_a_batch_loses_no_task(
+    broker: Broker, log: Log
+) -> None:
+    class Broken(InlineRunner):
+        def submit(self, batch: Batch) -> None:
+            raise ZeroDivisionError
+
+    runner = broker.runner(local=Broken())
+
+    def do() -> None:
+        background_tasks.add_task(note, "path")
+        background_tasks.add_task(not_registered)
+
+    request(runner, do)
+    request(runner, do, complete=False)
+    assert runner.drain(TIMEOUT) == []
+    assert len(local_calls) == 2
+    assert len(messages(broker)) == 2
+    assert len(log.errors) == 2
+    assert "which runs here" in log.errors[1]
+
+
+def test_drain_waits_and_abandon_names_what_is_left(broker: Broker, gate: Gate) -> None:
+    runner = broker.runner()
+    request(runner, add(gate.task))
+    assert gate.begun.wait(TIMEOUT)
+    assert [task.func for task in runner.drain(0)] == [gate.task]
+    assert runner.statistics().running == 1
+    assert [task.func for task in runner.abandon()] == [gate.task]
+    gate.open()
+    assert runner.drain(TIMEOUT) == []
+
+
+def test_functions_registered_after_the_runner_are_tasks_too(broker: Broker) -> None:
+    app = broker.app()
+    CeleryRunner(app)
+    assert NOTE in app.tasks
+    try:
+        registered_task(name="tests.later")(later)
+        assert app.tasks["tests.later"].name == "tests.later"
+        registered_task(name="tests.later")(later)  # as a reloaded module would
+    finally:
+        registry._by_name.pop("tests.later", None)
+        registry._by_function.pop(later, None)
+
+
+def later() -> None:
+    pass
+
+
+def test_two_runners_may_have_one_application(broker: Broker) -> None:
+    app = broker.app()
+    CeleryRunner(app)
+    request(CeleryRunner(app, publish_timeout=1), add(note, "path"))
+    assert len(messages(broker)) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Task name 'tests.celery_shop.stand_still'")  # Celery's own
+def test_a_name_that_a_task_of_celery_has_is_refused(broker: Broker) -> None:
+    app = broker.app()
+
+    @app.task(name="tests.celery_shop.stand_still", shared=False)  # type: ignore[untyped-decorator]
+    def other() -> None:
+        pass
+
+    runner = CeleryRunner(app)
+
+    def view(environ: Any) -> None:
+        with pytest.raises(NameTakenError, match=r"stand_still' is taken by a task of <Celery"):
+            background_tasks.add_task(stand_still, "path")
+
+    respond(BackgroundTasksMiddleware(app_that(view), runner=runner))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("task_serializer", "pickle"),
+        ("result_serializer", "pickle"),
+        ("event_serializer", "pickle"),
+        ("accept_content", ["json", "pickle"]),
+        ("accept_content", {"json", "application/x-python-serialize"}),
+        ("result_accept_content", ["json", "PICKLE"]),
+        ("worker_pool_restarts", True),
+    ],
+)
+def test_an_application_by_which_a_message_could_run_code_is_refused(
+    setting: str, value: Any
+) -> None:
+    app = Celery("unsafe", set_as_current=False)
+    app.conf[setting] = value
+    with pytest.raises(UnsafeCeleryError, match=f"the Celery setting {setting} is") as caught:
+        CeleryRunner(app)
+    assert caught.value.setting == setting
+    assert isinstance(caught.value, ValueError)
+
+
+def test_an_application_that_takes_no_json_is_refused() -> None:
+    app = Celery("no-json", set_as_current=False)
+    app.conf.accept_content = ["msgpack"]
+    with pytest.raises(OptionError, match="accept_content of celery_app must be a list with"):
+        CeleryRunner(app)
+
+
+def test_an_application_that_takes_json_and_yaml_is_accepted() -> None:
+    app = Celery("yaml", set_as_current=False)
+    app.conf.accept_content = ["application/json", "yaml"]
+    CeleryRunner(app)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"publish_timeout": 0}, "publish_timeout must be more than 0 seconds; got 0"),
+        ({"publish_timeout": float("nan")}, "publish_timeout must be more than 0 seconds"),
+        ({"publish_timeout": None}, "publish_timeout must be a number of seconds; got None"),
+        ({"publish_timeout": True}, "publish_timeout must be a number of seconds; got True"),
+        ({"drain_timeout": -1}, "drain_timeout must be 0 seconds or more; got -1"),
+        ({"drain_timeout": "1"}, "drain_timeout must be a number of seconds; got '1'"),
+        ({"on_publish_error": "lose"}, "on_publish_error must be 'local' or 'discard'"),
+        ({"local": "celery"}, "runner must be 'inline', 'pool' or a runner object"),
+    ],
+)
+def test_options_out_of_range_are_refused(
+    broker: Broker, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(OptionError, match=message):
+        broker.runner(**options)
+
+
+@pytest.mark.parametrize("app", [None, "redis://localhost", Celery])
+def test_what_is_no_application_is_refused(app: Any) -> None:
+    with pytest.raises(OptionError, match=r"celery_app must be a celery\.Celery application"):
+        CeleryRunner(app)
+
+
+def test_a_runner_shows_what_it_is(broker: Broker) -> None:
+    assert repr(broker.runner(local="inline")) == "CeleryRunner('shop', local=InlineRunner())"
+
+
+def test_a_worker_calls_the_function_with_what_it_decodes(
+    broker: Broker, tmp_path: Path
+) -> None:
+    app = broker.app()
+    CeleryRunner(app)
+    text = json.dumps([1, [str(tmp_path / "note"), {"$bytes": "eA=="}], {"a": 1.5}])
+    assert app.tasks[NOTE].apply(args=(text,)).result is None
+    written = (tmp_path / "note").read_text(encoding="utf-8")
+    assert written == f"({os.getpid()}, (b'x',), {{'a': 1.5}})"
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [((), {}), (("[1,[],{}]", 1), {}), (("[1,[],{}]",), {"path": "x"}), (("x",), {})],
+)
+def test_a_worker_refuses_what_is_not_ours(broker: Broker, args: Any, kwargs: Any) -> None:
+    app = broker.app()
+    CeleryRunner(app)
+    result = app.tasks[NOTE].apply(args=args, kwargs=kwargs)
+    assert isinstance(result.result, MessageError)
+
+
+def test_what_is_not_ours_is_not_tried_again(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[object] = []
+
+    def read(text: object) -> Any:
+        tries.append(text)
+        return decode(text)
+
+    monkeypatch.setattr(celery_worker, "decode", read)
+    app = broker.app()
+    CeleryRunner(app)
+    task = app.tasks["tests.celery_shop.fail_once"]
+    assert ValueError in task.autoretry_for
+    assert task.apply(args=("x",)).state == "FAILURE"
+    assert tries == ["x"]
+
+
+def test_the_result_is_for_celery_if_it_is_not_ignored(broker: Broker) -> None:
+    app = broker.app()
+    CeleryRunner(app)
+    assert app.tasks["shop.result"].apply(args=("[1,[4],{}]",)).result == 8
+
+
+def test_celerys_own_task_class_of_the_application_is_used(
+    broker: Broker, tmp_path: Path
+) -> None:
+    """Flask's documentation has one that enters the application's context."""
+    entered: list[str] = []
+
+    class Entering(Task):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            entered.append(self.name)
+            return self.run(*args, **kwargs)
+
+    app = Celery("entering", task_cls=Entering, set_as_current=False)
+    CeleryRunner(app)
+    app.tasks[NOTE].apply(args=(json.dumps([1, [str(tmp_path / "note")], {}]),))
+    assert entered == [NOTE]
+
+
+def test_the_package_imports_no_celery() -> None:
+    done = run_python(
+        """
+        import sys, wsgi_bg
+        print(sorted({"celery", "kombu"} & set(sys.modules)))
+        """
+    )
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_without_celery_the_error_says_what_to_install() -> None:
+    done = run_python(
+        """
+        import sys
+        sys.modules["celery"] = None
+        try: import wsgi_bg.celery
+        except ImportError as exc: print(exc)
+        """
+    )
+    assert done.stdout == (
+        "wsgi_bg.celery needs a package that is not installed: pip install 'wsgi_bg[celery]'\n"
+    )
+
+
+def test_a_partial_of_a_registered_function_runs_here(broker: Broker, tmp_path: Path) -> None:
+    partial = functools.partial(note, str(tmp_path / "note"))
+    request(broker.runner(local="inline"), add(partial))
+    assert (tmp_path / "note").exists()
+    assert messages(broker) == []

@@ -1,0 +1,365 @@
+"""A real Celery worker: it calls what is registered, and nothing else.
+
+By default on Celery's filesystem transport, and on Redis where redis-server is.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import pickle
+import signal
+import uuid
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from celery import Celery
+from kombu import Connection
+
+from tests.celery_shop import (
+    fail_once,
+    hold,
+    not_registered,
+    not_travelling,
+    note,
+    note_context,
+    note_context_async,
+    note_loop,
+    note_on_other_queue,
+    outlast,
+)
+from tests.celery_support import (
+    TIMEOUT,
+    Broker,
+    RedisServer,
+    Worker,
+    filesystem,
+    redis_server,
+    request,
+    wait_for,
+    worker,
+)
+from tests.test_celery import PARENT
+from tests.test_encoding import CARRIED
+from tests.test_examples import text_of, wait_until
+from wsgi_bg import background_tasks
+from wsgi_bg.celery import CeleryRunner, correlation_id, traceparent
+from wsgi_bg.encoding import encode
+from wsgi_bg.registry import find
+
+QUEUES = ("-Q", "celery,other")
+
+
+@pytest.fixture(scope="session")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with redis_server(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+class Shop(NamedTuple):
+    """A broker with a worker, and the runner that sends to it."""
+
+    broker: Broker
+    worker: Worker
+    runner: CeleryRunner
+
+    def send(self, func: Any, *args: Any, **kwargs: Any) -> None:
+        request(self.runner, lambda: background_tasks.add_task(func, *args, **kwargs))
+
+    def forge(self, name: str, args: Any = (), kwargs: Any = None, **more: Any) -> str:
+        """Put a message into the broker with Celery's own client, which knows no task."""
+        client = Celery("forger", broker=self.broker.url, set_as_current=False)
+        client.conf.broker_transport_options = self.broker.options
+        with client.connection_for_write() as connection:
+            client.send_task(name, args, kwargs or {}, connection=connection, **more)
+        return name
+
+    def works(self, path: Path) -> str:
+        """Have the worker make a call: what was sent before it was looked at by then."""
+        self.send(note, str(path))
+        return wait_for(path, self.worker)
+
+
+@pytest.fixture(scope="session", params=["filesystem", "redis"])
+def shop(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Shop]:
+    """A worker with two processes."""
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "filesystem":
+        broker = filesystem(folder)
+    else:
+        broker = request.getfixturevalue("redis").broker(0)
+    started = Worker(broker, folder, "--pool=prefork", "--concurrency=2", *QUEUES)
+    try:
+        yield Shop(broker, started, broker.runner())
+    finally:
+        started.kill()  # to stop it takes seconds
+
+
+def test_every_kind_of_argument_arrives_as_it_was(shop: Shop, tmp_path: Path) -> None:
+    path = tmp_path / "note"
+    values = [value for value in CARRIED if not isinstance(value, int) or abs(value) < 2**500]
+    shop.send(note, str(path), *values, values=values)
+    written = wait_for(path, shop.worker)
+    assert written.endswith(f", {tuple(values)!r}, {{'values': {values!r}}})")
+
+
+def test_a_call_is_made_in_another_process(shop: Shop, tmp_path: Path) -> None:
+    written = shop.works(tmp_path / "note")
+    assert int(written[1:].split(",")[0]) != os.getpid()
+
+
+def test_what_changes_in_the_view_afterwards_changes_nothing(
+    shop: Shop, tmp_path: Path
+) -> None:
+    items, path = [1], tmp_path / "note"
+
+    def do() -> None:
+        background_tasks.add_task(note, str(path), items)
+        items.append(2)
+
+    request(shop.runner, do)
+    assert wait_for(path, shop.worker).endswith(", ([1],), {})")
+
+
+def test_a_mixed_batch_runs_in_two_places(shop: Shop, tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+
+    def do() -> None:
+        background_tasks.add_task(here.write_text, "here")
+        background_tasks.add_task(note, str(there))
+
+    request(shop.runner, do)
+    wait_for(there, shop.worker)
+    assert wait_for(here, shop.worker) == "here"
+
+
+def test_a_task_goes_to_the_queue_of_its_function(shop: Shop, tmp_path: Path) -> None:
+    shop.send(note_on_other_queue, str(tmp_path / "queue"))
+    assert wait_for(tmp_path / "queue", shop.worker) == "other"
+
+
+def test_each_process_keeps_one_loop_for_async_tasks(shop: Shop, tmp_path: Path) -> None:
+    for number in range(2):  # two at the same time, so one in each process
+        path = tmp_path / f"{number}"
+        shop.send(note_loop, str(path), 2)
+        shop.send(note_loop, str(path), 2)
+        met = partial(has_lines, path, 2)
+        assert wait_until(met), shop.worker.log
+        shop.works(tmp_path / f"between {number}")
+    first, second = (sorted(text_of(tmp_path / name).splitlines()) for name in ("0", "1"))
+    assert first == second
+    assert len({line.split()[0] for line in first}) == 2
+
+
+def has_lines(path: Path, count: int) -> bool:
+    return len(text_of(path).splitlines()) == count
+
+
+@pytest.mark.parametrize("func", [note_context, note_context_async])
+def test_only_a_correlation_id_and_the_trace_travel(
+    shop: Shop, tmp_path: Path, func: Any
+) -> None:
+    def do() -> None:
+        correlation_id.set("request-7")
+        traceparent.set(PARENT)
+        not_travelling.set("set in the request")
+        background_tasks.add_task(func, str(tmp_path / "set"))
+
+    request(shop.runner, do)
+    shop.send(func, str(tmp_path / "unset"))
+    assert json.loads(wait_for(tmp_path / "set", shop.worker)) == [
+        "request-7",
+        PARENT,
+        "not set",
+    ]
+    assert json.loads(wait_for(tmp_path / "unset", shop.worker)) == [None, None, "not set"]
+
+
+def test_a_task_is_retried_with_its_arguments_and_its_correlation_id(
+    shop: Shop, tmp_path: Path
+) -> None:
+    path = tmp_path / "tries"
+
+    def do() -> None:
+        correlation_id.set("request-8")
+        background_tasks.add_task(fail_once, str(path), "sec-ret")
+
+    request(shop.runner, do)
+    assert wait_until(lambda: has_lines(path, 2)), shop.worker.log
+    assert text_of(path) == "request-8 sec-ret\n" * 2
+    assert "sec-ret" not in shop.worker.log  # arguments are data, also when sent again
+
+
+def test_a_time_limit_ends_an_async_task_on_the_loop(shop: Shop, tmp_path: Path) -> None:
+    path = tmp_path / "outlast"
+    shop.send(outlast, str(path))
+    assert wait_for(path, shop.worker) == "cancelled"
+    assert wait_until(lambda: "SoftTimeLimitExceeded" in shop.worker.log)
+
+
+def text(func: Any, *args: Any) -> str:
+    registration = find(func)
+    assert registration is not None
+    return encode(registration.name, registration.signature, args, {})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "subprocess.check_call",
+        "builtins.eval",
+        "os.getcwd",
+        "tests.celery_shop.not_registered",
+        "antigravity.geohash",
+    ],
+)
+def test_a_message_with_a_name_that_is_not_registered_is_refused_and_logged(
+    shop: Shop, tmp_path: Path, name: str
+) -> None:
+    forged = tmp_path / "forged"
+    marker = f"{uuid.uuid4()}"
+    args: Any = {
+        "subprocess.check_call": [["touch", str(forged)]],
+        "builtins.eval": [f"open({str(forged)!r}, 'w')"],
+    }.get(name, [str(forged)])
+    shop.forge(name, args, task_id=marker)
+    ours = encode(name, inspect.signature(not_registered), [str(forged)], {})
+    shop.forge(name, [ours], task_id=f"{marker}-2")
+    shop.works(tmp_path / "after")
+    assert wait_until(lambda: f"{marker}-2" in shop.worker.log)
+    assert f"Received unregistered task of type {name!r}" in shop.worker.log
+    assert not forged.exists()
+
+
+BAD_BODIES: list[tuple[Any, Any]] = [
+    ((), {}),
+    (("path", "path"), {}),
+    ((["path"],), {}),
+    (({"$bytes": "AA=="},), {}),
+    (('[1,[{"$import":"os"}],{}]',), {}),
+    (('{"py/object":"os.system"}',), {}),
+    ((), {"path": "path"}),
+    (("[2,[],{}]",), {}),
+]
+
+
+@pytest.mark.parametrize(("args", "kwargs"), BAD_BODIES, ids=range(len(BAD_BODIES)))
+def test_a_forged_body_for_a_registered_name_fails_and_calls_nothing(
+    shop: Shop, tmp_path: Path, args: Any, kwargs: Any
+) -> None:
+    path, marker = tmp_path / "forged", str(uuid.uuid4())
+    args = json.loads(json.dumps(args).replace("path", str(path)))
+    shop.forge("tests.celery_shop.note", args, kwargs, task_id=marker)
+    shop.works(tmp_path / "after")
+    failed = f"note[{marker}] raised unexpected: MessageError("
+    assert wait_until(lambda: failed in shop.worker.log), shop.worker.log
+    assert not path.exists()
+
+
+CANVAS: list[tuple[str, Any]] = [
+    ("celery.map", [{"task": "subprocess.check_call"}, [["touch", "path"]]]),
+    ("celery.starmap", [{"task": "subprocess.check_call"}, [[["touch", "path"]]]]),
+    ("celery.starmap", [{"task": "tests.celery_shop.not_registered"}, [["path"]]]),
+    ("celery.map", [{"task": "tests.celery_shop.stand_still"}, ["path"]]),
+    ("celery.chunks", [{"task": "tests.celery_shop.not_registered"}, [["path"]], 1]),
+    ("celery.chain", [{"task": "tests.celery_shop.not_registered", "args": ["path"]}]),
+]
+
+
+@pytest.mark.parametrize(("name", "args"), CANVAS, ids=range(len(CANVAS)))
+def test_celerys_own_tasks_reach_nothing_more(
+    shop: Shop, tmp_path: Path, name: str, args: Any
+) -> None:
+    path, marker = tmp_path / "forged", str(uuid.uuid4())
+    args = json.loads(json.dumps(args).replace("path", str(path)))
+    shop.forge(name, args, task_id=marker)
+    end = "succeeded" if name == "celery.chunks" else "raised unexpected"
+    assert wait_until(lambda: f"{name}[{marker}] {end}" in shop.worker.log)
+    shop.works(tmp_path / "after")  # after what they have sent, too
+    assert not path.exists()
+
+
+def test_a_callback_in_a_message_reaches_nothing_more(shop: Shop, tmp_path: Path) -> None:
+    path = tmp_path / "forged"
+    callback = {"task": "tests.celery_shop.not_registered", "args": [str(path)], "options": {}}
+    marker = str(uuid.uuid4())
+    called = tmp_path / "called"
+    shop.forge(
+        "tests.celery_shop.note", [text(note, str(called))], link=[callback], task_id=marker
+    )
+    wait_for(called, shop.worker)
+    shop.works(tmp_path / "after")
+    assert not path.exists()
+
+
+def test_a_pickled_message_is_refused(shop: Shop, tmp_path: Path) -> None:
+    path = tmp_path / "forged"
+
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return open, (str(path), "w")
+
+    marker = str(uuid.uuid4())
+    with Connection(shop.broker.url, transport_options=shop.broker.options) as connection:
+        connection.Producer().publish(
+            pickle.dumps([[Bomb()], {}, {}]),
+            routing_key="celery",
+            content_type="application/x-python-serialize",
+            content_encoding="binary",
+            headers={"task": "tests.celery_shop.note", "id": marker, "lang": "py"},
+        )
+    shop.works(tmp_path / "after")
+    assert wait_until(lambda: "Refusing to deserialize" in shop.worker.log), shop.worker.log
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("pool", ["solo", "threads"])
+def test_other_pools_of_celery_keep_a_loop_too(tmp_path: Path, pool: str) -> None:
+    broker, path = filesystem(tmp_path), tmp_path / "loops"
+    with worker(broker, tmp_path, f"--pool={pool}", "--concurrency=2") as started:
+        shop = Shop(broker, started, broker.runner())
+        shop.send(note_loop, str(path))
+        shop.send(note_loop, str(path))
+        assert wait_until(lambda: has_lines(path, 2)), started.log
+        assert len(set(text_of(path).splitlines())) == 1
+        started.kill()
+
+
+def test_a_task_whose_process_was_killed_in_the_middle_runs_again(
+    shop: Shop, tmp_path: Path
+) -> None:
+    """One process of the pool: the worker itself lives and still has the message."""
+    path = tmp_path / "held"
+    shop.send(hold, str(path))
+    assert wait_until(lambda: text_of(path).startswith("begun")), shop.worker.log
+    os.kill(int(text_of(path).split()[1]), signal.SIGKILL)
+    assert wait_until(lambda: "done" in text_of(path), TIMEOUT), shop.worker.log
+    words = [line.split()[0] for line in text_of(path).splitlines()]
+    assert words == ["begun", "begun", "done"]
+
+
+def test_a_task_whose_worker_was_killed_in_the_middle_runs_again(
+    redis: RedisServer, tmp_path: Path
+) -> None:
+    """On Redis only: the filesystem transport forgets a message when a worker takes it."""
+    broker, path = redis.broker(1, visibility_timeout=1), tmp_path / "held"
+    with worker(broker, tmp_path, "--pool=solo") as first:
+        Shop(broker, first, broker.runner()).send(hold, str(path))
+        assert wait_until(lambda: text_of(path).startswith("begun")), first.log
+        first.kill()
+    # A worker gives back what others have held for longer than that when it starts, and
+    # every ten seconds.
+    assert wait_until(lambda: redis.seconds_held(1) > 1)
+    with worker(broker, tmp_path, "--pool=solo") as second:
+        assert wait_until(lambda: "done" in text_of(path), TIMEOUT), second.log
+        assert [line.split()[0] for line in text_of(path).splitlines()] == [
+            "begun",
+            "begun",
+            "done",
+        ]

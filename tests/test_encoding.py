@@ -1,0 +1,304 @@
+"""The arguments of registered functions as text: what is carried, and what is refused."""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import json
+import math
+import sys
+import uuid
+from collections import OrderedDict, defaultdict
+from datetime import date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import pytest
+
+from wsgi_bg.decoding import decode
+from wsgi_bg.encoding import MAX_DEPTH, encode
+from wsgi_bg.exceptions import ArgumentError, MessageError, WsgiBgError
+
+
+def order(order: Any, count: int = 1, *rest: Any, note: Any = None, **more: Any) -> None:
+    pass
+
+
+SIGNATURE = inspect.signature(order)
+BERLIN = ZoneInfo("Europe/Berlin")
+EAST = timezone(timedelta(hours=5, minutes=45, seconds=1, microseconds=7))
+
+
+def written(*args: Any, **kwargs: Any) -> str:
+    return encode("shop.order", SIGNATURE, args, kwargs)
+
+
+def carried(value: Any) -> Any:
+    args, kwargs = decode(written(value))
+    assert kwargs == {}
+    (back,) = args
+    return back
+
+
+CARRIED = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    2**53 + 1,
+    2**63,
+    -(2**200),
+    0.1,
+    -0.0,
+    5e-324,
+    sys.float_info.max,
+    math.inf,
+    -math.inf,
+    "",
+    "Zoë 😀 \x00 \u2028",
+    b"",
+    bytes(range(256)),
+    [],
+    [[], [None]],
+    {},
+    {"": {"a": [1, "1", 1.0]}},
+    {"$bytes": "AA=="},
+    {"$": 1, "b": b"x"},
+    {"__type__": "datetime", "__value__": "2024-01-01"},
+    date(1, 1, 1),
+    time(23, 59, 59, 999999),
+    time(1, 2, tzinfo=timezone.utc),
+    datetime(2024, 2, 29, 1, 2, 3, 4),
+    datetime(2024, 2, 29, tzinfo=timezone.utc),
+    datetime(2024, 2, 29, tzinfo=EAST),
+    datetime(2024, 10, 27, 2, 30, tzinfo=BERLIN),
+    datetime(2024, 10, 27, 2, 30, tzinfo=BERLIN, fold=1),
+    datetime(2024, 10, 27, 2, 30, fold=1),
+    Decimal("1.10"),
+    Decimal("-0"),
+    Decimal("Infinity"),
+    Decimal("1E+999999"),
+    uuid.UUID(int=2**127 + 1),
+]
+
+
+@pytest.mark.parametrize("value", CARRIED, ids=lambda value: type(value).__name__)
+def test_a_value_comes_back_as_the_same_value_of_the_same_type(value: Any) -> None:
+    for sent in (value, [value], {"key": value}, {"$key": [value]}):
+        back = carried(sent)
+        # How Python writes it tells types, zones, folds and the sign of a zero.
+        assert type(back) is type(sent)
+        assert back == sent
+        assert repr(back) == repr(sent)
+
+
+def test_an_int_of_more_digits_than_python_writes_is_carried() -> None:
+    assert carried(10**5000) == 10**5000
+
+
+@pytest.mark.parametrize("value", [math.nan, Decimal("NaN"), Decimal("sNaN12")])
+def test_what_is_no_number_comes_back_as_none(value: Any) -> None:
+    back = carried(value)
+    assert type(back) is type(value)
+    assert repr(back) == repr(value)
+
+
+def test_the_text_is_ascii_and_names_its_version() -> None:
+    text = written("Zoë", note=[1])
+    assert text.isascii()
+    assert json.loads(text) == [1, ["Zoë"], {"note": [1]}]
+
+
+def test_positional_and_keyword_arguments_stay_what_they_are() -> None:
+    args, kwargs = decode(written([1], 2, 3, note=4, **{"$bytes": "x"}))
+    assert (args, kwargs) == ([[1], 2, 3], {"note": 4, "$bytes": "x"})
+
+
+def test_what_changes_later_is_not_in_the_text() -> None:
+    items = [1]
+    text = written(items)
+    items.append(2)
+    assert decode(text)[0] == [[1]]
+
+
+class Text(str):
+    __slots__ = ()
+
+
+class Words(str, enum.Enum):
+    YES = "yes-secret"
+
+
+class Number(enum.IntEnum):
+    ONE = 1
+
+
+class Zone(ZoneInfo):
+    pass
+
+
+def endless() -> list[Any]:
+    values: list[Any] = []
+    values.append(values)
+    return values
+
+
+def nested(depth: int) -> Any:
+    value: Any = "innermost"
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ((1, 2), "a tuple would come back as a list: give a list"),
+        ({1, 2}, "a set would come back as a list: give a list"),
+        (frozenset(), "a frozenset would come back as a list: give a list"),
+        ({1: "secret"}, "it has a key of type int, and keys come back as str"),
+        ({Text("secret"): 1}, "it has a key of type Text, and keys come back as str"),
+        ({"half \ud800": 1}, "half of a surrogate pair"),
+        (Words.YES, "Words is an Enum, which a worker would not get back: give its value"),
+        (Number.ONE, "Number is an Enum, which a worker would not get back: give its value"),
+        (Text("secret"), "Text is a subclass of str and would come back as str"),
+        (OrderedDict(a=1), "OrderedDict is a subclass of dict and would come back as dict"),
+        (defaultdict(list), "defaultdict is a subclass of dict and would come back as dict"),
+        (object(), "cannot be given an object of type object: pass what it needs of it"),
+        (bytearray(b"secret"), "an object of type bytearray"),
+        (memoryview(b"secret"), "an object of type memoryview"),
+        (1j, "an object of type complex"),
+        (timedelta(1), "an object of type timedelta"),
+        (order, "an object of type function"),
+        ("half \udc00 secret", "it has half of a surrogate pair, which is no text"),
+        ("\ud83d\ude00", "it has half of a surrogate pair, which is no text"),
+        (datetime(2024, 1, 1, tzinfo=timezone(timedelta(0), "secret")), "its time zone is"),
+        (datetime(2024, 1, 1, tzinfo=Zone("Europe/Berlin")), "its time zone is neither"),
+        (nested(MAX_DEPTH + 1), "it is nested more than 100 levels deep, or contains itself"),
+        (endless(), "it is nested more than 100 levels deep, or contains itself"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_would_not_come_back_is_refused_with_the_reason(value: Any, reason: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        written(value)
+    message = str(caught.value)
+    assert reason in message
+    assert message.startswith("shop.order was not added, argument order")
+    assert "secret" not in message
+    assert isinstance(caught.value, (WsgiBgError, TypeError))
+
+
+def test_a_zone_without_a_key_is_refused() -> None:
+    with open("/usr/share/zoneinfo/UTC", "rb") as file:
+        zone = ZoneInfo.from_file(file)
+    with pytest.raises(TypeError, match="its time zone is neither"):
+        written(datetime(2024, 1, 1, tzinfo=zone))
+
+
+def test_what_is_nested_as_deep_as_may_be_is_carried() -> None:
+    assert carried(nested(MAX_DEPTH)) == nested(MAX_DEPTH)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "argument"),
+    [
+        (({"items": [0, 1, {1}]},), {}, "order['items'][2]"),
+        (({1},), {}, "order"),
+        ((1, {1}), {}, "count"),
+        ((1, 2, 3, {1}), {}, "rest[1]"),
+        ((1,), {"note": [{1}]}, "note[0]"),
+        ((1,), {"other": {"a b": {1}}}, "other['a b']"),
+        ((1,), {"$other": {1}}, "$other"),
+        ((1, [{"$x": [[], {1}]}]), {}, "count[0]['$x'][1]"),
+    ],
+)
+def test_the_argument_is_named_with_the_place_inside_it(
+    args: tuple[Any, ...], kwargs: dict[str, Any], argument: str
+) -> None:
+    with pytest.raises(ArgumentError, match="would come back as a list") as caught:
+        written(*args, **kwargs)
+    assert caught.value.argument == argument
+    assert f"argument {argument} cannot be sent" in str(caught.value)
+    assert caught.value.name == "shop.order"
+
+
+def test_a_long_key_is_shown_in_part() -> None:
+    with pytest.raises(ArgumentError) as caught:
+        written({"k" * 1000: {1}})
+    assert len(caught.value.argument) < 50
+
+
+def strict(first: int, *, second: int) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "reason"),
+    [
+        ((), {"second": 1}, "missing a required argument: 'first'"),
+        ((1, 2), {"second": 1}, "too many positional arguments"),
+        ((1,), {"second": 1, "third": 1}, "got an unexpected keyword argument 'third'"),
+    ],
+)
+def test_arguments_that_the_function_does_not_take_are_refused(
+    args: tuple[Any, ...], kwargs: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(TypeError) as caught:
+        encode("shop.strict", inspect.signature(strict), args, kwargs)
+    assert str(caught.value) == f"shop.strict was not added, it would not run: {reason}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        b"[1,[],{}]",
+        [1, [], {}],
+        "",
+        "{",
+        "null",
+        "[]",
+        "[2,[],{}]",
+        "[true]",
+        "[1,[]]",
+        "[1,[],{},{}]",
+        "[1,{},{}]",
+        "[1,[],[]]",
+        '[1,[],{"a":{"$import":"os"}}]',
+        '[1,[{"$bytes":"A"}],{}]',
+        '[1,[{"$bytes":[]}],{}]',
+        '[1,[{"$bytes":"","b":1}],{}]',
+        '[1,[{"$decimal":"x"}],{}]',
+        '[1,[{"$decimal":1.5}],{}]',
+        '[1,[{"$uuid":5}],{}]',
+        '[1,[{"$int":"12z"}],{}]',
+        '[1,[{"$int":1.5}],{}]',
+        '[1,[{"$date":"2024-13-01"}],{}]',
+        '[1,[{"$datetime":["2024-01-01",0,"../../etc/passwd"]}],{}]',
+        '[1,[{"$datetime":["2024-01-01",0,"Europe"]}],{}]',
+        '[1,[{"$datetime":["2024-01-01",0,"os"]}],{}]',
+        '[1,[{"$datetime":["2024-01-01",7,null]}],{}]',
+        '[1,[{"$datetime":["2024-01-01",0,1e300]}],{}]',
+        '[1,[{"$datetime":{}}],{}]',
+        '[1,[{"$dict":[[1,2]]}],{}]',
+        '[1,[{"$dict":[["a"]]}],{}]',
+        "[1,[" + "[" * 100_000 + "]" * 100_000 + "],{}]",
+        '[1,[{"__reduce__":1,"$a":1}],{}]',
+    ],
+    ids=range(33),
+)
+def test_a_forged_text_is_refused_without_saying_what_is_in_it(text: Any) -> None:
+    with pytest.raises(MessageError, match=r"^the arguments are not wsgi_bg's") as caught:
+        decode(text)
+    assert caught.value.__cause__ is None
+    assert "passwd" not in str(caught.value)
+
+
+def test_reading_a_forged_text_imports_nothing() -> None:
+    before = set(sys.modules)
+    with pytest.raises(MessageError):
+        decode('[1,[{"$datetime":["2024-01-01",0,"antigravity"]}],{}]')
+    assert "antigravity" not in set(sys.modules) - before

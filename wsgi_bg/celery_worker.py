@@ -1,0 +1,103 @@
+"""The worker's side: every registered function is a task of the Celery application."""
+
+from __future__ import annotations
+
+from contextvars import copy_context
+from functools import partial
+from typing import Any
+
+from celery import Celery
+
+from . import celery_headers, registry
+from .decoding import decode
+from .exceptions import MessageError, OptionValueError, UnsafeCeleryError
+from .registry import Registration
+from .task import BackgroundTask
+
+HIDDEN = "(...)"
+"""What Celery's logs and headers show in place of arguments, which are data."""
+
+# By id, and held: those that have the registered functions.
+_served: dict[int, Celery] = {}
+
+
+def check_settings(app: Celery) -> None:
+    """See that no message can make a worker of ``app`` run what is not registered.
+
+    :raises ValueError: naming the setting by which one could.
+    """
+    conf = app.conf
+    for setting in ("task_serializer", "result_serializer", "event_serializer"):
+        if _is_unsafe(conf[setting]):
+            raise UnsafeCeleryError(setting, conf[setting], "'json'")
+    for setting in ("accept_content", "result_accept_content"):
+        accepted = conf[setting] or ()
+        if any(map(_is_unsafe, accepted)):
+            raise UnsafeCeleryError(setting, accepted, "['json']")
+    accepted = conf.accept_content
+    if not {"json", "application/json"} & {str(each) for each in accepted}:
+        raise OptionValueError("accept_content of celery_app", accepted, "a list with 'json'")
+    if conf.worker_pool_restarts:  # a control message then names modules to import
+        raise UnsafeCeleryError("worker_pool_restarts", True, "False")
+
+
+def _is_unsafe(serializer: object) -> bool:
+    name = str(serializer).lower()
+    return "pickle" in name or "python-serialize" in name
+
+
+def serve(app: Celery) -> None:
+    """Make each registered function a task of ``app``, those registered later too."""
+    if id(app) not in _served:
+        _served[id(app)] = app
+        registry.subscribe(partial(_add, app))
+
+
+def is_served(task: Any) -> bool:
+    """Whether a task of Celery is one that :func:`serve` has made."""
+    return hasattr(task, "_wsgi_bg_hides_arguments")
+
+
+def _add(app: Celery, registration: Registration) -> None:
+    options = dict(registration.celery.task)
+    # To try again would not make such a message any better.
+    options["dont_autoretry_for"] = (*options.get("dont_autoretry_for", ()), MessageError)
+    options.setdefault("ignore_result", True)
+    app.task(
+        name=registration.name,
+        bind=True,
+        base=_base(app),
+        shared=False,
+        **options,
+    )(_run)
+
+
+def _run(self: Any, *message: Any, **others: Any) -> Any:
+    """What a worker calls; ``self`` is Celery's task."""
+    registration = registry.get(self.name)
+    if registration is None or others or len(message) != 1:
+        raise MessageError("the arguments are not wsgi_bg's: not one text")
+    args, kwargs = decode(message[0])
+    context = copy_context()
+    celery_headers.restore(context, self.request.get)
+    # Called by hand, it blocks this thread, and awaits on the loop of the process.
+    task = BackgroundTask(registration.func, *args, **kwargs)
+    task._context = context
+    result = task()
+    return None if self.ignore_result else result
+
+
+def _base(app: Celery) -> type:
+    """The application's own class for tasks (Flask's enters a context), and the hiding."""
+
+    class RegisteredTask(app.Task):  # type: ignore[misc]
+        abstract = True
+        _wsgi_bg_hides_arguments = True
+
+        def apply_async(self, *args: Any, **options: Any) -> Any:
+            # Also when Celery sends a task again: it would show what it does not know.
+            return super().apply_async(
+                *args, **{**options, "argsrepr": HIDDEN, "kwargsrepr": HIDDEN}
+            )
+
+    return RegisteredTask

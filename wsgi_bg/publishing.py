@@ -1,0 +1,158 @@
+"""Sends messages to Celery's broker, within a bounded time whatever its transport does."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from time import monotonic
+from typing import Any
+
+from celery import Celery
+from kombu import Producer
+
+from .exceptions import PublishError
+from .report import logger
+from .workers import Workers
+
+CONNECTIONS = 8
+"""How many messages are sent at the same time, each on a connection of its own."""
+
+# Once more on a new connection: that of an idle process may be dead. No more: there is
+# publish_timeout, and a retry may send a message twice.
+_RETRY = {"max_retries": 1, "interval_start": 0, "interval_step": 0.05, "interval_max": 0.05}
+
+
+class Message:
+    """One call, as it was when the task was added."""
+
+    __slots__ = ("headers", "name", "options", "text")
+
+    def __init__(
+        self, name: str, text: str, headers: Mapping[str, str], options: Mapping[str, Any]
+    ) -> None:
+        self.name = name
+        self.text = text
+        self.headers = headers
+        self.options = options
+
+
+class Publisher:
+    """The connections of one process to one broker.
+
+    Each message is sent on a daemon thread, which a transport may block for as long as it
+    likes: whoever waits for it does so for ``timeout`` seconds at most.
+    """
+
+    def __init__(self, app: Celery, timeout: float) -> None:
+        self._app = app
+        self._timeout = timeout
+        self._threads: Workers[_Job] = Workers(self._work, CONNECTIONS, "wsgi_bg-publish")
+        self._idle: list[Producer] = []  # the last one put back is the next one taken
+        self._silent_until = 0.0
+
+    def publish(self, message: Message) -> None:
+        """Send it; blocks until the broker has it.
+
+        Where the broker did not answer in time, others are not made to wait for it as
+        well: for as long again it is not asked.
+
+        :raises PublishError: if it was not sent, or perhaps was and no answer came.
+        """
+        if monotonic() < self._silent_until:
+            raise PublishError(message.name, "the broker has not answered others in time")
+        job = _Job(message)
+        if not self._threads.take(job):
+            raise PublishError(message.name, "no thread can be had")
+        if not job.is_done.acquire(timeout=self._timeout):
+            job.leave()
+            self._silent_until = monotonic() + self._timeout
+            raise PublishError(
+                message.name, f"the broker has not answered in {self._timeout:g} seconds"
+            )
+        if job.error is not None:
+            reason = f"{type(job.error).__name__}: {job.error}"
+            raise PublishError(message.name, reason) from job.error
+
+    def _work(self, job: _Job) -> None:
+        """On a thread of its own: send one message."""
+        if job.was_left():
+            return
+        producer = None
+        try:
+            producer = self._take_idle() or self._connect()
+            self._send(producer, job.message)
+        except BaseException as exc:
+            job.error = exc
+            job.is_done.release()
+            if producer is not None:
+                with suppress(Exception):
+                    producer.connection.release()
+        else:
+            self._idle.append(producer)
+            self._silent_until = 0.0
+            job.is_done.release()
+            if job.was_left():
+                logger.warning(
+                    "background task %s was sent after its time was up: it may run twice",
+                    job.message.name,
+                )
+
+    def _take_idle(self) -> Producer | None:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return None
+
+    def _connect(self) -> Producer:
+        app, timeout = self._app, self._timeout
+        # What the application has set itself comes last.
+        options = {**_RETRY, "connect_retries_timeout": timeout}
+        # Twice as long: whoever waits is to learn first that there was no answer.
+        options |= _for_transport(app.connection_for_write().transport_cls, 2 * timeout)
+        options |= app.conf.broker_transport_options
+        connection = app.connection_for_write(transport_options=options, heartbeat=0)
+        return Producer(connection, auto_declare=False)
+
+    def _send(self, producer: Producer, message: Message) -> None:
+        options = {"retry_policy": _RETRY, **message.options}
+        self._app.tasks[message.name].apply_async(
+            (message.text,),
+            producer=producer,
+            headers=dict(message.headers),
+            serializer="json",
+            retry=True,
+            add_to_parent=False,
+            **options,
+        )
+
+
+class _Job:
+    """A message and the one who waits for it."""
+
+    __slots__ = ("_was_left", "error", "is_done", "message")
+
+    def __init__(self, message: Message) -> None:
+        self.message = message
+        self.error: BaseException | None = None
+        self._was_left = False
+        self.is_done = threading.Lock()
+        self.is_done.acquire()
+
+    def leave(self) -> None:
+        """Wait no longer."""
+        self._was_left = True
+
+    def was_left(self) -> bool:
+        """Whether no one waits any more."""
+        return self._was_left
+
+
+def _for_transport(name: str, timeout: float) -> dict[str, Any]:
+    """What frees a thread from a broker that does not answer, where that can be set."""
+    if name in ("redis", "rediss"):
+        return {"socket_timeout": timeout, "socket_connect_timeout": timeout}
+    if name in ("amqp", "amqps", "pyamqp"):
+        # Without it RabbitMQ says nothing, and a message may be lost on the way.
+        return {"confirm_publish": True, "read_timeout": timeout, "write_timeout": timeout}
+    return {}
