@@ -183,17 +183,21 @@ def test_its_repr_shows_what_it_was_given() -> None:
     assert repr(Background()) == "Background()"
 
 
-def test_without_flask_the_error_says_what_to_install() -> None:
-    result = run_python("""
+@pytest.mark.parametrize(
+    ("package", "module"), [("flask", "flask"), ("pytest", "pytest_plugin")]
+)
+def test_without_the_package_the_error_says_what_to_install(package: str, module: str) -> None:
+    result = run_python(f"""
         import sys
-        sys.modules["flask"] = None
+        sys.modules["{package}"] = None
         try:
-            import wsgi_bg.flask
+            import wsgi_bg.{module}
         except ImportError as exc:
             print(exc)
     """)
     assert result.stdout.strip() == (
-        "wsgi_bg.flask needs a package that is not installed: pip install 'wsgi_bg[flask]'"
+        f"wsgi_bg.{module} needs a package that is not installed: "
+        f"pip install 'wsgi_bg[{package}]'"
     )
 
 

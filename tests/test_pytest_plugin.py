@@ -406,3 +406,52 @@ def test_the_installed_plugin_is_loaded_and_can_be_turned_off(tmp_path: Path) ->
     assert "1 passed" in run_pytest(tmp_path, "-W", "error").stdout
     off = run_pytest(tmp_path, "-p", "no:wsgi_bg").stdout
     assert "fixture 'background_tasks' not found" in off
+
+
+CLEAR = """
+@pytest.fixture(autouse=True)
+def _clear():
+    shop.sent.clear()
+"""
+
+
+def test_a_marked_parameter_changes_no_other(inner: Inner) -> None:
+    result = inner.run(
+        CLEAR
+        + """
+record = pytest.mark.wsgi_bg(mode="record")
+
+@pytest.mark.parametrize("marked", [pytest.param(True, marks=record), False])
+def test_it(marked):
+    shop.client.get("/send", buffered=True)
+    assert shop.sent == ([] if marked else ["ada"])
+"""
+    )
+    result.assert_outcomes(passed=2)
+
+
+def test_a_marked_test_has_the_fixture_before_its_others_and_setup_method(
+    inner: Inner,
+) -> None:
+    result = inner.run(
+        CLEAR
+        + """
+@pytest.fixture
+def logged_in():
+    shop.client.get("/send")
+
+@pytest.mark.wsgi_bg(mode="run")
+def test_it(logged_in):
+    assert shop.sent == ["ada"]
+
+@pytest.mark.wsgi_bg(mode="record")
+class TestIt:
+    def setup_method(self):
+        shop.client.get("/send")
+
+    def test_it(self, background_tasks):
+        assert [task.args for task in background_tasks.tasks] == [("ada",)]
+        assert shop.sent == []
+"""
+    )
+    result.assert_outcomes(passed=2)

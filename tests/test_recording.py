@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterable
 from contextvars import ContextVar
 from typing import Any
 from unittest.mock import ANY
 
+import falcon.testing
 import pytest
 from flask import Flask, current_app
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
@@ -18,6 +20,7 @@ from tests.client import ask
 from tests.conftest import Log
 from tests.recording_support import (
     LENGTH,
+    TYPE,
     add,
     apps,
     body_of,
@@ -645,3 +648,39 @@ def test_without_the_fixture_all_is_as_before() -> None:
     done.clear()
     body.close()
     assert done == ["grace"]
+
+
+def test_falcons_client_finds_a_wsgi_application(recorder: TaskRecorder) -> None:
+    """It counts the arguments of ``__call__``: three are ASGI's."""
+
+    class Page:
+        def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+            get_background_tasks(req.env).add_task(send, "ada")
+            resp.text = "ok"
+
+    app: Any = falcon.App()
+    app.add_route("/", Page())
+    client = falcon.testing.TestClient(BackgroundTasksMiddleware(app))
+    assert client.simulate_get("/").text == "ok"
+    recorder.assert_added(send, "ada")
+
+
+def test_the_end_waits_for_tasks_though_the_close_of_a_stream_raises() -> None:
+    def slow() -> None:
+        threading.Event().wait(0.1)
+        done.append("slow")
+
+    def body() -> Iterable[bytes]:
+        return ClosingIterator(iter([b"o", b"k"]), lambda: fail("in close"))
+
+    broken = BackgroundTasksMiddleware(app_that(lambda environ: None, headers=TYPE, body=body))
+    responses: list[Any] = []
+
+    def test_it() -> None:
+        with TaskRecorder("real")._watch.active():
+            by_werkzeug(whole(slow, runner="pool"))
+            responses.append(by_werkzeug(broken))  # and held, or it would close itself
+
+    with pytest.raises(ValueError, match="in close"):
+        test_it()
+    assert done == ["slow"]

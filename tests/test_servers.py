@@ -44,7 +44,11 @@ def test_every_server_of_the_table_is_tried() -> None:
 
 @pytest.mark.parametrize(
     ("environ", "description"),
-    [({"SERVER_SOFTWARE": "acme/1"}, "acme/1"), ({}, "a server that does not name itself")],
+    [
+        ({"SERVER_SOFTWARE": "acme/1"}, "acme/1"),
+        ({"wsgi.multithread": True}, "a server that does not name itself"),
+        (make_environ(), "a test client"),
+    ],
 )
 def test_an_unknown_server_is_described_by_what_it_says(
     environ: Environ, description: str

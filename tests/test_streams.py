@@ -371,3 +371,42 @@ def test_a_servers_response_is_left_alone(recorder: TaskRecorder) -> None:
     assert isinstance(body, Body)
     body.close()
     recorder.assert_added(send, "ada")
+
+
+def failing_twice() -> Any:
+    return stream((fail, "first"), (fail, "second"))
+
+
+@run
+def test_a_client_that_closes_a_stream_again_gets_the_first_error(
+    recorder: TaskRecorder,
+) -> None:
+    with pytest.raises(ValueError, match="first"):
+        Client(failing_twice()).get("/", buffered=True)
+    with pytest.raises(ValueError, match="first"), Client(failing_twice()).get("/") as response:
+        body_of(response)
+    assert [str(error) for error in recorder.errors] == ["first", "second"] * 2
+
+
+@run
+@pytest.mark.parametrize("headers", [TYPE, LENGTH])
+def test_an_error_in_the_body_is_not_hidden_by_one_of_a_task(
+    recorder: TaskRecorder, headers: Any
+) -> None:
+    def app(environ: Environ, start_response: Any) -> Iterator[bytes]:
+        add((fail, "task"), run_on="error")(environ)
+        start_response("200 OK", headers)
+        yield b"o"
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError, match="a bug"):
+        Client(BackgroundTasksMiddleware(app)).get("/", buffered=True)
+    assert [str(error) for error in recorder.errors] == ["task"]
+
+
+@run
+@pytest.mark.parametrize("app", [stream, late, late_whole])
+def test_a_tasks_stop_iteration_is_no_end_of_the_body(app: Any) -> None:
+    client = Client(app((next, iter(()))))
+    with pytest.raises(RuntimeError, match="a background task raised StopIteration"):
+        body_of(client.get("/"))

@@ -9,7 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import get_args
 
-import pytest
+from .exceptions import ExtraMissingError
+
+try:
+    import pytest
+except ModuleNotFoundError as exc:
+    raise ExtraMissingError("pytest", "wsgi_bg.pytest_plugin") from exc
 
 from .testing.recording import RecordedTask, TaskRecorder, format_call
 from .testing.watching import Mode
@@ -44,8 +49,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if not hasattr(item.config, "workerinput"):  # xdist's crash then
                 _mode_of(item)  # now, for one error before the first test
             names: list[str] = getattr(item, "fixturenames", [])
-            if _FIXTURE not in names:
-                names.append(_FIXTURE)
+            # First, for the requests of other fixtures and of setup_method(). A new list:
+            # the parameters of one function share theirs.
+            others = [name for name in names if name != _FIXTURE]
+            item.fixturenames = [_FIXTURE, *others]  # type: ignore[attr-defined]
 
 
 def _mode_of(item: pytest.Item) -> Mode:

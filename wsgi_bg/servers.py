@@ -78,6 +78,8 @@ def describe(environ: WSGIEnvironment) -> str:
     server = recognise(environ)
     if server is not None:
         return server.name
+    if is_test_client(environ):
+        return "a test client"
     return str(environ.get("SERVER_SOFTWARE", "a server that does not name itself"))
 
 

@@ -50,6 +50,18 @@ def _replay(chunks: list[bytes], exc: Exception) -> Iterator[bytes]:
     raise exc
 
 
+def _nothing() -> None:
+    """Nothing is to be told any more."""
+
+
+def _not_the_end(call: Callable[[], None]) -> None:
+    """Make a call within ``__next__``, where a task's ``StopIteration`` would be the end."""
+    try:
+        call()
+    except StopIteration as exc:
+        raise RuntimeError("a background task raised StopIteration") from exc
+
+
 class Stream:
     """A response of unknown length, which closes itself at its end.
 
@@ -78,9 +90,10 @@ class Stream:
         try:
             return next(self._chunks)
         except StopIteration:
-            self.close()
+            _not_the_end(self.close)
             raise
         except BaseException:
+            self._on_close = _nothing  # the client gets this error, and no other after it
             self._close()
             raise
 
@@ -93,7 +106,8 @@ class Stream:
             rest, is_whole = read(self._body, self._chunks)
             self._chunks = iter(rest)
             if is_whole:
-                self._on_close()
+                _not_the_end(self.close)
+            self._on_close = _nothing
         return chunk
 
     def close(self) -> None:
@@ -101,8 +115,9 @@ class Stream:
 
         :raises BaseException: what the application's ``close()`` raises, or ``on_close``.
         """
+        on_close, self._on_close = self._on_close, _nothing  # once: a client closes twice
         self._close()
-        self._on_close()
+        on_close()
 
     def _close(self) -> None:
         self._is_over = True

@@ -79,14 +79,16 @@ class Watch:
         :raises BaseException: at the end, the error that no one has looked at.
         """
         __tracebackhide__ = True
+        watch = self
         handle = BackgroundTasksMiddleware.__call__
 
+        # "self", for Falcon's test client counts arguments, and takes three for ASGI.
         def call(
-            middleware: BackgroundTasksMiddleware,
+            self: BackgroundTasksMiddleware,
             environ: WSGIEnvironment,
             start_response: StartResponse,
         ) -> Iterable[bytes]:
-            return self._handle(partial(handle, middleware), environ, start_response)
+            return watch._handle(partial(handle, self), environ, start_response)
 
         def stand_in(runner: Runner) -> Runner:
             return cast("Runner", _StandIn(self._submit, runner))
@@ -216,6 +218,8 @@ class Watch:
                 for visit in self._visits:
                     stack.callback(visit.drop)
             stack.callback(self.failures.raise_all)
-            self.close_streams()
-            if self._mode != "record":
-                self._wait(TEARDOWN_TIMEOUT, lambda visit: visit.waits)
+            try:
+                self.close_streams()
+            finally:
+                if self._mode != "record":
+                    self._wait(TEARDOWN_TIMEOUT, lambda visit: visit.waits)
