@@ -19,6 +19,7 @@ from tests.test_examples import EXAMPLES, FOLDER
 
 ROOT = FOLDER.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CELERY = (ROOT / "docs/celery.md").read_text(encoding="utf-8")
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 TIMEOUT = 10.0  # seconds
 
@@ -38,13 +39,17 @@ def command(title: str) -> str:
 
 
 def run_block(number: int, **names: Any) -> dict[str, Any]:
-    """Run a Python block in a namespace of its own, and the tests that it defines.
+    """Run a Python block of the README; see :func:`run`."""
+    return run(blocks("python")[number], f"README.md, Python block {number}", **names)
+
+
+def run(block: str, title: str, **names: Any) -> dict[str, Any]:
+    """Run a block in a namespace of its own, and the tests that it defines.
 
     If one of them takes a fixture, pytest runs them, as the reader will.
     """
-    block = blocks("python")[number]
-    namespace = {"__name__": f"readme_{number}", **names}
-    exec(compile(block, f"README.md, Python block {number}", "exec"), namespace)
+    namespace = {"__name__": "block", **names}
+    exec(compile(block, title, "exec"), namespace)
     tests = [value for name, value in namespace.items() if name.startswith("test_")]
     if any(inspect.signature(test).parameters for test in tests):
         run_by_pytest(block)
@@ -71,6 +76,11 @@ def run_by_pytest(source: str) -> None:
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
 def test_each_python_block_runs_on_its_own(number: int) -> None:
     run_block(number)
+
+
+@pytest.mark.parametrize("block", blocks("python", CELERY))
+def test_each_python_block_on_celery_runs_on_its_own(block: str) -> None:
+    run(block, "docs/celery.md")
 
 
 def test_the_fifteen_lines_answer_and_then_send_their_mail() -> None:
@@ -122,8 +132,9 @@ def test_the_first_command_serves_the_example_that_the_curl_line_asks() -> None:
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)]*)\)", README))
 def test_each_link_leads_to_a_file_of_the_project_or_a_heading(link: str) -> None:
-    headings = re.findall(r"^#+ ([\w ]+)$", README, re.MULTILINE)
-    anchors = {"#" + heading.lower().replace(" ", "-") for heading in headings}
+    headings = re.findall(r"^#+ (.+)$", README, re.MULTILINE)
+    words = [re.sub(r"[^\w -]", "", heading.lower()) for heading in headings]
+    anchors = {"#" + heading.replace(" ", "-") for heading in words}
     assert link in anchors or (ROOT / link).exists()
 
 
