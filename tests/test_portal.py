@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import os
+import signal
 import threading
 from typing import Any
 
@@ -303,3 +305,38 @@ def test_a_loop_that_cannot_be_had_is_the_tasks_error() -> None:
         "async ran",
         "plain ran",
     ], done.stdout + done.stderr
+
+
+def test_what_a_coroutine_raises_comes_out_of_a_trip() -> None:
+    async def fail() -> None:
+        await asyncio.sleep(0)
+        raise ValueError("its own")
+
+    with pytest.raises(ValueError, match="its own"):
+        portal.run(fail)
+
+
+def test_a_signal_handlers_exception_cancels_what_is_waited_for() -> None:
+    """As Celery's ``soft_time_limit`` does; the coroutine must not go on."""
+    cancelled = threading.Event()
+
+    class TimeLimitError(Exception):
+        """What the handler raises."""
+
+    def handler(number: int, frame: object) -> None:
+        raise TimeLimitError
+
+    async def stuck() -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with pytest.raises(TimeLimitError):
+            portal.run(stuck)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert cancelled.wait(TIMEOUT)
