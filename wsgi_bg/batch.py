@@ -67,13 +67,17 @@ class Batch(Progress):
         """
         try:
             for task in self.tasks:
-                if not self._stopped and task._claim():
-                    self._running = task
+                if self._stopped or self._abandoned:
+                    return
+                self._running = task  # first, so that a signal finds its name
+                if task._claim():
                     self._send_or_keep(task)
-                    self._running = None
+                self._running = None
         except BaseException as exc:
             self.stop_for(exc)
             raise
+        finally:
+            self._tell_if_ended()  # a stop; else the batch goes on to who runs the others
 
     def _send_or_keep(self, task: BackgroundTask) -> None:
         calls = task._options.calls

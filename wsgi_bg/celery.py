@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -90,6 +91,8 @@ class CeleryRunner:
                 raise OptionTypeError(name, value, "a number of seconds")
         if not publish_timeout > 0:
             raise OptionValueError("publish_timeout", publish_timeout, "more than 0 seconds")
+        if publish_timeout > threading.TIMEOUT_MAX / 2:  # a socket is given twice as long
+            raise OptionValueError("publish_timeout", publish_timeout, "a bounded time")
         if not drain_timeout >= 0:
             raise OptionValueError("drain_timeout", drain_timeout, "0 seconds or more")
         if on_publish_error not in get_args(OnPublishError):
@@ -127,6 +130,10 @@ class CeleryRunner:
         options = {**registration.celery.message, **given}
         task._encoded = Message(name, text, celery_headers.current(), options)
 
+    def sends(self, task: BackgroundTask) -> bool:
+        """Whether :meth:`send` has anything to do for a task; does not block."""
+        return hasattr(task, "_encoded")
+
     def send(self, task: BackgroundTask) -> bool:
         """Send a task to the broker; blocks for ``publish_timeout`` at most.
 
@@ -158,7 +165,7 @@ class CeleryRunner:
         """
         crew = self._crews.get()
         takes_more = crew.ledger.enter(batch)
-        if not any(hasattr(task, "_encoded") for task in batch.tasks):
+        if not any(map(self.sends, batch.tasks)):
             self._local.submit(batch)
             return
         if batch.response_complete or not takes_more:

@@ -8,6 +8,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextvars import Context, ContextVar
+from types import NoneType
+
+from .exceptions import OptionTypeError
 
 correlation_id: ContextVar[str | None] = ContextVar("wsgi_bg.correlation_id", default=None)
 """Set it while a request is handled, and the registered tasks that are added find it on the
@@ -21,9 +24,15 @@ _HEADERS = {"x-correlation-id": correlation_id, "traceparent": traceparent}
 
 
 def current() -> dict[str, str]:
-    """The headers for a task that is added here and now."""
+    """The headers for a task that is added here and now.
+
+    :raises TypeError: if a variable was set to what no header can be.
+    """
     found = {name: variable.get() for name, variable in _HEADERS.items()}
     found.update(_from_opentelemetry())
+    for name, value in found.items():
+        if not isinstance(value, (str, NoneType)):
+            raise OptionTypeError(_HEADERS[name].name, value, "a str or None")
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -35,7 +35,7 @@ def check_settings(app: Celery) -> None:
         if any(map(_is_unsafe, accepted)):
             raise UnsafeCeleryError(setting, accepted, "['json']")
     accepted = conf.accept_content
-    if not {"json", "application/json"} & {str(each) for each in accepted}:
+    if not {"json", "application/json"} & {str(each) for each in accepted or ()}:
         raise OptionValueError("accept_content of celery_app", accepted, "a list with 'json'")
     if conf.worker_pool_restarts:  # a control message then names modules to import
         raise UnsafeCeleryError("worker_pool_restarts", True, "False")

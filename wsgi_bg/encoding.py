@@ -66,7 +66,7 @@ def encode(
         for argument, value in enumerate(args):  # noqa: B007  # it names what is refused
             packed.append(_pack(value))
         for argument, value in kwargs.items():
-            named[argument] = _pack(value)
+            named[_text(argument)] = _pack(value)
     except _RefusedError as exc:
         where = argument if isinstance(argument, str) else _positional(signature, argument)
         raise ArgumentError(name, where + exc.path, exc.reason) from None

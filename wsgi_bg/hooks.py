@@ -54,7 +54,8 @@ class Hooks:
 
     ``task_added`` is called first. Then ``task_discarded`` follows, or ``task_sent``, or
     ``task_started`` and one of ``task_finished``, ``task_failed`` and, if the worker is
-    stopped in the middle, ``task_discarded``. Each is called at most once a task.
+    stopped in the middle, ``task_discarded``. A task that could not be sent and is given up
+    has ``task_failed`` without ``task_started``. Each is called at most once a task.
 
     ``task_started``, ``task_finished`` and ``task_failed`` are called in the task's context
     variables: what ``task_started`` sets there (a span) the task sees, and no other. They

@@ -76,7 +76,8 @@ class Options:
         self._hooks = hooks
         self._around = around
         send = getattr(runner, "send", None)
-        self.calls = Calls(hooks, around, send) if hooks or around or send else None
+        sends = getattr(runner, "sends", None)
+        self.calls = Calls(hooks, around, send, sends) if hooks or around or send else None
         self._check: Callable[[BackgroundTask], None] | None = getattr(runner, "check", None)
         self.is_watched = bool(hooks or self._check)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
+from contextvars import copy_context
 from time import monotonic
 from typing import Any
 
@@ -64,8 +65,8 @@ class Publisher:
         job = _Job(message)
         if not self._threads.take(job):
             raise PublishError(message.name, "no thread can be had")
-        if not job.is_done.acquire(timeout=self._timeout):
-            job.leave()
+        # Where both come in one moment, the one that settles it first is right.
+        if not job.is_done.acquire(timeout=self._timeout) and job.settle():
             self._silent_until = monotonic() + self._timeout
             raise PublishError(
                 message.name, f"the broker has not answered in {self._timeout:g} seconds"
@@ -76,23 +77,27 @@ class Publisher:
 
     def _work(self, job: _Job) -> None:
         """On a thread of its own: send one message."""
-        if job.was_left():
+        if job.is_settled:
             return
         producer = None
         try:
             producer = self._take_idle() or self._connect()
-            self._send(producer, job.message)
+            # Celery's signals see what is set where the task was added: a span, an id.
+            job.context.run(self._send, producer, job.message)
         except BaseException as exc:
             job.error = exc
+            job.settle()
             job.is_done.release()
+            del job  # or the error holds itself, by this frame
             if producer is not None:
                 with suppress(Exception):
                     producer.connection.release()
         else:
             self._idle.append(producer)
             self._silent_until = 0.0
-            job.is_done.release()
-            if job.was_left():
+            if job.settle():
+                job.is_done.release()
+            else:
                 logger.warning(
                     "background task %s was sent after its time was up: it may run twice",
                     job.message.name,
@@ -130,27 +135,32 @@ class Publisher:
 class _Job:
     """A message and the one who waits for it."""
 
-    __slots__ = ("_was_left", "error", "is_done", "message")
+    __slots__ = ("_is_open", "context", "error", "is_done", "message")
 
     def __init__(self, message: Message) -> None:
         self.message = message
         self.error: BaseException | None = None
-        self._was_left = False
+        self.context = copy_context()
+        self._is_open = True
         self.is_done = threading.Lock()
         self.is_done.acquire()
 
-    def leave(self) -> None:
-        """Wait no longer."""
-        self._was_left = True
+    def settle(self) -> bool:
+        """Say how it ended, sent or left: True for who is first, as deleting is one step."""
+        try:
+            del self._is_open
+        except AttributeError:
+            return False
+        return True
 
-    def was_left(self) -> bool:
-        """Whether no one waits any more."""
-        return self._was_left
+    @property
+    def is_settled(self) -> bool:
+        return not hasattr(self, "_is_open")
 
 
 def _for_transport(name: str, timeout: float) -> dict[str, Any]:
     """What frees a thread from a broker that does not answer, where that can be set."""
-    if name in ("redis", "rediss"):
+    if name in ("redis", "rediss", "sentinel"):
         return {"socket_timeout": timeout, "socket_connect_timeout": timeout}
     if name in ("amqp", "amqps", "pyamqp"):
         # Without it RabbitMQ says nothing, and a message may be lost on the way.
