@@ -55,7 +55,7 @@ def serve(app: Celery) -> None:
 
 def is_served(task: Any) -> bool:
     """Whether a task of Celery is one that :func:`serve` has made."""
-    return hasattr(task, "_wsgi_bg_hides_arguments")
+    return hasattr(task, "_is_of_wsgi_bg")
 
 
 def _add(app: Celery, registration: Registration) -> None:
@@ -92,7 +92,7 @@ def _base(app: Celery) -> type:
 
     class RegisteredTask(app.Task):  # type: ignore[misc]
         abstract = True
-        _wsgi_bg_hides_arguments = True
+        _is_of_wsgi_bg = True
 
         def apply_async(self, *args: Any, **options: Any) -> Any:
             # Also when Celery sends a task again: it would show what it does not know.
