@@ -16,7 +16,7 @@ from celery import Celery
 from celery.signals import before_task_publish
 
 from tests import registry_samples
-from tests.celery_shop import not_registered, note
+from tests.celery_shop import local_calls, not_registered, note
 from tests.celery_support import Broker, filesystem, messages, request, silent_broker
 from tests.conftest import Log
 from tests.support import TIMEOUT, Gate
@@ -311,6 +311,8 @@ def test_what_was_sent_is_not_left_undone_while_others_wait(broker: Broker) -> N
     assert runner.statistics().running == 0
     assert runner.statistics().succeeded == 1
     taken[0].run()
+    assert len(local_calls) == 1
+    local_calls.clear()
 
 
 def test_a_runner_that_stands_in_for_one_that_sends_runs_all_here(

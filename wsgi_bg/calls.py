@@ -32,22 +32,22 @@ class Calls:
     :param around: makes a context manager that a task is called in; an awaitable that the
         call returns is awaited in it too. It lets errors through.
     :param send: the runner's, which says whether another process makes the call.
-    :param sends: the runner's, which says whether ``send`` is to be asked; None for always.
+    :param may_send: the runner's, which says whether ``send`` is to be asked; None for always.
     """
 
-    __slots__ = ("_around", "_hooks", "_send", "_sends")
+    __slots__ = ("_around", "_hooks", "_may_send", "_send")
 
     def __init__(
         self,
         hooks: tuple[Hooks, ...],
         around: Around | None,
         send: Send | None,
-        sends: Send | None = None,
+        may_send: Send | None = None,
     ) -> None:
         self._hooks = hooks
         self._around = around
         self._send = send
-        self._sends = sends
+        self._may_send = may_send
 
     def added(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
         """The task is about to join ``batch``."""
@@ -67,7 +67,7 @@ class Calls:
 
     def send_or_make(self, task: BackgroundTask) -> Any:
         """Send the task or, where that is not to be, make the call as :meth:`make` does."""
-        if self._sends is not None and not self._sends(task):
+        if self._may_send is not None and not self._may_send(task):
             return self.make(task)
         if task.is_async:
             return self._send_or_make_async(task)

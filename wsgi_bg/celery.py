@@ -130,7 +130,7 @@ class CeleryRunner:
         options = {**registration.celery.message, **given}
         task._encoded = Message(name, text, celery_headers.current(), options)
 
-    def sends(self, task: BackgroundTask) -> bool:
+    def may_send(self, task: BackgroundTask) -> bool:
         """Whether :meth:`send` has anything to do for a task; does not block."""
         return hasattr(task, "_encoded")
 
@@ -165,7 +165,7 @@ class CeleryRunner:
         """
         crew = self._crews.get()
         takes_more = crew.ledger.enter(batch)
-        if not any(map(self.sends, batch.tasks)):
+        if not any(map(self.may_send, batch.tasks)):
             self._local.submit(batch)
             return
         if batch.response_complete or not takes_more:

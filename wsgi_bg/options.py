@@ -76,8 +76,8 @@ class Options:
         self._hooks = hooks
         self._around = around
         send = getattr(runner, "send", None)
-        sends = getattr(runner, "sends", None)
-        self.calls = Calls(hooks, around, send, sends) if hooks or around or send else None
+        may_send = getattr(runner, "may_send", None)
+        self.calls = Calls(hooks, around, send, may_send) if hooks or around or send else None
         self._check: Callable[[BackgroundTask], None] | None = getattr(runner, "check", None)
         self.is_watched = bool(hooks or self._check)
 

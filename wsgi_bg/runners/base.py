@@ -40,8 +40,8 @@ class Runner(Protocol):
     - ``send(task)``, called when the task's turn has come, on a thread that it may block:
       returns True if it has sent the task to another process, which then makes the call,
       False if the call is to be made here, and gives the task up by raising;
-    - ``sends(task)``, which does not block: False spares an ``async def`` task that stays here
-      the thread on which ``send`` is called;
+    - ``may_send(task)``, which does not block: False spares an ``async def`` task that stays
+      here the thread on which ``send`` is called;
     - ``drain_timeout``, how long interpreter exit waits for it, in seconds (30 without);
     - ``abandon()``, called at exit after ``drain``: lets no batch begin another task and
       returns the tasks left undone. Without it those that ``drain`` returned are named.
