@@ -285,3 +285,29 @@ def test_a_second_sending_finds_nothing_to_do(gate: Gate) -> None:
     assert done.is_set()
     batches[0].send()
     assert runner.sent == [(0,)]
+
+
+def test_what_was_run_by_hand_meanwhile_is_not_sent_too() -> None:
+    class RunsTheRest(Sender):
+        def send(self, task: BackgroundTask) -> bool:
+            if not self.sent:
+                background_tasks()  # another thread could do the same
+            return super().send(task)
+
+    called: list[str] = []
+
+    def first() -> None:
+        called.append("first")
+
+    def second() -> None:
+        called.append("second")
+
+    runner = RunsTheRest("first", "second")
+
+    def add(environ: Any) -> None:
+        background_tasks.add_task(first)
+        background_tasks.add_task(second)
+
+    respond(BackgroundTasksMiddleware(app_that(add), runner=runner))
+    assert called == ["second"]
+    assert runner.sent == [()]
