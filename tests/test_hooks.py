@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 import os
 import signal
 import threading
@@ -498,9 +499,9 @@ def fail(subject: Subject) -> None:
 @pytest.mark.parametrize("function", [fail, fail_later])
 @pytest.mark.parametrize("hooks", [None, Hooks()])
 def test_the_arguments_of_a_task_that_failed_are_freed_without_a_collection(
-    function: Any, hooks: Any, monkeypatch: pytest.MonkeyPatch
+    function: Any, hooks: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("wsgi_bg.report.logger.disabled", True)
+    caplog.set_level(logging.CRITICAL, logger="wsgi_bg")
     subject = Subject()
     freed = subject.freed
     app = app_that(lambda environ: background_tasks.add_task(function, environ.pop("subject")))

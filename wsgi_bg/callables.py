@@ -6,9 +6,12 @@ import functools
 import inspect
 import reprlib
 from inspect import CO_COROUTINE
+from types import NoneType
 from typing import Any
 
 from .exceptions import TaskTypeError
+from .interrupts import goes_through
+from .log import type_name
 
 # One look at these flags settles the usual cases, a function or a bound method, plain or
 # async: inspect.iscoroutinefunction takes 240 ns (1.2 us on 3.13), this 20.
@@ -45,12 +48,23 @@ def is_coroutine_callable(func: Any) -> bool:
 
 
 def name_of(func: Any) -> str:
-    """``module.qualname`` of what is called in the end; for a callable object its class's."""
-    while isinstance(func, functools.partial):
-        func = func.func
-    named = func if hasattr(func, "__qualname__") else type(func)
-    module = named.__module__  # None for a method of a builtin type, such as [].append
-    return f"{module}.{named.__qualname__}" if module else str(named.__qualname__)
+    """``module.qualname`` of the innermost callable; for a callable object its class's.
+
+    Raises nothing: if the callable raises when asked for its name, the class's is returned.
+    """
+    try:
+        while isinstance(func, functools.partial):
+            func = func.func
+        named = func if hasattr(func, "__qualname__") else type(func)
+        qualname = named.__qualname__
+        # None for a method of a builtin type, such as [].append; "x".__mul__ has none.
+        module = getattr(named, "__module__", None)
+        if isinstance(qualname, str) and isinstance(module, (str, NoneType)):
+            return f"{module}.{qualname}" if module else str(qualname)
+    except BaseException as exc:
+        if goes_through(exc):
+            raise
+    return type_name(func)
 
 
 def _innermost(func: Any) -> Any:

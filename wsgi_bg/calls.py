@@ -12,9 +12,9 @@ from contextlib import AbstractContextManager, ExitStack
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any
 
+from . import log
 from .hooks import Hooks, TaskRecord
 from .interrupts import goes_through
-from .report import logger
 from .steps import AwaitedIn
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class Calls:
             except BaseException as exc:
                 if goes_through(exc):
                     raise
-                logger.error(
+                log.error(
                     "%s.%s raised for background task %s",
                     type(hooks).__qualname__,
                     hook,

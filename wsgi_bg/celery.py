@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from . import celery_headers, registry
+from . import celery_headers, log, registry
 from .celery_headers import correlation_id, traceparent
 from .encoding import encode
 from .exceptions import (
@@ -19,7 +19,6 @@ from .exceptions import (
     RegistrationError,
 )
 from .process import PerProcess
-from .report import logger
 from .runners import Runner, Statistics, resolve
 from .runners.ledger import Ledger
 from .runners.pool import PUT_OFF
@@ -152,7 +151,7 @@ class CeleryRunner:
         except PublishError as exc:
             if self._discards:
                 raise
-            logger.warning("background task %s runs in this process: %s", task.name, exc)
+            log.warning("background task %s runs in this process: %s", task.name, exc)
             return False
         return True
 
@@ -188,9 +187,7 @@ class CeleryRunner:
         try:
             self._send_now(batch)
         except Exception as exc:  # of a user's runner
-            logger.error(
-                "%r did not take %r, which runs here", self._local, batch, exc_info=exc
-            )
+            log.error("%s did not take %s, which runs here", self._local, batch, exc_info=exc)
             batch.run()
 
     def drain(self, timeout: float) -> list[BackgroundTask]:

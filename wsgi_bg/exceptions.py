@@ -6,6 +6,8 @@ catch in its place, and carries as attributes what a handler may want to look at
 
 from __future__ import annotations
 
+from .log import safe_repr
+
 
 class WsgiBgError(Exception):
     """Base of every error that wsgi_bg raises on purpose."""
@@ -74,7 +76,7 @@ class OptionError(WsgiBgError):
     """
 
     def __init__(self, option: str, given: object, wanted: str) -> None:
-        super().__init__(f"{option} must be {wanted}; got {given!r}")
+        super().__init__(f"{option} must be {wanted}; got {safe_repr(given)}")
         self.option = option
         self.given = given
         self.wanted = wanted
@@ -187,8 +189,8 @@ class UnsafeCeleryError(WsgiBgError, ValueError):
 
     def __init__(self, setting: str, value: object, instead: str) -> None:
         super().__init__(
-            f"the Celery setting {setting} is {value!r}, by which a message could make a "
-            f"worker run any code: set {instead}"
+            f"the Celery setting {setting} is {safe_repr(value)}, by which a message "
+            f"could make a worker run any code: set {instead}"
         )
         self.setting = setting
 

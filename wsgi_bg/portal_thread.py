@@ -15,9 +15,9 @@ from typing import Any
 import anyio
 from anyio.from_thread import BlockingPortal
 
+from . import log
 from .executor import LoopExecutor
 from .greenlets import start_real_thread
-from .report import logger
 
 Work = Callable[[Any], Coroutine[Any, Any, None]]
 Then = Callable[[Any], object]
@@ -74,7 +74,7 @@ class PortalThread:
                 # Raised in a task that a coroutine had started on its own: asyncio ends the
                 # loop for SystemExit and KeyboardInterrupt, and no one can prevent it.
                 # (coverage loses a thread's trace after that; a test sees the record.)
-                logger.error(  # pragma: no cover
+                log.error(  # pragma: no cover
                     "the portal's event loop was ended by a task on it", exc_info=exc
                 )
         finally:

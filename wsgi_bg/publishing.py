@@ -12,8 +12,8 @@ from typing import Any
 from celery import Celery
 from kombu import Producer
 
+from . import log
 from .exceptions import PublishError
-from .report import logger
 from .workers import Workers
 
 CONNECTIONS = 8
@@ -98,7 +98,7 @@ class Publisher:
             if job.settle():
                 job.is_done.release()
             else:
-                logger.warning(
+                log.warning(
                     "background task %s was sent after its time was up: it may run twice",
                     job.message.name,
                 )

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from . import log
 from .interrupts import goes_through
 
 if TYPE_CHECKING:
     from .task import BackgroundTask
-
-logger = logging.getLogger("wsgi_bg")
 
 observer: Callable[[BackgroundTask, BaseException], None] | None = None
 """What is told of every error that is logged: the pytest plugin, which lets tests fail."""
@@ -22,7 +20,7 @@ def failure(task: BackgroundTask, exc: BaseException) -> None:
 
     Called in the task's context, so that log records carry its correlation ids.
     """
-    logger.error("background task %s raised %s", task.name, type(exc).__name__, exc_info=exc)
+    log.error("background task %s raised %s", task.name, type(exc).__name__, exc_info=exc)
     observe = observer  # once: another thread may end the test meanwhile
     if observe is not None:
         observe(task, exc)
@@ -37,12 +35,12 @@ def failure(task: BackgroundTask, exc: BaseException) -> None:
     except BaseException as second:
         if goes_through(second):
             raise
-        logger.error("on_error raised for background task %s", task.name, exc_info=second)
+        log.error("on_error raised for background task %s", task.name, exc_info=second)
 
 
 def not_run(task: BackgroundTask, reason: str) -> None:
     """Name a task that will not run."""
-    logger.warning("background task %s was not run: %s", task.name, reason)
+    log.warning("background task %s was not run: %s", task.name, reason)
     discarded(task, reason)
 
 
@@ -50,13 +48,13 @@ def stopped(task: BackgroundTask, exc: BaseException, *, began: bool) -> None:
     """Name a task that was left undone when ``exc`` stopped its worker."""
     end = " to its end" if began else ""
     reason = f"{type(exc).__name__} stopped its worker"
-    logger.warning("background task %s was not run%s: %s", task.name, end, reason)
+    log.warning("background task %s was not run%s: %s", task.name, end, reason)
     discarded(task, reason)
 
 
 def unfinished(task: BackgroundTask, reason: str) -> None:
     """Name a task that the process ends without."""
-    logger.error(
+    log.error(
         "background task %s was not finished %s: the process ends without it",
         task.name,
         reason,

@@ -8,11 +8,10 @@ from contextvars import Context
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from . import servers
+from . import log, servers
 from .batch import Batch
 from .context import current
 from .interrupts import goes_through
-from .report import logger
 from .runners.pool import shared_pool
 from .task import BackgroundTask
 from .tasks import CLOSED, ENDED, BackgroundTasks
@@ -129,8 +128,8 @@ class RequestTasks(BackgroundTasks):
             if goes_through(exc):
                 batch.stop_for(exc)
                 raise
-            logger.error(
-                "%r did not take %s, which run in this process",
+            log.error(
+                "%s did not take %s, which run in this process",
                 runner,
                 [task.name for task in batch.tasks],
                 exc_info=exc,

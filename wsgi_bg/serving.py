@@ -9,10 +9,9 @@ from importlib.util import find_spec
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal
 
-from . import shutdown
+from . import log, shutdown
 from .exceptions import ExtraMissingError, MainThreadError, OptionTypeError, OptionValueError
 from .middleware import BackgroundTasksMiddleware
-from .report import logger
 from .signals import StopSignals
 
 if TYPE_CHECKING:
@@ -150,7 +149,7 @@ def run(server: GracefulServer, drain_timeout: float | None) -> Unfinished:
         limit = shutdown.longest_limit() if drain_timeout is None else drain_timeout
         requests = server.finish(began + limit)
         if requests:
-            logger.error(
+            log.error(
                 "%d requests, their inline tasks included, were not finished within the "
                 "drain time of %g seconds: the process ends without them",
                 requests,

@@ -10,8 +10,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from . import ending, portal, report
-from .report import logger
+from . import ending, log, portal, report
 
 if TYPE_CHECKING:
     from .runners.base import Runner
@@ -106,7 +105,7 @@ def _drain(runner: Runner, timeout: float) -> None:
     try:
         runner.drain(max(0.0, timeout))
     except Exception as exc:  # a user's runner; the others have tasks too
-        logger.error("%r could not be drained", runner, exc_info=exc)
+        log.error("%s could not be drained", runner, exc_info=exc)
 
 
 def _name(runner: Runner, reason: str) -> list[BackgroundTask]:
@@ -123,7 +122,7 @@ def _left_of(runner: Runner) -> list[BackgroundTask]:
         try:
             return abandon()
         except Exception as exc:  # as in _drain()
-            logger.error("%r could not say what it left undone", runner, exc_info=exc)
+            log.error("%s could not say what it left undone", runner, exc_info=exc)
             return []
     with suppress(Exception):  # that it cannot be drained was said
         return runner.drain(0.0)

@@ -9,6 +9,7 @@ from typing import Any, ParamSpec
 from . import report
 from .exceptions import BatchEndedError, TaskTypeError
 from .interrupts import goes_through
+from .log import safe_repr
 from .options import DEFAULTS, OnError, Options, RunOn
 from .task import BackgroundTask
 
@@ -41,7 +42,7 @@ class BackgroundTasks:
         for task in tasks or ():
             if not isinstance(task, BackgroundTask):
                 raise TaskTypeError(
-                    f"tasks must be BackgroundTask objects; got {task!r}: write "
+                    f"tasks must be BackgroundTask objects; got {safe_repr(task)}: write "
                     "BackgroundTasks([BackgroundTask(function, ...)])",
                     task,
                 )

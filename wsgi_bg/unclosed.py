@@ -13,10 +13,9 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import servers, shutdown
+from . import log, servers, shutdown
 from .ending import is_exiting
 from .process import PerProcess
-from .report import logger
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -101,7 +100,7 @@ class Collector:
         tasks, environ, outcome = response
         if not self.has_warned:
             self.has_warned = True
-            logger.warning(
+            log.warning(
                 "%s freed a response without calling its close(), as PEP 3333 asks: its "
                 "background tasks were handed over when it was freed (said once a process)",
                 servers.describe(environ),

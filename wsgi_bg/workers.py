@@ -13,7 +13,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import Generic, TypeVar
 
-from .report import logger
+from . import log
 
 Job = TypeVar("Job")
 
@@ -79,7 +79,7 @@ class Workers(Generic[Job]):
             try:
                 self._work(job)
             except BaseException as exc:  # a greenlet's kill
-                logger.error("%s was stopped", self._name, exc_info=exc)
+                log.error("%s was stopped", self._name, exc_info=exc)
             del job  # an idle thread holds no request
             job = self._next(worker)
 

@@ -8,12 +8,11 @@ from math import inf
 from types import NoneType
 from typing import TYPE_CHECKING
 
-from wsgi_bg import greenlets, portal
+from wsgi_bg import greenlets, log, portal
 from wsgi_bg.batch import Batch
 from wsgi_bg.ending import is_exiting
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError
 from wsgi_bg.process import PerProcess
-from wsgi_bg.report import logger
 from wsgi_bg.shutdown import register
 from wsgi_bg.workers import Workers
 
@@ -85,8 +84,8 @@ class PoolRunner:
         limit = self._limits[is_complete]
         has_room = crew.ledger.enter(batch, limit)
         if not (has_room or is_complete or crew.ledger.is_draining):
-            logger.warning(
-                "%d batches are pending in %r: %r runs before its response is complete, "
+            log.warning(
+                "%d batches are pending in %s: %s runs before its response is complete, "
                 "and its client waits",
                 limit,
                 self,

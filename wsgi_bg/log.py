@@ -1,0 +1,98 @@
+"""The package's logger, which is never silent by accident and never raises.
+
+``logging.config.dictConfig`` and ``fileConfig`` disable every logger that exists when they
+are called and is not named in the configuration. A record of this package says that a task
+failed or was lost, so each call here enables the logger again: users silence it by a level.
+
+Filters and handlers are the user's code. What they raise must not stop a batch, a worker or
+a drain; it goes to standard error, together with the record.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from typing import Any
+
+from .interrupts import goes_through
+
+logger = logging.getLogger("wsgi_bg")
+
+
+def debug(message: str, *args: Any) -> None:
+    """Log at DEBUG; see :func:`error`."""
+    _log(logging.DEBUG, message, args, None)
+
+
+def info(message: str, *args: Any) -> None:
+    """Log at INFO; see :func:`error`."""
+    _log(logging.INFO, message, args, None)
+
+
+def warning(message: str, *args: Any, exc_info: BaseException | None = None) -> None:
+    """Log at WARNING; see :func:`error`."""
+    _log(logging.WARNING, message, args, exc_info)
+
+
+def error(message: str, *args: Any, exc_info: BaseException | None = None) -> None:
+    """Log at ERROR.
+
+    :param args: for the ``%`` placeholders of ``message``; an object whose ``repr()``
+        raises is shown by its type.
+    :raises KeyboardInterrupt: or another exception that stops the server's worker; nothing
+        else.
+    """
+    _log(logging.ERROR, message, args, exc_info)
+
+
+def _log(  # %r of a str adds quotes: placeholders are %s, %d and %g
+    level: int, message: str, args: tuple[Any, ...], exc_info: BaseException | None
+) -> None:
+    try:
+        logger.disabled = False
+        if not logger.isEnabledFor(level):
+            return
+        args = tuple(
+            arg if isinstance(arg, (str, float, int)) else safe_repr(arg) for arg in args
+        )
+        logger.log(level, message, *args, exc_info=exc_info, stacklevel=3)
+    except BaseException as exc:
+        if goes_through(exc):
+            raise
+        _print_instead(level, message, args, exc_info, exc)
+
+
+def _print_instead(
+    level: int,
+    message: str,
+    args: tuple[Any, ...],
+    exc_info: BaseException | None,
+    failure: BaseException,
+) -> None:
+    """Write the record to standard error, as :mod:`logging` does for a handler's error."""
+    try:
+        lines = [f"{logging.getLevelName(level)} wsgi_bg: {message % args}\n"]
+        if exc_info is not None:
+            lines += traceback.format_exception(exc_info)
+        lines += ["A filter or handler of logging raised for this record:\n"]
+        lines += traceback.format_exception(failure)
+        sys.stderr.write("".join(lines))
+    except BaseException as exc:  # no standard error, or no file descriptor left
+        if goes_through(exc):
+            raise
+
+
+def safe_repr(given: object) -> str:
+    """``repr(given)``, or the name of its type if the object's ``__repr__`` raises."""
+    try:
+        return repr(given)
+    except BaseException as exc:
+        if goes_through(exc):
+            raise
+        return f"<{type_name(given)} object, whose repr() raises>"
+
+
+def type_name(given: object) -> str:
+    """The qualified name of the type of ``given``, without asking the object or its type."""
+    return str(type.__dict__["__qualname__"].__get__(type(given)))
