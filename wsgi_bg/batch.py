@@ -13,7 +13,7 @@ from sys import getrefcount
 from types import CoroutineType
 from typing import Any
 
-from . import portal, process, report, steps
+from . import log, portal, process, report, steps
 from .calls import Calls
 from .interrupts import goes_through, is_from_signal_handler
 from .steps import DONE, RestOf, as_coroutine
@@ -88,9 +88,10 @@ class Batch:
         # The task that runs, from before it is claimed until its call or its log record is
         # through.
         self._running: BackgroundTask | None = None
-        # What the call of the running plain task has returned. The dictionary makes the call
-        # itself and keeps its result: no bytecode, and so no signal handler, comes between.
-        self._done: defaultdict[BackgroundTask, Any] = defaultdict()
+        # The result of the running plain task, by that task. The dictionary makes the call
+        # itself and keeps the result: no bytecode, and so no signal handler, comes between.
+        # In the same way it gets the key SAID when the log names the task.
+        self._done: defaultdict[Any, Any] = defaultdict()
         # The task whose plain function has returned an awaitable, for the portal.
         self._begun: tuple[BackgroundTask, Context, Any] | None = None
         # Why the async task that runs is cancelled.
@@ -105,6 +106,12 @@ class Batch:
         batch = Batch(self._of, request_failed=self._request_failed, response_complete=False)
         batch._passed_over = self._passed_over
         return batch
+
+    def give_back(self) -> None:
+        """Let another batch discard the task that an exception kept from being named."""
+        task = self._running
+        if task is not None and not task._unclaimed and log.SAID not in self._done:
+            task._unclaimed.append(None)
 
     @property
     def tasks(self) -> list[BackgroundTask]:
@@ -449,8 +456,8 @@ class Batch:
         self.failed += 1
         if task._options.stop_on_error:
             self._stopped = True
-        _run_in(context, report.failure, task, exc)
-        self._running = None
+        _run_in(context, report.failure, task, exc, self._done)
+        self._settle()
         _run_in(context, report.tell_failure, task, exc)
 
     def _discard(self, task: BackgroundTask) -> None:
@@ -460,7 +467,16 @@ class Batch:
         else:
             end = "failed" if self._request_failed else "succeeded"
             reason = f"the request {end}, and run_on is {task._options.run_on!r}"
-        _run_in(self._of._context_of(task), report.not_run, task, reason)
+        context = self._of._context_of(task)
+        _run_in(context, report.not_run, task, reason, self._done)
+        self._settle()
+        _run_in(context, report.discarded, task, reason)
+
+    def _settle(self) -> None:
+        """Note that the log has named the task that ran, or was to run."""
+        self._running = None
+        self._done.clear()
+        self._done.default_factory = None
 
     def stop_for(self, exc: BaseException) -> None:
         """Begin no further task, since ``exc`` stops the worker, and name those left."""
@@ -468,7 +484,9 @@ class Batch:
             return
         running = self._running
         has_begun = running is not None and not running._unclaimed
-        if running is not None and running in self._done:
+        if log.SAID in self._done:
+            self._running = None  # the log has named it
+        elif running is not None and running in self._done:
             result = self._done[running]
             if isawaitable(result):
                 steps.drop(copy_context(), result)

@@ -25,10 +25,11 @@ class Body:
     :class:`~wsgi_bg.request.RequestTasks` the middleware fills its slots.
     """
 
-    __slots__ = ("_app_iter", "_environ", "_open", "_outcome", "_tasks")
+    __slots__ = ("_app_iter", "_environ", "_guard", "_open", "_outcome", "_tasks")
 
     _app_iter: Any  # an Iterable[bytes]; each subclass knows of which type
     _environ: WSGIEnvironment
+    _guard: Guard  # only if the view has added a task
     _open: list[None]  # emptied by the call of close() that counts
     _outcome: Outcome
     _tasks: RequestTasks
@@ -85,6 +86,24 @@ class Body:
             if outcome is LEFT:
                 outcome = self._look(is_freed=True)
             tasks._collector.queue.put(Unclosed(tasks, self._environ, outcome))
+
+
+class Guard:
+    """Is freed after its :class:`Body`, and does what that one's finalizer may have missed.
+
+    A signal handler may raise in a finalizer, which Python then calls no second time.
+    """
+
+    __slots__ = ("_environ", "_tasks")
+
+    def __init__(self, tasks: RequestTasks, environ: WSGIEnvironment) -> None:
+        self._tasks = tasks
+        self._environ = environ
+
+    def __del__(self) -> None:
+        tasks = self._tasks
+        if tasks._phase != ENDED and not tasks._is_handed_over:
+            tasks._collector.queue.put(Unclosed(tasks, self._environ, LEFT))
 
 
 class GeneratorBody(Body):

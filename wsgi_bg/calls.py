@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import log
 from .hooks import Hooks, TaskRecord
-from .interrupts import goes_through
+from .interrupts import is_from_signal_handler
 from .steps import AwaitedIn
 from .successors import observing
 
@@ -171,7 +171,7 @@ class Calls:
                 with observing(record.task):
                     getattr(hooks, hook)(record)
             except BaseException as exc:
-                if goes_through(exc):
+                if is_from_signal_handler(exc):
                     raise
                 log.error(
                     "%s.%s raised for background task %s",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from types import GeneratorType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from .body import Body, GeneratorBody, SizedBody
+from .body import Body, GeneratorBody, Guard, SizedBody
 from .calls import Around
 from .context import ENVIRON_KEY, current
 from .exceptions import OptionTypeError
@@ -111,40 +111,31 @@ class BackgroundTasksMiddleware:
 
         token = current.set(tasks)
         try:
-            app_iter = self._app(environ, tasks.start_response)
-            kind = type(app_iter)
-            if not tasks._list and (
-                kind is list or kind is tuple or kind is environ.get("wsgi.file_wrapper")
-            ):
-                # Goes back as it is: it has nothing in it that could add a task, and a server
-                # sends its own file wrapper by other means than iterating.
-                tasks._phase = ENDED  # and look again, as end_if_empty() does
-                if not tasks._list:
-                    tasks._start_response = None
-                    return app_iter
-                tasks._phase = OPEN
-            if kind is GeneratorType:
-                body: Body = GeneratorBody()
-                body._is_fresh = True  # type: ignore[attr-defined]
-            elif isinstance(app_iter, (list, tuple)):
-                body = SizedBody()
-            else:
-                body = Body()
-            body._app_iter = app_iter
-            body._environ = environ
-            body._outcome = LEFT
-            body._open = [None]
-            body._tasks = tasks
-            return body
-        except BaseException as exc:
-            # A StopIteration is how gunicorn is told that the application has taken its
-            # socket over, for a WebSocket.
-            outcome = LEFT if type(exc) is StopIteration else RAISED
             try:
-                tasks.end(environ, outcome)
-            except BaseException:  # a signal handler's, perhaps before the tasks were named
-                tasks.end(environ, outcome)
+                app_iter = self._app(environ, tasks.start_response)
+                kind = type(app_iter)
+                if not tasks._list and (
+                    kind is list or kind is tuple or kind is environ.get("wsgi.file_wrapper")
+                ):
+                    # Goes back as it is: it has nothing in it that could add a task, and a
+                    # server sends its own file wrapper by other means than iterating.
+                    tasks._phase = ENDED  # and look again, as end_if_empty() does
+                    if not tasks._list:
+                        tasks._start_response = None
+                        return app_iter
+                    tasks._phase = OPEN
+                return _wrap(app_iter, kind, tasks, environ)
+            except StopIteration:
+                # So gunicorn is told that the application has taken its socket over, for a
+                # WebSocket.
+                tasks.end(environ, LEFT)
                 raise
+            except BaseException:
+                tasks.end(environ, RAISED)
+                raise
+        except BaseException:
+            # Once more: a signal handler may have stopped the first call before it had begun.
+            tasks.end(environ, RAISED)
             raise
         finally:
             current.reset(token)
@@ -199,3 +190,24 @@ class BackgroundTasksMiddleware:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self._wrapped!r}, {self._options.runner!r}>"
+
+
+def _wrap(
+    app_iter: Iterable[bytes], kind: type, tasks: RequestTasks, environ: WSGIEnvironment
+) -> Body:
+    """The application's iterable with the end of the request in its ``close()``."""
+    if kind is GeneratorType:
+        body: Body = GeneratorBody()
+        body._is_fresh = True  # type: ignore[attr-defined]
+    elif isinstance(app_iter, (list, tuple)):
+        body = SizedBody()
+    else:
+        body = Body()
+    body._app_iter = app_iter
+    body._environ = environ
+    body._outcome = LEFT
+    body._open = [None]
+    body._tasks = tasks
+    if tasks._list:
+        body._guard = Guard(tasks, environ)
+    return body

@@ -185,5 +185,6 @@ class RequestTasks(BackgroundTasks):
         if goes_through(exc):
             batch.stop_for(exc)
         else:  # a time limit, perhaps: it stops this thread, and not the tasks
+            batch.give_back()
             self._allow_start()
             shared_pool.submit(batch.again())

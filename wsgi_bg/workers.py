@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
+from operator import call
 from typing import Generic, TypeVar
 
 from . import log, process
@@ -39,125 +40,107 @@ class Workers(Generic[Job]):
         self._work = work
         self._limit = limit
         self._name = name
-        self._idle: list[_Worker[Job]] = []
         self._backlog: deque[Job] = deque()
-        self._alive: dict[_Worker[Job], None] = {}
+        self._alive: dict[_Worker, None] = {}
+        self._idle: list[Callable[[None], object]] = []  # what wakes each of these workers
         self._numbers = count()
 
     def submit(self, job: Job) -> bool:
         """Let a thread do ``job``; does not block.
 
         Jobs begin in the order of the calls. If a signal handler raises in here, the job may
-        have been submitted: the caller has to see to it that a job which is done twice does
-        no harm.
+        have been submitted: the caller has to see to it that it is not done twice.
 
         :return: False if no thread is there, nor to be had: the job was not submitted.
         """
-        if self._give_to_idle(job) or self._start(job):
-            return True
         self._backlog.append(job)
-        self._serve_backlog()
-        if self._alive:
+        if self._wake() or self._start() or self._alive:
             return True
         try:
             self._backlog.remove(job)
-        except ValueError:
+        except ValueError:  # a thread that has ended since has done it
             return True
         return False
 
-    def _serve_backlog(self) -> None:
-        """Look again: a worker that went idle or ended may have looked before the job came."""
-        while self._backlog and (self._idle or len(self._alive) < self._limit):
-            try:
-                job = self._backlog.popleft()
-            except IndexError:
-                return
-            if not (self._give_to_idle(job) or self._start(job)):
-                self._backlog.appendleft(job)
-                if not self._idle:
-                    return
-
-    def _give_to_idle(self, job: Job) -> bool:
+    def _wake(self) -> bool:
+        """Let the worker that was idle last look at the backlog; False if none is idle."""
+        if not self._idle:
+            return False
         try:
-            worker = self._idle.pop()
+            # In one step: a worker that is idle for nobody would never be woken.
+            next(map(call, iter(self._idle.pop, None), (None,)))
         except IndexError:
             return False
-        worker.jobs.put(job)
         return True
 
-    def _start(self, job: Job) -> bool:
+    def _start(self) -> bool:
         if len(self._alive) >= self._limit:
             return False
-        worker: _Worker[Job] = _Worker()
-        self._alive[worker] = None
-        if len(self._alive) > self._limit:  # another thread was as quick
-            del self._alive[worker]
-            return False
+        worker = _Worker()
         try:
-            start_daemon(self._run, f"{self._name}-{next(self._numbers)}", worker, job)
+            self._alive[worker] = None
+            if len(self._alive) > self._limit:  # another thread was as quick
+                del self._alive[worker]
+                return False
+            start_daemon(self._run, f"{self._name}-{next(self._numbers)}", worker)
         except BaseException as exc:
-            # A signal handler's exception, after the thread has started perhaps: that thread
-            # ends by itself.
+            # RuntimeError: no memory for a stack, or the interpreter exits. A signal
+            # handler's exception may come after the thread has started: that thread ends.
             self._alive.pop(worker, None)
             if not isinstance(exc, RuntimeError):
                 raise
             return False
         return True
 
-    def _run(self, worker: _Worker[Job], job: Job | None) -> None:
+    def _run(self, worker: _Worker) -> None:
         generation = process.generation
         try:
-            while job is not None:
+            while self._wait(worker):
+                try:
+                    job = self._backlog.popleft()
+                except IndexError:
+                    continue
                 try:
                     self._work(job)
                 except BaseException as exc:
                     if process.generation != generation:
-                        raise  # the child that a task has forked: this is its only thread
+                        raise  # in the child that a task has forked: this is its only thread
                     log.error("%s was stopped", self._name, exc_info=exc)
                 if process.generation != generation:
                     return
                 del job  # an idle thread holds no request
-                job = self._next(worker)
         finally:
             self._alive.pop(worker, None)
-        self._serve_backlog()
+        if self._backlog:  # a submit() has counted on this worker
+            self._wake() or self._start()
 
-    def _next(self, worker: _Worker[Job]) -> Job | None:
-        """Wait for the worker's next job; None if the worker is to end."""
-        was_chosen = False
+    def _wait(self, worker: _Worker) -> bool:
+        """Wait until there is a backlog; False if the worker is to end."""
         while worker in self._alive:
-            with suppress(IndexError):
-                return self._backlog.popleft()
-            self._idle.append(worker)
-            if self._backlog and worker.withdraw_from(self._idle):
-                continue
+            if self._backlog:
+                return True
+            self._idle.append(worker.wake)
+            if self._backlog and self._withdraw(worker):  # look again: see submit()
+                return True
             try:
-                job = worker.jobs.get(timeout=IDLE_TIMEOUT)
+                worker.wakes.get(timeout=IDLE_TIMEOUT)
             except queue.Empty:
-                if worker.withdraw_from(self._idle):
-                    return None
-                # A submit() has chosen this worker, and has not come with the job: a signal
-                # handler may have stopped it. Be idle again, for another submit().
-                was_chosen = True
-            else:
-                if was_chosen:
-                    worker.withdraw_from(self._idle)
-                return job
-        return None
+                if self._withdraw(worker):
+                    return False
+        return False
+
+    def _withdraw(self, worker: _Worker) -> bool:
+        with suppress(ValueError):
+            self._idle.remove(worker.wake)
+            return True
+        return False  # it was chosen meanwhile, and is woken
 
 
-class _Worker(Generic[Job]):
-    """A thread's place for its next jobs."""
+class _Worker:
+    """A thread's place to wait."""
 
-    __slots__ = ("jobs",)
+    __slots__ = ("wake", "wakes")
 
     def __init__(self) -> None:
-        self.jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
-
-    def withdraw_from(self, idle: list[_Worker[Job]]) -> bool:
-        """Take this worker out of ``idle``; False if another thread has chosen it."""
-        try:
-            idle.remove(self)
-        except ValueError:
-            return False
-        return True
+        self.wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.wake = self.wakes.put
