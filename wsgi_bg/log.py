@@ -74,9 +74,7 @@ def _log(  # %r of a str adds quotes: placeholders are %s, %d and %g
         logger.disabled = False
         if not logger.isEnabledFor(level):
             return
-        args = tuple(
-            arg if isinstance(arg, (str, float, int)) else safe_repr(arg) for arg in args
-        )
+        args = tuple(map(_shown, args))
         said.default_factory = partial(
             logger.log, level, message, *args, exc_info=exc_info, stacklevel=3
         )
@@ -106,6 +104,19 @@ def _print_instead(
     except BaseException as exc:  # no standard error, or no file descriptor left
         if goes_through(exc):
             raise
+
+
+def _shown(given: object) -> object:
+    if isinstance(given, (str, float, int)):
+        return given
+    if not isinstance(given, BaseException):
+        return safe_repr(given)
+    try:
+        return str(given)
+    except BaseException as exc:
+        if is_from_signal_handler(exc):
+            raise
+        return type_name(given)
 
 
 def safe_repr(given: object) -> str:
