@@ -322,7 +322,9 @@ async def raise_signal_later() -> None:
     await raise_signal_from_the_loop()
 
 
-@pytest.mark.parametrize("handler", [stop, Stopper().stop, Stopper()], ids=str)
+@pytest.mark.parametrize(
+    "handler", [stop, Stopper().stop, Stopper()], ids=["function", "method", "callable"]
+)
 @pytest.mark.parametrize(
     "task",
     [
