@@ -210,7 +210,6 @@ def test_a_cancellation_that_a_task_does_not_wait_for_does_not_hit_the_next() ->
     assert portal.portal() is before
 
 
-@pytest.mark.skipif(not hasattr(asyncio.Task, "uncancel"), reason="needs Python 3.11")
 def test_a_cancellation_that_a_task_swallows_does_not_hit_the_next() -> None:
     seen: list[int] = []
 

@@ -142,7 +142,7 @@ def test_what_coroutines_expect_of_a_loop_works() -> None:
     async def asyncio_timeout() -> None:
         try:
             await asyncio.wait_for(asyncio.sleep(60), 0.01)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             seen.append("asyncio")
 
     async def anyio_timeout() -> None:
