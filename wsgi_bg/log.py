@@ -56,6 +56,10 @@ def _log(  # %r of a str adds quotes: placeholders are %s, %d and %g
         args = tuple(
             arg if isinstance(arg, (str, float, int)) else safe_repr(arg) for arg in args
         )
+        if exc_info is not None and not _format(exc_info):
+            message += " (%s, whose traceback cannot be formatted)"
+            args = (*args, safe_repr(exc_info))
+            exc_info = None
         logger.log(level, message, *args, exc_info=exc_info, stacklevel=3)
     except BaseException as exc:
         if goes_through(exc):
@@ -76,11 +80,25 @@ def _print_instead(
         if exc_info is not None:
             lines += traceback.format_exception(exc_info)
         lines += ["A filter or handler of logging raised for this record:\n"]
-        lines += traceback.format_exception(failure)
+        lines += _format(failure) or [f"{safe_repr(failure)}\n"]
         sys.stderr.write("".join(lines))
     except BaseException as exc:  # no standard error, or no file descriptor left
         if goes_through(exc):
             raise
+
+
+def _format(exc: BaseException) -> list[str]:
+    """Format the traceback; an empty list if that raises, and a handler would drop the record.
+
+    Python 3.15 imports a module for its first traceback, and the process may have no file
+    descriptor left for that.
+    """
+    try:
+        return traceback.format_exception(exc)
+    except BaseException as failure:
+        if goes_through(failure):
+            raise
+        return []
 
 
 def safe_repr(given: object) -> str:
