@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +172,7 @@ def test_run_on_holds_for_what_would_be_sent(broker: Broker, log: Log) -> None:
 
 def test_options_of_the_function_and_of_one_message(broker: Broker) -> None:
     runner = broker.runner()
-    eta = datetime(2040, 1, 1, tzinfo=timezone.utc)
+    eta = datetime(2040, 1, 1, tzinfo=UTC)
 
     def do() -> None:
         background_tasks.add_task(note_on_other_queue, "path")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, Optional, TypeVar
@@ -206,7 +207,7 @@ def test_inject_fills_async_functions_and_generators() -> None:
         yield tasks
 
     def look(tasks: BackgroundTasks) -> None:
-        assert asyncio.iscoroutinefunction(later)
+        assert inspect.iscoroutinefunction(later)
         assert asyncio.run(later()) is tasks
         assert list(stream()) == [tasks]
 

@@ -6,7 +6,7 @@ import asyncio
 import functools
 import importlib
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -175,7 +175,7 @@ def test_options_are_sorted_by_the_place_that_they_go_to() -> None:
         "max_retries": None,
         "queue": "slow",
         "countdown": 1.5,
-        "eta": datetime(2030, 1, 1, tzinfo=timezone.utc),
+        "eta": datetime(2030, 1, 1, tzinfo=UTC),
     }
     try:
         registered_task(name="samples.sorted", celery=given)(sorted_options)

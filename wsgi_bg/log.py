@@ -75,6 +75,10 @@ def _log(  # %r of a str adds quotes: placeholders are %s, %d and %g
         if not logger.isEnabledFor(level):
             return
         args = tuple(map(_shown, args))
+        if exc_info is not None and not _format(exc_info):
+            message += " (%s, whose traceback cannot be formatted)"
+            args = (*args, safe_repr(exc_info))
+            exc_info = None
         said.default_factory = partial(
             logger.log, level, message, *args, exc_info=exc_info, stacklevel=3
         )
@@ -99,7 +103,7 @@ def _print_instead(
         if exc_info is not None:
             lines += traceback.format_exception(exc_info)
         lines += ["A filter or handler of logging raised for this record:\n"]
-        lines += traceback.format_exception(failure)
+        lines += _format(failure) or [f"{safe_repr(failure)}\n"]
         sys.stderr.write("".join(lines))
     except BaseException as exc:  # no standard error, or no file descriptor left
         if goes_through(exc):
@@ -117,6 +121,18 @@ def _shown(given: object) -> object:
         if is_from_signal_handler(exc):
             raise
         return type_name(given)
+
+
+def _format(exc: BaseException) -> list[str]:
+    """Format the traceback; an empty list if that raises, and a handler would drop the record.
+
+    Python 3.15 imports a module for its first traceback, and the process may have no file
+    descriptor left for that.
+    """
+    try:
+        return traceback.format_exception(exc)
+    except Exception:
+        return []
 
 
 def safe_repr(given: object) -> str:

@@ -41,7 +41,7 @@ SERVERS = (
     Server("cheroot", "SERVER_SOFTWARE", "Cheroot/"),
     Server("gevent", "SERVER_SOFTWARE", "gevent/"),
     Server("granian", "SERVER_SOFTWARE", "Granian"),
-    Server("wsgiref", "SERVER_SOFTWARE", "WSGIServer/"),
+    Server("wsgiref", "SERVER_SOFTWARE", "WSGIServer"),  # 3.15 adds no version
 )
 
 BODYLESS = ("1", "204", "304")

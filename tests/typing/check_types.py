@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, assert_type
 from unittest.mock import ANY
 
 from flask import Flask
-from typing_extensions import assert_type
 
 from wsgi_bg import (
     BackgroundTask,
