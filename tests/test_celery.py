@@ -166,7 +166,8 @@ def test_run_on_holds_for_what_would_be_sent(broker: Broker, log: Log) -> None:
     respond(BackgroundTasksMiddleware(app, runner=broker.runner()))
     assert [message["body"][0][0] for message in messages(broker)] == ['[1,["error"],{}]']
     assert log.warnings == [
-        f"background task {NOTE} was not run: the request failed, and run_on is 'success'"
+        f"background task {NOTE} was not run: the request failed with 500, and run_on is "
+        "'success'"
     ]
 
 

@@ -180,7 +180,7 @@ def test_a_task_that_its_request_keeps_from_running_is_not_recorded(
     recorder.assert_none()
     recorder.run()
     assert done == []
-    assert "the request failed, and run_on is 'success'" in log.warnings[0]
+    assert "the request failed with 500, and run_on is 'success'" in log.warnings[0]
 
 
 def test_the_tasks_of_an_application_that_raises_are_recorded_under_its_path(

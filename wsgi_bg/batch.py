@@ -26,6 +26,8 @@ class Batch(Progress):
     A task's error is reported and the next task runs, unless the task was added under
     ``stop_on_error``: then the rest is discarded, each task by name.
 
+    :param raised: whether the application raised.
+    :param status: the status code of the response; 0 if there was none.
     :ivar response_complete: whether the server needs nothing more from the application
         to finish the response. If not, :meth:`run` must not be called before ``submit``
         has returned.
@@ -36,9 +38,14 @@ class Batch(Progress):
     __slots__ = ("_begun", "not_before", "response_complete", "sends")
 
     def __init__(
-        self, tasks: BackgroundTasks, *, request_failed: bool, response_complete: bool
+        self,
+        tasks: BackgroundTasks,
+        *,
+        response_complete: bool,
+        raised: bool = False,
+        status: int = 200,
     ) -> None:
-        super().__init__(tasks, request_failed)
+        super().__init__(tasks, raised=raised, status=status)
         self.response_complete = response_complete
         self.sends = False
         self.not_before = 0.0

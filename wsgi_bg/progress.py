@@ -25,8 +25,9 @@ class Progress:
         "_index",
         "_list",
         "_of",
-        "_request_failed",
+        "_raised",
         "_running",
+        "_status",
         "_stopped",
         "_when_done",
         "discarded",
@@ -34,17 +35,18 @@ class Progress:
         "succeeded",
     )
 
-    def __init__(self, tasks: BackgroundTasks, request_failed: bool) -> None:
+    def __init__(self, tasks: BackgroundTasks, *, raised: bool, status: int) -> None:
         self.succeeded = self.failed = self.discarded = 0
         self._of = tasks
         self._list = tasks.tasks
-        self._request_failed = request_failed
+        self._raised = raised
+        self._status = status
         self._index = 0
         self._running: BackgroundTask | None = None
         self._stopped = self._abandoned = False
         self._when_done: tuple[Callable[[Any], None], ...] = ()
         for task in self._list:
-            if not task._options.runs_after[request_failed] and task._claim():
+            if not task._options.lets_run(raised, status) and task._claim():
                 self._discard(task)
 
     @property
@@ -102,7 +104,7 @@ class Progress:
                     return None
                 of._phase = CLOSED
             task = tasks[self._index]
-            is_to_run = not self._stopped and task._options.runs_after[self._request_failed]
+            is_to_run = not self._stopped and task._options.lets_run(self._raised, self._status)
             if is_to_run and task.is_async is not is_async and task._is_unclaimed:
                 return None
             self._running = task  # first, so that a signal finds its name
@@ -130,8 +132,7 @@ class Progress:
         if self._stopped:
             reason = "a task before it failed, with stop_on_error set"
         else:
-            ending = "failed" if self._request_failed else "succeeded"
-            reason = f"the request {ending}, and run_on is {task._options.run_on!r}"
+            reason = task._options.why_not_run(self._raised, self._status)
         self._of._context_of(task).run(report.not_run, task, reason)
 
     def stop_for(self, exc: BaseException) -> None:

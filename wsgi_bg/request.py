@@ -107,7 +107,6 @@ class RequestTasks(BackgroundTasks):
         if self.end_if_empty() or self._pid != os.getpid():
             return  # in a forked child the tasks are the parent's
         status = getattr(self, "_status", "")
-        failed = outcome is RAISED or status[:3] >= "500"
         complete = closed and (
             servers.is_test_client(environ)
             or (
@@ -115,7 +114,12 @@ class RequestTasks(BackgroundTasks):
                 and servers.is_written(environ, status, getattr(self, "_headers", ()))
             )
         )
-        batch = Batch(self, request_failed=failed, response_complete=complete)
+        batch = Batch(
+            self,
+            response_complete=complete,
+            raised=outcome is RAISED,
+            status=_code_of(status),
+        )
         runner = self._options.runner
         assert runner is not None
         in_place = stand_in  # once: another thread may end the test meanwhile
@@ -138,3 +142,11 @@ class RequestTasks(BackgroundTasks):
                 batch.run()
             else:
                 shared_pool.submit(batch)
+
+
+def _code_of(status: str) -> int:
+    """The status code; 0 for a status without one, as before ``start_response``."""
+    try:
+        return int(status[:3])
+    except ValueError:
+        return 0
