@@ -151,7 +151,7 @@ class CeleryRunner:
         except PublishError as exc:
             if self._discards:
                 raise
-            log.warning("background task %s runs in this process: %s", task.name, exc)
+            log.warning("background task %s runs in this process: %s", task.name, str(exc))
             return False
         return True
 
