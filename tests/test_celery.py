@@ -431,6 +431,8 @@ def test_an_application_that_takes_json_and_yaml_is_accepted() -> None:
         ({"publish_timeout": float("nan")}, "publish_timeout must be more than 0 seconds"),
         ({"publish_timeout": None}, "publish_timeout must be a number of seconds; got None"),
         ({"publish_timeout": True}, "publish_timeout must be a number of seconds; got True"),
+        ({"publish_timeout": float("inf")}, "publish_timeout must be a bounded time; got inf"),
+        ({"drain_timeout": False}, "drain_timeout must be a number of seconds; got False"),
         ({"drain_timeout": -1}, "drain_timeout must be 0 seconds or more; got -1"),
         ({"drain_timeout": "1"}, "drain_timeout must be a number of seconds; got '1'"),
         ({"on_publish_error": "lose"}, "on_publish_error must be 'local' or 'discard'"),

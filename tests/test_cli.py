@@ -244,7 +244,7 @@ REFUSED = {
     "shop:app --nothing": "unrecognized arguments: --nothing (see wsgi-bg --help)",
     "shop:app --por 1": "unrecognized arguments: --por 1 (see wsgi-bg --help)",
     "shop:app --port x": "argument --port: invalid int value: 'x' (see wsgi-bg --help)",
-    "shop:app --port 65536": "port must be 0 to 65535; got 65536",
+    "shop:app --port 65536": "port must be 0 to 65535, or None; got 65536",
     "shop:app --threads 0": "threads must be 1 or more; got 0",
     "shop:app --drain-timeout -1": (
         "drain_timeout must be 0 seconds or more, or None; got -1.0"

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from math import inf
-from types import NoneType
 from typing import TYPE_CHECKING
 
 from wsgi_bg import greenlets, log, portal
 from wsgi_bg.batch import Batch
+from wsgi_bg.checks import seconds, whole_number
 from wsgi_bg.ending import is_exiting
-from wsgi_bg.exceptions import OptionTypeError, OptionValueError
 from wsgi_bg.process import PerProcess
 from wsgi_bg.shutdown import register
 from wsgi_bg.workers import Workers
@@ -44,27 +43,18 @@ class PoolRunner:
     :param threads: how many worker threads at most; started when needed, all daemons.
     :param max_pending: how many batches may be handed over and not finished; None for no
         limit.
-    :param drain_timeout: how long interpreter exit waits for the tasks, in seconds. Those
-        not finished by then are named at ERROR and lost.
-    :raises TypeError: if a number is none.
+    :param drain_timeout: how long interpreter exit waits for the tasks, in seconds;
+        ``math.inf`` for no limit. Those not finished by then are named at ERROR and lost.
+    :raises TypeError: if a number is of another type; a bool is none.
     :raises ValueError: if a number is out of range.
     """
 
     def __init__(
         self, *, threads: int = 40, max_pending: int | None = 1000, drain_timeout: float = 30.0
     ) -> None:
-        if not isinstance(threads, int):
-            raise OptionTypeError("threads", threads, "a whole number")
-        if threads < 1:
-            raise OptionValueError("threads", threads, "1 or more")
-        if not isinstance(max_pending, (int, NoneType)):
-            raise OptionTypeError("max_pending", max_pending, "a whole number or None")
-        if max_pending is not None and max_pending < 0:
-            raise OptionValueError("max_pending", max_pending, "0 or more, or None")
-        if not isinstance(drain_timeout, (int, float)):
-            raise OptionTypeError("drain_timeout", drain_timeout, "a number of seconds")
-        if not drain_timeout >= 0:
-            raise OptionValueError("drain_timeout", drain_timeout, "0 seconds or more")
+        whole_number("threads", threads, least=1)
+        whole_number("max_pending", max_pending, least=0, or_none=True)
+        seconds("drain_timeout", drain_timeout)
         self._threads = threads
         self._max_pending = max_pending
         limit = inf if max_pending is None else max_pending
