@@ -304,7 +304,8 @@ def test_where_no_thread_can_be_had_tasks_run_in_this_process(
     assert (tmp_path / "0").exists()
     assert (tmp_path / "1").exists()
     reason = f"{NOTE} was not sent: no thread can be had"
-    assert log.warnings == [f"background task {NOTE} runs in this process: {reason}"] * 2
+    of_tasks = [message for message in log.warnings if message.startswith("background task")]
+    assert of_tasks == [f"background task {NOTE} runs in this process: {reason}"] * 2
 
 
 def test_a_drained_runner_still_sends(broker: Broker) -> None:

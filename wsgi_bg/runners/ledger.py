@@ -24,7 +24,7 @@ class Ledger:
         self._changed = threading.Condition(self._lock)
         self._handed_over: set[Batch] = set()
         self._run_here: set[Batch] = set()
-        self._succeeded = self._failed = self._discarded = 0
+        self._succeeded = self._failed = self._discarded = self._tasks_run_here = 0
         self.is_draining = False
         self._on_done = self._leave  # one object for all batches
 
@@ -68,15 +68,30 @@ class Ledger:
         with self._lock:
             return [task for batch in self._batches for task in batch.abandon()]
 
+    def count_run_here(self, batch: Batch) -> None:
+        """Count the tasks of a batch that is to run on the server's thread."""
+        tasks = len(batch.tasks)
+        with self._lock:
+            self._tasks_run_here += tasks
+
     def statistics(self) -> Statistics:
         with self._lock:
             batches = self._batches
-            running = sum(batch.is_running for batch in batches)
-            unfinished = sum(len(batch.tasks) for batch in batches)
-            return Statistics(
-                pending=max(0, unfinished - running),  # a task may end between the two
-                running=running,
-                succeeded=self._succeeded + sum(batch.succeeded for batch in batches),
-                failed=self._failed + sum(batch.failed for batch in batches),
-                discarded=self._discarded + sum(batch.discarded for batch in batches),
-            )
+            succeeded, failed, discarded = self._succeeded, self._failed, self._discarded
+            run_here = self._tasks_run_here
+        # Without the lock, which every request with tasks takes: there may be a million.
+        running = unfinished = 0
+        for batch in batches:
+            running += batch.is_running
+            unfinished += len(batch.tasks)
+            succeeded += batch.succeeded
+            failed += batch.failed
+            discarded += batch.discarded
+        return Statistics(
+            pending=max(0, unfinished - running),  # a task may end between the two
+            running=running,
+            succeeded=succeeded,
+            failed=failed,
+            discarded=discarded,
+            run_here=run_here,
+        )
