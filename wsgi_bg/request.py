@@ -8,7 +8,7 @@ from contextvars import Context
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from . import log, servers
+from . import arguments, log, servers
 from .batch import Batch
 from .context import current
 from .interrupts import goes_through
@@ -127,6 +127,7 @@ class RequestTasks(BackgroundTasks):
             runner = in_place(runner)
         batch.sends = hasattr(runner, "send")
         try:
+            arguments.look_at(self._list or ())
             runner.submit(batch)
         except BaseException as exc:
             if goes_through(exc):
