@@ -7,6 +7,7 @@ from contextvars import Context
 from typing import Any
 
 from . import report
+from .options import Options
 from .task import BackgroundTask
 from .tasks import CLOSED, ENDED, BackgroundTasks
 
@@ -23,6 +24,7 @@ class Progress:
         "__weakref__",
         "_abandoned",
         "_index",
+        "_let_run",
         "_list",
         "_of",
         "_raised",
@@ -45,8 +47,10 @@ class Progress:
         self._running: BackgroundTask | None = None
         self._stopped = self._abandoned = False
         self._when_done: tuple[Callable[[Any], None], ...] = ()
+        self._let_run: Options | None = None  # the last options that were asked and did
         for task in self._list:
-            if not task._options.lets_run(raised, status) and task._claim():
+            lets_run = task._options is self._let_run or self._lets_run(task)
+            if not lets_run and task._claim():
                 self._discard(task)
 
     @property
@@ -104,7 +108,9 @@ class Progress:
                     return None
                 of._phase = CLOSED
             task = tasks[self._index]
-            is_to_run = not self._stopped and task._options.lets_run(self._raised, self._status)
+            is_to_run = not self._stopped and (
+                task._options is self._let_run or self._lets_run(task)
+            )
             if is_to_run and task.is_async is not is_async and task._is_unclaimed:
                 return None
             self._running = task  # first, so that a signal finds its name
@@ -120,6 +126,18 @@ class Progress:
             self._running = None
         of._phase = ENDED  # again: abandon() may have come between the look and CLOSED
         return None
+
+    def _lets_run(self, task: BackgroundTask) -> bool:
+        """Whether the request's outcome lets a task run.
+
+        Callers compare ``_let_run`` first: most batches have one set of options, and a call
+        for each task would make an inline task a tenth slower.
+        """
+        options = task._options
+        if options.lets_run(self._raised, self._status):
+            self._let_run = options
+            return True
+        return False
 
     def _fail(self, task: BackgroundTask, context: Context, exc: BaseException) -> None:
         self.failed += 1
