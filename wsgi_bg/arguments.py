@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from . import log
@@ -52,21 +51,18 @@ _MOST_HARMLESS = 1000
 _warned: set[str] = set()
 
 
-def look_at(tasks: Iterable[BackgroundTask]) -> None:
+def look_at(task: BackgroundTask) -> None:
     """Log a WARNING, once for each function, if a task has an argument of the request's.
 
-    Costs 0.1 us for a task with ordinary arguments. Does not touch the arguments, only
-    their types.
+    Costs 0.1 us for ordinary arguments. Does not touch the arguments, only their types.
 
     :raises KeyboardInterrupt: or another exception that stops the server's worker; nothing
         else.
     """
-    for task in tasks:
-        kwargs = task.kwargs
-        for argument in (*task.args, *kwargs.values()) if kwargs else task.args:
-            if type(argument) not in _harmless:
-                _look_closely(task)
-                break
+    for argument in (*task.args, *task.kwargs.values()):
+        if type(argument) not in _harmless:
+            _look_closely(task)
+            return
 
 
 def _look_closely(task: BackgroundTask) -> None:

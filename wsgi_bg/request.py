@@ -127,7 +127,9 @@ class RequestTasks(BackgroundTasks):
             runner = in_place(runner)
         batch.sends = hasattr(runner, "send")
         try:
-            arguments.look_at(self._list or ())
+            for task in self.tasks:
+                if task.args or task.kwargs:
+                    arguments.look_at(task)
             runner.submit(batch)
         except BaseException as exc:
             if goes_through(exc):
