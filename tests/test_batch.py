@@ -99,7 +99,7 @@ def test_a_batch_whose_hand_over_was_stopped_is_not_waited_for(
 
 def test_between_thread_and_loop_no_task_of_a_batch_is_running() -> None:
     tasks = BackgroundTasks([BackgroundTask(int), BackgroundTask(nothing)])
-    batch = Batch(tasks, request_failed=False, response_complete=True)
+    batch = Batch(tasks, response_complete=True)
     assert batch.run_plain()
     assert not batch.is_running
     assert [task.func for task in batch.tasks] == [nothing]
@@ -127,7 +127,7 @@ def test_a_task_that_begins_as_the_batch_is_abandoned_is_named_too() -> None:
     tasks.happens = second_begins
     tasks.add_task(first.task)
     tasks.add_task(second.task)
-    batch = Batch(tasks, request_failed=False, response_complete=True)
+    batch = Batch(tasks, response_complete=True)
     thread = threading.Thread(target=batch.run)
     thread.start()
     assert first.begun.wait(TIMEOUT)
@@ -152,7 +152,7 @@ def test_a_batch_that_is_abandoned_as_a_task_is_added_at_its_end_has_ended() -> 
                 self.tasks.append(BackgroundTask(int, "1"))
 
     phases, left = list[int](), list[BackgroundTask]()
-    batch = Batch(AddedAtTheEnd(), request_failed=False, response_complete=True)
+    batch = Batch(AddedAtTheEnd(), response_complete=True)
     batch.run()
     assert [task.args for task in left] == [("1",)]
     assert batch.has_ended

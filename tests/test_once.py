@@ -513,7 +513,7 @@ def test_a_task_that_arrives_as_the_batch_ends_is_run_or_refused() -> None:
 
     tasks = BackgroundTasks([BackgroundTask(seen.append, "first")])
     tasks._list = Late(tasks.tasks)
-    Batch(tasks, request_failed=False, response_complete=True).run()
+    Batch(tasks, response_complete=True).run()
     assert seen == ["first", "late"]
     with pytest.raises(RuntimeError, match="has ended"):
         tasks.add_task(print)

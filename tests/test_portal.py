@@ -15,7 +15,7 @@ import anyio.to_thread
 import pytest
 
 from tests.conftest import Log
-from tests.support import TIMEOUT, Gate, app_that, respond, run_python
+from tests.support import TIMEOUT, Gate, app_that, nothing, respond, run_python
 from wsgi_bg import BackgroundTask, BackgroundTasksMiddleware, background_tasks, portal
 from wsgi_bg.portal_thread import PortalThread
 from wsgi_bg.process import PerProcess
@@ -345,3 +345,42 @@ def test_a_signal_handlers_exception_cancels_what_is_waited_for() -> None:
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert cancelled.wait(TIMEOUT)
+
+
+def test_a_signal_handlers_exception_before_the_coroutine_has_begun_keeps_it_from_beginning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate, begun = Gate(), list[str]()
+
+    class TimeLimitError(Exception):
+        """What the handler raises."""
+
+    def handler(number: int, frame: object) -> None:
+        raise TimeLimitError
+
+    class SignalledEvent(threading.Event):
+        """The signal comes as soon as the caller waits for the loop."""
+
+        def wait(self, timeout: float | None = None) -> bool:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return super().wait(timeout)
+
+    async def block() -> None:
+        gate.task()
+
+    async def begin() -> None:
+        begun.append("begun")
+
+    portal.start(None, lambda _: block(), id)
+    assert gate.begun.wait(TIMEOUT)  # the loop is busy
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(portal, "event", SignalledEvent)
+            with pytest.raises(TimeLimitError):
+                portal.run(begin)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        gate.open()
+    portal.run(nothing)  # its turn is after that of the other
+    assert begun == []

@@ -153,7 +153,7 @@ def test_a_generator_based_coroutine_function_is_async() -> None:
     tasks = BackgroundTasks()
     tasks.add_task(old_style)
     assert tasks.tasks[0].is_async
-    Batch(tasks, request_failed=False, response_complete=True).run()
+    Batch(tasks, response_complete=True).run()
     assert seen == ["ran"]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from . import log, portal, process, report, steps
 from .calls import Calls
 from .interrupts import goes_through, is_from_signal_handler
+from .options import Options
 from .steps import DONE, RestOf, as_coroutine
 from .task import BackgroundTask
 from .tasks import ENDED, BackgroundTasks
@@ -36,6 +37,8 @@ class Batch:
     signal handler may come between any two bytecodes of the server's thread: whatever that
     thread was about to do, the claims, ``_running`` and ``_done`` say which tasks are left.
 
+    :param raised: whether the application raised.
+    :param status: the status code of the response; 0 if there was none.
     :ivar response_complete: whether the server needs nothing more from the application
         to finish the response. If not, :meth:`run` must not be called before ``submit``
         has returned.
@@ -55,10 +58,12 @@ class Batch:
         "_generation",
         "_has_started",
         "_is_stopping",
+        "_let_run",
         "_of",
         "_passed_over",
-        "_request_failed",
+        "_raised",
         "_running",
+        "_status",
         "_stopped",
         "_when_done",
         "discarded",
@@ -70,7 +75,12 @@ class Batch:
     )
 
     def __init__(
-        self, tasks: BackgroundTasks, *, request_failed: bool, response_complete: bool
+        self,
+        tasks: BackgroundTasks,
+        *,
+        response_complete: bool,
+        raised: bool = False,
+        status: int = 200,
     ) -> None:
         self.response_complete = response_complete
         self.sends = False
@@ -79,7 +89,9 @@ class Batch:
         self._of = tasks
         # How many tasks are claimed, and not yet dropped.
         self._passed_over = 0
-        self._request_failed = request_failed
+        self._raised = raised
+        self._status = status
+        self._let_run: Options | None = None  # the last options that were asked and did
         self._generation = process.generation
         self._has_started = self._stopped = False
         # No further task begins: since the tasks left were named, or since the exception of a
@@ -103,7 +115,9 @@ class Batch:
 
         Whichever of the two starts first runs the tasks.
         """
-        batch = Batch(self._of, request_failed=self._request_failed, response_complete=False)
+        batch = Batch(
+            self._of, response_complete=False, raised=self._raised, status=self._status
+        )
         batch._passed_over = self._passed_over
         return batch
 
@@ -160,7 +174,7 @@ class Batch:
     def discard_excluded(self) -> None:
         """Discard the tasks that the outcome of the request keeps from running."""
         for task in self._of._left():
-            if not task._options.runs_after[self._request_failed]:
+            if not (task._options is self._let_run or self._lets_run(task)):
                 self._running = task
                 if task._claim():
                     self._discard(task)
@@ -433,7 +447,9 @@ class Batch:
             task = of._first()
             if task is None:
                 return None
-            runs = not self._stopped and task._options.runs_after[self._request_failed]
+            runs = not self._stopped and (
+                task._options is self._let_run or self._lets_run(task)
+            )
             if runs and task.is_async is not is_async and task._unclaimed:
                 return None
             self._running = task  # first, so that a signal finds its name
@@ -452,6 +468,18 @@ class Batch:
             of._end()  # again: abandon() may have come between a look and a mark of _first()
         return None
 
+    def _lets_run(self, task: BackgroundTask) -> bool:
+        """Whether the request's outcome lets a task run.
+
+        Callers compare ``_let_run`` first: most batches have one set of options, and a call
+        for each task would make an inline task a tenth slower.
+        """
+        options = task._options
+        if options.lets_run(self._raised, self._status):
+            self._let_run = options
+            return True
+        return False
+
     def _fail(self, task: BackgroundTask, context: Context, exc: BaseException) -> None:
         self.failed += 1
         if task._options.stop_on_error:
@@ -465,8 +493,7 @@ class Batch:
         if self._stopped:
             reason = "a task before it failed, with stop_on_error set"
         else:
-            end = "failed" if self._request_failed else "succeeded"
-            reason = f"the request {end}, and run_on is {task._options.run_on!r}"
+            reason = task._options.why_not_run(self._raised, self._status)
         context = self._of._context_of(task)
         _run_in(context, report.not_run, task, reason, self._done)
         self._settle()

@@ -47,14 +47,17 @@ class BackgroundTasksMiddleware:
         shared runner of that kind.
     :param run_on: ``"success"`` (the default) runs tasks only if the request did not fail,
         ``"error"`` only if it did, ``"always"`` in both cases. A request fails if the
-        application raises or answers with a status of 500 or more.
+        application raises or answers with a status of ``failed_from`` or more.
+    :param failed_from: the lowest status that counts as a failure, from 100 to 600
+        (default 500): with 400 ``abort(404)`` is a failure, with 600 no response is.
     :param on_error: called with a task and what it raised, on the thread that ran it.
     :param stop_on_error: whether a task's error keeps the rest of the batch from running
         (Starlette's rule; default False).
     :param hooks: what is told when a task is added, started, finished, failed and
         discarded: a :class:`~wsgi_bg.hooks.Hooks` object, or a list of them.
     :raises TypeError: if ``app`` is not callable, or an option is of the wrong type.
-    :raises ValueError: if ``runner`` or ``run_on`` is a word that is not known.
+    :raises ValueError: if ``runner`` or ``run_on`` is a word that is not known, or
+        ``failed_from`` is out of range.
     """
 
     # What a framework's own middleware puts around each task.
@@ -68,6 +71,7 @@ class BackgroundTasksMiddleware:
         *,
         runner: Runner | Literal["inline", "pool"] | None = None,
         run_on: RunOn | None = None,
+        failed_from: int | None = None,
         on_error: OnError | None = None,
         stop_on_error: bool | None = None,
         hooks: Hooks | Sequence[Hooks] | None = None,
@@ -80,6 +84,7 @@ class BackgroundTasksMiddleware:
         self._app: WSGIApplication = self._handle_first
         self._given = Given(
             run_on=run_on,
+            failed_from=failed_from,
             on_error=on_error,
             stop_on_error=stop_on_error,
             hooks=hooks,

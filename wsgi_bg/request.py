@@ -8,7 +8,7 @@ from contextvars import Context
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from . import log, servers
+from . import arguments, log, servers
 from .batch import Batch
 from .context import current
 from .interrupts import goes_through, is_from_signal_handler
@@ -140,7 +140,6 @@ class RequestTasks(BackgroundTasks):
 
     def _make_batch(self, environ: WSGIEnvironment, outcome: Outcome, closed: bool) -> Batch:
         status = getattr(self, "_status", "")
-        failed = outcome is RAISED or status[:3] >= "500"
         complete = closed and (
             servers.is_test_client(environ)
             or (
@@ -148,7 +147,12 @@ class RequestTasks(BackgroundTasks):
                 and servers.is_written(environ, status, getattr(self, "_headers", ()))
             )
         )
-        return Batch(self, request_failed=failed, response_complete=complete)
+        return Batch(
+            self,
+            response_complete=complete,
+            raised=outcome is RAISED,
+            status=_code_of(status),
+        )
 
     def _submit(self, batch: Batch) -> None:
         runner = self._options.runner
@@ -158,6 +162,9 @@ class RequestTasks(BackgroundTasks):
             runner = in_place(runner)
         batch.sends = hasattr(runner, "send")
         try:
+            for task in self.tasks:
+                if task.args or task.kwargs:
+                    arguments.look_at(task)
             runner.submit(batch)
         except BaseException as exc:
             if is_from_signal_handler(exc) or self._pid != os.getpid():
@@ -188,3 +195,11 @@ class RequestTasks(BackgroundTasks):
             batch.give_back()
             self._allow_start()
             shared_pool.submit(batch.again())
+
+
+def _code_of(status: str) -> int:
+    """The status code; 0 for a status without one, as before ``start_response``."""
+    try:
+        return int(status[:3])
+    except ValueError:
+        return 0

@@ -166,6 +166,7 @@ class BackgroundTasks:
         self,
         *,
         run_on: RunOn | None = None,
+        failed_from: int | None = None,
         on_error: OnError | None = None,
         stop_on_error: bool | None = None,
         celery: Mapping[str, Any] | None = None,
@@ -179,11 +180,14 @@ class BackgroundTasks:
             those of ``registered_task`` where both name one. Runners without Celery, and a
             task that runs here since the broker is away, ignore them.
         :raises ValueError: if ``run_on`` is none of ``"success"``, ``"error"``, ``"always"``,
-            or ``celery`` has an option that is not known.
-        :raises TypeError: if ``on_error`` is not a plain callable, or an option in
-            ``celery`` is of the wrong type.
+            ``failed_from`` is not from 100 to 600, or ``celery`` has an option that is not
+            known.
+        :raises TypeError: if ``failed_from`` is not a whole number, ``on_error`` is not a
+            plain callable, or an option in ``celery`` is of the wrong type.
         """
-        options = self._options.override(run_on, on_error, stop_on_error, celery=celery)
+        options = self._options.override(
+            run_on, on_error, stop_on_error, celery=celery, failed_from=failed_from
+        )
         return View(self, options)
 
     def __call__(self) -> None:

@@ -28,6 +28,8 @@ class Ledger:
         # Succeeded, failed and discarded tasks of batches that have ended, by the thread that
         # ended them: no two threads add to the same numbers.
         self._counts: dict[int, list[int]] = {}
+        # Tasks that were to run on the server's thread for want of room; one number a thread.
+        self._run_here_counts: dict[int, int] = {}
         self._waiters: list[threading.Event] = []
         self.is_draining = False
         self._on_done = self._remove  # one object for all batches
@@ -58,6 +60,11 @@ class Ledger:
         counts[2] += batch.discarded
         for waiter in list(self._waiters):
             waiter.set()
+
+    def count_run_here(self, batch: Batch) -> None:
+        """Count the tasks of a batch that is to run on the server's thread."""
+        thread, counts = threading.get_ident(), self._run_here_counts
+        counts[thread] = counts.get(thread, 0) + batch.length
 
     @property
     def batches(self) -> list[Batch]:
@@ -99,4 +106,5 @@ class Ledger:
             succeeded=sum(each[0] for each in ended) + sum(b.succeeded for b in batches),
             failed=sum(each[1] for each in ended) + sum(b.failed for b in batches),
             discarded=sum(each[2] for each in ended) + sum(b.discarded for b in batches),
+            run_here=sum(list(self._run_here_counts.values())),
         )

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from math import inf
-from types import NoneType
 from typing import TYPE_CHECKING
 
-from wsgi_bg import greenlets, log, portal
+from wsgi_bg import greenlets, portal
 from wsgi_bg.batch import Batch
+from wsgi_bg.checks import seconds, whole_number
 from wsgi_bg.ending import is_exiting
-from wsgi_bg.exceptions import OptionTypeError, OptionValueError
 from wsgi_bg.process import PerProcess
+from wsgi_bg.repeated import RepeatedWarning
 from wsgi_bg.shutdown import register
 from wsgi_bg.workers import Workers
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # An incomplete response's batch is taken in up to this many times max_pending: to run it
 # in close() would make its client wait.
 _INCOMPLETE_FACTOR = 10
+
+_RAN_HERE = "%d batches ran on the server's thread since the last record of this kind: "
 
 PUT_OFF = 0.005
 """How long after ``submit`` the batch of an incomplete response begins, in seconds.
@@ -39,32 +41,24 @@ class PoolRunner:
 
     The tasks of one batch run one after another. Beyond ``max_pending`` a complete
     response's batch runs in ``close()``, so that load slows the server down and does not
-    fill the memory.
+    fill the memory. A WARNING says so, once a minute at most, with the number of such
+    batches; ``statistics().run_here`` counts their tasks.
 
     :param threads: how many worker threads at most; started when needed, all daemons.
     :param max_pending: how many batches may be handed over and not finished; None for no
         limit.
-    :param drain_timeout: how long interpreter exit waits for the tasks, in seconds. Those
-        not finished by then are named at ERROR and lost.
-    :raises TypeError: if a number is none.
+    :param drain_timeout: how long interpreter exit waits for the tasks, in seconds;
+        ``math.inf`` for no limit. Those not finished by then are named at ERROR and lost.
+    :raises TypeError: if a number is of another type; a bool is none.
     :raises ValueError: if a number is out of range.
     """
 
     def __init__(
         self, *, threads: int = 40, max_pending: int | None = 1000, drain_timeout: float = 30.0
     ) -> None:
-        if not isinstance(threads, int):
-            raise OptionTypeError("threads", threads, "a whole number")
-        if threads < 1:
-            raise OptionValueError("threads", threads, "1 or more")
-        if not isinstance(max_pending, (int, NoneType)):
-            raise OptionTypeError("max_pending", max_pending, "a whole number or None")
-        if max_pending is not None and max_pending < 0:
-            raise OptionValueError("max_pending", max_pending, "0 or more, or None")
-        if not isinstance(drain_timeout, (int, float)):
-            raise OptionTypeError("drain_timeout", drain_timeout, "a number of seconds")
-        if not drain_timeout >= 0:
-            raise OptionValueError("drain_timeout", drain_timeout, "0 seconds or more")
+        whole_number("threads", threads, least=1)
+        whole_number("max_pending", max_pending, least=0, or_none=True)
+        seconds("drain_timeout", drain_timeout)
         self._threads = threads
         self._max_pending = max_pending
         limit = inf if max_pending is None else max_pending
@@ -81,20 +75,21 @@ class PoolRunner:
         """
         crew = self._crews.get()
         is_complete = batch.response_complete
-        limit = self._limits[is_complete]
-        has_room = crew.ledger.add(batch, limit)
-        if not (has_room or is_complete or crew.ledger.is_draining):
-            log.warning(
-                "%d batches are pending in %s: %s runs before its response is complete, "
-                "and its client waits",
-                limit,
-                self,
-                batch,
-            )
+        has_room = crew.ledger.add(batch, self._limits[is_complete])
         if not is_complete:
             batch.not_before = time.monotonic() + PUT_OFF
-        if not (has_room and not is_exiting() and crew.submit(batch)):
+        if is_exiting() or crew.ledger.is_draining:
             batch.run()
+        elif not has_room:
+            self._run_here(batch, crew, crew.full if is_complete else crew.too_full)
+        elif not crew.submit(batch):
+            self._run_here(batch, crew, crew.no_thread)
+
+    def _run_here(self, batch: Batch, crew: _Crew, warning: RepeatedWarning) -> None:
+        if batch.tasks:  # else nothing but its end is to come
+            crew.ledger.count_run_here(batch)
+            warning.count(self, batch)
+        batch.run()
 
     def drain(self, timeout: float) -> list[BackgroundTask]:
         """Take no more work in and wait until all is done; blocks.
@@ -140,6 +135,12 @@ class _Crew:
         # Greenlets, which are cheap to hold; see _work().
         self._waiting = Workers(Batch.run, inf, "wsgi_bg-wait")
         self._on_done = self._pass_on  # one object for all batches
+        self.full = RepeatedWarning(_RAN_HERE + "max_pending of %s is reached; the last was %s")
+        self.too_full = RepeatedWarning(
+            _RAN_HERE + "ten times max_pending of %s is reached, the responses are incomplete "
+            "and their clients wait; the last was %s"
+        )
+        self.no_thread = RepeatedWarning(_RAN_HERE + "%s can start no thread; the last was %s")
 
     def submit(self, batch: Batch) -> bool:
         """Have the batch begin; False if it has no task or there is no thread to be had."""

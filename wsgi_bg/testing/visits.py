@@ -62,7 +62,7 @@ class Visit:
     def take(self, batch: Batch) -> None:
         """The response was closed and its tasks are to run."""
         self.batch = batch
-        self._has_failed = batch._request_failed
+        self._outcome = batch._raised, batch._status
         self._to_run = batch.tasks
         self._length = len(self._list)
 
@@ -76,7 +76,7 @@ class Visit:
         return [task for task in self._list if not self._runs(task)]
 
     def _runs(self, task: BackgroundTask) -> bool:
-        return task._options.runs_after[self._has_failed]
+        return task._options.lets_run(*self._outcome)
 
     def has(self, task: BackgroundTask) -> bool:
         """Whether this request, or a task of it, has added ``task``; on any thread."""
