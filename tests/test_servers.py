@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from wsgiref.handlers import BaseCGIHandler
 from wsgiref.util import FileWrapper
@@ -295,6 +295,32 @@ def test_only_a_declared_length_that_a_known_server_has_written_runs_inline() ->
     assert where_the_task_runs(app(headers=[("Content-Length", "0")]), known()) == "elsewhere"
     for status in ("204 NO CONTENT", "304 NOT MODIFIED", "103 EARLY HINTS"):
         assert where_the_task_runs(app(status=status), known()) == "elsewhere"
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_length_declared_after_the_application_has_returned_does_not_count(
+    again: bool,
+) -> None:
+    """granian reads status and headers when the application returns."""
+    start = "200 OK", [("Content-Type", "text/plain"), ("Content-Length", "2")]
+
+    def make(add: Callable[[Environ], None]) -> Any:
+        def late(environ: Environ, start_response: Any) -> Iterator[bytes]:
+            try:
+                raise ValueError("of the application")
+            except ValueError:
+                start_response(*start, sys.exc_info() if again else None)
+            yield b"ok"
+
+        def app(environ: Environ, start_response: Any) -> Iterator[bytes]:
+            add(environ)
+            if again:
+                start_response("200 OK", [("Content-Length", "5")])
+            return late(environ, start_response)
+
+        return app
+
+    assert where_the_task_runs(make, make_server_environ()) == "elsewhere"
 
 
 def test_a_body_that_was_not_used_up_is_handed_over() -> None:

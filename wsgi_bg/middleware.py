@@ -107,6 +107,7 @@ class BackgroundTasksMiddleware:
         tasks._options = self._options
         tasks._phase = OPEN
         tasks._start_response = start_response
+        tasks._has_returned = False
 
         token = current.set(tasks)
         try:
@@ -127,6 +128,7 @@ class BackgroundTasksMiddleware:
                 tasks._start_response = None
                 return app_iter
             tasks._phase = OPEN
+        tasks._has_returned = True
         if kind is GeneratorType:
             body: Body = GeneratorBody()
             body._is_fresh = True  # type: ignore[attr-defined]

@@ -44,13 +44,19 @@ class RequestTasks(BackgroundTasks):
 
     It is made for every request, those that add no task included, so its middleware
     fills it in place of an ``__init__`` and some slots are not set before they are
-    needed: ``_status`` and ``_headers``, what ``start_response`` was last called with;
+    needed: ``_status`` and ``_headers``, what ``start_response`` was last called with,
+    and ``_declared_late``, whether that was after the application had returned;
     ``_pid``, the process that added the first task; ``_unclosed``, the queue for a
     response that is freed without ``close()``.
     """
 
-    __slots__ = ("_headers", "_pid", "_start_response", "_status", "_unclosed")
+    __slots__ = (
+        *("_declared_late", "_has_returned", "_headers"),
+        *("_pid", "_start_response", "_status", "_unclosed"),
+    )
 
+    _declared_late: bool
+    _has_returned: bool  # whether the application has returned its iterable
     _headers: list[tuple[str, str]]
     _pid: int
     _start_response: Any  # dropped in the end: a server's holds the environ
@@ -65,6 +71,7 @@ class RequestTasks(BackgroundTasks):
         """The server's ``start_response``, watched."""
         self._status = status
         self._headers = headers
+        self._declared_late = self._has_returned
         if exc_info is None:
             return self._start_response(status, headers)
         return self._start_response(status, headers, exc_info)
@@ -112,7 +119,12 @@ class RequestTasks(BackgroundTasks):
             servers.is_test_client(environ)
             or (
                 outcome is USED_UP
-                and servers.is_written(environ, status, getattr(self, "_headers", ()))
+                and servers.is_written(
+                    environ,
+                    status,
+                    getattr(self, "_headers", ()),
+                    declared_late=getattr(self, "_declared_late", False),
+                )
             )
         )
         batch = Batch(self, request_failed=failed, response_complete=complete)
