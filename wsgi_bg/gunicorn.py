@@ -1,0 +1,133 @@
+"""Hooks for ``gunicorn.conf.py``: a worker that exits drains, and gunicorn lets it.
+
+.. code-block:: python
+
+    from wsgi_bg.gunicorn import post_fork, worker_exit
+
+Without them gunicorn kills a worker that drains for longer than ``timeout``, and a
+``UvicornWorker`` ends at SIGTERM without draining. They need gunicorn 23 or newer, whose
+arbiter reads the time that a worker writes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
+from typing import Any
+
+from . import shutdown
+
+__all__ = ["post_fork", "worker_exit"]
+
+# How long before gunicorn's SIGKILL a drain ends, in seconds: what is left is named then.
+_MARGIN = 1.0
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+
+
+def post_fork(server: Any, worker: Any) -> None:
+    """Prepare the exit of ``worker``; gunicorn calls this in the new process.
+
+    :param server: gunicorn's arbiter.
+    :param worker: the worker, whose ``init_signals`` is wrapped.
+    """
+    worker.wsgi_bg_exit = exit_ = _Exit(worker)
+    worker.init_signals = partial(_init_signals, worker.init_signals, exit_)
+
+
+def worker_exit(server: Any, worker: Any) -> None:
+    """Drain all runners; gunicorn calls this on the main thread of a worker that ends.
+
+    Blocks for the longest ``drain_timeout`` of the runners at most, and after a signal
+    until a second before ``graceful_timeout`` is over. Tasks not finished by then are named
+    at ERROR. Meanwhile the arbiter is told that the worker lives.
+
+    :param server: gunicorn's arbiter.
+    :param worker: the worker that was given to :func:`post_fork`.
+    :raises SystemExit: if a signal ends the drain.
+    """
+    exit_: _Exit | None = getattr(worker, "wsgi_bg_exit", None)
+    # The arbiter calls this too, in its own process, for a worker that it cannot find.
+    if exit_ is not None:
+        exit_.drain()
+
+
+def _init_signals(init_signals: Callable[[], None], exit_: _Exit) -> None:
+    init_signals()
+    exit_.watch_signals()
+
+
+class _Exit:
+    """How long the exit of this worker may take."""
+
+    def __init__(self, worker: Any) -> None:
+        self._graceful_timeout: float = worker.cfg.graceful_timeout
+        # gunicorn closes its own before it calls worker_exit.
+        self._heartbeat = os.dup(worker.tmp.fileno())
+        self._previous: dict[int, Any] = {}
+        # When a drain has to be over, by time.monotonic(): known once a signal has come.
+        self._ends_at = math.inf
+        self._is_draining = False
+        config = getattr(worker, "config", None)
+        if config is not None and hasattr(config, "timeout_notify"):  # uvicorn's
+            # A heartbeat each second, for _came(): uvicorn takes the signals itself.
+            config.timeout_notify = 0
+
+    def watch_signals(self) -> None:
+        """Note when a signal to stop comes, and have each end the worker by an exit."""
+        for number in _STOP_SIGNALS:
+            previous = signal.getsignal(number)
+            if previous != self._stop:
+                self._previous[number] = previous
+                signal.signal(number, self._stop)
+                if number == signal.SIGTERM:  # as gunicorn has it
+                    signal.siginterrupt(number, False)
+
+    def drain(self) -> None:
+        """Drain all runners; see :func:`worker_exit`."""
+        self._is_draining = True
+        self.watch_signals()  # an event loop that was closed has taken its handlers away
+        limit = min(shutdown.longest_limit(), self._left())
+        # The arbiter compares this with its clock: the worker lives for the drain time.
+        alive_until = time.monotonic() + limit
+        os.utime(self._heartbeat, (alive_until, alive_until))
+        try:
+            shutdown.leave(limit=None if self._ends_at == math.inf else limit)
+        finally:
+            self._is_draining = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        previous = self._previous[number]
+        if self._ends_at == math.inf:
+            self._ends_at = self._came(previous) + self._graceful_timeout - _MARGIN
+            if self._is_draining:  # since max_requests, say; the signal makes it shorter
+                signal.signal(signal.SIGALRM, _end)
+                signal.setitimer(signal.ITIMER_REAL, max(self._left(), 0.001))
+        if callable(previous):
+            previous(number, frame)
+        elif not (self._is_draining and number == signal.SIGTERM):
+            _end()
+
+    def _came(self, previous: Any) -> float:
+        """When the signal has come, by :func:`time.monotonic`.
+
+        uvicorn answers the requests in hand first and then raises the signal again, for
+        which the worker has no handler; its last heartbeat was at most a second before.
+        """
+        if callable(previous) or self._is_draining:
+            return time.monotonic()
+        return os.fstat(self._heartbeat).st_mtime
+
+    def _left(self) -> float:
+        """How long a drain may take, in seconds."""
+        return max(self._ends_at - time.monotonic(), 0.0)
+
+
+def _end(*args: object) -> None:
+    raise SystemExit(0)
