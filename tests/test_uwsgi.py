@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import SimpleNamespace
 
@@ -44,3 +45,16 @@ def test_an_application_needs_no_function_of_its_own(monkeypatch: pytest.MonkeyP
     uwsgi.call_at_exit(lambda: calls.append("ours"))
     module.atexit()
     assert calls == ["ours"]
+
+
+def test_a_worker_does_not_call_what_its_master_has_registered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+    module = SimpleNamespace(atexit=lambda: calls.append("the application's"))
+    monkeypatch.setitem(sys.modules, "uwsgi", module)
+    uwsgi.call_at_exit(lambda: calls.append("the master's"))
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    uwsgi.call_at_exit(lambda: calls.append("the worker's"))
+    module.atexit()
+    assert calls == ["the worker's", "the application's"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -11,16 +12,18 @@ def call_at_exit(call: Callable[[], object]) -> None:
 
     uWSGI leaves Python's exit out if it has async cores (``uwsgi_python_atexit``), but its
     gevent loop calls ``uwsgi.atexit``. A function that the application has put there is
-    called after ``call()``.
+    called after ``call()``. A forked worker does not call what its master has registered.
     """
     uwsgi = sys.modules.get("uwsgi")
     if uwsgi is None:
         return
     of_application = getattr(uwsgi, "atexit", None)
+    pid = os.getpid()
 
     def call_both() -> None:
         try:
-            call()
+            if pid == os.getpid():
+                call()
         finally:
             if of_application is not None:
                 of_application()
