@@ -56,7 +56,13 @@ def cherrypy(app: Any, port: int) -> None:
             "checker.on": False,
         }
     )
-    cherrypy.tree.graft(app)
+
+    def started(environ: Any, start_response: Any) -> Any:
+        # It answers before it has started, and a signal meanwhile ends it at once.
+        cherrypy.engine.wait(cherrypy.engine.states.STARTED)
+        return app(environ, start_response)
+
+    cherrypy.tree.graft(started)
     cherrypy.engine.signals.subscribe()
     cherrypy.engine.start()
     cherrypy.engine.block()
