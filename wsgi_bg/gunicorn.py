@@ -44,8 +44,9 @@ def worker_exit(server: Any, worker: Any) -> None:
     """Drain all runners; gunicorn calls this on the main thread of a worker that ends.
 
     Blocks for the longest ``drain_timeout`` of the runners at most, and after a signal
-    until a second before ``graceful_timeout`` is over. Tasks not finished by then are named
-    at ERROR. Meanwhile the arbiter is told that the worker lives.
+    until a second before ``graceful_timeout`` is over, for which SIGALRM is used. Tasks
+    not finished by then are named at ERROR. Meanwhile the arbiter is told that the worker
+    lives.
 
     :param server: gunicorn's arbiter.
     :param worker: the worker that was given to :func:`post_fork`.
@@ -92,27 +93,36 @@ class _Exit:
         """Drain all runners; see :func:`worker_exit`."""
         self._is_draining = True
         self.watch_signals()  # an event loop that was closed has taken its handlers away
-        limit = min(shutdown.longest_limit(), self._left())
+        signal.signal(signal.SIGALRM, _end_drain)
+        self._set_alarm()
         # The arbiter compares this with its clock: the worker lives for the drain time.
-        alive_until = time.monotonic() + limit
+        alive_until = min(time.monotonic() + shutdown.longest_limit(), self._ends_at)
         os.utime(self._heartbeat, (alive_until, alive_until))
         try:
-            shutdown.leave(limit=None if self._ends_at == math.inf else limit)
+            shutdown.leave()
+        except BaseException:  # the alarm's, which may have come before the drain
+            shutdown.name_all("before gunicorn ends the worker")
+            raise
         finally:
             self._is_draining = False
             signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _set_alarm(self) -> None:
+        """End the drain in time; each runner has its own limit besides."""
+        if self._ends_at < math.inf:
+            left = self._ends_at - time.monotonic()
+            signal.setitimer(signal.ITIMER_REAL, max(left, 0.001))  # 0 would be none
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         previous = self._previous[number]
         if self._ends_at == math.inf:
             self._ends_at = self._came(previous) + self._graceful_timeout - _MARGIN
-            if self._is_draining:  # since max_requests, say; the signal makes it shorter
-                signal.signal(signal.SIGALRM, _end)
-                signal.setitimer(signal.ITIMER_REAL, max(self._left(), 0.001))
+            if self._is_draining:  # since max_requests, say
+                self._set_alarm()
         if callable(previous):
             previous(number, frame)
         elif not (self._is_draining and number == signal.SIGTERM):
-            _end()
+            raise SystemExit(0)
 
     def _came(self, previous: Any) -> float:
         """When the signal has come, by :func:`time.monotonic`.
@@ -124,10 +134,10 @@ class _Exit:
             return time.monotonic()
         return os.fstat(self._heartbeat).st_mtime
 
-    def _left(self) -> float:
-        """How long a drain may take, in seconds."""
-        return max(self._ends_at - time.monotonic(), 0.0)
+
+class GracefulTimeout(SystemExit):
+    """The drain ends, since gunicorn is about to kill the worker."""
 
 
-def _end(*args: object) -> None:
-    raise SystemExit(0)
+def _end_drain(*args: object) -> None:
+    raise GracefulTimeout(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
 
@@ -87,6 +87,8 @@ def test_a_worker_drains_for_longer_than_the_timeout(
     server.wait_until_it_says(f"WORKER TIMEOUT (pid:{other})")
     assert control.let_through(token)
     assert f"WORKER TIMEOUT (pid:{draining})" not in server.output
+    with suppress(ProcessLookupError):  # or its end would wait for this one
+        os.kill(other, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
