@@ -111,7 +111,8 @@ class _Exit:
         """End the drain in time; each runner has its own limit besides."""
         if self._ends_at < math.inf:
             left = self._ends_at - time.monotonic()
-            signal.setitimer(signal.ITIMER_REAL, max(left, 0.001))  # 0 would be none
+            # Again and again: a wait that is about to begin misses a signal. 0 would be none.
+            signal.setitimer(signal.ITIMER_REAL, max(left, 0.001), 0.1)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         previous = self._previous[number]
@@ -140,4 +141,5 @@ class GracefulTimeout(SystemExit):
 
 
 def _end_drain(*args: object) -> None:
+    signal.setitimer(signal.ITIMER_REAL, 0)  # the tasks are named without another one
     raise GracefulTimeout(0)
