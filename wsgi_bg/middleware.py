@@ -213,6 +213,7 @@ def _wrap(
     body._outcome = LEFT
     body._open = [None]
     body._tasks = tasks
+    tasks._declared_late = not hasattr(tasks, "_status")
     if tasks._list:
         body._guard = Guard(tasks, environ)
     return body

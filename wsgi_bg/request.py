@@ -46,12 +46,14 @@ class RequestTasks(BackgroundTasks):
     It is made for every request, those that add no task included, so its middleware
     fills it in place of an ``__init__`` and some slots are not set before they are
     needed: ``_status`` and ``_headers``, what ``start_response`` was last called with;
+    ``_declared_late``, whether that may have been after the application returned;
     ``_pid``, the process that added the first task; ``_collector``, which has the request
     until its tasks begin to run; ``_is_handed_over``, whether they were given to a runner.
     """
 
     __slots__ = (
         "_collector",
+        "_declared_late",
         "_headers",
         "_is_handed_over",
         "_pid",
@@ -60,6 +62,7 @@ class RequestTasks(BackgroundTasks):
     )
 
     _collector: Collector
+    _declared_late: bool
     _headers: list[tuple[str, str]]
     _is_handed_over: bool
     _pid: int
@@ -76,6 +79,7 @@ class RequestTasks(BackgroundTasks):
         self._headers = headers
         if exc_info is None:
             return self._start_response(status, headers)
+        self._declared_late = True  # perhaps: the server may have sent a length
         return self._start_response(status, headers, exc_info)
 
     def _begin(self) -> list[BackgroundTask]:
@@ -144,7 +148,12 @@ class RequestTasks(BackgroundTasks):
             servers.is_test_client(environ)
             or (
                 outcome is USED_UP
-                and servers.is_written(environ, status, getattr(self, "_headers", ()))
+                and servers.is_written(
+                    environ,
+                    status,
+                    getattr(self, "_headers", ()),
+                    declared_late=getattr(self, "_declared_late", False),
+                )
             )
         )
         return Batch(
