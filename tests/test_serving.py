@@ -26,8 +26,9 @@ from wsgi_bg import graceful
 from wsgi_bg.exceptions import ExtraMissingError, MainThreadError
 from wsgi_bg.graceful import GracefulServer
 from wsgi_bg.signals import StopSignals
+from wsgi_bg.waiting import Notice
 
-each_signal = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+each_signal = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 
 
 def not_finished(name: str, reason: str) -> str:
@@ -245,7 +246,7 @@ def finish(app: App, connect: Any, **options: Any) -> int:
     connect(int(server.addresses[0].rpartition(":")[2]))
     server.stop()
     server.run()
-    return server.finish(time.monotonic() + TIMEOUT)
+    return server.finish(time.monotonic() + TIMEOUT, Notice())
 
 
 def test_connections_that_wait_to_be_accepted_are_answered() -> None:
@@ -297,7 +298,7 @@ def test_a_thread_that_waits_for_its_client_to_read_is_let_go() -> None:
     with socket.create_connection(("127.0.0.1", port), TIMEOUT) as client:
         client.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
         server.run()
-        assert server.finish(time.monotonic()) == 1
+        assert server.finish(time.monotonic(), Notice()) == 1
         assert let_go.wait(TIMEOUT)
     assert threads_have_ended()
     server._close()  # what is left open while a thread goes on
@@ -390,7 +391,8 @@ def test_the_handlers_are_put_back_if_python_knows_them(
     with StopSignals(list):
         calls.clear()
     handler = signal.SIG_DFL if previous is None else previous
-    assert calls == [(signal.SIGTERM, handler), (signal.SIGINT, handler)]
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    assert calls == [(number, handler) for number in numbers]
 
 
 def test_the_process_ends_at_the_second_signal_even_if_the_log_fails(
@@ -408,7 +410,8 @@ def test_the_process_ends_at_the_second_signal_even_if_the_log_fails(
     with StopSignals(lambda: stops.append("stop")):
         raise_signal(signal.SIGTERM)
         monkeypatch.setattr("signal.raise_signal", raised.append)
+        monkeypatch.setattr("os._exit", raised.append)
         with pytest.raises(OSError, match="no space"):
             raise_signal(signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
-    assert (stops, raised) == (["stop"], [signal.SIGINT])
+    assert (stops, raised) == (["stop"], [signal.SIGINT, 128 + signal.SIGINT])

@@ -79,6 +79,11 @@ class Progress:
         """Have ``tell(batch)`` called when the last task is done, on its thread."""
         self._when_done += (tell,)
 
+    @property
+    def is_watched(self) -> bool:
+        """True if something will be called when the last task is done."""
+        return bool(self._when_done)
+
     def _tell_if_ended(self) -> None:
         if self.has_ended:
             when_done, self._when_done = self._when_done, ()

@@ -12,6 +12,7 @@ from . import log, servers
 from .batch import Batch
 from .context import current
 from .interrupts import goes_through
+from .runners.ledger import keep
 from .runners.pool import shared_pool
 from .task import BackgroundTask
 from .tasks import CLOSED, ENDED, BackgroundTasks
@@ -124,6 +125,8 @@ class RequestTasks(BackgroundTasks):
         batch.sends = hasattr(runner, "send")
         try:
             runner.submit(batch)
+            if in_place is None:
+                keep(batch)
         except BaseException as exc:
             if goes_through(exc):
                 batch.stop_for(exc)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+from collections.abc import Iterable
 from math import inf
 from typing import TYPE_CHECKING
+
+from wsgi_bg.process import PerProcess
+from wsgi_bg.waiting import watch
 
 from .base import Statistics
 
@@ -15,18 +20,21 @@ if TYPE_CHECKING:
 
 
 class Ledger:
-    """Counts the batches of one runner in one process, and lets one wait for them."""
+    """Counts the batches of one runner in one process, and lets others wait for them."""
 
     def __init__(self) -> None:
-        # Guards all below; its notification says that no batch is left. Its lock can be
+        self.pid = os.getpid()
+        # Guards all below; its notification says that a batch has ended. Its lock can be
         # taken again: a signal handler that drains may have interrupted its holder.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._handed_over: set[Batch] = set()
         self._run_here: set[Batch] = set()
         self._succeeded = self._failed = self._discarded = 0
+        self._waiters = 0
         self.is_draining = False
-        self._on_done = self._leave  # one object for all batches
+        watch(self)
+        self._on_done = self.leave  # one object for all batches
 
     def enter(self, batch: Batch, limit: float = inf) -> bool:
         """Keep ``batch`` until its run has ended.
@@ -40,37 +48,56 @@ class Ledger:
             (self._handed_over if may_go else self._run_here).add(batch)
             return may_go
 
-    def _leave(self, batch: Batch) -> None:
+    def leave(self, batch: Batch) -> None:
         with self._lock:
             self._handed_over.discard(batch)
             self._run_here.discard(batch)
             self._succeeded += batch.succeeded
             self._failed += batch.failed
             self._discarded += batch.discarded
-            if not self._handed_over and not self._run_here:
+            if self._waiters:
                 self._changed.notify_all()
 
     @property
-    def _batches(self) -> list[Batch]:
-        return [*self._handed_over, *self._run_here]
+    def batches(self) -> list[Batch]:
+        """The batches that have not ended."""
+        with self._lock:
+            return [*self._handed_over, *self._run_here]
+
+    def wait_for(self, batches: Iterable[Batch], deadline: float) -> bool:
+        """Block until none of ``batches`` is here, or ``deadline`` by the monotonic clock.
+
+        :return: False if the deadline came first.
+        """
+        with self._changed:
+            self._waiters += 1
+            try:
+                for batch in batches:
+                    while batch in self._handed_over or batch in self._run_here:
+                        left = deadline - time.monotonic()
+                        if left <= 0:
+                            return False
+                        self._changed.wait(min(left, threading.TIMEOUT_MAX))
+                return True
+            finally:
+                self._waiters -= 1
 
     def drain(self, timeout: float) -> list[BackgroundTask]:
         """Wait until no batch is left or ``timeout`` seconds are over; return the rest."""
-        deadline = time.monotonic() + min(timeout, threading.TIMEOUT_MAX)
-        with self._changed:
-            self.is_draining = True
-            while self._batches and (left := deadline - time.monotonic()) > 0:
-                self._changed.wait(left)
-            return [task for batch in self._batches for task in batch.tasks]
+        deadline = time.monotonic() + timeout
+        self.is_draining = True
+        while (batches := self.batches) and self.wait_for(batches, deadline):
+            pass
+        return [task for batch in batches for task in batch.tasks]
 
     def abandon(self) -> list[BackgroundTask]:
         """Let no batch begin another task; return the tasks left undone."""
         with self._lock:
-            return [task for batch in self._batches for task in batch.abandon()]
+            return [task for batch in self.batches for task in batch.abandon()]
 
     def statistics(self) -> Statistics:
         with self._lock:
-            batches = self._batches
+            batches = self.batches
             running = sum(batch.is_running for batch in batches)
             unfinished = sum(len(batch.tasks) for batch in batches)
             return Statistics(
@@ -80,3 +107,20 @@ class Ledger:
                 failed=self._failed + sum(batch.failed for batch in batches),
                 discarded=self._discarded + sum(batch.discarded for batch in batches),
             )
+
+
+_others = PerProcess(Ledger)
+
+
+def keep(batch: Batch) -> None:
+    """Keep a batch that its runner has taken and that no ledger knows, until it ends.
+
+    A user's runner keeps none. Called after ``submit``: most batches are known by then, or
+    have ended.
+    """
+    if batch.is_watched or batch.next_is_async is None:
+        return
+    ledger = _others.get()
+    ledger.enter(batch)
+    if batch.has_ended:  # perhaps before it could tell the ledger
+        ledger.leave(batch)
