@@ -7,6 +7,7 @@ at its gates for a byte on its standard input: a gate that works across processe
 from __future__ import annotations
 
 import http.client
+import os
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.support import TIMEOUT
@@ -193,8 +194,15 @@ def running(arguments: list[str], folder: Path) -> Iterator[Command]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
-    limit = threading.Timer(4 * TIMEOUT, process.kill)  # bounds each wait for a line
+
+    def kill() -> None:
+        """End the process and its children."""
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    limit = threading.Timer(4 * TIMEOUT, kill)  # bounds each wait for a line
     limit.start()
     command = None
     try:
@@ -202,7 +210,7 @@ def running(arguments: list[str], folder: Path) -> Iterator[Command]:
         yield command
     finally:
         limit.cancel()
-        process.kill()
+        kill()
         process.communicate()
         for connection in command.connections if command else []:
             connection.close()

@@ -110,7 +110,7 @@ def _keepers() -> list[threading.Thread]:
     comes after the first callback.
     """
     main = threading.main_thread()
-    workers = concurrent.futures.thread._threads_queues  # type: ignore[attr-defined]
+    workers = concurrent.futures.thread._threads_queues
     return [
         thread
         for thread in threading.enumerate()
