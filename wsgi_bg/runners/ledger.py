@@ -118,7 +118,7 @@ def keep(batch: Batch) -> None:
     A user's runner keeps none. Called after ``submit``: most batches are known by then, or
     have ended.
     """
-    if batch.is_watched or batch.next_is_async is None:
+    if batch.is_watched or not batch.tasks:
         return
     ledger = _others.get()
     ledger.enter(batch)
