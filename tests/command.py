@@ -138,9 +138,16 @@ class Command:
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
-    def stop_accepting(self, number: signal.Signals = signal.SIGTERM) -> None:
+    def child(self) -> int:
+        """The process id of its child."""
+        pid = self._process.pid
+        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+
+    def stop_accepting(
+        self, number: signal.Signals = signal.SIGTERM, pid: int | None = None
+    ) -> None:
         """Send the signal; return when connections are refused."""
-        self.send(number)
+        os.kill(self._process.pid if pid is None else pid, number)
         pause = threading.Event()
         while self._process.poll() is None:
             try:
@@ -158,6 +165,14 @@ class Command:
         assert stderr is not None
         assert stdout.read() == "", "more was said than the test has read"
         return code, [line for line in stderr.read().splitlines() if ":waitress" not in line]
+
+    def next_error(self) -> str:
+        """The next line on its standard error that is not waitress's."""
+        stderr = self._process.stderr
+        assert stderr is not None
+        while ":waitress" in (line := stderr.readline()):
+            pass
+        return line.rstrip("\n")
 
     def ends_within(self, seconds: float) -> bool:
         try:
