@@ -236,13 +236,20 @@ def test_the_readmes_command_serves_the_example(tmp_path: Path) -> None:
         assert log.read_text() == "To ada@example.com: You have news\n"
 
 
+SOCKETS = """
+
+def answer(environ, start_response):
+    import stat
+    kinds = [os.fstat(number).st_mode for number in range(3)]
+    start_response("200 OK", [("Content-Length", "3")])
+    return [b"no\\n" if any(map(stat.S_ISSOCK, kinds)) else b"ok\\n"]
+"""
+
+
 @pytest.mark.parametrize("where", ["closed", "full", "broken", "all closed"])
 def test_it_serves_without_a_standard_output(where: str, tmp_path: Path) -> None:
     """No process is to write to a socket that got the number of standard output."""
-    write(tmp_path, "shop", SHOP + "import shop_files\n")
-    write(
-        tmp_path, "shop_files", "import os\nkinds = [os.fstat(n).st_mode for n in range(3)]\n"
-    )
+    write(tmp_path, "shop", SHOP + SOCKETS)
     path = tmp_path / "socket"
     options = shlex.join([*MODULE, "shop:app", "--", f"--unix-socket={path}"])
     redirect = {

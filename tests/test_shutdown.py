@@ -588,6 +588,30 @@ def test_a_server_that_outlives_the_main_thread_hands_over_as_before(complete: b
 
 
 @needs_threads_at_exit
+@pytest.mark.parametrize("first", ["before", "after"])
+def test_without_atexit_a_thread_drains_that_no_one_waits_for_too_early(first: str) -> None:
+    """As in a forked process of multiprocessing, which stores no coverage."""
+    before = 'request("pool", int)' if first == "before" else ""
+    assert run(
+        f"""
+        from wsgi_bg import ending
+
+        ending.has_no_atexit = lambda: True
+
+        def serve():
+            threading.main_thread().join()
+            request("pool", lambda: (time.sleep(0.2), print("late task")))
+            atexit.register(print, "atexit")
+
+        {before}
+        threading.Thread(target=serve).start()
+        for thread in threading.enumerate():
+            assert not thread.name.startswith("wsgi_bg-exit")
+        """
+    ) == (0, ["late task", "atexit"])
+
+
+@needs_threads_at_exit
 def test_a_task_may_start_threads_while_the_exit_waits() -> None:
     assert run(
         """

@@ -159,17 +159,14 @@ def test_a_batch_that_ends_as_it_is_noted_is_not_waited_for(
     enter = ledger.Ledger.enter
 
     def enter_late(self: Any, batch: Any) -> bool:
-        run()
+        runs[0]()
         return enter(self, batch)
 
     class Later(Own):
         def submit(self, batch: Any) -> None:
-            nonlocal run
-            run = batch.run
+            runs.append(batch.run)
 
-    def run() -> None:
-        raise AssertionError
-
+    runs: list[Any] = []
     monkeypatch.setattr(ledger.Ledger, "enter", enter_late)
     submit(Later(), int)
     assert wsgi_bg.wait(TIMEOUT) == []
@@ -333,6 +330,10 @@ def test_an_exit_that_is_interrupted_beside_a_server_names_the_tasks_at_once() -
     ]
 
 
+def test_without_a_task_there_is_nothing_to_wait_for() -> None:
+    assert run("print(wsgi_bg.wait(), wsgi_bg.drain())") == ["[] []"]
+
+
 # The log.
 
 
@@ -376,8 +377,8 @@ def test_a_batch_that_two_runners_know_of_is_counted_once(
 
 
 def test_the_names_in_a_warning_are_bounded(log: Log, gate: Gate) -> None:
-    functions = [abs, all, any, bin, bool, chr]
-    submit(PoolRunner(), gate.task, *[int] * 3000, *functions)
+    functions: list[Any] = [*[int] * 3000, abs, all, any, bin, bool, chr]
+    submit(PoolRunner(), gate.task, *functions)
     notice = Notice(ended_by="a second signal")
     notice.due = 0.0
     notice.log_if_due(math.inf, requests=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import warnings
@@ -108,9 +109,9 @@ def wait(timeout: float | None = None) -> list[BackgroundTask]:
     :raises ValueError: if ``timeout`` is negative.
     """
     _check("wait", timeout)
-    deadline = time.monotonic() + (float("inf") if timeout is None else timeout)
+    deadline = time.monotonic() + (math.inf if timeout is None else timeout)
     _flush()
-    return wait_for(batches_under_way(), deadline)
+    return wait_for(batches_under_way(), deadline, Notice(first=math.inf))
 
 
 def drain(timeout: float | None = None) -> list[BackgroundTask]:

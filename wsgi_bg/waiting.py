@@ -47,7 +47,7 @@ def batches_under_way() -> dict[Batch, None]:
 
 
 def wait_for(
-    batches: dict[Batch, None], deadline: float, notice: Notice | None = None
+    batches: dict[Batch, None], deadline: float, notice: Notice
 ) -> list[BackgroundTask]:
     """Block until ``batches`` have ended, what their tasks add included.
 
@@ -56,11 +56,10 @@ def wait_for(
     :return: the tasks that are not done.
     """
     for ledger in _ledgers_here():
-        while not ledger.wait_for(batches, min(deadline, notice.due if notice else deadline)):
+        while not ledger.wait_for(batches, min(deadline, notice.due)):
             if time.monotonic() >= deadline:
                 break
-            if notice is not None:
-                notice.log_if_due(deadline)
+            notice.log_if_due(deadline)
     left = batches_under_way()
     return [task for batch in batches if batch in left for task in batch.tasks]
 
@@ -69,10 +68,11 @@ class Notice:
     """One WARNING a second after it was made, then one every five, while a process waits.
 
     :param ended_by: the signal that ends the wait; None finds out.
+    :param first: seconds before the first WARNING.
     """
 
-    def __init__(self, ended_by: str | None = None) -> None:
-        self.due = time.monotonic() + FIRST
+    def __init__(self, ended_by: str | None = None, first: float = FIRST) -> None:
+        self.due = time.monotonic() + first
         self._ended_by = _interrupting_signal() if ended_by is None else ended_by
 
     def log_if_due(self, deadline: float, requests: int = 0, runner: object = None) -> None:
