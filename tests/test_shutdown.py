@@ -587,6 +587,53 @@ def test_a_server_that_outlives_the_main_thread_hands_over_as_before(complete: b
     ) == (0, ["['wsgi_bg-pool', 'wsgi_bg-port']"])
 
 
+@pytest.mark.parametrize("thread", ["an idle executor", "a server"])
+def test_a_stuck_task_is_given_its_time_once(thread: str) -> None:
+    """The workers of an executor keep the process, and end after the drain only."""
+    code, lines = run(
+        f"""
+        from concurrent.futures import ThreadPoolExecutor
+
+        class Pool(PoolRunner):
+            def drain(self, timeout):
+                try:
+                    executor.submit(int).result()
+                except RuntimeError:
+                    print("executors are closed")
+                began = time.monotonic()
+                try:
+                    return super().drain(timeout)
+                finally:
+                    print("waited" if time.monotonic() - began > 0.5 else "did not wait")
+
+        begun = threading.Event()
+
+        def stuck():
+            begun.set()
+            threading.Event().wait()
+
+        executor = ThreadPoolExecutor(1)
+        executor.submit(int).result()
+        pool = Pool(drain_timeout=0.6)
+        from wsgi_bg.runners.pool import shared_pool
+        shared_pool.drain_timeout = 0.6
+        request(pool, stuck)
+        assert begun.wait(10)
+        if "{thread}" == "a server":
+            threading.Thread(target=threading.main_thread().join).start()
+        """
+    )
+    assert code == 0
+    error = (
+        "ERROR background task __main__.stuck was not finished within the drain time of 0.6 "
+        "seconds: the process ends without it"
+    )
+    if thread == "a server":
+        assert lines == ["executors are closed", "did not wait", error]
+    else:
+        assert lines == ["waited", error]
+
+
 @needs_threads_at_exit
 @pytest.mark.parametrize("first", ["before", "after"])
 def test_without_atexit_a_thread_drains_that_no_one_waits_for_too_early(first: str) -> None:

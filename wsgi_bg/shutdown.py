@@ -21,6 +21,7 @@ from .tasks import CLOSED
 from .waiting import Notice, batches_under_way, wait_for
 
 if TYPE_CHECKING:
+    from .batch import Batch
     from .runners.base import Runner
     from .task import BackgroundTask
 
@@ -37,6 +38,8 @@ _EARLY = 0.05
 _runners: dict[int, _Registered] = {}
 # wsgi_bg.serve() drains before the interpreter exits, and no task is named twice.
 _named: WeakSet[BackgroundTask] = WeakSet()
+# Batches that were waited for as the main thread ended, while another thread served on.
+_had_their_time: WeakSet[Batch] = WeakSet()
 # By process: what hands over the responses that were freed without close().
 _flushes: dict[int, Callable[[], None]] = {}
 
@@ -161,14 +164,20 @@ def _check(name: str, timeout: float | None) -> None:
 
 def _drain_at_exit() -> None:
     _flush()
-    finish()
+    left = batches_under_way()
+    if left and all(batch in _had_their_time for batch in left):
+        finish(began=time.monotonic() - longest_limit())
+    else:
+        finish()
 
 
 def _wait_at_exit() -> None:
     """Wait as long as a drain would, while another thread may still serve requests."""
     try:
         _flush()
-        wait_for(batches_under_way(), time.monotonic() + longest_limit(), Notice())
+        batches = batches_under_way()
+        wait_for(batches, time.monotonic() + longest_limit(), Notice())
+        _had_their_time.update(batches)
     except BaseException as exc:
         _name_left({}, _interruption(exc))
         raise
