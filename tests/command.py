@@ -7,6 +7,7 @@ at its gates for a byte on its standard input: a gate that works across processe
 from __future__ import annotations
 
 import http.client
+import os
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.support import TIMEOUT
@@ -137,9 +138,16 @@ class Command:
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
-    def stop_accepting(self, number: signal.Signals = signal.SIGTERM) -> None:
+    def child(self) -> int:
+        """The process id of its child."""
+        pid = self._process.pid
+        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+
+    def stop_accepting(
+        self, number: signal.Signals = signal.SIGTERM, pid: int | None = None
+    ) -> None:
         """Send the signal; return when connections are refused."""
-        self.send(number)
+        os.kill(self._process.pid if pid is None else pid, number)
         pause = threading.Event()
         while self._process.poll() is None:
             try:
@@ -157,6 +165,14 @@ class Command:
         assert stderr is not None
         assert stdout.read() == "", "more was said than the test has read"
         return code, [line for line in stderr.read().splitlines() if ":waitress" not in line]
+
+    def next_error(self) -> str:
+        """The next line on its standard error that is not waitress's."""
+        stderr = self._process.stderr
+        assert stderr is not None
+        while ":waitress" in (line := stderr.readline()):
+            pass
+        return line.rstrip("\n")
 
     def ends_within(self, seconds: float) -> bool:
         try:
@@ -193,8 +209,15 @@ def running(arguments: list[str], folder: Path) -> Iterator[Command]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
-    limit = threading.Timer(4 * TIMEOUT, process.kill)  # bounds each wait for a line
+
+    def kill() -> None:
+        """End the process and its children."""
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    limit = threading.Timer(4 * TIMEOUT, kill)  # bounds each wait for a line
     limit.start()
     command = None
     try:
@@ -202,7 +225,7 @@ def running(arguments: list[str], folder: Path) -> Iterator[Command]:
         yield command
     finally:
         limit.cancel()
-        process.kill()
+        kill()
         process.communicate()
         for connection in command.connections if command else []:
             connection.close()

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import configparser
+import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
@@ -15,6 +20,7 @@ import wsgi_bg
 from tests.command import MODULE, SHOP, running, serving, write
 from tests.support import TIMEOUT
 from wsgi_bg.cli import main
+from wsgi_bg.serving import announce
 
 ROOT = Path(__file__).parents[1]
 
@@ -220,8 +226,77 @@ def test_the_readmes_command_serves_the_example(tmp_path: Path) -> None:
         log = tmp_path / "log.txt"
         assert not log.exists()
         command.send(signal.SIGINT)
-        assert command.end() == (0, [])
+        waited_for = "1 background task (1 examples.flask_app.send_mail)"
+        assert command.end() == (
+            0,
+            [
+                f"WARNING:wsgi_bg:the process ends, and waits for {waited_for}: for 29 s more "
+                "at most; a second signal ends the wait"
+            ],
+        )
         assert log.read_text() == "To ada@example.com: You have news\n"
+
+
+SOCKETS = """
+
+def answer(environ, start_response):
+    import stat
+    kinds = [os.fstat(number).st_mode for number in range(3)]
+    start_response("200 OK", [("Content-Length", "3")])
+    return [b"no\\n" if any(map(stat.S_ISSOCK, kinds)) else b"ok\\n"]
+"""
+
+
+@pytest.mark.parametrize("where", ["closed", "full", "broken", "all closed"])
+def test_it_serves_without_a_standard_output(where: str, tmp_path: Path) -> None:
+    """No process is to write to a socket that got the number of standard output."""
+    write(tmp_path, "shop", SHOP + SOCKETS)
+    path = tmp_path / "socket"
+    options = shlex.join([*MODULE, "shop:app", "--", f"--unix-socket={path}"])
+    redirect = {
+        "closed": f"exec {options} >&-",
+        "full": f"exec {options} >/dev/full",
+        "broken": f"exec {options} | true",
+        "all closed": f"exec {options} <&- >&- 2>&-",
+    }[where]
+    shell = ["bash", "-c", f"{redirect}; exit ${{PIPESTATUS[0]}}"]
+    process = subprocess.Popen(shell, cwd=tmp_path, start_new_session=True, stderr=PIPE)
+    try:
+        assert ask_unix(path).endswith(b"\r\n\r\nok\n")
+        os.killpg(process.pid, signal.SIGTERM)
+        _, errors = process.communicate(timeout=TIMEOUT)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    if where == "broken":  # bash ends by the signal too
+        assert process.returncode in (0, -signal.SIGTERM)
+    else:
+        assert (process.returncode, errors) == (0, b"")
+
+
+def ask_unix(path: Path) -> bytes:
+    """The answer of a server that begins to listen at ``path`` at some time."""
+    pause = threading.Event()
+    for _ in range(int(TIMEOUT / 0.05)):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(TIMEOUT)
+            try:
+                client.connect(str(path))
+            except OSError:
+                pause.wait(0.05)
+                continue
+            client.sendall(b"GET /answer HTTP/1.0\r\n\r\n")
+            with client.makefile("rb") as received:
+                return received.read()
+    raise AssertionError("it does not listen")
+
+
+def test_the_address_goes_to_what_stands_in_for_standard_output(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    announce("here\n")
+    assert capsys.readouterr().out == "here\n"
 
 
 # What it refuses: one line, status 2.

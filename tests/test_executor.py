@@ -30,7 +30,6 @@ def test_a_task_may_use_a_thread_and_a_host_name_while_the_exit_waits() -> None:
         from wsgi_bg import PoolRunner
 
         leaving, begun = threading.Event(), threading.Event()
-        threading._register_atexit(leaving.set)
 
         async def task():
             await asyncio.to_thread(begun.set)
@@ -42,6 +41,7 @@ def test_a_task_may_use_a_thread_and_a_host_name_while_the_exit_waits() -> None:
 
         submit(PoolRunner(), task)
         assert begun.wait(10)
+        threading._register_atexit(leaving.set)
         """
     )
     assert done.stdout == "on a thread\nlooked up\n", done.stderr

@@ -371,7 +371,7 @@ def test_a_signal_handlers_exception_before_the_coroutine_has_begun_keeps_it_fro
     async def begin() -> None:
         begun.append("begun")
 
-    portal.start(None, lambda _: block(), id)
+    portal.start(None, lambda _: block(), bool, id)
     assert gate.begun.wait(TIMEOUT)  # the loop is busy
     before = signal.signal(signal.SIGUSR1, handler)
     try:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import re
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -20,14 +23,15 @@ import pytest
 
 import wsgi_bg
 import wsgi_bg.serving as wsgi_bg_serving
-from tests.command import SHOP, running, serving, write
+from tests.command import MODULE, SHOP, running, serving, write
 from tests.support import TIMEOUT, App, app_that
 from wsgi_bg import graceful
 from wsgi_bg.exceptions import ExtraMissingError, MainThreadError
 from wsgi_bg.graceful import GracefulServer
 from wsgi_bg.signals import StopSignals
+from wsgi_bg.waiting import Notice
 
-each_signal = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+each_signal = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 
 
 def not_finished(name: str, reason: str) -> str:
@@ -210,6 +214,86 @@ def test_a_second_signal_names_the_tasks_and_ends_the_process(
         assert command.end() == (-number, left)
 
 
+def may_unshare() -> bool:
+    done = subprocess.run(
+        ["unshare", "--pid", "--fork", "--kill-child", "true"], capture_output=True, check=False
+    )
+    return done.returncode == 0
+
+
+@pytest.mark.skipif(
+    shutil.which("unshare") is None or not may_unshare(),
+    reason="a PID namespace cannot be made here: that takes root and util-linux's unshare",
+)
+@each_signal
+def test_a_second_signal_ends_a_container_without_an_init(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    """Its first process is PID 1, which no signal without a handler ends."""
+    write(tmp_path, "shop", SHOP)
+    first = ["unshare", "--pid", "--fork", "--kill-child", *MODULE]
+    options = ["--port", "0", "--drain-timeout", "3600"]
+    with running([*first, "shop:app", *options], tmp_path) as command:
+        pid = command.child()
+        assert command.ask("/plain").read() == b"ok\n"
+        assert command.line() == "task begins"
+        command.stop_accepting(number, pid)
+        os.kill(pid, number)
+        reason = f"before a second signal ({number.name})"
+        assert command.end() == (128 + number, [not_finished("shop.slow", reason)])
+
+
+def test_a_hangup_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    write(tmp_path, "shop", SHOP)
+    with running(["nohup", *MODULE, "shop:app", "--port", "0"], tmp_path) as command:
+        command.send(signal.SIGHUP)
+        assert command.ask("/quick").read() == b"ok\n"
+        assert command.line() == "task ran"
+        command.send(signal.SIGTERM)
+        code, _ = command.end()
+        assert code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "path", "what"),
+    [
+        ((), "/plain", "1 background task (1 shop.slow)"),
+        (("--runner", "inline"), "/plain", "1 request and 1 background task (1 shop.slow)"),
+        ((), "/held", "1 request"),
+    ],
+)
+def test_while_it_waits_it_says_for_what(
+    options: tuple[str, ...], path: str, what: str, tmp_path: Path
+) -> None:
+    with serving(tmp_path, *options) as command:
+        command.request(path)
+        assert command.line().endswith(" begins")
+        command.send(signal.SIGTERM)
+        assert command.next_error() == (
+            f"WARNING:wsgi_bg:the process ends, and waits for {what}: for 29 s more at most; "
+            "a second signal ends the wait"
+        )
+        command.open_gate()
+        while command.line():
+            pass
+        assert command.end() == (0, [])
+
+
+def test_a_request_whose_client_has_left_is_named_while_it_is_waited_for(
+    tmp_path: Path,
+) -> None:
+    options = ("--", "--channel-request-lookahead", "1")
+    with serving(tmp_path, *options) as command:
+        connection = command.request("/held")
+        assert command.line() == "request begins"
+        connection.close()
+        command.send(signal.SIGTERM)
+        assert "waits for 1 request:" in command.next_error()
+        command.open_gate()
+        assert command.line() == "task ran"
+        assert command.end() == (0, [])
+
+
 def test_a_runner_of_the_programs_own_keeps_its_drain_time(tmp_path: Path) -> None:
     write(tmp_path, "shop", SHOP)
     write(
@@ -245,7 +329,7 @@ def finish(app: App, connect: Any, **options: Any) -> int:
     connect(int(server.addresses[0].rpartition(":")[2]))
     server.stop()
     server.run()
-    return server.finish(time.monotonic() + TIMEOUT)
+    return server.finish(time.monotonic() + TIMEOUT, Notice())
 
 
 def test_connections_that_wait_to_be_accepted_are_answered() -> None:
@@ -297,7 +381,7 @@ def test_a_thread_that_waits_for_its_client_to_read_is_let_go() -> None:
     with socket.create_connection(("127.0.0.1", port), TIMEOUT) as client:
         client.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
         server.run()
-        assert server.finish(time.monotonic()) == 1
+        assert server.finish(time.monotonic(), Notice()) == 1
         assert let_go.wait(TIMEOUT)
     assert threads_have_ended()
     server._close()  # what is left open while a thread goes on
@@ -396,7 +480,8 @@ def test_the_handlers_are_put_back_if_python_knows_them(
     with StopSignals(list):
         calls.clear()
     handler = signal.SIG_DFL if previous is None else previous
-    assert calls == [(signal.SIGTERM, handler), (signal.SIGINT, handler)]
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    assert calls == [(number, handler) for number in numbers]
 
 
 def test_the_process_ends_at_the_second_signal_even_if_the_log_fails(
@@ -414,7 +499,8 @@ def test_the_process_ends_at_the_second_signal_even_if_the_log_fails(
     with StopSignals(lambda: stops.append("stop")):
         raise_signal(signal.SIGTERM)
         monkeypatch.setattr("signal.raise_signal", raised.append)
+        monkeypatch.setattr("os._exit", raised.append)
         with pytest.raises(OSError, match="no space"):
             raise_signal(signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
-    assert (stops, raised) == (["stop"], [signal.SIGINT])
+    assert (stops, raised) == (["stop"], [signal.SIGINT, 128 + signal.SIGINT])

@@ -10,6 +10,7 @@ from .middleware import BackgroundTasksMiddleware
 from .registry import registered_task
 from .runners import InlineRunner, PoolRunner
 from .serving import serve
+from .shutdown import drain, wait
 from .task import BackgroundTask
 from .tasks import BackgroundTasks
 
@@ -22,10 +23,12 @@ __all__ = [
     "PoolRunner",
     "__version__",
     "background_tasks",
+    "drain",
     "get_background_tasks",
     "inject",
     "registered_task",
     "serve",
+    "wait",
 ]
 
 __version__ = "0.2.0"

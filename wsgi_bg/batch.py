@@ -44,6 +44,7 @@ class Batch:
         has returned.
     :ivar sends: whether the runner that has it may send its tasks to another process.
     :ivar not_before: when its runner will have it begin, by :func:`time.monotonic`.
+    :ivar is_kept: whether a ledger knows of it.
     :ivar succeeded: how many tasks have returned.
     :ivar failed: how many have raised.
     :ivar discarded: how many will not run.
@@ -68,6 +69,7 @@ class Batch:
         "_when_done",
         "discarded",
         "failed",
+        "is_kept",
         "not_before",
         "response_complete",
         "sends",
@@ -85,6 +87,7 @@ class Batch:
         self.response_complete = response_complete
         self.sends = False
         self.not_before = 0.0
+        self.is_kept = False
         self.succeeded = self.failed = self.discarded = 0
         self._of = tasks
         # How many tasks are claimed, and not yet dropped.

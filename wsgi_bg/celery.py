@@ -72,6 +72,8 @@ class CeleryRunner:
     :raises TypeError: if an option is of the wrong type.
     """
 
+    work_is_in_ledgers = True
+
     def __init__(
         self,
         celery_app: Celery,

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Serve a WSGI application with waitress and run its background tasks after the responses.
-SIGTERM and SIGINT stop it: requests in hand are answered, tasks are waited for. The exit
-status is then 0, or 1 if something was left, which is named. A second signal ends it at once.
+SIGTERM, SIGINT and SIGHUP stop it: requests in hand are answered, tasks are waited for. The
+exit status is then 0, or 1 if something was left, which is named. A second signal ends it at
+once.
 """
 
 # Options of waitress that are not to be given to it.
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     :param arguments: those of the command line; None for the process's own.
     """
+    _open_standard_files()
     try:
         own, behind = _split(sys.argv[1:] if arguments is None else arguments)
         given = _parser().parse_args(own)
@@ -53,6 +55,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"wsgi-bg: {exc}", file=sys.stderr)
         return 2
     return 1 if serving.run(server, given.drain_timeout) else 0
+
+
+def _open_standard_files() -> None:
+    """Open those of the file descriptors 0 to 2 that are closed, on the null device.
+
+    A socket would get the number, and would be written to as standard output.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

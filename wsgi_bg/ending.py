@@ -1,59 +1,118 @@
-"""The moment at which a process ends: when no thread keeps it any more.
+"""When the exit of a process calls back.
 
-``atexit`` does not always come: what :mod:`multiprocessing` has started, the workers of
-granian among it, never calls it. All processes wait for threads that are not daemons. One
-of those waits here for all the others.
+The interpreter leaves in this order. The main thread ends; the callbacks of
+``threading._register_atexit`` run there, last registered first; non-daemon threads are
+joined; the callbacks of :mod:`atexit` run. :mod:`concurrent.futures` closes its executors in
+a callback of the first kind, so tasks that need one are drained in a callback that is
+registered later and runs earlier.
+
+Another non-daemon thread may still serve requests at that time. The first callback then only
+waits for the tasks handed over so far, and the drain comes with :mod:`atexit`.
+
+No thread is started for the exit as long as the main thread lives: a program may join all
+non-daemon threads from there (CherryPy does), and would wait for ours.
 """
 
 from __future__ import annotations
 
+import atexit
+import concurrent.futures.thread
+import multiprocessing
 import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
-from . import greenlets
-
-# The processes in which a thread still waits for the end.
-_awaited: set[int] = set()
+# The processes whose exit has still to call back.
+_armed: set[int] = set()
 
 
 def is_exiting() -> bool:
-    """Whether the interpreter is on its way out and no one will wait for a thread."""
-    return os.getpid() not in _awaited and not threading.main_thread().is_alive()
+    """True if the main thread has ended and no drain is still to come."""
+    return os.getpid() not in _armed and not threading.main_thread().is_alive()
 
 
-def when_it_comes(call: Callable[[], object]) -> None:
-    """Have ``call()`` made on a thread once the main one and all that are no daemons ended.
+def call_at_exit(drain: Callable[[], object], wait: Callable[[], object]) -> None:
+    """Call ``drain()`` when this process ends, while executors still take work if possible.
 
-    The process does not end before it has returned. Nothing happens where it is too late,
-    where a thread waits already (two would wait for each other), where threads are
-    greenlets, for which no one would wait, and under uWSGI, whose forks Python does not
-    know of: a child would wait for its parent's thread.
+    ``drain()`` may be called twice, on the main thread or a thread of its own. A forked
+    child does not call it.
+
+    :param wait: called when the main thread ends, if other threads keep the process.
     """
-    is_late = not threading.main_thread().is_alive() and not _keepers()
-    is_useless = greenlets.are_threads() or "uwsgi" in sys.modules
-    if is_late or is_useless or os.getpid() in _awaited:
-        return
-    _awaited.add(os.getpid())
+    pid = os.getpid()
+    atexit.register(_drain, pid, drain)
+    if not threading.main_thread().is_alive() and not _keepers():
+        return  # during atexit, which may not call what is registered now
+    _armed.add(pid)
+    # Now, since a module that is imported later would close its executors earlier. It
+    # cannot be imported where multiprocessing does not work, nor if the main thread ended.
+    with suppress(ImportError, RuntimeError):
+        import concurrent.futures.process  # noqa: F401
     try:
-        threading.Thread(target=_await, args=(call,), name="wsgi_bg-end", daemon=False).start()
-    except RuntimeError:  # no memory for a stack
-        _awaited.discard(os.getpid())
+        threading._register_atexit(_main_thread_ends, pid, drain, wait)  # type: ignore[attr-defined]
+    except RuntimeError:  # the main thread has ended
+        _drain_after_threads(pid, drain)
 
 
-def _await(call: Callable[[], object]) -> None:
-    threading.main_thread().join()
+def _main_thread_ends(
+    pid: int, drain: Callable[[], object], wait: Callable[[], object]
+) -> None:
+    if pid != os.getpid() or pid not in _armed:  # a forked child, or drained by atexit
+        return
+    if _keepers():
+        wait()
+        _drain_after_threads(pid, drain)
+    else:
+        _drain(pid, drain)
+
+
+def _drain(pid: int, drain: Callable[[], object]) -> None:
+    if pid != os.getpid():  # a forked child inherits the registration, but no threads
+        return
+    try:
+        drain()
+    finally:
+        _armed.discard(pid)
+
+
+def _drain_after_threads(pid: int, drain: Callable[[], object]) -> None:
+    """Call ``drain()`` when all other non-daemon threads have ended, if atexit will not."""
+    if has_no_atexit():
+        thread = threading.Thread(
+            target=_await_threads, args=(pid, drain), name="wsgi_bg-exit", daemon=False
+        )
+        with suppress(RuntimeError):  # no memory for a stack
+            thread.start()
+
+
+def has_no_atexit() -> bool:
+    """True in a process that :mod:`multiprocessing` has forked, before Python 3.13."""
+    return (
+        sys.version_info < (3, 13)
+        and multiprocessing.parent_process() is not None
+        and multiprocessing.get_start_method(allow_none=True) != "spawn"
+    )
+
+
+def _await_threads(pid: int, drain: Callable[[], object]) -> None:
     itself = threading.current_thread()
     while others := [thread for thread in _keepers() if thread is not itself]:
         others[0].join()
-    try:
-        call()
-    finally:
-        _awaited.discard(os.getpid())
+    _drain(pid, drain)
 
 
 def _keepers() -> list[threading.Thread]:
-    """The threads that keep this process, but for the main one."""
+    """The non-daemon threads that keep this process, apart from the main one.
+
+    Workers of an executor are no keepers: they end when the executor is closed, which
+    comes after the first callback.
+    """
     main = threading.main_thread()
-    return [t for t in threading.enumerate() if not t.daemon and t is not main]
+    workers = concurrent.futures.thread._threads_queues
+    return [
+        thread
+        for thread in threading.enumerate()
+        if not thread.daemon and thread is not main and thread not in workers
+    ]

@@ -58,6 +58,20 @@ class OutsideRequestError(WsgiBgError, RuntimeError):
     """``background_tasks`` or ``inject`` was used where no request is being handled."""
 
 
+class InsideTaskError(WsgiBgError, RuntimeError):
+    """``wait`` or ``drain`` was called from a background task, for which it would wait.
+
+    :ivar function: ``"wait"`` or ``"drain"``.
+    """
+
+    def __init__(self, function: str) -> None:
+        super().__init__(
+            f"wsgi_bg.{function}() was called from a background task or on the thread of the "
+            "portal, and would wait for itself: call it from another thread"
+        )
+        self.function = function
+
+
 class MiddlewareMissingError(WsgiBgError, LookupError):
     """The environ has no ``BackgroundTasks``: the middleware is not installed.
 

@@ -18,6 +18,8 @@ from waitress.trigger import trigger
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
+    from .waiting import Notice
+
 # How long waitress's threads may take to end where no time is left, in seconds.
 _THREADS_TIMEOUT = 0.1
 
@@ -62,22 +64,26 @@ class GracefulServer:
         self._is_stopping = True
         self._trigger.pull_trigger()  # select() goes on after a handler that returns
 
-    def finish(self, deadline: float) -> int:
+    def finish(self, deadline: float, notice: Notice) -> int:
         """Accept nothing more, answer what has come, end the threads, close all.
 
         A request has come when its first byte has, on a connection that was accepted or
         that waited to be: its client could not know better.
 
         :param deadline: until when to wait, by :func:`time.monotonic`.
+        :param notice: logs meanwhile.
         :return: how many requests were not finished.
         """
         self._announce_end()
         self._stop_listening()
         self._turn(0.0)
-        while self._close_idle() and (left := deadline - time.monotonic()) > 0:
+        limit = self._adjustments.asyncore_loop_timeout
+        while (busy := self._close_idle()) and time.monotonic() < deadline:
             self._announce_end()
-            self._turn(min(left, self._adjustments.asyncore_loop_timeout))
-        unfinished = self._end_threads(max(_THREADS_TIMEOUT, deadline - time.monotonic()))
+            until = min(deadline, notice.due)
+            self._turn(min(max(0.0, until - time.monotonic()), limit))
+            notice.log_if_due(deadline, requests=len(busy))
+        unfinished = self._end_threads(deadline, notice)
         self._close()
         return unfinished
 
@@ -115,10 +121,16 @@ class GracefulServer:
                 channel.handle_close()
         return busy
 
-    def _end_threads(self, timeout: float) -> int:
+    def _end_threads(self, deadline: float, notice: Notice) -> int:
         """Wait for the threads; return how many requests they leave, or have not begun,
         or have answered to a client that has not read it all."""
-        self._dispatcher.shutdown(cancel_pending=False, timeout=timeout)
+        while True:
+            until = min(deadline, notice.due)
+            timeout = max(_THREADS_TIMEOUT, until - time.monotonic())
+            self._dispatcher.shutdown(cancel_pending=False, timeout=timeout)
+            if not self._dispatcher.threads or time.monotonic() >= deadline:
+                break
+            notice.log_if_due(deadline, requests=len(self._dispatcher.threads))
         unread = [c for c in self._close_idle() if c.total_outbufs_len and not c.requests]
         return len(self._dispatcher.threads) + len(self._dispatcher.queue) + len(unread)
 

@@ -99,7 +99,7 @@ class _Exit:
         alive_until = min(time.monotonic() + shutdown.longest_limit(), self._ends_at)
         os.utime(self._heartbeat, (alive_until, alive_until))
         try:
-            shutdown.leave()
+            shutdown.finish()
         except BaseException:  # the alarm's, which may have come before the drain
             shutdown.name_all("before gunicorn ends the worker")
             raise

@@ -12,6 +12,7 @@ from . import arguments, log, servers
 from .batch import Batch
 from .context import current
 from .interrupts import goes_through, is_from_signal_handler
+from .runners.ledger import keep
 from .runners.pool import shared_pool
 from .task import BackgroundTask
 from .tasks import CLOSED, ENDED, BackgroundTasks
@@ -171,10 +172,12 @@ class RequestTasks(BackgroundTasks):
             runner = in_place(runner)
         batch.sends = hasattr(runner, "send")
         try:
-            for task in self.tasks:
+            for task in self._list or ():
                 if task.args or task.kwargs:
                     arguments.look_at(task)
             runner.submit(batch)
+            if in_place is None:
+                keep(batch)
         except BaseException as exc:
             if is_from_signal_handler(exc) or self._pid != os.getpid():
                 raise

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import NoneType
@@ -13,7 +16,8 @@ from . import log, shutdown
 from .checks import seconds, whole_number
 from .exceptions import ExtraMissingError, MainThreadError, OptionTypeError
 from .middleware import BackgroundTasksMiddleware
-from .signals import StopSignals
+from .signals import SECOND, StopSignals
+from .waiting import Notice
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
@@ -54,15 +58,15 @@ def serve(
     drain_timeout: float | None = None,
     **waitress_options: Any,
 ) -> Unfinished:
-    """Serve ``app`` with waitress until SIGTERM or SIGINT; blocks, on the main thread.
+    """Serve ``app`` with waitress until SIGTERM, SIGINT or SIGHUP; blocks, on the main thread.
 
     ``app`` is wrapped in a :class:`~wsgi_bg.BackgroundTasksMiddleware`. The first signal
     ends the accepting of connections; requests in hand are answered, then the tasks of
     all runners of the process are waited for, those that they add included. What is not
     finished by then is named at ERROR. The runners take no more work in after that: a
     batch submitted later runs in ``close()``. A second signal names what is left and ends
-    the process by the signal's default action. The handlers of both signals are put back
-    when ``serve`` returns.
+    the process by the signal's default action. The handlers of the signals are put back
+    when ``serve`` returns. A SIGHUP that is ignored, as under ``nohup``, stays ignored.
 
     :param host: the address to listen on; None is ``"127.0.0.1"``.
     :param port: 0 is any that is free (it is printed); None is 8080.
@@ -134,12 +138,13 @@ def run(server: GracefulServer, drain_timeout: float | None) -> Unfinished:
     signals = StopSignals(server.stop)
     with signals:
         for address in server.addresses:
-            print(f"Serving on {address}", flush=True)
+            announce(f"Serving on {address}\n")
         server.run()
         began = signals.came
         assert began is not None
         limit = shutdown.longest_limit() if drain_timeout is None else drain_timeout
-        requests = server.finish(began + limit)
+        notice = Notice(ended_by=SECOND)
+        requests = server.finish(began + limit, notice)
         if requests:
             log.error(
                 "%d requests, their inline tasks included, were not finished within the "
@@ -147,4 +152,20 @@ def run(server: GracefulServer, drain_timeout: float | None) -> Unfinished:
                 requests,
                 limit,
             )
-        return Unfinished(requests, shutdown.leave(limit=drain_timeout, began=began))
+        tasks = shutdown.finish(limit=drain_timeout, began=began, notice=notice)
+        return Unfinished(requests, tasks)
+
+
+def announce(text: str) -> None:
+    """Write ``text`` to standard output, if there is any: closed, full or broken is no error.
+
+    Past Python's buffer: text that cannot be written would stay there, and fail again at exit.
+    """
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+        try:
+            number = sys.stdout.fileno()
+        except OSError:  # an object in its place
+            sys.stdout.write(text)
+        else:
+            os.write(number, text.encode())

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import atexit
+import math
 import os
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from types import NoneType
 from typing import TYPE_CHECKING
+from weakref import WeakSet, ref
 
-from . import ending, log, portal, report, uwsgi
+from . import log, portal, report, uwsgi
+from .context import current
+from .ending import call_at_exit
+from .exceptions import InsideTaskError, OptionTypeError, OptionValueError
+from .tasks import CLOSED
+from .waiting import Notice, batches_under_way, wait_for
 
 if TYPE_CHECKING:
+    from .batch import Batch
     from .runners.base import Runner
     from .task import BackgroundTask
 
@@ -22,48 +31,167 @@ DRAIN_TIMEOUT = 30.0
 # How long the portal's thread may take to end once its tasks are cancelled, in seconds.
 _PORTAL_TIMEOUT = 0.5
 
-# By id, and held: a runner that no one holds any more may still have work.
-_runners: dict[int, Runner] = {}
-# Those that were given their time, and the tasks that were named: wsgi_bg.serve() leaves
-# before the interpreter exits, and neither is to come twice.
-_drained: dict[int, Runner] = {}
-_named: dict[int, BackgroundTask] = {}
-# The processes that are ending; a forked child is another one.
-_leaving: set[int] = set()
+# A runner's drain() that returns tasks so many seconds before its time is up has given up.
+_EARLY = 0.05
+
+# By id.
+_runners: dict[int, _Registered] = {}
+# wsgi_bg.serve() drains before the interpreter exits, and no task is named twice.
+_named: WeakSet[BackgroundTask] = WeakSet()
+# Batches that were waited for as the main thread ended, while another thread served on.
+_had_their_time: WeakSet[Batch] = WeakSet()
+# By process: what hands over the responses that were freed without close(), and what claims
+# the tasks of all other requests.
+_collectors: dict[int, tuple[Callable[[], None], Callable[[], list[BackgroundTask]]]] = {}
+
+
+class _Registered:
+    """A runner that exit drains.
+
+    The package's own runners are not kept alive: a batch that has not ended holds its
+    runner, and they have no other work. A user's runner may have.
+
+    :ivar was_drained: true once the runner was given its time.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self.was_drained = False
+        self._runner: Callable[[], Runner | None] = lambda: runner
+        if getattr(runner, "work_is_in_ledgers", False):
+            self._runner = ref(runner, partial(self._forget, id(runner)))
+
+    def _forget(self, key: int, _: object) -> None:
+        if _runners.get(key) is self:
+            del _runners[key]
+
+    @property
+    def runner(self) -> Runner | None:
+        return self._runner()
 
 
 def register(runner: Runner) -> None:
     """Have interpreter exit drain ``runner``."""
-    _runners[id(runner)] = runner
+    known = _runners.get(id(runner))
+    if known is None or known.runner is not runner:
+        _runners[id(runner)] = _Registered(runner)
 
 
-def arm(flush: Callable[[], None]) -> None:
-    """Call :func:`leave` at the end of this process, after ``flush()``.
+def _registered() -> list[tuple[_Registered, Runner]]:
+    both = [(entry, entry.runner) for entry in list(_runners.values())]
+    return [(entry, runner) for entry, runner in both if runner is not None]
+
+
+def arm(flush: Callable[[], None], abandon: Callable[[], list[BackgroundTask]]) -> None:
+    """Drain at the end of this process, after ``flush()``.
 
     Called with the first task. What the application has registered with :mod:`atexit`, such
     as the end of a database pool, runs after the tasks that need it.
+
+    :param flush: hands over the responses that were freed so far.
+    :param abandon: claims and returns the tasks of requests that are not over.
     """
-    ending.when_it_comes(partial(_leave_in, os.getpid(), flush))
-    atexit.register(_leave_in, os.getpid(), flush)
-    uwsgi.call_at_exit(partial(_leave_in, os.getpid(), flush))
+    _collectors[os.getpid()] = flush, abandon
+    call_at_exit(_drain_at_exit, _wait_at_exit)
+    uwsgi.call_at_exit(_drain_at_exit)
 
 
-def _leave_in(pid: int, flush: Callable[[], None]) -> None:
-    """Leave, or where that goes on, with the exit that waited for it interrupted, end it."""
-    if pid != os.getpid():  # a forked child inherits the registration, but no threads
-        return
-    if pid in _leaving:
-        name_all("before the wait for it was interrupted")
-        return
-    _leaving.add(pid)
-    try:
-        flush()
-        leave()
-    finally:
-        _leaving.discard(pid)
+def _flush() -> None:
+    collector = _collectors.get(os.getpid())
+    if collector is not None:
+        collector[0]()
+
+
+def wait(timeout: float | None = None) -> list[BackgroundTask]:
+    """Block until all tasks that were handed over so far are done.
+
+    What these tasks add counts too, and so do the responses that a server has freed without
+    ``close()``. Runners take in more work meanwhile and afterwards. May be called at any
+    time, again and again, from any thread, but not from a background task.
+
+    :param timeout: how long to wait, in seconds; None for no limit.
+    :return: the tasks that are not done. They go on.
+    :raises RuntimeError: from a running task or the portal's thread, which it would block.
+    :raises TypeError: if ``timeout`` is no number.
+    :raises ValueError: if ``timeout`` is negative.
+    """
+    _check("wait", timeout)
+    deadline = time.monotonic() + (math.inf if timeout is None else timeout)
+    _flush()
+    return wait_for(batches_under_way(), deadline, Notice(first=math.inf))
+
+
+def drain(timeout: float | None = None) -> list[BackgroundTask]:
+    """Block until all tasks are done, and take no more work in: for the end of a process.
+
+    Tasks that are not done by then are named at ERROR and begin no more. A batch that is
+    submitted later runs in ``close()``. While it waits, a WARNING after one second and then
+    every five says for which tasks. A second call does not wait for a runner again.
+
+    :param timeout: how long to wait, in seconds; None for each runner's own
+        ``drain_timeout``.
+    :return: the tasks that were named.
+    :raises RuntimeError: from a running task or the portal's thread, which it would block.
+    :raises TypeError: if ``timeout`` is no number.
+    :raises ValueError: if ``timeout`` is negative.
+    :raises KeyboardInterrupt: if that ends the wait; the tasks are named all the same.
+    """
+    _check("drain", timeout)
+    _flush()
+    return finish(limit=timeout)
 
 
 def leave(*, limit: float | None = None, began: float | None = None) -> list[BackgroundTask]:
+    """Deprecated: call :func:`wsgi_bg.drain`.
+
+    :param limit: how long to wait, in seconds, in place of each runner's own limit.
+    :param began: when that time began, by :func:`time.monotonic`; None for now.
+    """
+    warnings.warn(
+        "wsgi_bg.shutdown.leave() will go: call wsgi_bg.drain(timeout)",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return finish(limit=limit, began=began)
+
+
+def _check(name: str, timeout: float | None) -> None:
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float, NoneType)):
+        raise OptionTypeError("timeout", timeout, "a number of seconds or None")
+    if timeout is not None and not timeout >= 0:
+        raise OptionValueError("timeout", timeout, "0 seconds or more, or None")
+    tasks, loop = current.get(None), portal.peek()
+    is_in_task = tasks is not None and tasks._phase == CLOSED
+    if is_in_task or (loop is not None and loop.is_current):
+        raise InsideTaskError(name)
+
+
+def _drain_at_exit() -> None:
+    _flush()
+    left = batches_under_way()
+    if left and all(batch in _had_their_time for batch in left):
+        finish(began=time.monotonic() - longest_limit())
+    else:
+        finish()
+
+
+def _wait_at_exit() -> None:
+    """Wait as long as a drain would, while another thread may still serve requests."""
+    try:
+        _flush()
+        batches = batches_under_way()
+        wait_for(batches, time.monotonic() + longest_limit(), Notice())
+        _had_their_time.update(batches)
+    except BaseException as exc:
+        _name_left({}, _interruption(exc))
+        raise
+
+
+def finish(
+    *,
+    limit: float | None = None,
+    began: float | None = None,
+    notice: Notice | None = None,
+) -> list[BackgroundTask]:
     """Drain every runner, name at ERROR what was not finished, leave the portal.
 
     Blocks for the longest ``drain_timeout`` at most, and half a second for the portal. A
@@ -71,50 +199,85 @@ def leave(*, limit: float | None = None, began: float | None = None) -> list[Bac
 
     :param limit: how long to wait, in seconds, in place of each runner's own limit.
     :param began: when that time began, by :func:`time.monotonic`; None for now.
+    :param notice: logs meanwhile; None for a new one.
     :return: the tasks that were named.
     :raises KeyboardInterrupt: if that ends the wait; the tasks are named all the same.
     """
     if began is None:
         began = time.monotonic()
-    waiting = [runner for key, runner in list(_runners.items()) if key not in _drained]
-    left: list[BackgroundTask] = []
+    if notice is None:
+        notice = Notice()
+    waiting = [runner for entry, runner in _registered() if not entry.was_drained]
+    reasons: dict[int, str] = {}
+    otherwise = "by the end of the process"
     try:
         for runner in waiting:
-            _drain(runner, began + _limit_of(runner, limit) - time.monotonic())
+            seconds = _limit_of(runner, limit)
+            reasons[id(runner)] = _drain(runner, seconds, began + seconds, notice)
+    except BaseException as exc:
+        otherwise = _interruption(exc)
+        raise
     finally:
-        # What came in meanwhile is named too; a batch that two runners know of, once.
-        for key, runner in list(_runners.items()):
-            _drained[key] = runner
-            reason = f"within the drain time of {_limit_of(runner, limit):g} seconds"
-            left += _name(runner, reason)
+        left = _name_left(reasons, otherwise)
         portal.stop(_PORTAL_TIMEOUT if waiting else 0.0)
     return left
 
 
+def _interruption(exc: BaseException) -> str:
+    return f"before the wait for it was interrupted ({type(exc).__name__})"
+
+
+def _drain(runner: Runner, seconds: float, deadline: float, notice: Notice) -> str:
+    """Drain one runner; return why the tasks that it leaves are not finished."""
+    while True:
+        until = min(deadline, notice.due)
+        try:
+            left = runner.drain(max(0.0, until - time.monotonic()))
+        except Exception as exc:  # a user's runner; the others have tasks too
+            log.error("%s could not be drained", runner, exc_info=exc)
+            return "since its runner could not be drained"
+        now = time.monotonic()
+        if now >= deadline or not left:
+            return f"within the drain time of {seconds:g} seconds"
+        if now < until - _EARLY:
+            return "when the drain of its runner had ended"
+        notice.log_if_due(deadline, runner=runner)
+
+
 def name_all(reason: str) -> None:
     """Let no task begin any more and name at ERROR those not finished; does not wait."""
-    for runner in list(_runners.values()):
-        _name(runner, reason)
+    _name_left({}, reason)
+
+
+def _name_left(reasons: dict[int, str], otherwise: str) -> list[BackgroundTask]:
+    """Name what is left of each runner, for its reason in ``reasons`` or ``otherwise``.
+
+    What came in meanwhile is named too; a batch that two runners know of, once.
+    """
+    named = []
+    for entry, runner in _registered():
+        entry.was_drained = True
+        named += _name(_left_of(runner), reasons.get(id(runner), otherwise))
+    return named + _name(_unfinished_requests(), otherwise)
+
+
+def _name(tasks: list[BackgroundTask], reason: str) -> list[BackgroundTask]:
+    left = [task for task in tasks if task not in _named]
+    for task in left:
+        _named.add(task)
+        report.unfinished(task, reason)
+    return left
+
+
+def _unfinished_requests() -> list[BackgroundTask]:
+    """Claim and return the tasks of requests that are not over, or were not handed over."""
+    collector = _collectors.get(os.getpid())
+    return [] if collector is None else collector[1]()
 
 
 def longest_limit() -> float:
     """The longest time that a runner wants for its tasks, in seconds."""
-    return max(_limit_of(runner) for runner in list(_runners.values()))
-
-
-def _drain(runner: Runner, timeout: float) -> None:
-    try:
-        runner.drain(max(0.0, timeout))
-    except Exception as exc:  # a user's runner; the others have tasks too
-        log.error("%s could not be drained", runner, exc_info=exc)
-
-
-def _name(runner: Runner, reason: str) -> list[BackgroundTask]:
-    left = [task for task in _left_of(runner) if id(task) not in _named]
-    for task in left:
-        _named[id(task)] = task
-        report.unfinished(task, reason)
-    return left
+    return max(_limit_of(runner) for _, runner in _registered())
 
 
 def _left_of(runner: Runner) -> list[BackgroundTask]:

@@ -1,7 +1,12 @@
-"""What SIGTERM and SIGINT do while ``serve`` runs: the first stops it, the second ends all."""
+"""The stop signals of ``serve``: the first stops the server, a second ends the process.
+
+SIGHUP is one of them: a terminal that is closed loses no task. A process that ignores it,
+as under ``nohup``, goes on ignoring it.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -9,11 +14,13 @@ from types import FrameType
 
 from . import shutdown
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+SECOND = "a second signal"
 
 
 class StopSignals:
-    """Handles both signals while it is entered; on the main thread.
+    """Handles the signals while it is entered; on the main thread.
 
     The handler raises nothing: it may have interrupted the server's loop anywhere.
 
@@ -26,7 +33,9 @@ class StopSignals:
         self._stop = stop
 
     def __enter__(self) -> None:
-        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        ignores = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        numbers = [each for each in SIGNALS if not (ignores and each == signal.SIGHUP)]
+        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
 
     def __exit__(self, *exc_info: object) -> None:
         for number, handler in self._previous.items():
@@ -41,9 +50,12 @@ class StopSignals:
             self._end(number)
 
     def _end(self, number: int) -> None:
-        for each in SIGNALS:  # a third one does not even wait for the log
+        for each in self._previous:  # a third one does not even wait for the log
             signal.signal(each, signal.SIG_DFL)
         try:
-            shutdown.name_all(f"before a second signal ({signal.Signals(number).name})")
+            shutdown.name_all(f"before {SECOND} ({signal.Signals(number).name})")
         finally:
             signal.raise_signal(number)
+            # Still here: as PID 1 of a container, for which the kernel ignores a signal
+            # without a handler. No flush, which might block and does not come else either.
+            os._exit(128 + number)

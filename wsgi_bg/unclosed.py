@@ -64,7 +64,7 @@ class Collector:
         self.has_warned = False
         self._has_thread = False
         gc.callbacks.append(collections.note)
-        shutdown.arm(self.flush)
+        shutdown.arm(self.flush, self.abandon)
 
     def start(self) -> None:
         """Let a thread take from the queue.
@@ -121,17 +121,15 @@ class Collector:
             )
         tasks.end(environ, outcome, closed=False)
 
+    def abandon(self) -> list[BackgroundTask]:
+        """Claim and return the tasks of requests that are not over, or were not handed over."""
+        left: list[BackgroundTask] = []
+        while self.unfinished:
+            with suppress(KeyError):
+                _, (tasks, _) = self.unfinished.popitem()
+                tasks._end()
+                left += [task for task in tasks._left() if task._claim()]
+        return left
+
 
 collectors = PerProcess(Collector)
-
-
-def abandon_unfinished() -> list[BackgroundTask]:
-    """Claim and return the tasks of requests that are not over, or were not handed over."""
-    collector = collectors.peek()
-    left: list[BackgroundTask] = []
-    while collector is not None and collector.unfinished:
-        with suppress(KeyError):
-            _, (tasks, _) = collector.unfinished.popitem()
-            tasks._end()
-            left += [task for task in tasks._left() if task._claim()]
-    return left

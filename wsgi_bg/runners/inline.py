@@ -23,6 +23,8 @@ class InlineRunner:
     same connection: for production use ``runner="pool"``.
     """
 
+    work_is_in_ledgers = True
+
     def __init__(self) -> None:
         self._ledgers = PerProcess(Ledger)
 

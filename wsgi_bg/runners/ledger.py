@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+from collections.abc import Iterable
 from math import inf
 from typing import TYPE_CHECKING
+
+from wsgi_bg.process import PerProcess
+from wsgi_bg.waiting import watch
 
 from .base import Statistics
 
@@ -23,6 +28,7 @@ class Ledger:
     """
 
     def __init__(self) -> None:
+        self.pid = os.getpid()
         self._handed_over: dict[Batch, None] = {}
         self._run_here: dict[Batch, None] = {}
         # Succeeded, failed and discarded tasks of batches that have ended, by the thread that
@@ -32,7 +38,8 @@ class Ledger:
         self._run_here_counts: dict[int, int] = {}
         self._waiters: list[threading.Event] = []
         self.is_draining = False
-        self._on_done = self._remove  # one object for all batches
+        self._on_done = self.remove  # one object for all batches
+        watch(self)
 
     def add(self, batch: Batch, limit: float = inf) -> bool:
         """Keep ``batch`` until its run has ended.
@@ -41,6 +48,7 @@ class Ledger:
         :return: whether it may be handed over; False also while the runner is drained.
         """
         batch.when_done(self._on_done)
+        batch.is_kept = True
         handed_over = self._handed_over
         handed_over[batch] = None
         if len(handed_over) <= limit and not self.is_draining:
@@ -49,7 +57,8 @@ class Ledger:
         handed_over.pop(batch, None)
         return False
 
-    def _remove(self, batch: Batch) -> None:
+    def remove(self, batch: Batch) -> None:
+        """Forget a batch that has ended, and count its tasks."""
         was_here = self._handed_over.pop(batch, self) is None
         was_here = self._run_here.pop(batch, self) is None or was_here
         if not was_here:
@@ -72,23 +81,32 @@ class Ledger:
         # dict.fromkeys: add() moves a batch by adding it to the second dict first.
         return list(dict.fromkeys([*list(self._handed_over), *list(self._run_here)]))
 
-    def drain(self, timeout: float) -> list[BackgroundTask]:
-        """Wait until no batch is left or ``timeout`` seconds are over; return the rest."""
-        self.is_draining = True
-        return self.wait(timeout)
+    def wait_for(self, batches: Iterable[Batch], deadline: float) -> bool:
+        """Block until none of ``batches`` is here, or ``deadline`` by the monotonic clock.
 
-    def wait(self, timeout: float) -> list[BackgroundTask]:
-        """Wait until no batch is left or ``timeout`` seconds are over; return the rest."""
-        deadline = time.monotonic() + min(timeout, threading.TIMEOUT_MAX)
+        :return: False if the deadline came first.
+        """
         changed = threading.Event()
         self._waiters.append(changed)
         try:
-            while self.batches and (left := deadline - time.monotonic()) > 0:
-                changed.wait(left)
-                changed.clear()
+            for batch in batches:
+                while batch in self._handed_over or batch in self._run_here:
+                    left = deadline - time.monotonic()
+                    if left <= 0:
+                        return False
+                    changed.wait(min(left, threading.TIMEOUT_MAX))
+                    changed.clear()
+            return True
         finally:
             self._waiters.remove(changed)
-        return [task for batch in self.batches for task in batch.tasks]
+
+    def drain(self, timeout: float) -> list[BackgroundTask]:
+        """Wait until no batch is left or ``timeout`` seconds are over; return the rest."""
+        deadline = time.monotonic() + timeout
+        self.is_draining = True
+        while (batches := self.batches) and self.wait_for(batches, deadline):
+            pass
+        return [task for batch in batches for task in batch.tasks]
 
     def abandon(self) -> list[BackgroundTask]:
         """Let no batch begin another task; return the tasks left undone."""
@@ -108,3 +126,20 @@ class Ledger:
             discarded=sum(each[2] for each in ended) + sum(b.discarded for b in batches),
             run_here=sum(list(self._run_here_counts.values())),
         )
+
+
+_others = PerProcess(Ledger)
+
+
+def keep(batch: Batch) -> None:
+    """Keep a batch that its runner has taken and that no ledger knows, until it ends.
+
+    A user's runner keeps none. Called after ``submit``: most batches are known by then, or
+    have ended.
+    """
+    if batch.is_kept or not batch.length:
+        return
+    ledger = _others.get()
+    ledger.add(batch)
+    if batch.has_ended:  # perhaps before it could tell the ledger
+        ledger.remove(batch)

@@ -53,6 +53,8 @@ class PoolRunner:
     :raises ValueError: if a number is out of range.
     """
 
+    work_is_in_ledgers = True
+
     def __init__(
         self, *, threads: int = 40, max_pending: int | None = 1000, drain_timeout: float = 30.0
     ) -> None:

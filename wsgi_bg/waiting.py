@@ -1,0 +1,126 @@
+"""The batches of this process that have not ended: to wait for, and to name in the log."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from itertools import chain, islice
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+from . import log
+
+if TYPE_CHECKING:
+    from .batch import Batch
+    from .runners.ledger import Ledger
+    from .task import BackgroundTask
+
+FIRST, EVERY = 1.0, 5.0
+"""When the first WARNING of a wait comes, and how long after it the next, in seconds."""
+
+_NAMES = 5  # so many different names in one WARNING
+_COUNTED = 1000  # of so many tasks: to look for the names of a million takes seconds
+
+# Weak: as long as a batch has not ended, the batch holds its ledger.
+_ledgers: WeakValueDictionary[int, Ledger] = WeakValueDictionary()
+
+
+def watch(ledger: Ledger) -> None:
+    """Have the batches of ``ledger`` waited for."""
+    _ledgers[id(ledger)] = ledger
+
+
+def _ledgers_here() -> list[Ledger]:
+    """The ledgers of this process; a forked child has those of its parent too."""
+    pid = os.getpid()
+    found = [reference() for reference in _ledgers.valuerefs()]
+    return [ledger for ledger in found if ledger is not None and ledger.pid == pid]
+
+
+def batches_under_way() -> dict[Batch, None]:
+    """The batches that were handed over and have not ended, each once."""
+    return dict.fromkeys(chain.from_iterable(ledger.batches for ledger in _ledgers_here()))
+
+
+def wait_for(
+    batches: dict[Batch, None], deadline: float, notice: Notice
+) -> list[BackgroundTask]:
+    """Block until ``batches`` have ended, what their tasks add included.
+
+    :param deadline: until when to wait, by :func:`time.monotonic`.
+    :param notice: logs meanwhile.
+    :return: the tasks that are not done.
+    """
+    for ledger in _ledgers_here():
+        while not ledger.wait_for(batches, min(deadline, notice.due)):
+            if time.monotonic() >= deadline:
+                break
+            notice.log_if_due(deadline)
+    left = batches_under_way()
+    return [task for batch in batches if batch in left for task in batch.tasks]
+
+
+class Notice:
+    """One WARNING a second after it was made, then one every five, while a process waits.
+
+    :param ended_by: the signal that ends the wait; None finds out.
+    :param first: seconds before the first WARNING.
+    """
+
+    def __init__(self, ended_by: str | None = None, first: float = FIRST) -> None:
+        self.due = time.monotonic() + first
+        self._ended_by = _interrupting_signal() if ended_by is None else ended_by
+
+    def log_if_due(self, deadline: float, requests: int = 0, runner: object = None) -> None:
+        """Log what is waited for, if it is time.
+
+        :param deadline: until when, by :func:`time.monotonic`.
+        :param requests: how many requests are waited for too.
+        :param runner: what is waited for if no task is known.
+        """
+        now = time.monotonic()
+        if now < self.due:
+            return
+        self.due = now + EVERY
+        names = Counter[str]()
+        count = 0
+        for batch in batches_under_way():
+            tasks = batch.tasks
+            names.update(task.name for task in islice(tasks, max(0, _COUNTED - count)))
+            count += len(tasks)
+        waits_for = []
+        if requests:
+            waits_for.append(f"{requests} request{'s' * (requests > 1)}")
+        if count:
+            waits_for.append(
+                f"{count} background task{'s' * (count > 1)} ({_list(names, count)})"
+            )
+        if not waits_for:
+            waits_for.append(log.safe_repr(runner))
+        limit = deadline - now
+        how_long = "without a limit" if limit == math.inf else f"for {limit:.0f} s more at most"
+        log.warning(
+            "the process ends, and waits for %s: %s%s",
+            " and ".join(waits_for),
+            how_long,
+            f"; {self._ended_by} ends the wait" if self._ended_by else "",
+        )
+
+
+def _list(names: Counter[str], count: int) -> str:
+    """``"2 shop.send_mail, 1 shop.resize, 7 others"``."""
+    shown = names.most_common(_NAMES)
+    others = count - sum(number for _, number in shown)
+    parts = [f"{number} {name}" for name, number in shown]
+    return ", ".join(parts + [f"{others} others"] * bool(others))
+
+
+def _interrupting_signal() -> str:
+    """The signal that raises out of a wait on this thread, if that is known."""
+    is_main = threading.current_thread() is threading.main_thread()
+    raises = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return "Ctrl-C" if is_main and raises else ""
