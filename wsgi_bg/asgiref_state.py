@@ -1,0 +1,101 @@
+"""The state that asgiref keeps in context variables, as a task may use it.
+
+A task runs in a copy of its request's context. asgiref's part of the copy belongs to the
+request and to its thread: an executor that has ended with an ``async def`` view, marks of
+calls that have returned, and the storage of each ``asgiref.local.Local``. Django's language
+and time zone are such ``Local`` objects. Up to asgiref 3.8 a copy shares their storage with
+the server's thread; from 3.12 on a ``Local`` is empty on any other thread.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from contextlib import suppress
+from contextvars import Context, ContextVar, copy_context
+from typing import Any, NamedTuple
+
+# The name of the context variable of every Local, in all versions.
+_LOCAL = "asgiref.local"
+
+
+class _Asgiref(NamedTuple):
+    """The parts of the installed version that are needed here."""
+
+    executors: Any
+    """The ``Local`` whose ``current`` runs code on the thread that waits for a coroutine."""
+    of_a_call: frozenset[ContextVar[Any]]
+    """The variables that describe calls and blocks in progress."""
+    rehome: Any
+    """Makes a ``Local``'s storage one of the current thread; a copy up to asgiref 3.11."""
+
+
+@functools.cache
+def _asgiref() -> _Asgiref:
+    # Not at the top: most applications have no asgiref. Imported again, since another thread
+    # may be in the middle of the first import.
+    from asgiref import local, sync
+
+    names = ("deadlock_context", "thread_sensitive_context", "async_single_thread_context")
+    variables = (
+        getattr(holder, name, None)
+        for holder in (sync.SyncToAsync, sync.AsyncToSync)
+        for name in names
+    )
+    return _Asgiref(
+        sync.AsyncToSync.executors,
+        frozenset(variable for variable in variables if variable is not None),
+        getattr(local, "_rehome", copy.copy),
+    )
+
+
+def detached(context: Context) -> Context:
+    """The context to run a task in: ``context`` without its request's asgiref state.
+
+    Executors, marks and Django's connections to caches are left out. ``Local`` objects have
+    their values, and changes that the task makes stay in the task. Call it on the thread
+    that is to run the task; it does not block.
+
+    :param context: a copied context that no thread has entered. It stays as it is.
+    :return: a new context, or ``context`` itself while asgiref is not imported.
+    """
+    if "asgiref.sync" not in sys.modules:
+        return context
+    own = Context()
+    own.run(_fill_from, context)
+    return own
+
+
+def move_here(context: Context) -> None:
+    """Let the ``Local`` objects in a task's context have their values on this thread.
+
+    For a call that a thread has begun and the event loop's thread goes on with.
+
+    :param context: the task's own context, which no thread has entered.
+    """
+    if "asgiref.sync" in sys.modules:
+        context.run(_move_here)
+
+
+def _fill_from(context: Context) -> None:
+    asgiref = _asgiref()
+    for variable, value in context.items():
+        if variable not in asgiref.of_a_call:
+            variable.set(value)
+    _move_here()
+    with suppress(AttributeError):
+        del asgiref.executors.current
+
+
+def _move_here() -> None:
+    rehome = _asgiref().rehome
+    for variable, value in copy_context().items():
+        if variable.name == _LOCAL:
+            variable.set(rehome(value))
+    # Django keeps its connections to caches in a Local too, and no thread may use another's.
+    caches: Any = getattr(sys.modules.get("django.core.cache"), "caches", None)
+    if "settings" in getattr(caches, "__dict__", ()):  # else no cache was ever used
+        for alias in caches:
+            with suppress(AttributeError):
+                del caches[alias]
