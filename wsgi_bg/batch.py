@@ -10,6 +10,7 @@ from types import CoroutineType
 from typing import Any
 
 from . import portal, steps
+from .asgiref_state import move_here
 from .calls import Calls
 from .interrupts import goes_through
 from .progress import Progress
@@ -177,6 +178,7 @@ class Batch(Progress):
                 if self._begun is not None:  # what a plain function has returned
                     task, context, awaitable = self._begun
                     self._begun = None
+                    move_here(context)
                 else:
                     task = self._next(is_async=True)
                     if task is None:

@@ -7,6 +7,7 @@ from contextvars import Context, copy_context
 from typing import Any, ParamSpec
 
 from . import report
+from .asgiref_state import detached
 from .exceptions import BatchEndedError, TaskTypeError
 from .interrupts import goes_through
 from .log import safe_repr
@@ -161,9 +162,9 @@ class BackgroundTasks:
         """
         context = task._context
         if context is None:
-            return copy_context()
+            return detached(copy_context())
         task._context = None
-        return context
+        return detached(context)
 
     def __repr__(self) -> str:
         names = ", ".join(task.name for task in self.tasks)
