@@ -40,6 +40,7 @@ class Options:
     """
 
     __slots__ = (
+        "_added",
         "_around",
         "_check",
         "_hooks",
@@ -79,7 +80,9 @@ class Options:
         may_send = getattr(runner, "may_send", None)
         self.calls = Calls(hooks, around, send, may_send) if hooks or around or send else None
         self._check: Callable[[BackgroundTask], None] | None = getattr(runner, "check", None)
-        self.is_watched = bool(hooks or self._check)
+        # What puts something around tasks may note where each was added.
+        self._added: Callable[[BackgroundTask], None] | None = getattr(around, "added", None)
+        self.is_watched = bool(hooks or self._check or self._added)
 
     def admit(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
         """Have the runner look at a task that is to join ``batch``, and tell the hooks.
@@ -88,6 +91,8 @@ class Options:
         """
         if self._check is not None:
             self._check(task)
+        if self._added is not None:
+            self._added(task)
         if self.calls is not None:
             self.calls.added(task, batch)
 
