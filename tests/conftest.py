@@ -13,7 +13,7 @@ from wsgi_bg import portal
 from wsgi_bg.portal_thread import PortalThread
 from wsgi_bg.process import PerProcess
 
-pytest_plugins = ["pytester"]
+pytest_plugins = ["pytester", "tests.django_fixtures"]
 
 
 class Log:
