@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextvars import ContextVar, copy_context
 from queue import SimpleQueue
 
@@ -38,7 +38,7 @@ class Site:
             return "ok"
 
         @self.app.get("/async-stream")
-        async def async_stream() -> object:
+        async def async_stream() -> Iterator[str]:
             return iter([await async_view()])
 
         @self.app.get("/plain")
@@ -201,3 +201,16 @@ def test_asgiref_is_not_imported_for_tasks() -> None:
         """
     )
     assert done.stdout == "\nFalse []\n", done.stderr
+
+
+def test_djangos_caches_need_no_settings_where_none_is_used() -> None:
+    done = run_python(
+        """
+        import asgiref.sync
+        import django.core.cache
+        from wsgi_bg import BackgroundTask
+
+        BackgroundTask(print, "ran")()
+        """
+    )
+    assert done.stdout == "ran\n", done.stderr

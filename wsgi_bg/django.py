@@ -12,7 +12,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from contextvars import Token
+from contextvars import Token, copy_context
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
 from . import log
@@ -108,8 +108,7 @@ class _Connections:
     @staticmethod
     def added(task: BackgroundTask) -> None:
         """Separate the task's language from the view's, which asgiref 3.8 lets it share."""
-        if task._context is not None:
-            task._context = detached(task._context)
+        task._context = detached(copy_context())
 
     def __enter__(self) -> None:
         _close_where_used()
