@@ -10,7 +10,7 @@ from contextvars import Context, copy_context
 from typing import Any
 
 import pytest
-from asgiref.sync import sync_to_async
+from asgiref.sync import SyncToAsync, sync_to_async
 from django.core.signals import request_finished
 from django.db import close_old_connections, connection, transaction
 from django.http import HttpResponse, StreamingHttpResponse
@@ -20,7 +20,7 @@ from django.urls import path
 
 from tests.conftest import Log
 from tests.django_support import Order, settings
-from tests.support import run_python
+from tests.support import TIMEOUT, run_python
 from wsgi_bg import BackgroundTasks, background_tasks, get_background_tasks, inject
 from wsgi_bg.django import get_wsgi_application
 
@@ -323,6 +323,20 @@ def test_a_task_leaves_the_connection_of_the_test_open(database: dict[str, Any])
     opened = connection.connection
     client.get("/")
     assert connection.connection is opened
+
+
+def test_the_thread_of_an_async_tasks_queries_keeps_no_connection(
+    database: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the database of a test run could not be dropped."""
+    monkeypatch.setitem(database, "CONN_MAX_AGE", 600)
+    serve(lambda request: background_tasks.add_task(Order.objects.acreate)).get("/")
+    assert Order.objects.count() == 1
+
+    def look() -> bool:
+        return connection.connection is None
+
+    assert SyncToAsync.single_thread_executor.submit(look).result(TIMEOUT)
 
 
 def test_a_task_that_a_late_callback_adds_is_refused_or_logged_like_another(

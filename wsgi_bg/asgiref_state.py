@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 # The name of the context variable of every Local, in all versions.
 _LOCAL = "asgiref.local"
 
+_CONNECTIONS = (("django.core.cache", "caches"), ("django.tasks", "task_backends"))
+
 
 class _Asgiref(NamedTuple):
     """The parts of the installed version that are needed here."""
@@ -93,9 +95,11 @@ def _move_here() -> None:
     for variable, value in copy_context().items():
         if variable.name == _LOCAL:
             variable.set(rehome(value))
-    # Django keeps its connections to caches in a Local too, and no thread may use another's.
-    caches: Any = getattr(sys.modules.get("django.core.cache"), "caches", None)
-    if "settings" in getattr(caches, "__dict__", ()):  # else no cache was ever used
-        for alias in caches:
-            with suppress(AttributeError):
-                del caches[alias]
+    # Django's connections to caches, and the backends of its own tasks, are Locals too. No
+    # thread may use another's.
+    for module, name in _CONNECTIONS:
+        handler: Any = getattr(sys.modules.get(module), name, None)
+        if "settings" in getattr(handler, "__dict__", ()):  # else none was ever used
+            for alias in handler:
+                with suppress(AttributeError):
+                    del handler[alias]

@@ -102,8 +102,8 @@ def _configured(
         raise type(exc)(keys[exc.option], exc.given, exc.wanted) from None
 
 
-class _Connections:
-    """Around each task: closes the old database connections of the thread that runs it."""
+class _Around:
+    """Around each task: closes database connections of the thread that runs the task."""
 
     @staticmethod
     def added(task: BackgroundTask) -> None:
@@ -111,23 +111,42 @@ class _Connections:
         task._context = detached(copy_context())
 
     def __enter__(self) -> None:
-        _close_where_used()
+        self._close_connections()
 
     def __exit__(self, *exc_info: object) -> None:
-        _close_where_used()
+        self._close_connections()
         _call_safely(caches.close_all)  # the task's own
 
+    def _close_connections(self) -> None:
+        if _is_on_a_loop():
+            _call_on_asgirefs_thread(close_old_connections)
+        else:
+            _call_safely(close_old_connections)
 
-def _close_where_used() -> None:
+
+class _AroundInTests(_Around):
+    """The same for the test client, whose thread keeps its transaction and its database."""
+
+    def _close_connections(self) -> None:
+        if _is_on_a_loop():
+            _call_on_asgirefs_thread(connections.close_all)
+
+
+def _is_on_a_loop() -> bool:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        _call_safely(close_old_connections)
-    else:
-        # This thread is the event loop's. The task's queries are made on asgiref's thread,
-        # which makes its calls in order: this is made before, or after, those of the task.
-        with suppress(RuntimeError):  # the interpreter exits, and the thread has ended
-            SyncToAsync.single_thread_executor.submit(_call_safely, close_old_connections)
+        return False
+    return True
+
+
+def _call_on_asgirefs_thread(close: Callable[[], object]) -> None:
+    """Call ``close`` before or after the queries of an async task; does not wait for that.
+
+    ``sync_to_async`` makes them on that thread, which makes its calls in order.
+    """
+    with suppress(RuntimeError):  # the interpreter exits, and the thread has ended
+        SyncToAsync.single_thread_executor.submit(_call_safely, close)
 
 
 def _call_safely(close: Callable[[], object]) -> None:
@@ -140,11 +159,17 @@ def _call_safely(close: Callable[[], object]) -> None:
 class _Middleware(BackgroundTasksMiddleware):
     """The middleware around Django's application."""
 
-    _around = _Connections
+    _around = _Around
 
 
 # The test client. It makes an environ, sends request_started and request_finished as a server
 # would, and calls Django's handler itself. Between the two signals a request of ours is open.
+
+
+class _MiddlewareInTests(BackgroundTasksMiddleware):
+    """The middleware around a request of the test client."""
+
+    _around = _AroundInTests
 
 
 class _ClientTasks(View):
@@ -188,7 +213,7 @@ class _ClientRequest:
         self.environ = {**environ, "REQUEST_METHOD": "GET"}
         self.environ.pop(ENVIRON_KEY, None)
         self._enter = enter
-        middleware = _configured(BackgroundTasksMiddleware, self._call, runner="inline")
+        middleware = _configured(_MiddlewareInTests, self._call, runner="inline")
         self._body = middleware(self.environ, lambda *args: lambda data: None)
 
     def _call(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
