@@ -201,16 +201,3 @@ def test_asgiref_is_not_imported_for_tasks() -> None:
         """
     )
     assert done.stdout == "\nFalse []\n", done.stderr
-
-
-def test_djangos_caches_need_no_settings_where_none_is_used() -> None:
-    done = run_python(
-        """
-        import asgiref.sync
-        import django.core.cache
-        from wsgi_bg import BackgroundTask
-
-        BackgroundTask(print, "ran")()
-        """
-    )
-    assert done.stdout == "ran\n", done.stderr

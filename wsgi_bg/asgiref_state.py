@@ -12,22 +12,22 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from contextlib import suppress
 from contextvars import Context, ContextVar, copy_context
 from typing import Any, NamedTuple
 
 # The name of the context variable of every Local, in all versions.
 _LOCAL = "asgiref.local"
 
+# Django's connections to caches, and the backends of its own tasks, are Locals too.
 _CONNECTIONS = (("django.core.cache", "caches"), ("django.tasks", "task_backends"))
+
+_Variable = ContextVar[Any] | None
 
 
 class _Asgiref(NamedTuple):
     """The parts of the installed version that are needed here."""
 
-    executors: Any
-    """The ``Local`` whose ``current`` runs code on the thread that waits for a coroutine."""
-    of_a_call: frozenset[ContextVar[Any]]
+    of_a_call: frozenset[_Variable]
     """The variables that describe calls and blocks in progress."""
     rehome: Any
     """Makes a ``Local``'s storage one of the current thread; a copy up to asgiref 3.11."""
@@ -39,17 +39,23 @@ def _asgiref() -> _Asgiref:
     # may be in the middle of the first import.
     from asgiref import local, sync
 
-    names = ("deadlock_context", "thread_sensitive_context", "async_single_thread_context")
-    variables = (
-        getattr(holder, name, None)
-        for holder in (sync.SyncToAsync, sync.AsyncToSync)
-        for name in names
-    )
     return _Asgiref(
-        sync.AsyncToSync.executors,
-        frozenset(variable for variable in variables if variable is not None),
+        frozenset(
+            {
+                _variable_of(sync.AsyncToSync.executors),
+                getattr(sync.AsyncToSync, "async_single_thread_context", None),  # 3.10 on
+                sync.SyncToAsync.deadlock_context,
+                sync.SyncToAsync.thread_sensitive_context,
+            }
+        ),
         getattr(local, "_rehome", copy.copy),
     )
+
+
+def _variable_of(local: Any) -> _Variable:
+    """The context variable of a ``Local``; asgiref has no public name for it."""
+    variable: _Variable = getattr(getattr(local, "_storage", None), "_data", None)
+    return variable
 
 
 def detached(context: Context) -> Context:
@@ -69,6 +75,20 @@ def detached(context: Context) -> Context:
     return own
 
 
+def _fill_from(context: Context) -> None:
+    asgiref = _asgiref()
+    # Looked up each time: Django's tests replace them.
+    handlers = [getattr(sys.modules.get(module), name, None) for module, name in _CONNECTIONS]
+    of_a_thread = [_variable_of(getattr(each, "_connections", None)) for each in handlers]
+    for variable, value in context.items():
+        if variable.name == _LOCAL:
+            if variable in asgiref.of_a_call or variable in of_a_thread:
+                continue
+            variable.set(asgiref.rehome(value))
+        elif variable not in asgiref.of_a_call:
+            variable.set(value)
+
+
 def move_here(context: Context) -> None:
     """Let the ``Local`` objects in a task's context have their values on this thread.
 
@@ -80,26 +100,8 @@ def move_here(context: Context) -> None:
         context.run(_move_here)
 
 
-def _fill_from(context: Context) -> None:
-    asgiref = _asgiref()
-    for variable, value in context.items():
-        if variable not in asgiref.of_a_call:
-            variable.set(value)
-    _move_here()
-    with suppress(AttributeError):
-        del asgiref.executors.current
-
-
 def _move_here() -> None:
     rehome = _asgiref().rehome
     for variable, value in copy_context().items():
         if variable.name == _LOCAL:
             variable.set(rehome(value))
-    # Django's connections to caches, and the backends of its own tasks, are Locals too. No
-    # thread may use another's.
-    for module, name in _CONNECTIONS:
-        handler: Any = getattr(sys.modules.get(module), name, None)
-        if "settings" in getattr(handler, "__dict__", ()):  # else none was ever used
-            for alias in handler:
-                with suppress(AttributeError):
-                    del handler[alias]
