@@ -270,9 +270,12 @@ def _awaits_commit() -> bool:
 
 def _on_started(sender: Any, environ: WSGIEnvironment | None = None, **_: object) -> None:
     client = sys.modules.get("django.test.client")
-    if client is None or environ is None or not isinstance(sender, type):
-        return
-    if issubclass(sender, client.ClientHandler):
+    if (
+        client is not None
+        and environ is not None
+        and isinstance(sender, type)
+        and issubclass(sender, client.ClientHandler)
+    ):
         _Visit(environ)
 
 
