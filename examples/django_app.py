@@ -10,10 +10,10 @@ import time
 
 from django import http, urls
 from django.conf import settings
-from django.core.wsgi import get_wsgi_application
 from waitress import create_server
 
-from wsgi_bg import BackgroundTasksMiddleware, background_tasks
+from wsgi_bg import background_tasks
+from wsgi_bg.django import get_wsgi_application
 
 DELAY = float(os.environ.get("DELAY", "2"))  # seconds, a slow mail server's
 
@@ -31,7 +31,7 @@ def subscribe(request: http.HttpRequest) -> http.HttpResponse:
 
 urlpatterns = [urls.path("subscribe", subscribe)]
 settings.configure(ROOT_URLCONF=__name__, ALLOWED_HOSTS=["127.0.0.1"])
-app = BackgroundTasksMiddleware(get_wsgi_application(), runner="pool")
+app = get_wsgi_application(runner="pool")
 
 if __name__ == "__main__":
     server = create_server(app, host="127.0.0.1", port=sys.argv[1] if sys.argv[1:] else 8080)

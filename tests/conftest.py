@@ -14,7 +14,7 @@ from wsgi_bg import portal
 from wsgi_bg.portal_thread import PortalThread
 from wsgi_bg.process import PerProcess
 
-pytest_plugins = ["pytester"]
+pytest_plugins = ["pytester", "tests.django_fixtures"]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

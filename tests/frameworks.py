@@ -123,11 +123,11 @@ def make_werkzeug(site: Site) -> Any:
 
 def make_django(site: Site) -> Any:
     from asgiref.sync import sync_to_async
-    from django.core.wsgi import get_wsgi_application
     from django.http import Http404, HttpResponse, StreamingHttpResponse
     from django.urls import path
 
     from tests.django_support import settings
+    from wsgi_bg.django import get_wsgi_application
 
     def index(request: Any) -> Any:
         site.enter(get_background_tasks(request.environ))
@@ -155,7 +155,7 @@ def make_django(site: Site) -> Any:
         path("broken", broken),
         path("stream", stream),
     )
-    application = BackgroundTasksMiddleware(get_wsgi_application())
+    application = get_wsgi_application()
     return application
 
 

@@ -1,13 +1,12 @@
-"""Django's own: async views, its test client, and the database in a pool's thread."""
+"""Django's own: async views, errors that it lets out, and transactions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from queue import SimpleQueue
 
 import pytest
-from django.db import close_old_connections, connection, connections, transaction
+from django.db import transaction
 
 from tests import client
 from tests.conftest import Log
@@ -21,17 +20,6 @@ from wsgi_bg import (
     PoolRunner,
     background_tasks,
 )
-
-
-@pytest.fixture
-def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
-    """The settings of a database in a file; it has a table of orders."""
-    options: dict[str, object] = connections.settings["default"]
-    monkeypatch.setitem(options, "NAME", str(tmp_path / "orders.sqlite3"))
-    with connection.schema_editor() as editor:
-        editor.create_model(Order)
-    yield options
-    connections.close_all()
 
 
 @pytest.fixture
@@ -69,14 +57,6 @@ def test_an_exception_that_django_lets_out_is_a_failure(
     check_failure(DJANGO._replace(lets_errors_out=True), log)
 
 
-def test_djangos_test_client_goes_around_the_middleware() -> None:
-    from django.test import Client
-
-    make_django(Site(service))
-    with pytest.raises(LookupError, match="BackgroundTasksMiddleware"):
-        Client().get("/")
-
-
 @pytest.mark.parametrize(
     ("path", "count"), [("/", 1), ("/broken", 0)], ids=["committed", "rolled back"]
 )
@@ -92,7 +72,6 @@ def test_a_task_runs_after_the_transaction_of_an_atomic_request(
 
     def look() -> None:
         counts.put(Order.objects.count())
-        close_old_connections()
 
     def enter(tasks: BackgroundTasks) -> None:
         Order.objects.create()
@@ -113,28 +92,3 @@ def test_on_commit_may_add_a_task(pool: PoolRunner) -> None:
 
     run(pool, enter)
     assert seen.next(2) == ["added before", "committed"]
-
-
-@pytest.mark.usefixtures("database")
-@pytest.mark.parametrize(
-    ("in_the_end", "stays_open"),
-    [(lambda: None, True), (close_old_connections, False)],
-    ids=["nothing", "close_old_connections"],
-)
-def test_a_pool_thread_keeps_its_connection_unless_the_task_closes_it(
-    in_the_end: Callable[[], None], stays_open: bool, pool: PoolRunner
-) -> None:
-    states: SimpleQueue[bool] = SimpleQueue()
-
-    def write() -> None:
-        Order.objects.create()
-        in_the_end()
-
-    def look() -> None:
-        states.put(connection.connection is not None)
-        connection.close()
-
-    run(pool, lambda tasks: tasks.add_task(write))
-    run(pool, lambda tasks: tasks.add_task(look))
-    assert states.get(timeout=TIMEOUT) is stays_open
-    assert Order.objects.count() == 1

@@ -14,6 +14,7 @@ from types import CoroutineType
 from typing import Any
 
 from . import log, portal, process, report, steps
+from .asgiref_state import move_here
 from .calls import Calls
 from .interrupts import goes_through, is_from_signal_handler
 from .options import Options
@@ -385,6 +386,7 @@ class Batch:
                 if self._begun is not None:  # the awaitable that a plain function returned
                     task, context, awaitable = self._begun
                     self._begun = None
+                    move_here(context)
                 else:
                     task = self._next(is_async=True)
                     if task is None:

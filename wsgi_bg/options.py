@@ -43,6 +43,7 @@ class Options:
     """
 
     __slots__ = (
+        "_added",
         "_around",
         "_check",
         "_hooks",
@@ -85,6 +86,8 @@ class Options:
         may_send = getattr(runner, "may_send", None)
         self.calls = Calls(hooks, around, send, may_send) if hooks or around or send else None
         self._check: Callable[[BackgroundTask], None] | None = getattr(runner, "check", None)
+        # What puts something around tasks may note where each was added.
+        self._added: Callable[[BackgroundTask], None] | None = getattr(around, "added", None)
         self.is_watched = bool(hooks or self._check or around or on_error)
 
     def admit(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
@@ -96,6 +99,8 @@ class Options:
         successors.admit(task)
         if self._check is not None:
             self._check(task)
+        if self._added is not None:
+            self._added(task)
         if self.calls is not None:
             self.calls.added(task, batch)
 

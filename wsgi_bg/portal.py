@@ -17,6 +17,7 @@ import anyio
 from anyio.from_thread import BlockingPortal
 
 from . import steps
+from .asgiref_state import move_here
 from .greenlets import event
 from .portal_thread import PortalThread
 from .process import PerProcess
@@ -184,6 +185,7 @@ def wait_for(context: Context, awaitable: Awaitable[Any]) -> tuple[Any, BaseExce
 async def _outcome(
     context: Context, awaitable: Awaitable[Any]
 ) -> tuple[Any, BaseException | None]:
+    move_here(context)
     try:
         return await steps.in_context(context, awaitable), None
     except BaseException as exc:  # a SystemExit let through would end the loop for all

@@ -11,6 +11,7 @@ from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 from . import portal
+from .asgiref_state import detached
 from .callables import NOT_PLAIN, kind_of, name_of
 from .interrupts import goes_through
 from .options import DEFAULTS, Options
@@ -106,9 +107,8 @@ class BackgroundTask:
         :raises BaseException: what the call raises.
         :raises RuntimeError: for an async call from the portal's own thread.
         """
-        if self._context is None:
-            return self._call_in(copy_context())
-        return self._call_in(self._context)
+        context = copy_context() if self._context is None else self._context
+        return self._call_in(detached(context))
 
     def _call_in(self, context: Context) -> Any:
         calls = self._options.calls

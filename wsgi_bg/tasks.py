@@ -8,6 +8,7 @@ from contextvars import Context, copy_context
 from typing import Any, ParamSpec
 
 from . import process, report
+from .asgiref_state import detached
 from .exceptions import BatchEndedError, TaskTypeError
 from .interrupts import goes_through
 from .log import safe_repr
@@ -230,9 +231,9 @@ class BackgroundTasks:
         """
         context = task._context
         if context is None:
-            return copy_context()
+            return detached(copy_context())
         task._context = None
-        return context
+        return detached(context)
 
     def __repr__(self) -> str:
         names = ", ".join(task.name for task in self.tasks)

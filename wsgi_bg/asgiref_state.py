@@ -1,0 +1,107 @@
+"""The state that asgiref keeps in context variables, as a task may use it.
+
+A task runs in a copy of its request's context. asgiref's part of the copy belongs to the
+request and to its thread: an executor that has ended with an ``async def`` view, marks of
+calls that have returned, and the storage of each ``asgiref.local.Local``. Django's language
+and time zone are such ``Local`` objects. Up to asgiref 3.8 a copy shares their storage with
+the server's thread; from 3.12 on a ``Local`` is empty on any other thread.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from contextvars import Context, ContextVar, copy_context
+from typing import Any, NamedTuple
+
+# The name of the context variable of every Local, in all versions.
+_LOCAL = "asgiref.local"
+
+# Django's connections to caches, and the backends of its own tasks, are Locals too.
+_CONNECTIONS = (("django.core.cache", "caches"), ("django.tasks", "task_backends"))
+
+_Variable = ContextVar[Any] | None
+
+
+class _Asgiref(NamedTuple):
+    """The parts of the installed version that are needed here."""
+
+    of_a_call: frozenset[_Variable]
+    """The variables that describe calls and blocks in progress."""
+    rehome: Any
+    """Makes a ``Local``'s storage one of the current thread; a copy up to asgiref 3.11."""
+
+
+@functools.cache
+def _asgiref() -> _Asgiref:
+    # Not at the top: most applications have no asgiref. Imported again, since another thread
+    # may be in the middle of the first import.
+    from asgiref import local, sync
+
+    return _Asgiref(
+        frozenset(
+            {
+                _variable_of(sync.AsyncToSync.executors),
+                getattr(sync.AsyncToSync, "async_single_thread_context", None),  # 3.10 on
+                sync.SyncToAsync.deadlock_context,
+                sync.SyncToAsync.thread_sensitive_context,
+            }
+        ),
+        getattr(local, "_rehome", copy.copy),
+    )
+
+
+def _variable_of(local: Any) -> _Variable:
+    """The context variable of a ``Local``; asgiref has no public name for it."""
+    variable: _Variable = getattr(getattr(local, "_storage", None), "_data", None)
+    return variable
+
+
+def detached(context: Context) -> Context:
+    """The context to run a task in: ``context`` without its request's asgiref state.
+
+    Executors, marks and Django's connections to caches are left out. ``Local`` objects have
+    their values, and changes that the task makes stay in the task. Call it on the thread
+    that is to run the task; it does not block.
+
+    :param context: a copied context that no thread has entered. It stays as it is.
+    :return: a new context, or ``context`` itself while asgiref is not imported.
+    """
+    if "asgiref.sync" not in sys.modules:
+        return context
+    own = Context()
+    own.run(_fill_from, context)
+    return own
+
+
+def _fill_from(context: Context) -> None:
+    asgiref = _asgiref()
+    # Looked up each time: Django's tests replace them.
+    handlers = [getattr(sys.modules.get(module), name, None) for module, name in _CONNECTIONS]
+    of_a_thread = [_variable_of(getattr(each, "_connections", None)) for each in handlers]
+    for variable, value in context.items():
+        if variable.name == _LOCAL:
+            if variable in asgiref.of_a_call or variable in of_a_thread:
+                continue
+            variable.set(asgiref.rehome(value))
+        elif variable not in asgiref.of_a_call:
+            variable.set(value)
+
+
+def move_here(context: Context) -> None:
+    """Let the ``Local`` objects in a task's context have their values on this thread.
+
+    For a call that a thread has begun and the event loop's thread goes on with.
+
+    :param context: the task's own context, which no thread has entered.
+    """
+    if "asgiref.sync" in sys.modules:
+        context.run(_move_here)
+
+
+def _move_here() -> None:
+    rehome = _asgiref().rehome
+    for variable, value in copy_context().items():
+        if variable.name == _LOCAL:
+            variable.set(rehome(value))

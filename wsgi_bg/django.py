@@ -1,0 +1,315 @@
+"""``get_wsgi_application()``: Django's application, with background tasks.
+
+It replaces Django's function of that name in ``wsgi.py``. Django's test client calls no WSGI
+application: importing this module, or ``"wsgi_bg.django"`` in ``INSTALLED_APPS``, gives tasks
+to the requests of that client too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from contextvars import Token, copy_context
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec
+
+from . import log
+from .asgiref_state import detached
+from .callables import name_of
+from .context import ENVIRON_KEY, current
+from .exceptions import ExtraMissingError, OptionError
+from .middleware import BackgroundTasksMiddleware
+from .tasks import ENDED, BackgroundTasks, View
+
+try:
+    from asgiref.sync import SyncToAsync
+    from django.conf import settings
+    from django.core import signals, wsgi
+    from django.core.cache import caches
+    from django.db import close_old_connections, connections
+    from django.http.response import HttpResponseBase
+except ModuleNotFoundError as exc:
+    raise ExtraMissingError("django", "wsgi_bg.django") from exc
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+    from .hooks import Hooks
+    from .options import OnError, Options, RunOn
+    from .runners import Runner
+    from .task import BackgroundTask
+
+P = ParamSpec("P")
+
+# The options of the application that was made last; the test client's requests have them too.
+_options: dict[str, Any] = dict.fromkeys(
+    ("runner", "run_on", "on_error", "stop_on_error", "hooks")
+)
+
+
+def get_wsgi_application(
+    runner: Runner | Literal["inline", "pool"] | None = None,
+    *,
+    run_on: RunOn | None = None,
+    on_error: OnError | None = None,
+    stop_on_error: bool | None = None,
+    hooks: Hooks | Sequence[Hooks] | None = None,
+) -> BackgroundTasksMiddleware:
+    """Django's WSGI application inside the middleware; calls ``django.setup()``.
+
+    A task has the language and the time zone of the place that added it. Django's
+    ``close_old_connections()`` is called before and after each task, on the thread that runs
+    the task, and for an ``async def`` task on the thread of ``sync_to_async``. A thread keeps
+    a connection only for ``CONN_MAX_AGE`` seconds, by default not at all.
+
+    The options are those of :class:`~wsgi_bg.BackgroundTasksMiddleware`. Django's settings
+    override them: ``WSGI_BG_RUNNER``, ``WSGI_BG_RUN_ON``, ``WSGI_BG_ON_ERROR``,
+    ``WSGI_BG_STOP_ON_ERROR`` and ``WSGI_BG_HOOKS``.
+
+    :raises TypeError: if an option is of the wrong type.
+    :raises ValueError: if an option is a word that is not known.
+    """
+    application = wsgi.get_wsgi_application()
+    _options.update(
+        runner=runner,
+        run_on=run_on,
+        on_error=on_error,
+        stop_on_error=stop_on_error,
+        hooks=hooks,
+    )
+    return _configured(_Middleware, application)
+
+
+def _configured(
+    kind: type[BackgroundTasksMiddleware], application: Any, **overrides: Any
+) -> BackgroundTasksMiddleware:
+    """A middleware with the options of the last application, the settings and ``overrides``."""
+    keys = {option: f"WSGI_BG_{option.upper()}" for option in _options}
+    from_settings = {
+        option: value
+        for option, key in keys.items()
+        if (value := getattr(settings, key, None)) is not None
+    }
+    try:
+        return kind(application, **{**_options, **from_settings, **overrides})
+    except OptionError as exc:
+        if exc.option not in from_settings:
+            raise
+        raise type(exc)(keys[exc.option], exc.given, exc.wanted) from None
+
+
+class _Around:
+    """Around each task: closes database connections of the thread that runs the task."""
+
+    @staticmethod
+    def added(task: BackgroundTask) -> None:
+        """Separate the task's language from the view's, which asgiref 3.8 lets it share."""
+        task._context = detached(copy_context())
+
+    def __enter__(self) -> None:
+        self._close_connections()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._close_connections()
+        _call_safely(caches.close_all)  # the task's own
+
+    def _close_connections(self) -> None:
+        if _is_on_a_loop():
+            _call_on_asgirefs_thread(close_old_connections)
+        else:
+            _call_safely(close_old_connections)
+
+
+class _AroundInTests(_Around):
+    """The same for the test client, whose thread keeps its transaction and its database."""
+
+    def _close_connections(self) -> None:
+        if _is_on_a_loop():
+            _call_on_asgirefs_thread(connections.close_all)
+
+
+def _is_on_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _call_on_asgirefs_thread(close: Callable[[], object]) -> None:
+    """Call ``close`` before or after the queries of an async task; does not wait for that.
+
+    ``sync_to_async`` makes them on that thread, which makes its calls in order.
+    """
+    with suppress(RuntimeError):  # the interpreter exits, and the thread has ended
+        SyncToAsync.single_thread_executor.submit(_call_safely, close)
+
+
+def _call_safely(close: Callable[[], object]) -> None:
+    try:
+        close()
+    except Exception as exc:
+        log.error("%s raised", name_of(close), exc_info=exc)
+
+
+class _Middleware(BackgroundTasksMiddleware):
+    """The middleware around Django's application."""
+
+    _around = _Around
+
+
+# The test client. It makes an environ, sends request_started and request_finished as a server
+# would, and calls Django's handler itself. Between the two signals a request of ours is open.
+
+
+class _MiddlewareInTests(BackgroundTasksMiddleware):
+    """The middleware around a request of the test client."""
+
+    _around = _AroundInTests
+
+
+class _ClientTasks(View):
+    """The tasks of a request of the test client.
+
+    ``TestCase.captureOnCommitCallbacks(execute=True)`` makes the calls of ``on_commit`` when
+    the response has been closed and the tasks have run. A task added then runs at once.
+    """
+
+    __slots__ = ("_request",)
+
+    def __init__(self, request: _Visit, origin: BackgroundTasks, options: Options) -> None:
+        super().__init__(origin, options)
+        self._request = request
+
+    def add_task(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
+        if self._phase != ENDED or not _awaits_commit():
+            return super().add_task(func, *args, **kwargs)
+
+        def add(tasks: BackgroundTasks) -> None:
+            View(tasks, self._options).add_task(func, *args, **kwargs)
+
+        return _ClientRequest(self._request.environ, add).finish("200 OK")
+
+    def using(self, **options: Any) -> BackgroundTasks:
+        view = super().using(**options)
+        return _ClientTasks(self._request, self, view._options)
+
+
+class _ClientRequest:
+    """A request to a middleware whose application is Django's test client.
+
+    :param environ: the test client's.
+    :param enter: called with the tasks, in the application.
+    """
+
+    def __init__(
+        self, environ: WSGIEnvironment, enter: Callable[[BackgroundTasks], object]
+    ) -> None:
+        # A response to HEAD may be closed before it was read; this one must stay open.
+        self.environ = {**environ, "REQUEST_METHOD": "GET"}
+        self.environ.pop(ENVIRON_KEY, None)
+        self._enter = enter
+        middleware = _configured(_MiddlewareInTests, self._call, runner="inline")
+        self._body = middleware(self.environ, lambda *args: lambda data: None)
+
+    def _call(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        self._start_response = start_response
+        self._enter(environ[ENVIRON_KEY])
+        return self._chunks()
+
+    def _chunks(self) -> Iterator[bytes]:
+        self._start_response(self._status, [])
+        yield b""
+
+    def finish(self, status: str) -> None:
+        """End the request: its tasks run here, on the thread of the test."""
+        self._status = status
+        try:
+            for _ in self._body:
+                pass
+        finally:
+            self._body.close()  # type: ignore[attr-defined]
+
+
+class _Visit(_ClientRequest):
+    """A request of the test client, in progress."""
+
+    KEY = "wsgi_bg.django"
+
+    def __init__(self, environ: WSGIEnvironment) -> None:
+        super().__init__(environ, lambda tasks: None)
+        root = self.environ[ENVIRON_KEY]
+        self.tasks = _ClientTasks(self, root, root._options)
+        outer = current.get(None)
+        if isinstance(outer, _ClientTasks) and outer._phase == ENDED:
+            outer._request.leave()
+        self._token: Token[BackgroundTasks] = current.set(self.tasks)
+        environ[ENVIRON_KEY] = self.tasks
+        environ[self.KEY] = self
+
+    def finish(self, status: str) -> None:
+        if not _awaits_commit():
+            self.leave()
+        super().finish(status)
+
+    def leave(self) -> None:
+        """Let ``background_tasks`` have the value that it had before the request."""
+        if current.get(None) is self.tasks:
+            with suppress(ValueError):  # the response was closed in a copied context
+                current.reset(self._token)
+
+
+def _awaits_commit() -> bool:
+    """True if the current transaction has callbacks for its end."""
+    return any(each.run_on_commit for each in connections.all(initialized_only=True))
+
+
+def _on_started(sender: Any, environ: WSGIEnvironment | None = None, **_: object) -> None:
+    client = sys.modules.get("django.test.client")
+    if (
+        client is not None
+        and environ is not None
+        and isinstance(sender, type)
+        and issubclass(sender, client.ClientHandler)
+    ):
+        _Visit(environ)
+
+
+def _on_exception(request: Any, **_: object) -> None:
+    if settings.DEBUG_PROPAGATE_EXCEPTIONS:  # else there is a response, which is closed
+        _finish(request, "500 Internal Server Error")
+
+
+def _on_finished(sender: Any, **_: object) -> None:
+    if sender is not None:  # a server's handler: its responses have the middleware
+        return
+    # The signal does not have the response. It is sent by the response's own method.
+    frame = inspect.currentframe()
+    while frame is not None:
+        response = frame.f_locals.get("self")
+        if isinstance(response, HttpResponseBase):
+            request = getattr(response, "wsgi_request", None)
+            _finish(request, f"{response.status_code} {response.reason_phrase}")
+            return
+        frame = frame.f_back
+
+
+def _finish(request: Any, status: str) -> None:
+    visit = getattr(request, "environ", {}).pop(_Visit.KEY, None)
+    if visit is None:
+        return
+    try:
+        visit.finish(status)
+    except BaseException:  # an error that the pytest fixture raises
+        # The test client has disconnected this, and connects it after a close() that returns.
+        signals.request_finished.connect(close_old_connections)
+        raise
+
+
+signals.request_started.connect(_on_started)
+signals.request_finished.connect(_on_finished)
+signals.got_request_exception.connect(_on_exception)
