@@ -125,6 +125,7 @@ class BackgroundTasksMiddleware:
             tasks._phase = ENDED  # and look again, as end_if_empty() does
             if not tasks._list:
                 tasks._start_response = None
+                tasks.leave_open_requests()
                 return app_iter
             tasks._phase = OPEN
         if kind is GeneratorType:

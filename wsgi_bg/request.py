@@ -46,11 +46,13 @@ class RequestTasks(BackgroundTasks):
     fills it in place of an ``__init__`` and some slots are not set before they are
     needed: ``_status`` and ``_headers``, what ``start_response`` was last called with;
     ``_pid``, the process that added the first task; ``_unclosed``, the queue for a
-    response that is freed without ``close()``.
+    response that is freed without ``close()``; ``_all_open``, the requests of the process
+    that have tasks and have not ended, this one among them.
     """
 
-    __slots__ = ("_headers", "_pid", "_start_response", "_status", "_unclosed")
+    __slots__ = ("_all_open", "_headers", "_pid", "_start_response", "_status", "_unclosed")
 
+    _all_open: dict[int, RequestTasks]
     _headers: list[tuple[str, str]]
     _pid: int
     _start_response: Any  # dropped in the end: a server's holds the environ
@@ -78,6 +80,8 @@ class RequestTasks(BackgroundTasks):
             if self._list is None:
                 self._pid = os.getpid()
                 self._unclosed = collector.queue
+                self._all_open = collector.open
+                self._all_open[id(self)] = self
                 self._list = []
             return self._list
 
@@ -89,14 +93,26 @@ class RequestTasks(BackgroundTasks):
         return context
 
     def end_if_empty(self) -> bool:
-        """End the batch if no task was added; a later ``add_task`` then raises."""
+        """End the batch if no task was added; a later ``add_task`` then raises.
+
+        :return: True if there is nothing to give to the runner, or not any more.
+        """
         self._start_response = None
         if not self._list:
             self._phase = ENDED  # and look again: see BackgroundTasks.add_task
         if self._list:
+            if id(self) not in self._all_open:
+                return True
             self._phase = CLOSED
             return False
+        self.leave_open_requests()
         return True
+
+    def leave_open_requests(self) -> bool:
+        """Return True for the first call only: two threads never end the same request."""
+        if self._list is None:
+            return False
+        return self._all_open.pop(id(self), None) is not None  # atomic
 
     def end(self, environ: WSGIEnvironment, outcome: Outcome, *, closed: bool = True) -> None:
         """Give the tasks to the runner, now that the application has nothing more to say.
@@ -104,7 +120,7 @@ class RequestTasks(BackgroundTasks):
         :param closed: whether this is the server's call of ``close()``, or as good as it.
         :raises KeyboardInterrupt: or what else stops the server's worker.
         """
-        if self.end_if_empty() or self._pid != os.getpid():
+        if self.end_if_empty() or not self.leave_open_requests() or self._pid != os.getpid():
             return  # in a forked child the tasks are the parent's
         status = getattr(self, "_status", "")
         failed = outcome is RAISED or status[:3] >= "500"
@@ -138,3 +154,15 @@ class RequestTasks(BackgroundTasks):
                 batch.run()
             else:
                 shared_pool.submit(batch)
+
+
+def end_open_requests() -> None:
+    """End every request of this process that has tasks and whose response was not closed.
+
+    Its tasks go to the runner as those of a response that was freed without ``close()``.
+    For the end of the process: a request whose view still runs is ended too.
+    """
+    collector = collectors.get()
+    collector.flush()  # first: how the body of a freed response has ended is known there
+    for tasks in list(collector.open.values()):
+        tasks.end({}, LEFT, closed=False)

@@ -55,6 +55,8 @@ class Collector:
 
     def __init__(self) -> None:
         self.queue: queue.SimpleQueue[Unclosed | threading.Event] = queue.SimpleQueue()
+        # Requests with tasks whose end has not come, by their id().
+        self.open: dict[int, RequestTasks] = {}
         # Guards the making of a request's list. A finalizer or a signal handler that adds a
         # task may have interrupted its holder.
         self.lock = threading.RLock()
