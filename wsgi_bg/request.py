@@ -12,6 +12,7 @@ from . import log, servers
 from .batch import Batch
 from .context import current
 from .interrupts import goes_through
+from .invocation import Invocation, current_invocation, warn_of_freezing
 from .runners.pool import shared_pool
 from .task import BackgroundTask
 from .tasks import CLOSED, ENDED, BackgroundTasks
@@ -47,13 +48,23 @@ class RequestTasks(BackgroundTasks):
     needed: ``_status`` and ``_headers``, what ``start_response`` was last called with;
     ``_pid``, the process that added the first task; ``_unclosed``, the queue for a
     response that is freed without ``close()``; ``_all_open``, the requests of the process
-    that have tasks and have not ended, this one among them.
+    that have tasks and have not ended, this one among them; ``_invocation``, the call of a
+    serverless handler that waits for the tasks.
     """
 
-    __slots__ = ("_all_open", "_headers", "_pid", "_start_response", "_status", "_unclosed")
+    __slots__ = (
+        "_all_open",
+        "_headers",
+        "_invocation",
+        "_pid",
+        "_start_response",
+        "_status",
+        "_unclosed",
+    )
 
     _all_open: dict[int, RequestTasks]
     _headers: list[tuple[str, str]]
+    _invocation: Invocation | None
     _pid: int
     _start_response: Any  # dropped in the end: a server's holds the environ
     _status: str
@@ -82,6 +93,9 @@ class RequestTasks(BackgroundTasks):
                 self._unclosed = collector.queue
                 self._all_open = collector.open
                 self._all_open[id(self)] = self
+                self._invocation = current_invocation()
+                if self._invocation is not None:
+                    self._invocation.begin(self)
                 self._list = []
             return self._list
 
@@ -134,6 +148,10 @@ class RequestTasks(BackgroundTasks):
         batch = Batch(self, request_failed=failed, response_complete=complete)
         runner = self._options.runner
         assert runner is not None
+        if self._invocation is None:
+            warn_of_freezing(environ)
+        else:
+            self._invocation.hand_over(self, batch)
         in_place = stand_in  # once: another thread may end the test meanwhile
         if in_place is not None:
             runner = in_place(runner)
@@ -155,6 +173,10 @@ class RequestTasks(BackgroundTasks):
             else:
                 shared_pool.submit(batch)
 
+    def end_unclosed(self, *, failed: bool = False) -> None:
+        """End the request, whose response was neither closed nor freed."""
+        self.end({}, RAISED if failed else LEFT, closed=False)
+
 
 def end_open_requests() -> None:
     """End every request of this process that has tasks and whose response was not closed.
@@ -165,4 +187,4 @@ def end_open_requests() -> None:
     collector = collectors.get()
     collector.flush()  # first: how the body of a freed response has ended is known there
     for tasks in list(collector.open.values()):
-        tasks.end({}, LEFT, closed=False)
+        tasks.end_unclosed()

@@ -1,0 +1,144 @@
+"""One call of a serverless handler, and the background tasks of the requests in it.
+
+A serverless platform may freeze the process as soon as the handler has returned, so the
+tasks have to be done by then. :mod:`wsgi_bg.serverless` has the decorator.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, final
+
+from . import log, servers
+from .unclosed import collectors
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+    from .batch import Batch
+    from .request import RequestTasks
+    from .task import BackgroundTask
+
+# AWS Lambda and everything that speaks its Runtime API set this variable.
+_freezes = "AWS_LAMBDA_RUNTIME_API" in os.environ
+_warned: set[int] = set()  # process ids
+
+# The invocations that go on in this process; with a lock of their own since a platform may
+# call the handler on several threads.
+_running: set[Invocation] = set()
+_of_context: ContextVar[Invocation | None] = ContextVar("wsgi_bg.invocation", default=None)
+
+
+def current_invocation() -> Invocation | None:
+    """The invocation that the calling code belongs to, None outside of any.
+
+    Adapters that call the application on another thread copy the context. In a thread
+    without it, the only invocation of the process is the right one.
+    """
+    if not _running:
+        return None
+    running = list(_running)
+    return _of_context.get() or (running[0] if len(running) == 1 else None)
+
+
+@final
+class Invocation:
+    """A context manager around one call of a handler; knows the tasks that it has to await."""
+
+    def __init__(self) -> None:
+        # Guards both sets; its notification says that a batch is done.
+        self._changed = threading.Condition(threading.RLock())
+        self._requests: set[RequestTasks] = set()  # with tasks, not ended
+        self._batches: set[Batch] = set()  # given to a runner, not done
+
+    def __enter__(self) -> Invocation:
+        _running.add(self)
+        self._token = _of_context.set(self)
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        _of_context.reset(self._token)
+        _running.discard(self)
+
+    def begin(self, tasks: RequestTasks) -> None:
+        """Await ``tasks``, a request that gets its first task."""
+        with self._changed:
+            self._requests.add(tasks)
+
+    def hand_over(self, tasks: RequestTasks, batch: Batch) -> None:
+        """Await ``batch``, which a runner is about to get, in place of its request."""
+        batch.when_done(self._leave)
+        with self._changed:
+            self._requests.discard(tasks)
+            self._batches.add(batch)
+
+    def _leave(self, batch: Batch) -> None:
+        with self._changed:
+            self._batches.discard(batch)
+            self._changed.notify_all()
+
+    def finish(self, timeout: float, *, failed: bool) -> None:
+        """Wait until all tasks of this invocation are done; name the others at ERROR.
+
+        Tasks that are named go on for as long as the process is not frozen.
+
+        :param timeout: seconds to wait at most.
+        :param failed: True if the handler raised: its open requests have failed then.
+        :raises KeyboardInterrupt: if that ends the wait; the tasks are named all the same.
+        """
+        began = time.monotonic()
+        try:
+            self._end_requests(failed)
+            with self._changed:
+                deadline = began + min(timeout, threading.TIMEOUT_MAX)
+                while self._left() and (seconds := deadline - time.monotonic()) > 0:
+                    self._changed.wait(seconds)
+        finally:
+            waited = time.monotonic() - began
+            for task in self._left():
+                log.error(
+                    "background task %s was not finished when its handler returned, after a "
+                    "wait of %.3g seconds: it goes on only if this process does",
+                    task.name,
+                    waited,
+                )
+
+    def _end_requests(self, failed: bool) -> None:
+        """End the requests whose responses the adapter has not closed."""
+        if not self._requests:
+            return
+        # First those that were freed: how their bodies have ended is known there.
+        collectors.get().flush()
+        for tasks in list(self._requests):
+            tasks.end_unclosed(failed=failed)
+
+    def _left(self) -> list[BackgroundTask]:
+        with self._changed:
+            left = [task for tasks in self._requests for task in tasks.tasks]
+            return left + [task for batch in self._batches for task in batch.tasks]
+
+
+def warn_of_freezing(environ: WSGIEnvironment) -> None:
+    """Log once a process that tasks outside of any invocation may be frozen.
+
+    Nothing is logged if a real server has made ``environ``, as under Lambda Web Adapter: no
+    handler could be decorated there.
+    """
+    if not _freezes or os.getpid() in _warned or _is_real_server(environ):
+        return
+    _warned.add(os.getpid())
+    log.warning(
+        "background tasks may be frozen in the middle: AWS Lambda stops this process when the "
+        "handler returns. Decorate the handler with @wsgi_bg.serverless.finish_tasks, which "
+        "waits for them (said once a process)"
+    )
+
+
+def _is_real_server(environ: WSGIEnvironment) -> bool:
+    if servers.recognise(environ) is None:
+        return False
+    # Mangum calls a2wsgi, which is known, without a server.
+    return "aws.event" not in environ.get("asgi.scope", ())
