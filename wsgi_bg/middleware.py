@@ -14,7 +14,7 @@ from .hooks import Hooks
 from .options import Given, OnError, Options, RunOn
 from .request import LEFT, RAISED, RequestTasks
 from .runners import Runner, resolve
-from .servers import refuse_eventlet
+from .servers import is_asked_for, refuse_eventlet
 from .tasks import ENDED, OPEN, BackgroundTasks, View
 
 if TYPE_CHECKING:
@@ -111,8 +111,8 @@ class BackgroundTasksMiddleware:
         token = current.set(tasks)
         try:
             app_iter = self._app(environ, tasks.start_response)
-        except BaseException:
-            tasks.end(environ, RAISED)
+        except BaseException as exc:
+            tasks.end(environ, LEFT if is_asked_for(environ, exc) else RAISED)
             raise
         finally:
             current.reset(token)
@@ -128,6 +128,10 @@ class BackgroundTasksMiddleware:
                 tasks.leave_open_requests()
                 return app_iter
             tasks._phase = OPEN
+        if kind is object:
+            # gunicorn's ALREADY_HANDLED: its asynchronous workers compare what they get to it.
+            tasks.end(environ, LEFT)
+            return app_iter
         if kind is GeneratorType:
             body: Body = GeneratorBody()
             body._is_fresh = True  # type: ignore[attr-defined]

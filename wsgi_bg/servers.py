@@ -64,6 +64,15 @@ def refuse_eventlet(environ: WSGIEnvironment) -> None:
         )
 
 
+def is_asked_for(environ: WSGIEnvironment, exc: BaseException) -> bool:
+    """Whether the server wants an application to end by raising ``exc``.
+
+    gunicorn closes the connection for a ``StopIteration`` and logs no error: so end views
+    that took its socket over, those of flask-sock and python-engineio among them.
+    """
+    return isinstance(exc, StopIteration) and "gunicorn.socket" in environ
+
+
 def recognise(environ: WSGIEnvironment) -> Server | None:
     """The server that made ``environ``, if it is one of :data:`SERVERS`."""
     for server in SERVERS:
