@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,11 +17,13 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+from werkzeug.wsgi import ClosingIterator
 
 from tests.celery_shop import note
 from tests.celery_support import filesystem, messages
 from tests.conftest import Log
-from tests.lambda_process import HANDLERS
+from tests.lambda_process import EVENT, HANDLERS
+from tests.servers import docs
 from tests.support import (
     TIMEOUT,
     App,
@@ -44,6 +47,12 @@ from wsgi_bg.runners import Statistics
 from wsgi_bg.serverless import finish_tasks
 
 WARNING = "background tasks may be frozen in the middle"
+
+
+BLOCKS = re.findall(r"(?ms)^```python\n(.*?)^```$", docs.section("AWS Lambda"))
+ROWS = docs.rows("AWS Lambda")
+CLOSES = 0
+"""The column of the table."""
 
 
 class Frozen:
@@ -370,3 +379,52 @@ def test_nothing_belongs_to_an_invocation_that_is_over(raises: bool) -> None:
     with suppress(ValueError):
         finish_tasks(handler)()
     assert invocation.current_invocation() is None
+
+
+def test_the_page_has_the_adapters() -> None:
+    assert list(ROWS) == list(HANDLERS)
+
+
+@pytest.fixture
+def main_loop() -> Iterator[None]:
+    """A loop for Mangum, which makes one of its own elsewhere and leaves it open."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    yield
+    asyncio.set_event_loop(None)
+    loop.close()
+
+
+@pytest.mark.usefixtures("main_loop")
+@pytest.mark.parametrize("adapter", HANDLERS)
+def test_the_page_says_which_adapter_closes_a_response(adapter: str) -> None:
+    closed: list[bool] = []
+
+    def app(environ: Environ, start_response: Any) -> Any:
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return ClosingIterator([b"ok"], lambda: closed.append(True))
+
+    HANDLERS[adapter](app)(EVENT, None)
+    assert closed == [True] * (ROWS[adapter][CLOSES] == "yes")
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_each_python_block_on_lambda_waits_for_tasks(
+    block: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    pause = threading.Event()
+
+    def slow() -> None:
+        pause.wait(0.05)
+        seen.append("done")
+
+    def add(environ: Environ) -> None:
+        background_tasks.add_task(slow)
+
+    app = BackgroundTasksMiddleware(app_that(add), runner="pool")
+    monkeypatch.setitem(sys.modules, "myproject", SimpleNamespace(application=app))
+    namespace: dict[str, Any] = {}
+    exec(compile(block, "docs/servers.md", "exec"), namespace)
+    assert namespace["handler"](EVENT, None)["statusCode"] == 200
+    assert seen == ["done"]
