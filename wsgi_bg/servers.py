@@ -44,6 +44,9 @@ SERVERS = (
     Server("wsgiref", "SERVER_SOFTWARE", "WSGIServer/"),
 )
 
+# "unable to send websocket binary message" is another one.
+_UWSGI_CLOSED = ("unable to receive websocket ", "unable to send websocket ")
+
 BODYLESS = ("1", "204", "304")
 """Statuses, or how they begin, after which no body follows (RFC 9110, section 6.4.1)."""
 
@@ -65,12 +68,19 @@ def refuse_eventlet(environ: WSGIEnvironment) -> None:
 
 
 def is_asked_for(environ: WSGIEnvironment, exc: BaseException) -> bool:
-    """Whether the server wants an application to end by raising ``exc``.
+    """Whether ``exc`` is how the server ends a connection that the application took over.
 
     gunicorn closes the connection for a ``StopIteration`` and logs no error: so end views
-    that took its socket over, those of flask-sock and python-engineio among them.
+    of flask-sock and python-engineio. uWSGI raises an ``OSError`` out of its functions for
+    WebSockets when the client has closed.
     """
-    return isinstance(exc, StopIteration) and "gunicorn.socket" in environ
+    if isinstance(exc, StopIteration):
+        return "gunicorn.socket" in environ
+    return (
+        "uwsgi.version" in environ
+        and type(exc) is OSError
+        and str(exc).startswith(_UWSGI_CLOSED)
+    )
 
 
 def recognise(environ: WSGIEnvironment) -> Server | None:
