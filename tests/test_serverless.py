@@ -134,7 +134,7 @@ def adding(*functions: Callable[[], Any], **options: Any) -> App:
 
 @pytest.fixture
 def on_lambda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(invocation, "_freezes", True)
+    monkeypatch.setattr(invocation, "freezes", True)
     monkeypatch.setattr(invocation, "_warned", set())
 
 
@@ -372,13 +372,13 @@ def test_a_handler_that_is_none_is_refused() -> None:
 @pytest.mark.parametrize("raises", [False, True])
 def test_nothing_belongs_to_an_invocation_that_is_over(raises: bool) -> None:
     def handler() -> None:
-        assert invocation.current_invocation() is not None
+        assert invocation.current() is not None
         if raises:
             raise ValueError
 
     with suppress(ValueError):
         finish_tasks(handler)()
-    assert invocation.current_invocation() is None
+    assert invocation.current() is None
 
 
 def test_the_page_has_the_adapters() -> None:

@@ -22,26 +22,24 @@ if TYPE_CHECKING:
     from .request import RequestTasks
     from .task import BackgroundTask
 
-# AWS Lambda and everything that speaks its Runtime API set this variable.
-_freezes = "AWS_LAMBDA_RUNTIME_API" in os.environ
-_warned: set[int] = set()  # process ids
+freezes = "AWS_LAMBDA_RUNTIME_API" in os.environ
+"""True on AWS Lambda and on other platforms that speak its Runtime API."""
 
-# The invocations that go on in this process; with a lock of their own since a platform may
-# call the handler on several threads.
-_running: set[Invocation] = set()
+running: set[Invocation] = set()
+"""The invocations of this process; a platform may call the handler on several threads."""
+
+_warned: set[int] = set()  # process ids
 _of_context: ContextVar[Invocation | None] = ContextVar("wsgi_bg.invocation", default=None)
 
 
-def current_invocation() -> Invocation | None:
-    """The invocation that the calling code belongs to, None outside of any.
+def current() -> Invocation | None:
+    """Return the invocation that the calling code belongs to, None outside of any.
 
     Adapters that call the application on another thread copy the context. In a thread
     without it, the only invocation of the process is the right one.
     """
-    if not _running:
-        return None
-    running = list(_running)
-    return _of_context.get() or (running[0] if len(running) == 1 else None)
+    invocations = list(running)
+    return _of_context.get() or (invocations[0] if len(invocations) == 1 else None)
 
 
 @final
@@ -55,13 +53,13 @@ class Invocation:
         self._batches: set[Batch] = set()  # given to a runner, not done
 
     def __enter__(self) -> Invocation:
-        _running.add(self)
+        running.add(self)
         self._token = _of_context.set(self)
         return self
 
     def __exit__(self, *args: object) -> None:
         _of_context.reset(self._token)
-        _running.discard(self)
+        running.discard(self)
 
     def begin(self, tasks: RequestTasks) -> None:
         """Await ``tasks``, a request that gets its first task."""
@@ -122,12 +120,12 @@ class Invocation:
 
 
 def warn_of_freezing(environ: WSGIEnvironment) -> None:
-    """Log once a process that tasks outside of any invocation may be frozen.
+    """Log once a process that tasks outside of any invocation may be frozen; see ``freezes``.
 
     Nothing is logged if a real server has made ``environ``, as under Lambda Web Adapter: no
     handler could be decorated there.
     """
-    if not _freezes or os.getpid() in _warned or _is_real_server(environ):
+    if os.getpid() in _warned or _is_real_server(environ):
         return
     _warned.add(os.getpid())
     log.warning(

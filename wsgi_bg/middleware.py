@@ -125,7 +125,8 @@ class BackgroundTasksMiddleware:
             tasks._phase = ENDED  # and look again, as end_if_empty() does
             if not tasks._list:
                 tasks._start_response = None
-                tasks.leave_open_requests()
+                if tasks._list is not None:
+                    tasks.leave_open_requests()
                 return app_iter
             tasks._phase = OPEN
         if kind is object:

@@ -8,11 +8,10 @@ from contextvars import Context
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from . import log, servers
+from . import invocation, log, servers
 from .batch import Batch
 from .context import current
 from .interrupts import goes_through
-from .invocation import Invocation, current_invocation, warn_of_freezing
 from .runners.pool import shared_pool
 from .task import BackgroundTask
 from .tasks import CLOSED, ENDED, BackgroundTasks
@@ -64,7 +63,7 @@ class RequestTasks(BackgroundTasks):
 
     _all_open: dict[int, RequestTasks]
     _headers: list[tuple[str, str]]
-    _invocation: Invocation | None
+    _invocation: invocation.Invocation | None
     _pid: int
     _start_response: Any  # dropped in the end: a server's holds the environ
     _status: str
@@ -93,7 +92,7 @@ class RequestTasks(BackgroundTasks):
                 self._unclosed = collector.queue
                 self._all_open = collector.open
                 self._all_open[id(self)] = self
-                self._invocation = current_invocation()
+                self._invocation = invocation.current() if invocation.running else None
                 if self._invocation is not None:
                     self._invocation.begin(self)
                 self._list = []
@@ -115,18 +114,17 @@ class RequestTasks(BackgroundTasks):
         if not self._list:
             self._phase = ENDED  # and look again: see BackgroundTasks.add_task
         if self._list:
-            if id(self) not in self._all_open:
+            if self._phase == ENDED and id(self) not in self._all_open:
                 return True
             self._phase = CLOSED
             return False
         self.leave_open_requests()
         return True
 
-    def leave_open_requests(self) -> bool:
-        """Return True for the first call only: two threads never end the same request."""
-        if self._list is None:
-            return False
-        return self._all_open.pop(id(self), None) is not None  # atomic
+    def leave_open_requests(self) -> None:
+        """Forget the request, whose list was made and is empty."""
+        if self._list is not None:
+            self._all_open.pop(id(self), None)
 
     def end(self, environ: WSGIEnvironment, outcome: Outcome, *, closed: bool = True) -> None:
         """Give the tasks to the runner, now that the application has nothing more to say.
@@ -134,7 +132,10 @@ class RequestTasks(BackgroundTasks):
         :param closed: whether this is the server's call of ``close()``, or as good as it.
         :raises KeyboardInterrupt: or what else stops the server's worker.
         """
-        if self.end_if_empty() or not self.leave_open_requests() or self._pid != os.getpid():
+        # dict.pop is atomic: two threads never end the same request.
+        if self.end_if_empty() or self._all_open.pop(id(self), None) is None:
+            return
+        if self._pid != os.getpid():
             return  # in a forked child the tasks are the parent's
         status = getattr(self, "_status", "")
         failed = outcome is RAISED or status[:3] >= "500"
@@ -148,10 +149,10 @@ class RequestTasks(BackgroundTasks):
         batch = Batch(self, request_failed=failed, response_complete=complete)
         runner = self._options.runner
         assert runner is not None
-        if self._invocation is None:
-            warn_of_freezing(environ)
-        else:
+        if self._invocation is not None:
             self._invocation.hand_over(self, batch)
+        elif invocation.freezes:
+            invocation.warn_of_freezing(environ)
         in_place = stand_in  # once: another thread may end the test meanwhile
         if in_place is not None:
             runner = in_place(runner)
