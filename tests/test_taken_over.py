@@ -20,7 +20,7 @@ from tests.servers.process import free_port
 from tests.support import TIMEOUT, Environ, Server, make_server_environ
 from tests.taken_over_app import add_tasks, sock
 from tests.test_examples import text_of, wait_until
-from wsgi_bg import BackgroundTasksMiddleware
+from wsgi_bg import BackgroundTasksMiddleware, background_tasks
 from wsgi_bg.servers import is_asked_for
 
 SUCCESS = "the task of success"
@@ -123,6 +123,18 @@ def test_a_socket_on_which_the_application_has_answered_is_a_success(tmp_path: P
         assert wait_until(lambda: SUCCESS in text_of(log)), text_of(log)
     assert text_of(log).count(NOT_RUN) == 1
     assert "Traceback" not in text_of(log)
+
+
+def test_what_cannot_be_iterated_goes_back_to_the_server_as_it_is() -> None:
+    handled, ran = object(), threading.Event()
+
+    def app(environ: Environ, start_response: Any) -> Any:
+        background_tasks.add_task(ran.set)
+        return handled
+
+    wrapped: Any = BackgroundTasksMiddleware(app)
+    assert wrapped(make_server_environ(), Server().start_response) is handled
+    assert ran.wait(TIMEOUT)
 
 
 def test_elsewhere_a_stop_iteration_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
