@@ -90,7 +90,7 @@ def test_a_batch_whose_hand_over_was_stopped_is_not_waited_for(
         raise KeyboardInterrupt
 
     runner = PoolRunner()
-    monkeypatch.setattr(workers.Workers, "take", interrupted)
+    monkeypatch.setattr(workers.Workers, "submit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         submit(runner, int, int)
     assert runner.drain(0) == []
@@ -105,17 +105,15 @@ def test_between_thread_and_loop_no_task_of_a_batch_is_running() -> None:
     assert [task.func for task in batch.tasks] == [nothing]
 
 
-class Meanwhile(list[BackgroundTask]):
-    """A batch's list that lets something happen as a part of it is looked at."""
+class Meanwhile(BackgroundTasks):
+    """Tasks of which one begins on another thread between two looks at them."""
 
-    def __init__(self, tasks: list[BackgroundTask], happens: Callable[[], object]) -> None:
-        super().__init__(tasks)
-        self._happens = happens
+    happens: Callable[[], object]
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            self._happens()
-        return super().__getitem__(index)
+    def _left(self) -> list[BackgroundTask]:
+        left = super()._left()
+        self.happens()
+        return left
 
 
 def test_a_task_that_begins_as_the_batch_is_abandoned_is_named_too() -> None:
@@ -125,10 +123,10 @@ def test_a_task_that_begins_as_the_batch_is_abandoned_is_named_too() -> None:
         first.open()
         assert second.begun.wait(TIMEOUT)
 
-    tasks = BackgroundTasks()
+    tasks = Meanwhile()
+    tasks.happens = second_begins
     tasks.add_task(first.task)
     tasks.add_task(second.task)
-    tasks._list = Meanwhile(tasks.tasks, second_begins)
     batch = Batch(tasks, request_failed=False, response_complete=True)
     thread = threading.Thread(target=batch.run)
     thread.start()

@@ -495,7 +495,7 @@ def test_a_runner_that_fails_loses_no_task(log: Log) -> None:
     seen: list[str] = []
     run((seen.append, "ran"), runner=Broken())
     assert seen == ["ran"]
-    assert log.errors == ["Broken() did not take ['list.append'], which run in this process"]
+    assert log.errors == ["Broken() did not take list.append, which run in this process"]
 
 
 def test_a_runner_that_fails_keeps_no_response_waiting(log: Log) -> None:

@@ -86,13 +86,13 @@ def test_threads_that_find_the_loop_ended_replace_it_once() -> None:
 
 def test_consecutive_async_tasks_make_one_trip(monkeypatch: pytest.MonkeyPatch) -> None:
     trips: list[object] = []
-    run_on_portal = portal.run
+    make = portal.PortalCall.make
 
-    def counting_run(*args: Any, **kwargs: Any) -> Any:
-        trips.append(args)
-        return run_on_portal(*args, **kwargs)
+    def counting_make(call: Any) -> Any:
+        trips.append(call)
+        return make(call)
 
-    monkeypatch.setattr(portal, "run", counting_run)
+    monkeypatch.setattr(portal.PortalCall, "make", counting_make)
     seen: list[int] = []
 
     async def task(x: int) -> None:
@@ -250,7 +250,7 @@ def test_what_is_given_to_a_loop_that_has_ended_comes_back() -> None:
         raise AssertionError
 
     thread.stop(TIMEOUT)
-    thread.start("subject", never, back.append)
+    thread.start("subject", never, bool, back.append)
     assert back == ["subject"]
 
 
@@ -265,7 +265,7 @@ def test_stop_waits_for_what_a_cancelled_task_still_does() -> None:
             await asyncio.sleep(0.01)
             seen.append(subject)
 
-    thread.start("cleaned up", clean_up, id)
+    thread.start("cleaned up", clean_up, bool, id)
     assert begun.wait(TIMEOUT)
     thread.stop(TIMEOUT)
     assert seen == ["cleaned up"]

@@ -293,6 +293,19 @@ def test_a_runner_of_the_users_own_is_awaited() -> None:
     assert seen == ["done"]
 
 
+class Broken(Mine):
+    def submit(self, batch: Batch) -> None:
+        raise OSError("no broker")
+
+
+def test_tasks_that_a_runner_does_not_take_are_awaited(log: Log, gate: Gate) -> None:
+    opener = threading.Timer(0.05, gate.open)
+    opener.start()
+    finish_tasks(invoke)(adding(gate.task, runner=Broken()))
+    assert gate.passed == [True]
+    assert not [error for error in log.errors if "was not finished" in error]
+
+
 def test_a_registered_task_is_sent_before_the_handler_returns(tmp_path: Any) -> None:
     broker = filesystem(tmp_path)
 

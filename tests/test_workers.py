@@ -58,13 +58,6 @@ def test_batches_that_wait_for_a_thread_begin_in_the_order_of_the_requests(gate:
     assert seen == [0, 1, 2, 3, 4]
 
 
-def test_a_signal_handler_may_submit_while_a_batch_is_handed_over() -> None:
-    runner, (ran,) = PoolRunner(), events(1)
-    with runner._crews.get()._workers._lock:  # held, as by an interrupted submit
-        submit(runner, ran.set)
-        assert ran.wait(TIMEOUT)
-
-
 def test_a_light_load_leaves_the_other_threads_idle() -> None:
     """The one that was idle last works next, so that the others come to their end."""
     runner, names = PoolRunner(), list[str]()

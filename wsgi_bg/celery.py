@@ -163,7 +163,7 @@ class CeleryRunner:
         :raises KeyboardInterrupt: or what else stops the server's worker.
         """
         crew = self._crews.get()
-        takes_more = crew.ledger.enter(batch)
+        takes_more = crew.ledger.add(batch)
         if not any(map(self.may_send, batch.tasks)):
             self._local.submit(batch)
             return
@@ -171,7 +171,7 @@ class CeleryRunner:
             self._send_now(batch)
             return
         batch.not_before = time.monotonic() + PUT_OFF
-        if not crew.threads.take(batch):
+        if not crew.threads.submit(batch):
             self._local.submit(batch)  # which sends each task at its turn
 
     def _send_now(self, batch: Batch) -> None:

@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from contextvars import ContextVar
+from functools import partial
 from typing import TYPE_CHECKING, final
 
 from . import log, servers
@@ -47,10 +48,10 @@ class Invocation:
     """A context manager around one call of a handler; knows the tasks that it has to await."""
 
     def __init__(self) -> None:
-        # Guards both sets; its notification says that a batch is done.
-        self._changed = threading.Condition(threading.RLock())
-        self._requests: set[RequestTasks] = set()  # with tasks, not ended
-        self._batches: set[Batch] = set()  # given to a runner, not done
+        # The requests with tasks, each with its batch once that is given to a runner. No lock
+        # is held, as in a Ledger: each step is one atomic operation of the dictionary.
+        self._open: dict[RequestTasks, Batch | None] = {}
+        self._changed = threading.Event()  # a batch is done
 
     def __enter__(self) -> Invocation:
         running.add(self)
@@ -63,20 +64,17 @@ class Invocation:
 
     def begin(self, tasks: RequestTasks) -> None:
         """Await ``tasks``, a request that gets its first task."""
-        with self._changed:
-            self._requests.add(tasks)
+        self._open.setdefault(tasks, None)
 
     def hand_over(self, tasks: RequestTasks, batch: Batch) -> None:
         """Await ``batch``, which a runner is about to get, in place of its request."""
-        batch.when_done(self._leave)
-        with self._changed:
-            self._requests.discard(tasks)
-            self._batches.add(batch)
+        batch.when_done(partial(self._leave, tasks))
+        self._open[tasks] = batch
 
-    def _leave(self, batch: Batch) -> None:
-        with self._changed:
-            self._batches.discard(batch)
-            self._changed.notify_all()
+    def _leave(self, tasks: RequestTasks, batch: Batch) -> None:
+        if self._open.get(tasks) is batch:  # else a second runner has got the tasks
+            self._open.pop(tasks, None)
+            self._changed.set()
 
     def finish(self, timeout: float, *, failed: bool) -> None:
         """Wait until all tasks of this invocation are done; name the others at ERROR.
@@ -90,10 +88,12 @@ class Invocation:
         began = time.monotonic()
         try:
             self._end_requests(failed)
-            with self._changed:
-                deadline = began + min(timeout, threading.TIMEOUT_MAX)
-                while self._left() and (seconds := deadline - time.monotonic()) > 0:
-                    self._changed.wait(seconds)
+            deadline = began + min(timeout, threading.TIMEOUT_MAX)
+            while (seconds := deadline - time.monotonic()) > 0:
+                self._changed.clear()
+                if not self._left():
+                    break
+                self._changed.wait(seconds)
         finally:
             waited = time.monotonic() - began
             for task in self._left():
@@ -106,17 +106,20 @@ class Invocation:
 
     def _end_requests(self, failed: bool) -> None:
         """End the requests whose responses the adapter has not closed."""
-        if not self._requests:
-            return
-        # First those that were freed: how their bodies have ended is known there.
-        collectors.get().flush()
-        for tasks in list(self._requests):
+        requests = [tasks for tasks, batch in list(self._open.items()) if batch is None]
+        if requests:
+            # First those that were freed: how their bodies have ended is known there.
+            collectors.get().flush()
+        for tasks in requests:
             tasks.end_unclosed(failed=failed)
 
     def _left(self) -> list[BackgroundTask]:
-        with self._changed:
-            left = [task for tasks in self._requests for task in tasks.tasks]
-            return left + [task for batch in self._batches for task in batch.tasks]
+        opened = list(self._open.items())
+        return [
+            task
+            for tasks, batch in opened
+            for task in (tasks.tasks if batch is None else batch.tasks)
+        ]
 
 
 def warn_of_freezing(environ: WSGIEnvironment) -> None:

@@ -104,6 +104,7 @@ class BackgroundTasksMiddleware:
 
         environ[ENVIRON_KEY] = tasks = RequestTasks()
         tasks._list = None
+        tasks._front = None
         tasks._options = self._options
         tasks._phase = OPEN
         tasks._start_response = start_response
@@ -111,41 +112,44 @@ class BackgroundTasksMiddleware:
         token = current.set(tasks)
         try:
             app_iter = self._app(environ, tasks.start_response)
+            kind = type(app_iter)
+            if not tasks._list and (
+                kind is list or kind is tuple or kind is environ.get("wsgi.file_wrapper")
+            ):
+                # Goes back as it is: it has nothing in it that could add a task, and a server
+                # sends its own file wrapper by other means than iterating.
+                tasks._phase = ENDED  # and look again, as end_if_empty() does
+                if not tasks._list:
+                    tasks._start_response = None
+                    return app_iter
+                tasks._phase = OPEN
+            if kind is object:
+                # gunicorn's ALREADY_HANDLED: its asynchronous workers compare it.
+                tasks.end(environ, LEFT)
+                return app_iter
+            if kind is GeneratorType:
+                body: Body = GeneratorBody()
+                body._is_fresh = True  # type: ignore[attr-defined]
+            elif isinstance(app_iter, (list, tuple)):
+                body = SizedBody()
+            else:
+                body = Body()
+            body._app_iter = app_iter
+            body._environ = environ
+            body._outcome = LEFT
+            body._open = [None]
+            body._tasks = tasks
+            return body
         except BaseException as exc:
-            tasks.end(environ, LEFT if is_asked_for(environ, exc) else RAISED)
+            outcome = LEFT if is_asked_for(environ, exc) else RAISED
+            try:
+                tasks.end(environ, outcome)
+            except BaseException:  # a signal handler's, perhaps before the tasks were named
+                tasks.end(environ, outcome)
+                raise
             raise
         finally:
             current.reset(token)
-
-        kind = type(app_iter)
-        is_final = kind is list or kind is tuple or kind is environ.get("wsgi.file_wrapper")
-        if is_final and not tasks._list:
-            # Goes back as it is: it has nothing in it that could add a task, and a server
-            # sends its own file wrapper by other means than iterating.
-            tasks._phase = ENDED  # and look again, as end_if_empty() does
-            if not tasks._list:
-                tasks._start_response = None
-                if tasks._list is not None:
-                    tasks.leave_open_requests()
-                return app_iter
-            tasks._phase = OPEN
-        if kind is object:
-            # gunicorn's ALREADY_HANDLED: its asynchronous workers compare what they get to it.
-            tasks.end(environ, LEFT)
-            return app_iter
-        if kind is GeneratorType:
-            body: Body = GeneratorBody()
-            body._is_fresh = True  # type: ignore[attr-defined]
-        elif isinstance(app_iter, (list, tuple)):
-            body = SizedBody()
-        else:
-            body = Body()
-        body._app_iter = app_iter
-        body._tasks = tasks
-        body._environ = environ
-        body._outcome = LEFT
-        body._open = True
-        return body
 
     def _handle_first(
         self, environ: WSGIEnvironment, start_response: StartResponse

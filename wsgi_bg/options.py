@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
+from . import successors
 from .callables import is_coroutine_callable
 from .calls import Around, Calls
 from .celery_options import for_one_call
@@ -79,13 +80,15 @@ class Options:
         may_send = getattr(runner, "may_send", None)
         self.calls = Calls(hooks, around, send, may_send) if hooks or around or send else None
         self._check: Callable[[BackgroundTask], None] | None = getattr(runner, "check", None)
-        self.is_watched = bool(hooks or self._check)
+        self.is_watched = bool(hooks or self._check or around or on_error)
 
     def admit(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
-        """Have the runner look at a task that is to join ``batch``, and tell the hooks.
+        """Let the runner look at a task that is to join ``batch``, and tell the hooks.
 
         :raises TypeError: if the runner refuses it.
+        :raises RuntimeError: if such tasks would be added for ever.
         """
+        successors.admit(task)
         if self._check is not None:
             self._check(task)
         if self.calls is not None:

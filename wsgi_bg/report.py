@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from . import log
 from .interrupts import goes_through
+from .successors import observing
 
 if TYPE_CHECKING:
     from .task import BackgroundTask
@@ -16,11 +17,15 @@ observer: Callable[[BackgroundTask, BaseException], None] | None = None
 
 
 def failure(task: BackgroundTask, exc: BaseException) -> None:
-    """Log the task's error with its traceback and tell the hooks and its ``on_error``.
+    """Log the task's error with its traceback.
 
     Called in the task's context, so that log records carry its correlation ids.
     """
     log.error("background task %s raised %s", task.name, type(exc).__name__, exc_info=exc)
+
+
+def tell_failure(task: BackgroundTask, exc: BaseException) -> None:
+    """Tell the hooks of the task and its ``on_error``, in the task's context."""
     observe = observer  # once: another thread may end the test meanwhile
     if observe is not None:
         observe(task, exc)
@@ -31,7 +36,8 @@ def failure(task: BackgroundTask, exc: BaseException) -> None:
     if on_error is None:
         return
     try:
-        on_error(task, exc)
+        with observing(task):
+            on_error(task, exc)
     except BaseException as second:
         if goes_through(second):
             raise

@@ -3,17 +3,23 @@
 The worker that was idle last is the first to get work, so that under a light load the
 others come to their end. ``concurrent.futures`` would cost three times as much for each
 job, and joins its threads at interpreter exit: a stuck task would keep the process alive.
+
+No lock is held here, because a signal handler that raises could leave a lock locked for
+ever. Each step is one atomic operation of a list, a dict or a deque, and a thread that has
+published something looks again at what others published meanwhile.
 """
 
 from __future__ import annotations
 
-import threading
+import queue
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import count
 from typing import Generic, TypeVar
 
-from . import log
+from . import log, process
+from .threads import start_daemon
 
 Job = TypeVar("Job")
 
@@ -33,86 +39,125 @@ class Workers(Generic[Job]):
         self._work = work
         self._limit = limit
         self._name = name
-        # Guards all below. Its lock can be taken again: a signal handler may have
-        # interrupted its holder.
-        self._lock = threading.RLock()
         self._idle: list[_Worker[Job]] = []
         self._backlog: deque[Job] = deque()
-        self._alive = 0
+        self._alive: dict[_Worker[Job], None] = {}
         self._numbers = count()
 
-    def take(self, job: Job) -> bool:
-        """Have a thread do ``job``, in the order of the calls; does not block.
+    def submit(self, job: Job) -> bool:
+        """Let a thread do ``job``; does not block.
 
-        :return: False if no thread is there, nor to be had: the job was not taken.
+        Jobs begin in the order of the calls. If a signal handler raises in here, the job may
+        have been submitted: the caller has to see to it that a job which is done twice does
+        no harm.
+
+        :return: False if no thread is there, nor to be had: the job was not submitted.
         """
-        with self._lock:
-            if self._idle:
-                worker = self._idle.pop()
-            elif self._alive < self._limit and self._start(job):
-                return True
-            elif self._alive:
-                self._backlog.append(job)
-                return True
-            else:
-                return False
-        worker.wake(job)
+        if self._give_to_idle(job) or self._start(job):
+            return True
+        self._backlog.append(job)
+        self._serve_backlog()
+        if self._alive:
+            return True
+        try:
+            self._backlog.remove(job)
+        except ValueError:
+            return True
+        return False
+
+    def _serve_backlog(self) -> None:
+        """Look again: a worker that went idle or ended may have looked before the job came."""
+        while self._backlog and (self._idle or len(self._alive) < self._limit):
+            try:
+                job = self._backlog.popleft()
+            except IndexError:
+                return
+            if not (self._give_to_idle(job) or self._start(job)):
+                self._backlog.appendleft(job)
+                if not self._idle:
+                    return
+
+    def _give_to_idle(self, job: Job) -> bool:
+        try:
+            worker = self._idle.pop()
+        except IndexError:
+            return False
+        worker.jobs.put(job)
         return True
 
     def _start(self, job: Job) -> bool:
-        thread = threading.Thread(
-            target=self._run,
-            args=(_Worker(job),),
-            name=f"{self._name}-{next(self._numbers)}",
-            daemon=True,
-        )
-        try:
-            thread.start()
-        except RuntimeError:  # no memory for a stack, or the interpreter is exiting
+        if len(self._alive) >= self._limit:
             return False
-        self._alive += 1
+        worker: _Worker[Job] = _Worker()
+        self._alive[worker] = None
+        if len(self._alive) > self._limit:  # another thread was as quick
+            del self._alive[worker]
+            return False
+        try:
+            start_daemon(self._run, f"{self._name}-{next(self._numbers)}", worker, job)
+        except BaseException as exc:
+            # A signal handler's exception, after the thread has started perhaps: that thread
+            # ends by itself.
+            self._alive.pop(worker, None)
+            if not isinstance(exc, RuntimeError):
+                raise
+            return False
         return True
 
-    def _run(self, worker: _Worker[Job]) -> None:
-        job = worker.take_job()
-        while job is not None:
-            try:
-                self._work(job)
-            except BaseException as exc:  # a greenlet's kill
-                log.error("%s was stopped", self._name, exc_info=exc)
-            del job  # an idle thread holds no request
-            job = self._next(worker)
+    def _run(self, worker: _Worker[Job], job: Job | None) -> None:
+        generation = process.generation
+        try:
+            while job is not None:
+                try:
+                    self._work(job)
+                except BaseException as exc:
+                    if process.generation != generation:
+                        raise  # the child that a task has forked: this is its only thread
+                    log.error("%s was stopped", self._name, exc_info=exc)
+                if process.generation != generation:
+                    return
+                del job  # an idle thread holds no request
+                job = self._next(worker)
+        finally:
+            self._alive.pop(worker, None)
+        self._serve_backlog()
 
     def _next(self, worker: _Worker[Job]) -> Job | None:
         """Wait for the worker's next job; None if the worker is to end."""
-        with self._lock:
-            if self._backlog:
+        was_chosen = False
+        while worker in self._alive:
+            with suppress(IndexError):
                 return self._backlog.popleft()
             self._idle.append(worker)
-        if not worker.woken.acquire(timeout=IDLE_TIMEOUT):
-            with self._lock:
-                if worker in self._idle:
-                    self._idle.remove(worker)
-                    self._alive -= 1
+            if self._backlog and worker.withdraw_from(self._idle):
+                continue
+            try:
+                job = worker.jobs.get(timeout=IDLE_TIMEOUT)
+            except queue.Empty:
+                if worker.withdraw_from(self._idle):
                     return None
-            worker.woken.acquire()  # it was chosen as its time was up
-        return worker.take_job()
+                # A submit() has chosen this worker, and has not come with the job: a signal
+                # handler may have stopped it. Be idle again, for another submit().
+                was_chosen = True
+            else:
+                if was_chosen:
+                    worker.withdraw_from(self._idle)
+                return job
+        return None
 
 
 class _Worker(Generic[Job]):
-    """A thread's place for its next job."""
+    """A thread's place for its next jobs."""
 
-    __slots__ = ("_job", "woken")
+    __slots__ = ("jobs",)
 
-    def __init__(self, job: Job) -> None:
-        self._job: Job | None = job
-        self.woken = threading.Lock()  # held by no one: released by wake()
-        self.woken.acquire()
+    def __init__(self) -> None:
+        self.jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
 
-    def wake(self, job: Job) -> None:
-        self._job = job
-        self.woken.release()
-
-    def take_job(self) -> Job | None:
-        job, self._job = self._job, None
-        return job
+    def withdraw_from(self, idle: list[_Worker[Job]]) -> bool:
+        """Take this worker out of ``idle``; False if another thread has chosen it."""
+        try:
+            idle.remove(self)
+        except ValueError:
+            return False
+        return True

@@ -82,7 +82,7 @@ class PoolRunner:
         crew = self._crews.get()
         is_complete = batch.response_complete
         limit = self._limits[is_complete]
-        has_room = crew.ledger.enter(batch, limit)
+        has_room = crew.ledger.add(batch, limit)
         if not (has_room or is_complete or crew.ledger.is_draining):
             log.warning(
                 "%d batches are pending in %s: %s runs before its response is complete, "
@@ -93,7 +93,7 @@ class PoolRunner:
             )
         if not is_complete:
             batch.not_before = time.monotonic() + PUT_OFF
-        if not (has_room and not is_exiting() and crew.take(batch)):
+        if not (has_room and not is_exiting() and crew.submit(batch)):
             batch.run()
 
     def drain(self, timeout: float) -> list[BackgroundTask]:
@@ -139,22 +139,22 @@ class _Crew:
         self._starter = Workers(self._work, 1, "wsgi_bg-start")
         # Greenlets, which are cheap to hold; see _work().
         self._waiting = Workers(Batch.run, inf, "wsgi_bg-wait")
-        self._then = self._pass_on  # one object for all batches
+        self._on_done = self._pass_on  # one object for all batches
 
-    def take(self, batch: Batch) -> bool:
+    def submit(self, batch: Batch) -> bool:
         """Have the batch begin; False if it has no task or there is no thread to be had."""
         is_async = batch.next_is_async
         if is_async is None:
             return False
         if not is_async:
-            return self._workers.take(batch)
+            return self._workers.submit(batch)
         thread = None if greenlets.are_threads() else portal.peek()
         if thread is None:
             # To make it takes longer than close() may, and plain functions may have all
             # the workers for long.
-            return self._starter.take(batch)
+            return self._starter.submit(batch)
         work = _run_late if batch.not_before else Batch.run_async
-        thread.start(batch, work, self._then)
+        thread.start(batch, work, Batch.goes_on_async, self._on_done)
         return True
 
     def _work(self, batch: Batch) -> None:
@@ -166,16 +166,16 @@ class _Crew:
             return
         if greenlets.are_threads():
             # The loop's thread could not pass it on: its greenlets are not the server's.
-            self._waiting.take(batch)
+            self._waiting.submit(batch)
             return
         try:
-            portal.start(batch, Batch.run_async, self._then)
+            portal.start(batch, Batch.run_async, Batch.goes_on_async, self._on_done)
         except Exception:  # no portal to be had
             batch.run()
 
     def _pass_on(self, batch: Batch) -> None:
         """On the loop: have a worker go on with what is left of the batch."""
-        if not batch.has_ended and not self._workers.take(batch):
+        if not batch.has_ended and not self._workers.submit(batch):
             self._work(batch)  # no thread to be had: better than not at all
 
 
