@@ -47,7 +47,7 @@ P = ParamSpec("P")
 
 # The options of the application that was made last; the test client's requests have them too.
 _options: dict[str, Any] = dict.fromkeys(
-    ("runner", "run_on", "on_error", "stop_on_error", "hooks")
+    ("runner", "run_on", "failed_from", "on_error", "stop_on_error", "hooks")
 )
 
 
@@ -55,6 +55,7 @@ def get_wsgi_application(
     runner: Runner | Literal["inline", "pool"] | None = None,
     *,
     run_on: RunOn | None = None,
+    failed_from: int | None = None,
     on_error: OnError | None = None,
     stop_on_error: bool | None = None,
     hooks: Hooks | Sequence[Hooks] | None = None,
@@ -77,6 +78,7 @@ def get_wsgi_application(
     _options.update(
         runner=runner,
         run_on=run_on,
+        failed_from=failed_from,
         on_error=on_error,
         stop_on_error=stop_on_error,
         hooks=hooks,

@@ -14,7 +14,7 @@ from .hooks import Hooks
 from .options import Given, OnError, Options, RunOn
 from .request import LEFT, RAISED, RequestTasks
 from .runners import Runner, resolve
-from .servers import refuse_eventlet
+from .servers import is_asked_for, refuse_eventlet
 from .tasks import ENDED, OPEN, BackgroundTasks, View
 
 if TYPE_CHECKING:
@@ -129,14 +129,13 @@ class BackgroundTasksMiddleware:
                         tasks._start_response = None
                         return app_iter
                     tasks._phase = OPEN
+                if kind is object:
+                    # gunicorn's ALREADY_HANDLED: its asynchronous workers compare it.
+                    tasks.end(environ, LEFT)
+                    return app_iter
                 return _wrap(app_iter, kind, tasks, environ)
-            except StopIteration:
-                # So gunicorn is told that the application has taken its socket over, for a
-                # WebSocket.
-                tasks.end(environ, LEFT)
-                raise
-            except BaseException:
-                tasks.end(environ, RAISED)
+            except BaseException as exc:
+                tasks.end(environ, LEFT if is_asked_for(environ, exc) else RAISED)
                 raise
         except BaseException:
             # Once more: a signal handler may have stopped the first call before it had begun.

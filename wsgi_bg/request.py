@@ -8,7 +8,7 @@ from contextvars import Context
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from . import arguments, log, servers
+from . import arguments, invocation, log, servers
 from .batch import Batch
 from .context import current
 from .interrupts import goes_through, is_from_signal_handler
@@ -49,13 +49,15 @@ class RequestTasks(BackgroundTasks):
     needed: ``_status`` and ``_headers``, what ``start_response`` was last called with;
     ``_declared_late``, whether that may have been after the application returned;
     ``_pid``, the process that added the first task; ``_collector``, which has the request
-    until its tasks begin to run; ``_is_handed_over``, whether they were given to a runner.
+    until its tasks begin to run; ``_invocation``, the call of a serverless handler that waits
+    for them; ``_is_handed_over``, whether they were given to a runner.
     """
 
     __slots__ = (
         "_collector",
         "_declared_late",
         "_headers",
+        "_invocation",
         "_is_handed_over",
         "_pid",
         "_start_response",
@@ -65,6 +67,7 @@ class RequestTasks(BackgroundTasks):
     _collector: Collector
     _declared_late: bool
     _headers: list[tuple[str, str]]
+    _invocation: invocation.Invocation | None
     _is_handed_over: bool
     _pid: int
     _start_response: Any  # dropped in the end: a server's holds the environ
@@ -93,6 +96,9 @@ class RequestTasks(BackgroundTasks):
         self._pid = os.getpid()
         self._collector = collector
         self._is_handed_over = False
+        self._invocation = invocation.current() if invocation.running else None
+        if self._invocation is not None:
+            self._invocation.begin(self)
         self._list = added  # last: whoever sees it sees the others
         return added
 
@@ -134,6 +140,8 @@ class RequestTasks(BackgroundTasks):
                 return
             if self._pid != os.getpid():
                 return  # in a forked child the tasks are the parent's
+            if invocation.freezes and self._invocation is None:
+                invocation.warn_of_freezing(environ)
             batch = self._make_batch(environ, outcome, closed)
             batch.discard_excluded()
             self._submit(batch)
@@ -142,6 +150,10 @@ class RequestTasks(BackgroundTasks):
             if batch is not None and self._pid == os.getpid():
                 self._stop(batch, exc)
             raise
+
+    def end_unclosed(self, *, failed: bool) -> None:
+        """End the request, whose response was neither closed nor freed."""
+        self.end({}, RAISED if failed else LEFT, closed=False)
 
     def _make_batch(self, environ: WSGIEnvironment, outcome: Outcome, closed: bool) -> Batch:
         status = getattr(self, "_status", "")
@@ -167,6 +179,7 @@ class RequestTasks(BackgroundTasks):
     def _submit(self, batch: Batch) -> None:
         runner = self._options.runner
         assert runner is not None
+        self._await(batch)
         in_place = stand_in  # once: another thread may end the test meanwhile
         if in_place is not None:
             runner = in_place(runner)
@@ -190,11 +203,17 @@ class RequestTasks(BackgroundTasks):
                 ", ".join(task.name for task in batch.tasks),
                 exc_info=exc,
             )
-            again = batch.again()
+            again = self._await(batch.again())
             if batch.response_complete:
                 again.run()
             else:
                 shared_pool.submit(again)
+
+    def _await(self, batch: Batch) -> Batch:
+        """Let the invocation of the request, if there is one, wait for ``batch``."""
+        if self._invocation is not None:
+            self._invocation.hand_over(self, batch)
+        return batch
 
     def _stop(self, batch: Batch, exc: BaseException) -> None:
         """See to the tasks whose hand-over was interrupted by ``exc``."""
@@ -206,7 +225,7 @@ class RequestTasks(BackgroundTasks):
         else:  # a time limit, perhaps: it stops this thread, and not the tasks
             batch.give_back()
             self._allow_start()
-            shared_pool.submit(batch.again())
+            shared_pool.submit(self._await(batch.again()))
 
 
 def _code_of(status: str) -> int:

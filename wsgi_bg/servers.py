@@ -66,6 +66,9 @@ _AMBIGUOUS = ("WSGIServer/0.2", "WSGIServer")  # the second from Python 3.15 on
 
 _FLAGS = ("multithread", "multiprocess", "run_once")
 
+# "unable to send websocket binary message" is another one.
+_UWSGI_CLOSED = ("unable to receive websocket ", "unable to send websocket ")
+
 BODYLESS = ("1", "204", "304")
 """Statuses, or how they begin, after which no body follows (RFC 9110, section 6.4.1)."""
 
@@ -84,6 +87,22 @@ def refuse_eventlet(environ: WSGIEnvironment) -> None:
         raise UnsupportedServerError(
             "eventlet", "gevent, waitress or gunicorn's gthread worker"
         )
+
+
+def is_asked_for(environ: WSGIEnvironment, exc: BaseException) -> bool:
+    """Whether ``exc`` is how the server ends a connection that the application took over.
+
+    gunicorn closes the connection for a ``StopIteration`` and logs no error: so end views
+    of flask-sock and python-engineio. uWSGI raises an ``OSError`` out of its functions for
+    WebSockets when the client has closed.
+    """
+    if isinstance(exc, StopIteration):
+        return "gunicorn.socket" in environ
+    return (
+        "uwsgi.version" in environ
+        and type(exc) is OSError
+        and str(exc).startswith(_UWSGI_CLOSED)
+    )
 
 
 def recognise(environ: WSGIEnvironment) -> Server | None:

@@ -1,0 +1,145 @@
+"""One call of a serverless handler, and the background tasks of the requests in it.
+
+A serverless platform may freeze the process as soon as the handler has returned, so the
+tasks have to be done by then. :mod:`wsgi_bg.serverless` has the decorator.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from contextvars import ContextVar
+from functools import partial
+from typing import TYPE_CHECKING, final
+
+from . import log, servers
+from .unclosed import collectors
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+    from .batch import Batch
+    from .request import RequestTasks
+    from .task import BackgroundTask
+
+freezes = "AWS_LAMBDA_RUNTIME_API" in os.environ
+"""True on AWS Lambda and on other platforms that speak its Runtime API."""
+
+running: set[Invocation] = set()
+"""The invocations of this process; a platform may call the handler on several threads."""
+
+_warned: set[int] = set()  # process ids
+_of_context: ContextVar[Invocation | None] = ContextVar("wsgi_bg.invocation", default=None)
+
+
+def current() -> Invocation | None:
+    """Return the invocation that the calling code belongs to, None outside of any.
+
+    Adapters that call the application on another thread copy the context. In a thread
+    without it, the only invocation of the process is the right one.
+    """
+    invocations = list(running)
+    return _of_context.get() or (invocations[0] if len(invocations) == 1 else None)
+
+
+@final
+class Invocation:
+    """A context manager around one call of a handler; knows the tasks that it has to await."""
+
+    def __init__(self) -> None:
+        # The requests with tasks, each with its batch once that is given to a runner. No lock
+        # is held, as in a Ledger: each step is one atomic operation of the dictionary.
+        self._open: dict[RequestTasks, Batch | None] = {}
+        self._changed = threading.Event()  # a batch is done
+
+    def __enter__(self) -> Invocation:
+        running.add(self)
+        self._token = _of_context.set(self)
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        _of_context.reset(self._token)
+        running.discard(self)
+
+    def begin(self, tasks: RequestTasks) -> None:
+        """Await ``tasks``, a request that gets its first task."""
+        self._open.setdefault(tasks, None)
+
+    def hand_over(self, tasks: RequestTasks, batch: Batch) -> None:
+        """Await ``batch``, which a runner is about to get, in place of its request."""
+        batch.when_done(partial(self._leave, tasks))
+        self._open[tasks] = batch
+
+    def _leave(self, tasks: RequestTasks, batch: Batch) -> None:
+        if self._open.get(tasks) is batch:  # else a second runner has got the tasks
+            self._open.pop(tasks, None)
+            self._changed.set()
+
+    def finish(self, timeout: float, *, failed: bool) -> None:
+        """Wait until all tasks of this invocation are done; name the others at ERROR.
+
+        Tasks that are named go on for as long as the process is not frozen.
+
+        :param timeout: seconds to wait at most.
+        :param failed: True if the handler raised: its open requests have failed then.
+        :raises KeyboardInterrupt: if that ends the wait; the tasks are named all the same.
+        """
+        began = time.monotonic()
+        try:
+            self._end_requests(failed)
+            deadline = began + min(timeout, threading.TIMEOUT_MAX)
+            while (seconds := deadline - time.monotonic()) > 0:
+                self._changed.clear()
+                if not self._left():
+                    break
+                self._changed.wait(seconds)
+        finally:
+            waited = time.monotonic() - began
+            for task in self._left():
+                log.error(
+                    "background task %s was not finished when its handler returned, after a "
+                    "wait of %.3g seconds: it goes on only if this process does",
+                    task.name,
+                    waited,
+                )
+
+    def _end_requests(self, failed: bool) -> None:
+        """End the requests whose responses the adapter has not closed."""
+        requests = [tasks for tasks, batch in list(self._open.items()) if batch is None]
+        if requests:
+            # First those that were freed: how their bodies have ended is known there.
+            collectors.get().flush()
+        for tasks in requests:
+            tasks.end_unclosed(failed=failed)
+
+    def _left(self) -> list[BackgroundTask]:
+        opened = list(self._open.items())
+        return [
+            task
+            for tasks, batch in opened
+            for task in (tasks.tasks if batch is None else batch.tasks)
+        ]
+
+
+def warn_of_freezing(environ: WSGIEnvironment) -> None:
+    """Log once a process that tasks outside of any invocation may be frozen; see ``freezes``.
+
+    Nothing is logged if a real server has made ``environ``, as under Lambda Web Adapter: no
+    handler could be decorated there.
+    """
+    if os.getpid() in _warned or _is_real_server(environ):
+        return
+    _warned.add(os.getpid())
+    log.warning(
+        "background tasks may be frozen in the middle: AWS Lambda stops this process when the "
+        "handler returns. Decorate the handler with @wsgi_bg.serverless.finish_tasks, which "
+        "waits for them (said once a process)"
+    )
+
+
+def _is_real_server(environ: WSGIEnvironment) -> bool:
+    if servers.recognise(environ) is None:
+        return False
+    # Mangum calls a2wsgi, which is known, without a server.
+    return "aws.event" not in environ.get("asgi.scope", ())

@@ -1,0 +1,105 @@
+"""For handlers of AWS Lambda and its like, whose process is frozen when they return."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, overload
+
+from .callables import is_coroutine_callable
+from .exceptions import OptionTypeError, OptionValueError
+from .invocation import Invocation
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+DEFAULT_TIMEOUT = 30.0
+"""How long to wait if neither the decorator nor the runtime says, in seconds."""
+
+MARGIN = 0.5
+"""What the runtime needs of its time limit to send the response, in seconds."""
+
+
+@overload
+def finish_tasks(handler: Callable[P, R], /) -> Callable[P, R]: ...
+@overload
+def finish_tasks(
+    *, timeout: float | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+
+
+def finish_tasks(
+    handler: Callable[..., Any] | None = None, /, *, timeout: float | None = None
+) -> Callable[..., Any]:
+    """Decorate a serverless handler: it returns after the background tasks of its requests.
+
+    The tasks of every runner are awaited, on the handler's thread, or without blocking the
+    event loop if the handler is ``async def``. Responses that the adapter did not close are
+    ended. Tasks that are not finished in time are named at ERROR, and go on only if the
+    process does. The client gets the response when the handler has returned.
+
+    Write ``@finish_tasks`` or ``@finish_tasks(timeout=5)`` above a function, or
+    ``handler = finish_tasks(Mangum(app))``.
+
+    :param handler: a plain or ``async def`` function, or an object with such a ``__call__``.
+    :param timeout: how long to wait for the tasks at most, in seconds; never longer than
+        Lambda's ``context.get_remaining_time_in_millis()`` less half a second. None waits as
+        long as that, or 30 seconds if no argument of the handler has such a method.
+    :raises TypeError: if ``handler`` is not callable or ``timeout`` is no number.
+    :raises ValueError: if ``timeout`` is negative.
+    """
+    if timeout is not None:
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+            raise OptionTypeError("timeout", timeout, "a number of seconds or None")
+        if not timeout >= 0:
+            raise OptionValueError("timeout", timeout, "0 seconds or more, or None")
+    if handler is None:
+        return functools.partial(_decorate, timeout=timeout)
+    return _decorate(handler, timeout=timeout)
+
+
+def _decorate(handler: Callable[..., Any], *, timeout: float | None) -> Callable[..., Any]:
+    if not callable(handler):
+        raise OptionTypeError("handler", handler, "a function: handler(event, context)")
+
+    if is_coroutine_callable(handler):
+
+        @functools.wraps(handler)
+        async def call_async(*args: Any, **kwargs: Any) -> Any:
+            failed = True
+            with Invocation() as invocation:
+                try:
+                    response = await handler(*args, **kwargs)
+                    failed = False
+                    return response
+                finally:
+                    limit = _limit(timeout, *args, *kwargs.values())
+                    await asyncio.to_thread(invocation.finish, limit, failed=failed)
+
+        return call_async
+
+    @functools.wraps(handler)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        failed = True
+        with Invocation() as invocation:
+            try:
+                response = handler(*args, **kwargs)
+                failed = False
+                return response
+            finally:
+                limit = _limit(timeout, *args, *kwargs.values())
+                invocation.finish(limit, failed=failed)
+
+    return call
+
+
+def _limit(timeout: float | None, *arguments: Any) -> float:
+    """How long tasks may take from now on, in seconds."""
+    limits = [] if timeout is None else [timeout]
+    for argument in arguments:
+        remaining = getattr(argument, "get_remaining_time_in_millis", None)
+        left = remaining() if callable(remaining) else None
+        if isinstance(left, (int, float)):  # a mock of the context has no number
+            limits.append(max(0.0, left / 1000 - MARGIN))
+    return min(limits, default=DEFAULT_TIMEOUT)
