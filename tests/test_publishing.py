@@ -257,7 +257,7 @@ def test_a_connection_that_has_failed_is_closed_and_not_used_again(
 
 
 def test_an_answer_ends_the_time_in_which_the_broker_is_not_asked(
-    broker: Broker, monkeypatch: pytest.MonkeyPatch, gate: Gate
+    broker: Broker, log: Log, monkeypatch: pytest.MonkeyPatch, gate: Gate
 ) -> None:
     publisher = broker.runner(publish_timeout=TIMEOUT)._crews.get().publisher
     send = publishing.Publisher._send
@@ -276,6 +276,8 @@ def test_an_answer_ends_the_time_in_which_the_broker_is_not_asked(
     gate.open()
     assert wait_until(lambda: publisher._silent_until == 0.0)
     publisher.publish(message)
+    # The late one is logged by its own thread, if need be after the end of this test.
+    assert wait_until(lambda: len(log.warnings) == 1)
 
 
 @pytest.mark.usefixtures("no_collection")
