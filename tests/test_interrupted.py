@@ -1,0 +1,437 @@
+"""Exactly once, at whatever bytecode a signal handler raises (rule 7).
+
+A tracer raises one exception a request: at the first line or bytecode of the package that runs
+after the view has returned, then, in the next request, at the second, until a request has no
+such line or bytecode. Each task has then either run to its end or is named in the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dis
+import gc
+import io
+import itertools
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from types import CodeType, FrameType
+from typing import Any
+
+import pytest
+from flask import Flask
+
+import wsgi_bg
+from tests.support import TIMEOUT, Environ, Server, make_server_environ
+from wsgi_bg import (
+    BackgroundTasksMiddleware,
+    InlineRunner,
+    PoolRunner,
+    get_background_tasks,
+)
+from wsgi_bg.flask import Background
+from wsgi_bg.hooks import Hooks
+
+pytestmark = pytest.mark.timeout(60)
+
+PACKAGE = os.path.dirname(wsgi_bg.__file__) + os.sep
+
+SETTLING = 0.5
+"""How long a request's tasks are waited for before the next request, in seconds.
+
+The verdict does not depend on that: the tasks of all requests are looked at in the end.
+"""
+
+MAX_LATE = 10
+"""A case ends when the tasks of so many requests have not come to their end in time."""
+
+LENGTH = [("Content-Length", "4")]
+
+Ran = Counter[str]
+
+
+class TimeLimit(Exception):  # noqa: N818
+    """An ordinary exception, such as a handler of SIGALRM raises."""
+
+
+def exit_for(number: int, frame: object) -> None:
+    sys.exit(1)
+
+
+def limit_for(number: int, frame: object) -> None:
+    raise TimeLimit
+
+
+@contextmanager
+def handler_of(kind: str) -> Iterator[Callable[[], object]]:
+    """Give a function that raises ``kind``; for the main thread."""
+    handlers: dict[str, Any] = {
+        "KeyboardInterrupt": signal.default_int_handler,
+        "SystemExit": exit_for,
+        "TimeLimit": limit_for,
+    }
+    previous = signal.signal(signal.SIGUSR1, handlers[kind])
+    try:
+        yield lambda: signal.raise_signal(signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+
+
+class Tracer:
+    """Calls ``interrupt()`` at the ``n``-th line or bytecode of the package, on this thread."""
+
+    def __init__(self, n: int, interrupt: Callable[[], object]) -> None:
+        self._left = n
+        self._interrupt = interrupt
+        self.place = ""
+
+    def start(self) -> None:
+        """Trace from here on, the functions of the package that have called this one too."""
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            if is_ours(frame.f_code):
+                frame.f_trace_opcodes = True
+                frame.f_trace = self._count
+            frame = frame.f_back
+        sys.settrace(self._enter)
+
+    def _enter(self, frame: FrameType, event: str, argument: object) -> Any:
+        if not is_ours(frame.f_code):
+            return None
+        frame.f_trace_opcodes = True
+        return self._count
+
+    def _count(self, frame: FrameType, event: str, argument: object) -> Any:
+        if event in ("line", "opcode"):
+            self._left -= 1
+            if self._left == 0:
+                self.place = place_of(frame, event)
+                self._interrupt()
+        return self._count
+
+
+def is_ours(code: CodeType) -> bool:
+    return code.co_filename.startswith(PACKAGE)
+
+
+def place_of(frame: FrameType, event: str) -> str:
+    code = frame.f_code
+    name = dis.opname[code.co_code[frame.f_lasti]] if event == "opcode" else "line"
+    file = code.co_filename.removeprefix(PACKAGE)
+    return f"{file}:{frame.f_lineno} {code.co_name} {name}"
+
+
+class Names(logging.Handler):
+    """The names of tasks in warnings and errors, except of tasks that are still to run."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: Ran = Counter()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.read(record.getMessage())
+
+    def read(self, message: str) -> None:
+        if "which run in this process" not in message:
+            self.said.update(re.findall(r"task_\d+_\d", message))
+
+
+class StandardError(io.StringIO):
+    """Takes the records that :mod:`logging` could not."""
+
+    def __init__(self, names: Names) -> None:
+        super().__init__()
+        self._names = names
+
+    def write(self, text: str) -> int:
+        for line in text.splitlines():
+            if line.startswith(("WARNING wsgi_bg", "ERROR wsgi_bg")):
+                self._names.read(line)
+        return len(text)
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[Names]:
+    """The tasks that were named; errors of finalizers are dropped, as in a server."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
+    logger = logging.getLogger("wsgi_bg")
+    names = Names()
+    monkeypatch.setattr(sys, "stderr", StandardError(names))
+    logger.addHandler(names)
+    monkeypatch.setattr(logger, "propagate", False)
+    yield names
+    logger.removeHandler(names)
+
+
+def make_task(name: str, is_async: bool, ran: Ran, done: threading.Event) -> Callable[[], Any]:
+    def task() -> None:
+        ran[name] += 1
+        done.set()
+
+    async def async_task() -> None:
+        await asyncio.sleep(0)
+        task()
+
+    made: Any = async_task if is_async else task
+    made.__name__ = made.__qualname__ = name
+    return made  # type: ignore[no-any-return]
+
+
+KINDS = {
+    "plain": (False, False, False),
+    "async": (True, True, True),
+    "mixed": (False, True, False),
+}
+"""Which of the three tasks of a request are async."""
+
+
+class View:
+    """Adds the tasks of one request after another and answers in one of :data:`RESPONSES`."""
+
+    def __init__(self, response: str, tasks: str) -> None:
+        self._response = response
+        self._kinds = KINDS[tasks]
+        self.ran: Ran = Counter()
+        self.done = threading.Event()
+        self.tracer: Tracer | None = None
+        self.number = 0
+
+    def names_of(self, number: int) -> list[str]:
+        return [f"task_{number}_{index}" for index in range(len(self._kinds))]
+
+    def add(self, environ: Environ) -> None:
+        tasks = get_background_tasks(environ)
+        if self._response == "raises":  # the first one is not to run then
+            tasks = tasks.using(run_on="always")
+        for name, is_async in zip(self.names_of(self.number), self._kinds, strict=True):
+            batch = get_background_tasks(environ) if name.endswith("_0") else tasks
+            batch.add_task(make_task(name, is_async, self.ran, self.done))
+
+    def __call__(self, environ: Environ, start_response: Any) -> Iterable[bytes]:
+        self.add(environ)
+        return self.answer(start_response)
+
+    def answer(self, start_response: Any) -> Iterable[bytes]:
+        if self._response == "raises":
+            raise ValueError("the view's own")
+        start_response("200 OK", [] if self._response == "stream" else LENGTH)
+        if self._response in ("list", "unclosed"):
+            return [b"okok"]
+        return (chunk for chunk in (b"ok", b"ok"))
+
+    def traced(self, app: Any) -> Any:
+        """``app``, with the tracer started as soon as it has returned or raised."""
+
+        def wrapped(environ: Environ, start_response: Any) -> Any:
+            try:
+                return app(environ, start_response)
+            finally:
+                if self.tracer is not None:
+                    self.tracer.start()
+
+        return wrapped
+
+
+RESPONSES = ("list", "generator", "stream", "raises", "unclosed")
+
+
+def serve(app: Any, environ: Environ, *, close: bool) -> None:
+    """The server's side; the response is freed when this has returned or raised."""
+    body = app(environ, Server().start_response)
+    try:
+        for _ in body:
+            pass
+    finally:
+        if close and hasattr(body, "close"):
+            body.close()
+
+
+class Case:
+    """Requests of one kind, interrupted at one place after another."""
+
+    def __init__(self, view: View, app: Any, names: Names, *, close: bool) -> None:
+        self._view = view
+        self._app = app
+        self._names = names
+        self._close = close
+        self._places: dict[int, str] = {}
+        self.is_complete = False
+
+    def interrupt_everywhere(self, kinds: list[str]) -> None:
+        """Make a request for each place; the kinds of exception take turns."""
+        late = number = 0
+        while late < MAX_LATE:
+            number += 1
+            tracer = self._interrupt_at(number, kinds[number % len(kinds)])
+            if not tracer.place:
+                self.is_complete = True
+                return
+            self._places[number] = tracer.place
+            late += not self._is_settled(number, SETTLING)
+
+    def _interrupt_at(self, number: int, kind: str) -> Tracer:
+        self._view.number = number
+        previous = sys.gettrace()  # coverage's
+        environ = make_server_environ()
+        with handler_of(kind) as interrupt:
+            self._view.tracer = tracer = Tracer(number, interrupt)
+            # ValueError: the view's own. Any of these may be raised, or be swallowed.
+            with suppress(KeyboardInterrupt, SystemExit, TimeLimit, ValueError):
+                try:
+                    serve(self._app, environ, close=self._close)
+                finally:
+                    environ.clear()
+            sys.settrace(previous)
+        return tracer
+
+    def ends_of(self, name: str) -> int:
+        """How often a task has run to its end or was named, as not run."""
+        return self._view.ran[name] + self._names.said[name]
+
+    def _is_settled(self, number: int, timeout: float) -> bool:
+        pause, names = threading.Event(), self._view.names_of(number)
+        for turn in range(int(timeout / 0.001)):
+            if all(self.ends_of(name) for name in names):
+                return True
+            if turn == 50:
+                gc.collect()  # a cycle may hold the response
+            pause.wait(0.001)
+        return False
+
+    def work_still(self) -> bool:
+        """Whether a request that is not interrupted has its tasks run."""
+        number = len(self._places) + 1000
+        self._view.tracer, self._view.number = None, number
+        with suppress(ValueError):
+            serve(self._app, make_server_environ(), close=True)
+        return self._is_settled(number, TIMEOUT) and not self.faults([number])
+
+    def faults(self, numbers: Iterable[int] | None = None) -> list[str]:
+        """The tasks that did not end once, with the place of the interruption."""
+        return [
+            f"{name} ran {self._view.ran[name]} times and was named {self._names.said[name]} "
+            f"times, interrupted at {self._places.get(number)}"
+            for number in (self._places if numbers is None else numbers)
+            for name in self._view.names_of(number)
+            if self.ends_of(name) != 1
+        ]
+
+    @property
+    def count(self) -> int:
+        return len(self._places)
+
+
+RUNNERS: dict[str, Callable[[], Any]] = {
+    "inline": InlineRunner,
+    "pool": lambda: PoolRunner(threads=2),
+    "shared pool": lambda: "pool",
+}
+
+
+class Watch(Hooks):
+    """Hooks that do something."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def task_added(self, record: Any) -> None:
+        self.seen.append("added")
+
+    def task_started(self, record: Any) -> None:
+        self.seen.append("started")
+
+    def task_finished(self, record: Any) -> None:
+        self.seen.append("finished")
+
+    def task_discarded(self, record: Any) -> None:
+        self.seen.append("discarded")
+
+
+def flask_app(view: View, runner: Any) -> Any:
+    flask = Flask("shop")
+    flask.config["PROPAGATE_EXCEPTIONS"] = True
+
+    @flask.route("/")
+    def index() -> Any:
+        from flask import Response, request
+
+        view.add(request.environ)
+        answered: list[Any] = []
+        body = view.answer(lambda *args: answered.extend(args))
+        return Response(body, headers=answered[1])
+
+    flask.wsgi_app = view.traced(flask.wsgi_app)  # type: ignore[method-assign]
+    Background(flask, runner=runner)
+    return flask.wsgi_app
+
+
+def check(
+    names: Names,
+    *,
+    response: str,
+    runner: str,
+    tasks: str,
+    kinds: list[str],
+    layer: str,
+) -> None:
+    view = View(response, tasks)
+    own = RUNNERS[runner]()
+    if layer == "flask":
+        app = flask_app(view, own)
+    else:
+        hooks = Watch() if layer == "hooks" else None
+        app = BackgroundTasksMiddleware(view.traced(view), runner=own, hooks=hooks)
+    case = Case(view, app, names, close=response != "unclosed")
+    case.interrupt_everywhere(kinds)
+    assert case.work_still()  # the queue for freed responses is worked off in order, too
+    if not isinstance(own, str):
+        assert own.drain(TIMEOUT) == []
+    faults = case.faults()
+    print(f"{case.count} places, {len(faults)} faults")
+    assert not faults, "\n".join(faults[:20])
+    assert case.is_complete
+    assert case.count > 20
+
+
+ORDERS = {
+    "first": ["KeyboardInterrupt", "SystemExit", "TimeLimit"],
+    "second": ["SystemExit", "TimeLimit", "KeyboardInterrupt"],
+    "third": ["TimeLimit", "KeyboardInterrupt", "SystemExit"],
+}
+"""Which kind of exception comes at which place: with all three, each comes at each."""
+
+USUAL = {
+    "middleware-inline-list-mixed-first",
+    "middleware-inline-list-plain-second",
+    "middleware-inline-raises-mixed-third",
+    "middleware-inline-unclosed-mixed-second",
+    "middleware-pool-generator-async-first",
+    "middleware-pool-list-mixed-third",
+    "middleware-pool-unclosed-plain-first",
+    "middleware-shared pool-stream-mixed-second",
+    "hooks-inline-generator-mixed-third",
+    "flask-inline-list-mixed-first",
+}
+"""The cases that are not slow together; they have each value of each parameter."""
+
+
+def cases() -> Iterator[Any]:
+    every = itertools.product(("middleware",), RUNNERS, RESPONSES, KINDS, ORDERS)
+    layers = itertools.product(("hooks", "flask"), RUNNERS, RESPONSES, ("mixed",), ORDERS)
+    for case in itertools.chain(every, layers):
+        name = "-".join(case)
+        yield pytest.param(*case, id=name, marks=() if name in USUAL else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("layer", "runner", "response", "tasks", "order"), [*cases()])
+def test_each_task_runs_or_is_named_once_wherever_an_exception_comes(
+    names: Names, layer: str, runner: str, response: str, tasks: str, order: str
+) -> None:
+    kinds = ORDERS[order]
+    check(names, layer=layer, response=response, runner=runner, tasks=tasks, kinds=kinds)
