@@ -302,13 +302,6 @@ except ImportError:
 else:
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
 """,
-    "the current task, by a library that has none": """
-asyncio.current_task = asyncio.tasks.current_task = lambda loop=None: None
-
-async def third():
-    await asyncio.sleep(0.001)
-    print("third")
-""",
 }
 
 
