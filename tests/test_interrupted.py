@@ -268,11 +268,12 @@ class Case:
         late = number = 0
         while late < MAX_LATE:
             number += 1
-            tracer = self._interrupt_at(number, kinds[number % len(kinds)])
+            kind = kinds[number % len(kinds)]
+            tracer = self._interrupt_at(number, kind)
             if not tracer.place:
                 self.is_complete = True
                 return
-            self._places[number] = tracer.place
+            self._places[number] = f"{number}. {kind} at {tracer.place}"
             late += not self._is_settled(number, SETTLING)
 
     def _interrupt_at(self, number: int, kind: str) -> Tracer:
@@ -291,8 +292,8 @@ class Case:
         return tracer
 
     def ends_of(self, name: str) -> int:
-        """How often a task has run to its end or was named, as not run."""
-        return self._view.ran[name] + self._names.said[name]
+        """How often a task has come to its end: it ran, or it was named in the log."""
+        return self._view.ran[name] + bool(self._names.said[name])
 
     def _is_settled(self, number: int, timeout: float) -> bool:
         pause, names = threading.Event(), self._view.names_of(number)
@@ -313,13 +314,13 @@ class Case:
         return self._is_settled(number, TIMEOUT) and not self.faults([number])
 
     def faults(self, numbers: Iterable[int] | None = None) -> list[str]:
-        """The tasks that did not end once, with the place of the interruption."""
+        """The requests of which a task did not come to one end, each with its interruption."""
         return [
-            f"{name} ran {self._view.ran[name]} times and was named {self._names.said[name]} "
-            f"times, interrupted at {self._places.get(number)}"
+            f"{self._places.get(number)}: ran {[self._view.ran[name] for name in names]}, "
+            f"named {[self._names.said[name] for name in names]}"
             for number in (self._places if numbers is None else numbers)
-            for name in self._view.names_of(number)
-            if self.ends_of(name) != 1
+            for names in [self._view.names_of(number)]
+            if any(self.ends_of(name) != 1 for name in names)
         ]
 
     @property
