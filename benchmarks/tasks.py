@@ -47,7 +47,7 @@ def run_batch(func: Callable[..., object], tasks: int) -> Callable[[], None]:
         background = BackgroundTasks()
         for _ in range(tasks):
             background.add_task(func)
-        Batch(background, request_failed=False, response_complete=True).run()
+        Batch(background, response_complete=True).run()
 
     return run
 
@@ -57,7 +57,7 @@ def add_only(tasks: int) -> Callable[[], None]:
         background = BackgroundTasks()
         for _ in range(tasks):
             background.add_task(nothing)
-        Batch(background, request_failed=False, response_complete=True)
+        Batch(background, response_complete=True)
 
     return run
 
@@ -109,7 +109,7 @@ def within(options: Options) -> Callable[[], None]:
         view = View(background, options)
         for _ in range(BATCH):
             view.add_task(nothing)
-        Batch(background, request_failed=False, response_complete=True).run()
+        Batch(background, response_complete=True).run()
 
     return run
 

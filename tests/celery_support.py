@@ -23,7 +23,7 @@ import redis
 from celery import Celery
 
 from tests.celery_shop import MODULE, make_app
-from tests.support import Server, app_that, make_server_environ
+from tests.support import Server, app_that, free_port, make_server_environ
 from tests.test_examples import text_of, wait_until
 from wsgi_bg import BackgroundTasksMiddleware
 from wsgi_bg.celery import CeleryRunner
@@ -58,11 +58,6 @@ def filesystem(folder: Path) -> Broker:
             "polling_interval": 0.02,
         },
     )
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 class RedisServer:

@@ -8,12 +8,18 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.servers import table
 from tests.support import Gate
 from wsgi_bg import portal
 from wsgi_bg.portal_thread import PortalThread
 from wsgi_bg.process import PerProcess
 
 pytest_plugins = ["pytester"]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    # Not in tests/servers/conftest.py, which only the workers of pytest -n load.
+    table.write(terminalreporter)
 
 
 class Log:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import secrets
+import socket
 import subprocess
 import sys
 import textwrap
@@ -171,6 +173,17 @@ def submit(runner: Runner, *functions: Callable[[], Any], complete: bool = True)
 
 def events(count: int) -> list[threading.Event]:
     return [threading.Event() for _ in range(count)]
+
+
+def free_port() -> int:
+    """A port below those that the system gives to clients: none takes it meanwhile."""
+    while True:
+        # pytest-randomly gives random the same seed in each process of pytest -n.
+        port = 16384 + secrets.randbelow(16384)
+        with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @contextmanager

@@ -90,7 +90,7 @@ def test_a_batch_whose_hand_over_was_stopped_is_not_waited_for(
         raise KeyboardInterrupt
 
     runner = PoolRunner()
-    monkeypatch.setattr(workers.Workers, "take", interrupted)
+    monkeypatch.setattr(workers.Workers, "submit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         submit(runner, int, int)
     assert runner.drain(0) == []
@@ -99,23 +99,21 @@ def test_a_batch_whose_hand_over_was_stopped_is_not_waited_for(
 
 def test_between_thread_and_loop_no_task_of_a_batch_is_running() -> None:
     tasks = BackgroundTasks([BackgroundTask(int), BackgroundTask(nothing)])
-    batch = Batch(tasks, request_failed=False, response_complete=True)
+    batch = Batch(tasks, response_complete=True)
     assert batch.run_plain()
     assert not batch.is_running
     assert [task.func for task in batch.tasks] == [nothing]
 
 
-class Meanwhile(list[BackgroundTask]):
-    """A batch's list that lets something happen as a part of it is looked at."""
+class Meanwhile(BackgroundTasks):
+    """Tasks of which one begins on another thread between two looks at them."""
 
-    def __init__(self, tasks: list[BackgroundTask], happens: Callable[[], object]) -> None:
-        super().__init__(tasks)
-        self._happens = happens
+    happens: Callable[[], object]
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            self._happens()
-        return super().__getitem__(index)
+    def _left(self) -> list[BackgroundTask]:
+        left = super()._left()
+        self.happens()
+        return left
 
 
 def test_a_task_that_begins_as_the_batch_is_abandoned_is_named_too() -> None:
@@ -125,11 +123,11 @@ def test_a_task_that_begins_as_the_batch_is_abandoned_is_named_too() -> None:
         first.open()
         assert second.begun.wait(TIMEOUT)
 
-    tasks = BackgroundTasks()
+    tasks = Meanwhile()
+    tasks.happens = second_begins
     tasks.add_task(first.task)
     tasks.add_task(second.task)
-    tasks._list = Meanwhile(tasks.tasks, second_begins)
-    batch = Batch(tasks, request_failed=False, response_complete=True)
+    batch = Batch(tasks, response_complete=True)
     thread = threading.Thread(target=batch.run)
     thread.start()
     assert first.begun.wait(TIMEOUT)
@@ -154,7 +152,7 @@ def test_a_batch_that_is_abandoned_as_a_task_is_added_at_its_end_has_ended() -> 
                 self.tasks.append(BackgroundTask(int, "1"))
 
     phases, left = list[int](), list[BackgroundTask]()
-    batch = Batch(AddedAtTheEnd(), request_failed=False, response_complete=True)
+    batch = Batch(AddedAtTheEnd(), response_complete=True)
     batch.run()
     assert [task.args for task in left] == [("1",)]
     assert batch.has_ended

@@ -17,14 +17,13 @@ from tests.celery_support import (
     RedisServer,
     SilentBroker,
     filesystem,
-    free_port,
     messages,
     redis_server,
     request,
     silent_broker,
 )
 from tests.conftest import Log
-from tests.support import TIMEOUT, Gate, app_that, respond, waitress
+from tests.support import TIMEOUT, Gate, app_that, free_port, respond, waitress
 from tests.test_examples import text_of, wait_until
 from wsgi_bg import BackgroundTasksMiddleware, background_tasks, publishing
 from wsgi_bg.exceptions import PublishError

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import wsgi_bg
 from tests.command import MODULE, SHOP, running, serving, write
 from tests.support import TIMEOUT
 from wsgi_bg.cli import main
@@ -236,6 +237,9 @@ REFUSED = {
     "./shop:app": "'./shop:app' is not MODULE:APP, for instance shop.wsgi:app",
     "nowhere:app": "No module named 'nowhere' (looked for in {} first)",
     "nowhere.shop:app": "No module named 'nowhere' (looked for in {} first)",
+    "shop:make()": "for an application factory write shop:make -- --call",
+    "shop:app.make() -- --call": "for an application factory write shop:app.make -- --call",
+    "shop:make(1)": "'shop:make(1)' is not MODULE:APP, for instance shop.wsgi:app",
     "shop:nothing": "module 'shop' has no attribute 'nothing'",
     "shop:app.nothing": "module 'shop' has no attribute 'app.nothing'",
     "shop:__name__": "shop:__name__ is not callable: it is a str",
@@ -244,7 +248,7 @@ REFUSED = {
     "shop:app --nothing": "unrecognized arguments: --nothing (see wsgi-bg --help)",
     "shop:app --por 1": "unrecognized arguments: --por 1 (see wsgi-bg --help)",
     "shop:app --port x": "argument --port: invalid int value: 'x' (see wsgi-bg --help)",
-    "shop:app --port 65536": "port must be 0 to 65535; got 65536",
+    "shop:app --port 65536": "port must be 0 to 65535, or None; got 65536",
     "shop:app --threads 0": "threads must be 1 or more; got 0",
     "shop:app --drain-timeout -1": (
         "drain_timeout must be 0 seconds or more, or None; got -1.0"
@@ -314,13 +318,20 @@ def test_without_waitress_the_line_says_how_to_install_it(tmp_path: Path) -> Non
     )
 
 
+def test_version_names_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"wsgi-bg {wsgi_bg.__version__}\n"
+
+
 def test_help_names_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
     assert "wsgi-bg [OPTIONS] MODULE:APP [-- OPTIONS OF WAITRESS]" in text
-    for option in ("--host", "--port", "--threads", "--runner", "--drain-timeout"):
+    for option in ("--host", "--port", "--threads", "--runner", "--drain-timeout", "--version"):
         assert option in text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, Optional, TypeVar
@@ -68,6 +69,30 @@ def test_the_proxy_works_inside_tasks_wherever_they_were_added() -> None:
 
     respond(BackgroundTasksMiddleware(app))
     assert seen == [True] * 3
+
+
+def test_in_a_task_added_within_another_request_the_proxy_is_that_of_its_own_batch() -> None:
+    """An application that calls another one, and a task of the inner one's own batch."""
+    seen: list[bool] = []
+    outer: list[BackgroundTasks] = []
+
+    def look() -> None:
+        seen.append(background_tasks == outer[0])
+        background_tasks.add_task(seen.append, True)
+
+    def add_to_outer(environ: Environ) -> None:
+        assert get_background_tasks(environ) is not outer[0]
+        outer[0].add_task(look)
+        outer[0].using(run_on="always").add_task(look)
+
+    inner = BackgroundTasksMiddleware(app_that(add_to_outer))
+
+    def call_inner(environ: Environ) -> None:
+        outer.append(get_background_tasks(environ))
+        respond(inner)  # ended, and its batch too, before the tasks of the outer one run
+
+    respond(BackgroundTasksMiddleware(app_that(call_inner)))
+    assert seen == [True] * 4
 
 
 def test_the_proxy_is_gone_when_the_application_has_returned_or_raised() -> None:
@@ -206,7 +231,7 @@ def test_inject_fills_async_functions_and_generators() -> None:
         yield tasks
 
     def look(tasks: BackgroundTasks) -> None:
-        assert asyncio.iscoroutinefunction(later)
+        assert inspect.iscoroutinefunction(later)
         assert asyncio.run(later()) is tasks
         assert list(stream()) == [tasks]
 

@@ -9,7 +9,7 @@ import math
 import sys
 import uuid
 from collections import OrderedDict, defaultdict
-from datetime import date, datetime, time, timedelta, timezone
+from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -69,9 +69,9 @@ CARRIED = [
     {"__type__": "datetime", "__value__": "2024-01-01"},
     date(1, 1, 1),
     time(23, 59, 59, 999999),
-    time(1, 2, tzinfo=timezone.utc),
+    time(1, 2, tzinfo=UTC),
     datetime(2024, 2, 29, 1, 2, 3, 4),
-    datetime(2024, 2, 29, tzinfo=timezone.utc),
+    datetime(2024, 2, 29, tzinfo=UTC),
     datetime(2024, 2, 29, tzinfo=EAST),
     datetime(2024, 10, 27, 2, 30, tzinfo=BERLIN),
     datetime(2024, 10, 27, 2, 30, tzinfo=BERLIN, fold=1),
@@ -127,7 +127,7 @@ class Text(str):
     __slots__ = ()
 
 
-class Words(str, enum.Enum):
+class Words(enum.StrEnum):
     YES = "yes-secret"
 
 

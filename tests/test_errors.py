@@ -96,6 +96,41 @@ def test_a_tasks_error_is_logged_and_the_next_task_runs(
     assert log.errors == [f"background task {told[0][0].name} raised {type(error).__name__}"]
 
 
+class UnformattableError(Exception):
+    """In place of any error on Python 3.15 while no file can be opened."""
+
+    @property
+    def __suppress_context__(self) -> bool:  # type: ignore[override]
+        raise OSError
+
+
+def test_an_error_whose_traceback_cannot_be_formatted_is_logged_without_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run((fail, UnformattableError()))
+    assert caplog.messages == [
+        "background task tests.test_errors.fail raised UnformattableError "
+        "(UnformattableError(), whose traceback cannot be formatted)"
+    ]
+
+
+def test_a_record_whose_filter_raises_such_an_error_goes_to_standard_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(record: logging.LogRecord) -> bool:
+        raise UnformattableError
+
+    logger = logging.getLogger("wsgi_bg")
+    logger.addFilter(refuse)
+    try:
+        run((fail, ValueError()))
+    finally:
+        logger.removeFilter(refuse)
+    printed = capsys.readouterr().err
+    assert "background task tests.test_errors.fail raised ValueError" in printed
+    assert printed.endswith("raised for this record:\nUnformattableError()\n")
+
+
 def test_messages_do_not_show_arguments(log: Log) -> None:
     run((fail, ValueError(), "password"), (fail_async, ValueError(), "password"))
     assert not any("password" in message for message in log.errors)
@@ -210,7 +245,6 @@ def test_a_cancellation_that_a_task_does_not_wait_for_does_not_hit_the_next() ->
     assert portal.portal() is before
 
 
-@pytest.mark.skipif(not hasattr(asyncio.Task, "uncancel"), reason="needs Python 3.11")
 def test_a_cancellation_that_a_task_swallows_does_not_hit_the_next() -> None:
     seen: list[int] = []
 
@@ -322,7 +356,9 @@ async def raise_signal_later() -> None:
     await raise_signal_from_the_loop()
 
 
-@pytest.mark.parametrize("handler", [stop, Stopper().stop, Stopper()], ids=str)
+@pytest.mark.parametrize(
+    "handler", [stop, Stopper().stop, Stopper()], ids=["function", "method", "callable"]
+)
 @pytest.mark.parametrize(
     "task",
     [
@@ -495,7 +531,7 @@ def test_a_runner_that_fails_loses_no_task(log: Log) -> None:
     seen: list[str] = []
     run((seen.append, "ran"), runner=Broken())
     assert seen == ["ran"]
-    assert log.errors == ["Broken() did not take ['list.append'], which run in this process"]
+    assert log.errors == ["Broken() did not take list.append, which run in this process"]
 
 
 def test_a_runner_that_fails_keeps_no_response_waiting(log: Log) -> None:

@@ -154,12 +154,47 @@ def test_what_the_configuration_leaves_out_is_that_of_the_constructor() -> None:
     assert (added, failed) == (["builtins.divmod"], ["ZeroDivisionError"])
 
 
+def test_every_option_has_a_key_in_the_configuration() -> None:
+    failed: list[str] = []
+    added: list[str] = []
+
+    def tell(task: BackgroundTask, exc: BaseException) -> None:
+        failed.append(type(exc).__name__)
+
+    class Names(Hooks):
+        def task_added(self, record: TaskRecord) -> None:
+            added.append(record.task.name)
+
+    app = make_app(
+        WSGI_BG_RUNNER=(runner := Known()),
+        WSGI_BG_RUN_ON="error",
+        WSGI_BG_FAILED_FROM=404,
+        WSGI_BG_ON_ERROR=tell,
+        WSGI_BG_STOP_ON_ERROR=True,
+        WSGI_BG_HOOKS=[Names()],
+    )
+    Background(app, failed_from=500)
+
+    def view() -> None:
+        background_tasks.add_task(divmod, 1, 0)
+        background_tasks.add_task(failed.append, "not stopped")
+        abort(404)
+
+    assert visit(app, view) == 404
+    assert added[0] == "builtins.divmod"
+    assert failed == ["ZeroDivisionError"]
+    assert runner.batches == 1
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         ({"WSGI_BG_RUNNER": "threads"}, "WSGI_BG_RUNNER must be 'inline', 'pool' or a runner"),
         ({"WSGI_BG_RUN_ON": "never"}, "WSGI_BG_RUN_ON must be 'success'"),
         ({"WSGI_BG_STOP_ON_ERROR": "yes"}, "WSGI_BG_STOP_ON_ERROR must be True or False"),
+        ({"WSGI_BG_FAILED_FROM": 99}, "WSGI_BG_FAILED_FROM must be 100 to 600; got 99"),
+        ({"WSGI_BG_ON_ERROR": "log"}, "WSGI_BG_ON_ERROR must be a plain function"),
+        ({"WSGI_BG_HOOKS": Hooks}, "WSGI_BG_HOOKS must be a wsgi_bg.hooks.Hooks object"),
     ],
 )
 def test_a_wrong_configuration_names_its_key(config: dict[str, Any], message: str) -> None:

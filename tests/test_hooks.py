@@ -123,7 +123,7 @@ def test_a_task_that_raises_has_failed(function: Any) -> None:
 def test_a_task_that_will_not_run_is_discarded_with_the_reason() -> None:
     diary = request(plain, run_on="error")
     assert diary.moments == ["added plain", "discarded plain"]
-    assert diary.records[0].reason == "the request succeeded, and run_on is 'error'"
+    assert diary.records[0].reason == "the request succeeded with 200, and run_on is 'error'"
     assert diary.records[0].started_at is None
     diary = request(failing, later, stop_on_error=True)
     assert diary.moments[-2:] == ["failed failing", "discarded later"]

@@ -505,15 +505,15 @@ def test_a_task_that_arrives_as_the_batch_ends_is_run_or_refused() -> None:
         looks = 0
 
         def __len__(self) -> int:
-            if super().__len__() == 1:
+            if super().__len__() == 0:
                 self.looks += 1
-                if self.looks == 3:  # _next: not at the end, at the end, and once more
+                if self.looks == 2:  # _first: at the end, and once more after the mark
                     self.append(BackgroundTask(seen.append, "late"))
             return super().__len__()
 
     tasks = BackgroundTasks([BackgroundTask(seen.append, "first")])
     tasks._list = Late(tasks.tasks)
-    Batch(tasks, request_failed=False, response_complete=True).run()
+    Batch(tasks, response_complete=True).run()
     assert seen == ["first", "late"]
     with pytest.raises(RuntimeError, match="has ended"):
         tasks.add_task(print)

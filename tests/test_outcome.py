@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterable, Iterator
+from http import HTTPStatus
 from typing import Any
 
 import pytest
@@ -22,11 +23,13 @@ from tests.support import (
     waitress,
 )
 from wsgi_bg import (
+    BackgroundTasks,
     BackgroundTasksMiddleware,
     InlineRunner,
     background_tasks,
     get_background_tasks,
 )
+from wsgi_bg.exceptions import OptionTypeError, OptionValueError
 
 SUCCESS, FAILURE = {"success", "always"}, {"error", "always"}
 
@@ -172,7 +175,11 @@ def test_a_client_that_leaves_a_real_server_is_no_failure() -> None:
 
 @pytest.mark.parametrize(
     ("run_on", "status", "ending"),
-    [("success", "500 OOPS", "failed"), ("error", "200 OK", "succeeded")],
+    [
+        ("success", "500 OOPS", "failed with 500"),
+        ("error", "200 OK", "succeeded with 200"),
+        ("error", "OK", "succeeded"),
+    ],
 )
 def test_a_task_that_does_not_run_is_named_with_the_reason(
     log: Log, run_on: Any, status: str, ending: str
@@ -185,6 +192,96 @@ def test_a_task_that_does_not_run_is_named_with_the_reason(
         f"the request {ending}, and run_on is '{run_on}'"
     ]
     assert runner.statistics().discarded == 1
+
+
+def test_a_task_that_does_not_run_since_the_application_raised_is_named(log: Log) -> None:
+    def add_and_raise(environ: Environ) -> None:
+        background_tasks.add_task(print, "secret")
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        respond(BackgroundTasksMiddleware(app_that(add_and_raise)))
+    assert log.warnings == [
+        "background task builtins.print was not run: the request failed, and run_on is "
+        "'success'"
+    ]
+
+
+def run_with(status: str, **options: Any) -> set[str]:
+    seen: list[str] = []
+    app = app_that(add_one_of_each(seen), status=status)
+    respond(BackgroundTasksMiddleware(app, **options))
+    return set(seen)
+
+
+def test_failed_from_says_from_which_status_a_request_has_failed(log: Log) -> None:
+    assert run_with("404 NOT FOUND", failed_from=400) == FAILURE
+    assert log.warnings[0].endswith("the request failed with 404, and run_on is 'success'")
+    assert run_with("400 BAD REQUEST", failed_from=400) == FAILURE
+    assert run_with("399 NONE", failed_from=400) == SUCCESS
+    assert run_with("100 CONTINUE", failed_from=100) == FAILURE
+    assert run_with("599 CUSTOM", failed_from=600) == SUCCESS
+    assert run_with("500 OOPS", failed_from=HTTPStatus.NOT_IMPLEMENTED) == SUCCESS
+
+
+def test_an_application_that_raises_has_failed_whatever_failed_from_says() -> None:
+    seen: list[str] = []
+    app = app_that(add_one_of_each(seen), status="200 OK", body=raising_generator)
+    with pytest.raises(ValueError, match="midway"):
+        respond(BackgroundTasksMiddleware(app, failed_from=600))
+    assert set(seen) == FAILURE
+
+
+def test_failed_from_may_differ_from_task_to_task() -> None:
+    seen: list[str] = []
+
+    def later() -> None:
+        background_tasks.using(failed_from=600).add_task(seen.append, "added later")
+        background_tasks.using(failed_from=400).add_task(seen.append, "never")
+
+    def add(environ: Environ) -> None:
+        background_tasks.add_task(seen.append, "as further out")
+        background_tasks.using(failed_from=400).add_task(seen.append, "never")
+        background_tasks.using(failed_from=405).using(run_on="error").add_task(print)
+        background_tasks.using(failed_from=405).add_task(later)
+
+    respond(BackgroundTasksMiddleware(app_that(add, status="404 NOT FOUND")))
+    assert seen == ["as further out", "added later"]
+
+
+@pytest.mark.parametrize("outer", [None, 300])
+def test_failed_from_of_an_inner_layer_holds(outer: int | None) -> None:
+    seen: list[str] = []
+    inner = BackgroundTasksMiddleware(
+        app_that(add_one_of_each(seen), status="404 NOT FOUND"), failed_from=400
+    )
+    respond(BackgroundTasksMiddleware(inner, failed_from=outer))
+    assert set(seen) == FAILURE
+    seen.clear()
+    unset = BackgroundTasksMiddleware(
+        app_that(add_one_of_each(seen), status="404 NOT FOUND"), run_on="error"
+    )
+    respond(BackgroundTasksMiddleware(unset, failed_from=outer))
+    assert set(seen) == (FAILURE if outer else SUCCESS)
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (True, "failed_from must be a whole number; got True"),
+        (400.0, "failed_from must be a whole number; got 400.0"),
+        ("400", "failed_from must be a whole number; got '400'"),
+        (99, "failed_from must be 100 to 600; got 99"),
+        (601, "failed_from must be 100 to 600; got 601"),
+        (-1, "failed_from must be 100 to 600; got -1"),
+    ],
+)
+def test_failed_from_is_a_status(value: Any, error: str) -> None:
+    is_of_type = type(value) is int
+    with pytest.raises(OptionValueError if is_of_type else OptionTypeError, match=error):
+        BackgroundTasksMiddleware(app_that(print), failed_from=value)
+    with pytest.raises(OptionValueError if is_of_type else OptionTypeError, match=error):
+        BackgroundTasks().using(failed_from=value)
 
 
 def test_a_task_that_a_task_adds_follows_the_outcome_too(log: Log) -> None:

@@ -238,7 +238,8 @@ def test_what_runs_in_close_for_want_of_room_takes_no_room(gate: Gate, log: Log)
             submit(runner, int, complete=False)
 
     submit(runner, within_close)
-    assert log.warnings == []
+    assert runner.statistics().run_here == 1
+    assert [message for message in log.warnings if "ten times" in message] == []
     gate.open()
     assert runner.drain(TIMEOUT) == []
 
@@ -279,7 +280,22 @@ def test_an_incomplete_responses_batch_is_put_off(
     clock.over.set()
     assert ran.wait(TIMEOUT)
     assert runner.drain(TIMEOUT) == []
-    assert clock.asked == [pytest.approx(pool.PUT_OFF)]
+    assert clock.asked == [pytest.approx(0.005)]  # as the README says, and no longer
+
+
+def test_a_batch_whose_put_off_is_over_begins_at_once(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, slept = PoolRunner(threads=1), list[float]()
+    submit(runner, gate.task)
+    now = [100.0]
+    time = SimpleNamespace(monotonic=lambda: now[0], sleep=slept.append)
+    monkeypatch.setattr(pool, "time", time)
+    submit(runner, int, complete=False)
+    now[0] += pool.PUT_OFF
+    gate.open()
+    assert runner.drain(TIMEOUT) == []
+    assert slept == []
 
 
 def test_a_batch_of_which_nothing_is_to_run_takes_no_thread(log: Log) -> None:

@@ -249,10 +249,7 @@ def test_looked_at(background_tasks):
             "shop.fail: ValueError('one'), shop.fail: ValueError('two')",
         ]
     )
-    if sys.version_info >= (3, 11):
-        result.stdout.fnmatch_lines(
-            "E *background task raised this, and the test did not look*"
-        )
+    result.stdout.fnmatch_lines("E *background task raised this, and the test did not look*")
 
 
 def test_an_error_that_the_test_does_not_catch_fails_it_and_not_its_teardown(

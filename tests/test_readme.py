@@ -19,7 +19,10 @@ from tests.test_examples import EXAMPLES, FOLDER
 
 ROOT = FOLDER.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-CELERY = (ROOT / "docs/celery.md").read_text(encoding="utf-8")
+PAGES = {
+    page: (ROOT / page).read_text(encoding="utf-8")
+    for page in ("docs/celery.md", "docs/what-to-hand-to-a-task.md")
+}
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 TIMEOUT = 10.0  # seconds
 
@@ -78,9 +81,23 @@ def test_each_python_block_runs_on_its_own(number: int) -> None:
     run_block(number)
 
 
-@pytest.mark.parametrize("block", blocks("python", CELERY))
-def test_each_python_block_on_celery_runs_on_its_own(block: str) -> None:
-    run(block, "docs/celery.md")
+@pytest.mark.parametrize(
+    ("page", "number"),
+    [(page, n) for page, text in PAGES.items() for n in range(len(blocks("python", text)))],
+)
+def test_each_python_block_of_a_page_runs_on_its_own(page: str, number: int) -> None:
+    run(blocks("python", PAGES[page])[number], f"{page}, Python block {number}")
+
+
+def test_the_python_blocks_are_typed(tmp_path: Path) -> None:
+    api = pytest.importorskip("mypy.api")
+    for number, block in enumerate(blocks("python")):
+        (tmp_path / f"block_{number}.py").write_text(block, encoding="utf-8")
+    options = ["--strict", f"--config-file={ROOT / 'setup.cfg'}", f"--cache-dir={tmp_path}"]
+    # How Flask's documentation installs a middleware is an error to mypy.
+    options.append("--disable-error-code=method-assign")
+    report, errors, status = api.run([*options, *map(str, tmp_path.glob("*.py"))])
+    assert (status, errors) == (0, ""), report
 
 
 def test_the_fifteen_lines_answer_and_then_send_their_mail() -> None:

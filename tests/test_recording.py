@@ -180,7 +180,26 @@ def test_a_task_that_its_request_keeps_from_running_is_not_recorded(
     recorder.assert_none()
     recorder.run()
     assert done == []
-    assert "the request failed, and run_on is 'success'" in log.warnings[0]
+    assert "the request failed with 500, and run_on is 'success'" in log.warnings[0]
+
+
+def test_failed_from_holds_for_recorded_tasks_and_for_those_that_they_add(
+    recorder: TaskRecorder,
+) -> None:
+    def first() -> None:
+        background_tasks.using(failed_from=600).add_task(send, "ada")
+        background_tasks.using(failed_from=400).add_task(send, "grace")
+
+    def view(environ: Environ) -> None:
+        background_tasks.add_task(send, "nobody")
+        background_tasks.using(failed_from=405).add_task(first)
+
+    app = app_that(view, status="404 NOT FOUND")
+    respond(BackgroundTasksMiddleware(app, failed_from=400))
+    assert [task.func for task in recorder.tasks] == [first]
+    recorder.run()
+    assert [task.func for task in recorder.tasks] == [first, send]
+    assert done == ["ada"]
 
 
 def test_the_tasks_of_an_application_that_raises_are_recorded_under_its_path(

@@ -6,7 +6,7 @@ import asyncio
 import functools
 import importlib
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -154,6 +154,11 @@ def test_a_listener_is_told_of_functions_registered_before_and_later() -> None:
         ({"quene": "slow"}, "celery must be a dict with keys of acks_late, .*; got 'quene'"),
         ({"bind": True}, "got 'bind'"),
         ({"countdown": "soon"}, r"celery\['countdown'\] must be a number of seconds; got"),
+        (
+            {"countdown": float("inf")},
+            r"celery\['countdown'\] must be a finite number; got inf",
+        ),
+        ({"rate_limit": float("nan")}, r"celery\['rate_limit'\] must be a finite number; got"),
         ({"countdown": True}, r"celery\['countdown'\] must be a number of seconds; got True"),
         ({"priority": False}, r"celery\['priority'\] must be a whole number; got False"),
         ({"max_retries": True}, "must be a whole number, or None"),
@@ -175,7 +180,7 @@ def test_options_are_sorted_by_the_place_that_they_go_to() -> None:
         "max_retries": None,
         "queue": "slow",
         "countdown": 1.5,
-        "eta": datetime(2030, 1, 1, tzinfo=timezone.utc),
+        "eta": datetime(2030, 1, 1, tzinfo=UTC),
     }
     try:
         registered_task(name="samples.sorted", celery=given)(sorted_options)

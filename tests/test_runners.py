@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from tests import support
 from tests.conftest import Log
 from tests.support import (
     TIMEOUT,
@@ -18,8 +19,15 @@ from tests.support import (
     make_environ,
     make_server_environ,
 )
-from wsgi_bg import BackgroundTasksMiddleware, InlineRunner, PoolRunner, background_tasks
+from wsgi_bg import (
+    BackgroundTasksMiddleware,
+    InlineRunner,
+    PoolRunner,
+    background_tasks,
+    repeated,
+)
 from wsgi_bg.runners import Runner, Statistics, resolve
+from wsgi_bg.runners.ledger import Ledger
 
 
 def submit(runner: Runner, func: Any, *args: Any, complete: bool = True) -> None:
@@ -49,6 +57,10 @@ def test_runners_show_what_they_are() -> None:
         ("max_pending", -1, "max_pending must be 0 or more, or None; got -1"),
         ("drain_timeout", -1.0, "drain_timeout must be 0 seconds or more; got -1.0"),
         ("drain_timeout", float("nan"), "drain_timeout must be 0 seconds or more; got nan"),
+        ("threads", True, "threads must be a whole number; got True"),
+        ("max_pending", False, "max_pending must be a whole number or None; got False"),
+        ("drain_timeout", True, "drain_timeout must be a number of seconds; got True"),
+        ("threads", float("inf"), "threads must be a whole number; got inf"),
         ("threads", "4", "threads must be a whole number; got '4'"),
         ("max_pending", 0.5, "max_pending must be a whole number or None; got 0.5"),
         ("drain_timeout", "1", "drain_timeout must be a number of seconds; got '1'"),
@@ -128,6 +140,66 @@ def test_beyond_max_pending_a_complete_batch_runs_in_close(gate: Gate) -> None:
     assert threads == [threading.get_ident()]
 
 
+@pytest.fixture
+def minutes(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time for repeated warnings, in minutes: a list of one."""
+    minutes = [0.0]
+    monkeypatch.setattr(repeated, "clock", lambda: minutes[0] * 60)
+    return minutes
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_full_pool_warns_once_a_minute_with_the_number_of_batches_that_it_ran(
+    complete: bool, log: Log, gate: Gate, minutes: list[float]
+) -> None:
+    runner = PoolRunner(threads=1, max_pending=1)
+    for _ in range(1 if complete else 10):
+        submit(runner, gate.task, complete=complete)
+    for minute in (0, 0.2, 0.9, 0.99, 1.0, 1.5, 2.5):
+        minutes[0] = minute
+        submit(runner, int, complete=complete)
+    assert [message.split(" batches")[0] for message in log.warnings] == ["1", "4", "2"]
+    assert ("ten times" in log.warnings[0]) is not complete
+    assert "max_pending" in log.warnings[0]
+    assert "builtins.int" in log.warnings[0]
+    assert runner.statistics().run_here == 7
+
+
+def test_tasks_of_a_full_pool_are_counted_as_they_begin_and_each_kind_warns_by_itself(
+    log: Log, gate: Gate, minutes: list[float]
+) -> None:
+    runner = PoolRunner(threads=1, max_pending=1)
+    seen: list[int] = []
+    support.submit(runner, gate.task)
+    support.submit(runner, lambda: seen.append(runner.statistics().run_here), int)
+    assert seen == [2]
+    for _ in range(9):
+        submit(runner, int, complete=False)
+    submit(runner, int, complete=False)
+    assert len(log.warnings) == 2
+    assert runner.statistics().run_here == 3
+
+
+def test_a_batch_without_a_task_to_run_is_none_that_a_full_pool_ran(
+    log: Log, gate: Gate, minutes: list[float]
+) -> None:
+    runner = PoolRunner(threads=1, max_pending=1)
+    submit(runner, gate.task)
+    app = app_that(lambda e: background_tasks.using(run_on="error").add_task(int))
+    Server().run(BackgroundTasksMiddleware(app, runner=runner), make_server_environ())
+    assert [message for message in log.warnings if "server's thread" in message] == []
+    assert runner.statistics().run_here == 0
+
+
+def test_the_warning_comes_again_from_each_pool(
+    log: Log, gate: Gate, minutes: list[float]
+) -> None:
+    for runner in (PoolRunner(max_pending=0), PoolRunner(threads=2, max_pending=0)):
+        submit(runner, int)
+        submit(runner, int)
+    assert len(log.warnings) == 2
+
+
 def test_beyond_max_pending_an_incomplete_batch_is_still_taken(log: Log, gate: Gate) -> None:
     runner = PoolRunner(threads=1, max_pending=1)
     threads: list[int] = []
@@ -141,8 +213,12 @@ def test_beyond_max_pending_an_incomplete_batch_is_still_taken(log: Log, gate: G
     assert threads == []
     submit(runner, here, complete=False)
     assert threads == [threading.get_ident()]
-    assert "10 batches are pending" in log.warnings[0]
-    assert "its client waits" in log.warnings[0]
+    assert log.warnings[0].startswith(
+        "1 batches ran on the server's thread since the last record of this kind: "
+        f"ten times max_pending of {runner} is reached, the responses are incomplete and their "
+        "clients wait; the last was <Batch [tests.test_runners.test_beyond_"
+    )
+    assert runner.statistics().run_here == 1
     gate.open()
     assert runner.drain(TIMEOUT) == []
     assert len(threads) == 10
@@ -241,7 +317,7 @@ def test_the_order_within_a_batch_is_kept_in_a_pool() -> None:
 
 
 def test_a_pool_that_can_start_no_thread_runs_batches_in_close(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, log: Log, minutes: list[float]
 ) -> None:
     """A mock: memory for not one more stack cannot be had here without ending the tests."""
     runner = PoolRunner()
@@ -252,8 +328,40 @@ def test_a_pool_that_can_start_no_thread_runs_batches_in_close(
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
-        submit(runner, lambda: threads.append(threading.get_ident()))
-    assert threads == [threading.get_ident()]
+        for minute in (0, 0.5, 1):
+            minutes[0] = minute
+            submit(runner, lambda: threads.append(threading.get_ident()))
+    assert threads == [threading.get_ident()] * 3
+    assert [message.split(" batches")[0] for message in log.warnings] == ["1", "2"]
+    assert f"{runner} can start no thread" in log.warnings[0]
+    assert runner.statistics().run_here == 3
+
+
+class Many:
+    """A batch that others want to join the ledger of while its tasks are counted."""
+
+    succeeded = failed = discarded = 0
+    is_running = True
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def when_done(self, tell: Any) -> None:
+        pass
+
+    @property
+    def tasks(self) -> list[Any]:
+        entering = threading.Thread(target=self._ledger.enter, args=(Many(self._ledger),))
+        entering.start()
+        entering.join(TIMEOUT)
+        assert not entering.is_alive(), "statistics() holds requests up"
+        return [None] * 3
+
+
+def test_the_lock_that_requests_take_is_free_while_statistics_counts() -> None:
+    ledger = Ledger()
+    ledger.enter(cast("Any", Many(ledger)))
+    assert ledger.statistics() == Statistics(2, 1, 0, 0, 0)
 
 
 def test_a_runner_of_the_users_own() -> None:

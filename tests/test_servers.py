@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from wsgiref.handlers import BaseCGIHandler
+from wsgiref.util import FileWrapper
 
 import pytest
 from flask import Flask
+from webob import Request
 from webtest import TestApp
 from werkzeug.test import Client, EnvironBuilder
 
@@ -36,6 +41,42 @@ def test_a_server_is_recognised_by_its_mark(name: str) -> None:
     assert server is not None
     assert server.name == servers.describe(environ) == name
     assert not servers.is_test_client(environ)
+
+
+@pytest.mark.parametrize(
+    ("name", "software"),
+    [
+        ("gunicorn", "gevent/25.5 gunicorn/23.0.0"),
+        ("gunicorn", "gunicorn/24.0.0.dev1+local"),
+        ("cheroot", "CherryPy/18.10.0 Cheroot/11.0.0 Server"),
+    ],
+)
+def test_a_server_that_runs_in_another_is_recognised(name: str, software: str) -> None:
+    server = servers.recognise(make_environ(SERVER_SOFTWARE=software))
+    assert server is not None
+    assert server.name == name
+
+
+@pytest.mark.parametrize(
+    "software",
+    [
+        *("mygunicorn/1", "gunicorn/1 patched", "gunicorn/", "gunicorn", "gunicorn/23.0.0\n"),
+        *("Cheroot/11", "NotCheroot/11.0.0 Server", "gevent/25.5", "granian", "Granian/2"),
+        *("WSGIServer/0.2", "WSGIServer/0.20 CPython/3.11.7", "WSGIServer/0.2 CPython/"),
+    ],
+)
+def test_a_mark_is_compared_whole(software: str) -> None:
+    environ = make_environ(SERVER_SOFTWARE=software)
+    assert servers.recognise(environ) is None
+    assert servers.describe(environ) == software
+
+
+def test_pythons_own_server_is_told_from_those_that_write_its_name() -> None:
+    """Its environ has no suffix; socketify's is the same text, without a file wrapper."""
+    environ = make_environ(SERVER_SOFTWARE="WSGIServer/0.2")
+    assert servers.describe({**environ, "wsgi.file_wrapper": FileWrapper}) == "wsgiref"
+    assert servers.recognise({**environ, "wsgi.file_wrapper": None}) is None
+    assert servers.recognise({**environ, "wsgi.file_wrapper": lambda file: file}) is None
 
 
 def test_every_server_of_the_table_is_tried() -> None:
@@ -139,6 +180,70 @@ def test_nothing_else_is_a_test_client(environ: Environ) -> None:
     assert not servers.is_test_client(make_environ(**environ))
 
 
+GATEWAY: Environ = {
+    "REQUEST_METHOD": "GET",
+    "PATH_INFO": "/",
+    "wsgi.multithread": False,
+    "wsgi.multiprocess": False,
+    "wsgi.run_once": False,
+    "wsgi.input": io.BytesIO(),
+    "wsgi.errors": sys.stderr,
+}
+"""What a gateway of one process and one thread sets, whatever the web server sends."""
+
+GATEWAYS: dict[str, Environ] = {
+    "FastCGI": {"GATEWAY_INTERFACE": "CGI/1.1", "REMOTE_ADDR": "192.0.2.1"},
+    "FastCGI, all that nginx sends": {
+        "GATEWAY_INTERFACE": "CGI/1.1",
+        "SERVER_SOFTWARE": "nginx/1.22.1",
+        "REMOTE_ADDR": "192.0.2.1",
+        "REQUEST_URI": "/",
+    },
+    "FastCGI, the URI as sent too": {"GATEWAY_INTERFACE": "CGI/1.1", "RAW_URI": "/"},
+    "SCGI, all that nginx sends": {"SCGI": "1", "REMOTE_ADDR": "192.0.2.1", "REQUEST_URI": "/"},
+    "SCGI, the least": {"SCGI": "1", "CONTENT_LENGTH": "0"},
+    "AJP": {"REMOTE_ADDR": "192.0.2.1", "REMOTE_HOST": "client"},
+    "CGI": {"GATEWAY_INTERFACE": "CGI/1.1", "wsgi.run_once": True},
+    "AWS Lambda": {"serverless.event": {}, "REMOTE_ADDR": "192.0.2.1"},
+}
+
+
+@pytest.mark.parametrize("name", GATEWAYS)
+def test_a_gateway_of_one_thread_is_no_test_client(name: str) -> None:
+    environ = {**GATEWAY, **GATEWAYS[name]}
+    assert not servers.is_test_client(environ)
+    headers = [("Content-Length", "2")]
+    assert where_the_task_runs(lambda add: app_that(add, headers=headers), environ) == (
+        "elsewhere"
+    )
+
+
+def test_a_gateway_that_a_werkzeug_application_has_seen_is_no_test_client() -> None:
+    """Flask puts its request into the environ of each server."""
+    environ = {**GATEWAY, "werkzeug.request": object(), "flask.app": object()}
+    assert not servers.is_test_client(environ)
+
+
+@pytest.mark.parametrize("multithread", [False, True])
+def test_pythons_cgi_handler_is_no_test_client(multithread: bool) -> None:
+    seen: list[bool] = []
+
+    def app(environ: Environ, start_response: Any) -> list[bytes]:
+        seen.append(servers.is_test_client(environ))
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return [b"ok"]
+
+    files = io.BytesIO(), io.BytesIO(), io.StringIO()
+    params = {"GATEWAY_INTERFACE": "CGI/1.1", "REQUEST_METHOD": "GET"}
+    BaseCGIHandler(*files, params, multithread=multithread).run(app)
+    assert seen == [False]
+
+
+def test_a_request_within_the_application_is_no_test_clients() -> None:
+    """WebOb's ``Request.blank`` calls applications in production too."""
+    assert not servers.is_test_client(Request.blank("/").environ)
+
+
 def test_an_environ_that_does_not_say_is_not_a_test_clients() -> None:
     assert not servers.is_test_client({})
 
@@ -190,6 +295,32 @@ def test_only_a_declared_length_that_a_known_server_has_written_runs_inline() ->
     assert where_the_task_runs(app(headers=[("Content-Length", "0")]), known()) == "elsewhere"
     for status in ("204 NO CONTENT", "304 NOT MODIFIED", "103 EARLY HINTS"):
         assert where_the_task_runs(app(status=status), known()) == "elsewhere"
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_length_declared_after_the_application_has_returned_does_not_count(
+    again: bool,
+) -> None:
+    """granian reads status and headers when the application returns."""
+    start = "200 OK", [("Content-Type", "text/plain"), ("Content-Length", "2")]
+
+    def make(add: Callable[[Environ], None]) -> Any:
+        def late(environ: Environ, start_response: Any) -> Iterator[bytes]:
+            try:
+                raise ValueError("of the application")
+            except ValueError:
+                start_response(*start, sys.exc_info() if again else None)
+            yield b"ok"
+
+        def app(environ: Environ, start_response: Any) -> Iterator[bytes]:
+            add(environ)
+            if again:
+                start_response("200 OK", [("Content-Length", "5")])
+            return late(environ, start_response)
+
+        return app
+
+    assert where_the_task_runs(make, make_server_environ()) == "elsewhere"
 
 
 def test_a_body_that_was_not_used_up_is_handed_over() -> None:

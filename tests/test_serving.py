@@ -334,8 +334,14 @@ def test_an_ipv6_address_is_written_as_clients_write_it() -> None:
     ("options", "message"),
     [
         ({"host": 1}, "host must be a name or an address; got 1"),
-        ({"port": "80"}, "port must be a whole number; got '80'"),
-        ({"port": -1}, "port must be 0 to 65535; got -1"),
+        ({"port": "80"}, "port must be a whole number or None; got '80'"),
+        ({"port": True}, "port must be a whole number or None; got True"),
+        ({"threads": True}, "threads must be a whole number; got True"),
+        (
+            {"drain_timeout": True},
+            "drain_timeout must be a number of seconds or None; got True",
+        ),
+        ({"port": -1}, "port must be 0 to 65535, or None; got -1"),
         ({"threads": "4"}, "threads must be a whole number; got '4'"),
         ({"threads": 0}, "threads must be 1 or more; got 0"),
         ({"drain_timeout": "1"}, "drain_timeout must be a number of seconds or None; got '1'"),

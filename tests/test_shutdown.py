@@ -459,7 +459,6 @@ def test_importing_the_package_imports_no_extra() -> None:
         """
     )
     assert done.stdout == "set()\n", done.stderr
-    assert sys.version_info >= (3, 10)
 
 
 def test_tasks_are_named_without_a_wait_when_there_is_no_time(

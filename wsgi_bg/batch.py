@@ -2,61 +2,218 @@
 
 from __future__ import annotations
 
-from asyncio import CancelledError, current_task
+import asyncio
+from asyncio import CancelledError
+from collections import defaultdict
 from collections.abc import Callable
 from contextvars import Context, copy_context
+from functools import partial
 from inspect import GEN_CREATED, getgeneratorstate, isawaitable, isgenerator
+from sys import getrefcount
 from types import CoroutineType
 from typing import Any
 
-from . import portal, steps
+from . import log, portal, process, report, steps
 from .calls import Calls
-from .interrupts import goes_through
-from .progress import Progress
-from .steps import DONE, RestOf, as_coroutine, cancellations
+from .interrupts import goes_through, is_from_signal_handler
+from .options import Options
+from .steps import DONE, RestOf, as_coroutine
 from .task import BackgroundTask
-from .tasks import BackgroundTasks
+from .tasks import ENDED, BackgroundTasks
 
 _NOT_RUN = "it returned a generator that no one runs: nothing was done"
 
+_CANCEL_TIMEOUT = 1.0
+"""How long a stopped worker waits for the cancelled async task, in seconds."""
 
-class Batch(Progress):
+
+class Batch:
     """The tasks of one request, once it is known how the request ended.
 
-    A task's error is reported and the next task runs, unless the task was added under
+    A task's error is logged and the next task runs, unless the task was added under
     ``stop_on_error``: then the rest is discarded, each task by name.
 
+    Each task is claimed by one thread, which runs, discards or names it. The exception of a
+    signal handler may come between any two bytecodes of the server's thread: whatever that
+    thread was about to do, the claims, ``_running`` and ``_done`` say which tasks are left.
+
+    :param raised: whether the application raised.
+    :param status: the status code of the response; 0 if there was none.
     :ivar response_complete: whether the server needs nothing more from the application
         to finish the response. If not, :meth:`run` must not be called before ``submit``
         has returned.
     :ivar sends: whether the runner that has it may send its tasks to another process.
     :ivar not_before: when its runner will have it begin, by :func:`time.monotonic`.
+    :ivar succeeded: how many tasks have returned.
+    :ivar failed: how many have raised.
+    :ivar discarded: how many will not run.
     """
 
-    __slots__ = ("_begun", "not_before", "response_complete", "sends")
+    __slots__ = (
+        "__weakref__",
+        "_abandoned",
+        "_begun",
+        "_cause",
+        "_done",
+        "_generation",
+        "_has_started",
+        "_is_stopping",
+        "_let_run",
+        "_of",
+        "_passed_over",
+        "_raised",
+        "_running",
+        "_status",
+        "_stopped",
+        "_when_done",
+        "discarded",
+        "failed",
+        "not_before",
+        "response_complete",
+        "sends",
+        "succeeded",
+    )
 
     def __init__(
-        self, tasks: BackgroundTasks, *, request_failed: bool, response_complete: bool
+        self,
+        tasks: BackgroundTasks,
+        *,
+        response_complete: bool,
+        raised: bool = False,
+        status: int = 200,
     ) -> None:
-        super().__init__(tasks, request_failed)
         self.response_complete = response_complete
         self.sends = False
         self.not_before = 0.0
+        self.succeeded = self.failed = self.discarded = 0
+        self._of = tasks
+        # How many tasks are claimed, and not yet dropped.
+        self._passed_over = 0
+        self._raised = raised
+        self._status = status
+        self._let_run: Options | None = None  # the last options that were asked and did
+        self._generation = process.generation
+        self._has_started = self._stopped = False
+        # No further task begins: since the tasks left were named, or since the exception of a
+        # signal handler is about to have them named.
+        self._abandoned = self._is_stopping = False
+        # The task that runs, from before it is claimed until its call or its log record is
+        # through.
+        self._running: BackgroundTask | None = None
+        # The result of the running plain task, by that task. The dictionary makes the call
+        # itself and keeps the result: no bytecode, and so no signal handler, comes between.
+        # In the same way it gets the key SAID when the log names the task.
+        self._done: defaultdict[Any, Any] = defaultdict()
         # The task whose plain function has returned an awaitable, for the portal.
         self._begun: tuple[BackgroundTask, Context, Any] | None = None
+        # Why the async task that runs is cancelled.
+        self._cause: Exception | None = None
+        self._when_done: tuple[Callable[[Any], None], ...] = ()
+
+    def again(self) -> Batch:
+        """This batch for another runner, since the first one may have it or may not.
+
+        Whichever of the two starts first runs the tasks.
+        """
+        batch = Batch(
+            self._of, response_complete=False, raised=self._raised, status=self._status
+        )
+        batch._passed_over = self._passed_over
+        return batch
+
+    def give_back(self) -> None:
+        """Let another batch discard the task that an exception kept from being named."""
+        task = self._running
+        if task is not None and not task._unclaimed and log.SAID not in self._done:
+            task._unclaimed.append(None)
+
+    @property
+    def tasks(self) -> list[BackgroundTask]:
+        """The tasks that are to run and have not finished, the running one first."""
+        waiting = [task for task in self._of._left() if task._unclaimed]
+        running = self._running  # now: a task that begins is running before it is claimed
+        if running is None or running in waiting:
+            return waiting
+        return [running, *waiting]
+
+    @property
+    def length(self) -> int:
+        """How many tasks are left, more or less: other threads add and run some."""
+        return max(0, self._of._length() - self._passed_over)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a task is running now."""
+        return self._running is not None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no further task will begin."""
+        return self._of._phase == ENDED
+
+    @property
+    def next_is_async(self) -> bool | None:
+        """Whether the next task is for the portal; None if there is none."""
+        for task in self._of._left():
+            if task._unclaimed:
+                return task.is_async
+        return None
+
+    def when_done(self, tell: Callable[[Any], None]) -> None:
+        """Call ``tell(batch)``, perhaps more than once, when the last task is done."""
+        self._when_done += (tell,)
+
+    def _tell_if_ended(self) -> None:
+        if self.has_ended:
+            self._tell()
+
+    def _tell(self) -> None:
+        for tell in self._when_done:
+            tell(self)
+
+    def discard_excluded(self) -> None:
+        """Discard the tasks that the outcome of the request keeps from running."""
+        for task in self._of._left():
+            if not (task._options is self._let_run or self._lets_run(task)):
+                self._running = task
+                if task._claim():
+                    self._discard(task)
+                    self._passed_over += 1
+                self._running = None
 
     def run(self) -> None:
         """Run the tasks in order, what they add included; blocks until all are done.
 
         Plain functions run on the calling thread, async ones on the portal, consecutive
-        ones in one trip.
+        ones in one portal call.
 
         :raises KeyboardInterrupt: or what else stops the server's worker (see
             :mod:`wsgi_bg.interrupts`), after the tasks left undone were named; never a
             task's own error.
         """
-        while self.run_plain():
-            self._make_trip()
+        try:
+            if self._start():
+                while self._run_plain_tasks():
+                    self._run_async_tasks()
+        except BaseException as exc:
+            self.stop_for(exc)
+            raise
+        finally:
+            self._tell_if_ended()
+
+    def run_plain(self) -> bool:
+        """Run the plain tasks that come next, on the calling thread; blocks.
+
+        :return: whether :meth:`run_async` is to go on.
+        :raises KeyboardInterrupt: as :meth:`run` does.
+        """
+        try:
+            return self._start() and self._run_plain_tasks()
+        except BaseException as exc:
+            self.stop_for(exc)
+            raise
+        finally:
+            self._tell_if_ended()
 
     def send(self) -> None:
         """Offer all tasks that are left to their runner's ``send``, in order; blocks.
@@ -66,13 +223,17 @@ class Batch(Progress):
         :raises KeyboardInterrupt: as :meth:`run` does.
         """
         try:
+            if not self._start():
+                return
             for task in self.tasks:
                 if self._stopped or self._abandoned:
-                    return
+                    break
                 self._running = task  # first, so that a signal finds its name
                 if task._claim():
                     self._send_or_keep(task)
                 self._running = None
+            self._of._allow_start()
+            self._has_started = False
         except BaseException as exc:
             self.stop_for(exc)
             raise
@@ -84,7 +245,7 @@ class Batch(Progress):
         context = task._context or copy_context()
         try:
             if calls is None or not context.run(calls.send, task):
-                task._unclaimed = True  # by who has claimed it
+                task._unclaimed.append(None)  # by the thread that has claimed it
                 return
         except BaseException as exc:
             if goes_through(exc):
@@ -92,63 +253,94 @@ class Batch(Progress):
             self._fail(task, context, exc)
         else:
             self.succeeded += 1
+        self._passed_over += 1
         task._context = None
 
-    def run_plain(self) -> bool:
-        """Run the plain tasks that come next, on the calling thread; blocks.
+    def _start(self) -> bool:
+        """Whether this is the one run of the request's tasks.
 
-        :return: whether :meth:`run_async` is to go on.
-        :raises KeyboardInterrupt: as :meth:`run` does.
+        It is not if the tasks were named since a signal handler stopped their hand-over,
+        perhaps after it had come to another thread.
         """
-        try:
-            return self._run_plain_tasks()
-        except BaseException as exc:
-            self.stop_for(exc)
-            raise
-        finally:
-            self._tell_if_ended()
+        if self._has_started:
+            return True
+        self._has_started = self._of._may_start()
+        if not self._has_started:
+            self._tell()
+        return self._has_started
 
     def _run_plain_tasks(self) -> bool:
+        done = self._done
         while (task := self._next(is_async=False)) is not None:
             context = self._of._context_of(task)
             calls = task._options.calls
             error: BaseException | None = None
             try:
                 if calls is None:
-                    result = context.run(task.func, *task.args, **task.kwargs)
+                    done.default_factory = partial(
+                        context.run, task.func, *task.args, **task.kwargs
+                    )
+                    result = done[task]
                 else:
-                    result = context.run(self._make_of(calls), task)
+                    result = context.run(self._make_of(calls), task, done)
                 if result is not None:
                     if isawaitable(result):
                         self._begun = task, context, result
+                        done.clear()
+                        done.default_factory = None
                         return True
                     if isgenerator(result) and getgeneratorstate(result) == GEN_CREATED:
                         error = TypeError(_NOT_RUN)
             except BaseException as exc:
-                if goes_through(exc):
+                if (
+                    goes_through(exc)
+                    or (task in done and is_from_signal_handler(exc))
+                    or self._is_in_child
+                ):
                     raise
                 error = exc
-            self._running = None
+            if process.generation != self._generation:  # self._is_in_child, without the call
+                return False
+            done.default_factory = None
             if error is None:
+                self._running = None
+                done.clear()
                 self.succeeded += 1
                 if calls is not None:
-                    context.run(calls.finished, task)
+                    _run_in(context, calls.finished, task)
             else:
+                done.clear()
                 self._fail(task, context, error)
                 error = None  # or it holds itself, by this frame
+            self._of._drop(task)
         return not self.has_ended
 
-    def _make_of(self, calls: Calls) -> Callable[[BackgroundTask], Any]:
+    @property
+    def _is_in_child(self) -> bool:
+        """Whether this is a child that a task has forked: the tasks are its parent's."""
+        return process.generation != self._generation
+
+    def _make_of(self, calls: Calls) -> Callable[..., Any]:
         return calls.send_or_make if self.sends else calls.make
 
-    def _make_trip(self) -> None:
-        """Have the async tasks that come next run on the portal; wait for them."""
+    def _run_async_tasks(self) -> None:
+        """Run the async tasks that come next on the portal; wait for them."""
+        call = portal.PortalCall(self._run_async_and_say)
         try:
-            portal.run(self.run_async, interrupted=self.stop_for)
-        except Exception as exc:  # no loop to be had, or one that was ended
-            self._fail_next(exc)
-        finally:
-            self._tell_if_ended()
+            call.make()
+        except Exception as exc:
+            if not call.is_pending:  # no loop to be had, or it was ended
+                self._fail_next(exc)
+                return
+            # A signal handler's, such as a time limit. It is the error of the task that runs.
+            self._cause = exc
+            has_ended = call.cancel(_CANCEL_TIMEOUT)
+            if not has_ended or self._cause is not None:
+                raise
+        except BaseException:
+            self._is_stopping = True
+            call.cancel(_CANCEL_TIMEOUT)
+            raise
 
     def _fail_next(self, exc: Exception) -> None:
         """Without a loop: the task that should have run on it has failed."""
@@ -161,20 +353,33 @@ class Batch(Progress):
             _, context, awaitable = self._begun
             self._begun = None
             steps.drop(context, awaitable)
-        self._running = None
         self._fail(task, context, exc)
+        self._of._drop(task)
+
+    async def _run_async_and_say(self) -> Any:
+        await self.run_async()
+        return portal.AGAIN if self.goes_on_async() else None
+
+    def goes_on_async(self) -> bool:
+        """Whether :meth:`run_async` is to be called once more, in another asyncio task."""
+        return not (self.has_ended or self._is_stopping) and self.next_is_async is True
 
     async def run_async(self) -> None:
         """Run the async tasks that come next; on the portal's thread.
 
-        Where a task is cancelled it ends early, for the next tasks to run in an asyncio
-        task that is not.
+        It may return before the last of them, because a task has left behind what may cancel
+        the next one: a cancel scope or a time-out that was not left, a reference to
+        ``asyncio.current_task()``. All these hold a reference to the asyncio task, which can
+        be counted. See :meth:`goes_on_async`.
         """
-        this = current_task()
+        this = asyncio.current_task()  # perhaps None, if a library has replaced asyncio's
+        references = getrefcount(this)
         try:
+            if not self._start():
+                return
             task: BackgroundTask | None
             while True:
-                if self._begun is not None:  # what a plain function has returned
+                if self._begun is not None:  # the awaitable that a plain function returned
                     task, context, awaitable = self._begun
                     self._begun = None
                 else:
@@ -190,7 +395,8 @@ class Batch(Progress):
                         if calls is None:
                             awaitable = context.run(task.func, *task.args, **task.kwargs)
                         else:
-                            awaitable = context.run(self._make_of(calls), task)
+                            make = self._make_of(calls)
+                            awaitable = context.run(make, task, defaultdict())
                     if type(awaitable) is not CoroutineType:
                         awaitable = as_coroutine(awaitable)
                     # The first step, and for a coroutine that waits for nothing the last.
@@ -198,17 +404,137 @@ class Batch(Progress):
                     if waits_for is not DONE:
                         await RestOf(context, awaitable, waits_for)
                 except BaseException as exc:
+                    if self._is_in_child:
+                        process.end_child(exc)
                     cancelled = isinstance(exc, CancelledError)
-                    if cancelled and self._abandoned:
+                    if cancelled and (self._abandoned or self._is_stopping):
                         raise
-                    self._running = None
-                    self._fail(task, context, exc)
+                    cause = self._cause if cancelled else None
+                    self._cause = None if cancelled else self._cause
+                    self._fail(task, context, cause or exc)
+                    del cause
                 else:
+                    if process.generation != self._generation:
+                        process.end_child(None)
                     self._running = None
                     self.succeeded += 1
                     if calls is not None:
-                        context.run(calls.finished, task)
-                if cancelled or cancellations(this) > 0:
+                        _run_in(context, calls.finished, task)
+                self._of._drop(task)
+                del awaitable
+                if this is not None and (
+                    cancelled or getrefcount(this) > references or steps.is_cancelled(this)
+                ):
                     return
         finally:
             self._tell_if_ended()
+
+    def abandon(self) -> list[BackgroundTask]:
+        """Begin no further task; claim and return those left undone, the running one first."""
+        was_abandoned = self._abandoned
+        self._abandoned = True
+        self._of._end()
+        running = None if was_abandoned else self._running
+        if running is not None:
+            running._claim()  # if it was only about to begin
+        left = [task for task in self._of._left() if task._claim()]
+        return left if running is None else [running, *left]
+
+    def _next(self, *, is_async: bool) -> BackgroundTask | None:
+        """Claim the next task, if it is of this kind; if there is none, end the batch."""
+        of = self._of
+        while not (self._abandoned or self._is_stopping):
+            task = of._first()
+            if task is None:
+                return None
+            runs = not self._stopped and (
+                task._options is self._let_run or self._lets_run(task)
+            )
+            if runs and task.is_async is not is_async and task._unclaimed:
+                return None
+            self._running = task  # first, so that a signal finds its name
+            try:
+                task._unclaimed.pop()  # task._claim(), without the call
+            except IndexError:
+                pass
+            else:
+                if runs:
+                    return task
+                self._discard(task)
+            self._running = None
+            self._passed_over -= 1
+            of._drop(task)
+        if self._abandoned:
+            of._end()  # again: abandon() may have come between a look and a mark of _first()
+        return None
+
+    def _lets_run(self, task: BackgroundTask) -> bool:
+        """Whether the request's outcome lets a task run.
+
+        Callers compare ``_let_run`` first: most batches have one set of options, and a call
+        for each task would make an inline task a tenth slower.
+        """
+        options = task._options
+        if options.lets_run(self._raised, self._status):
+            self._let_run = options
+            return True
+        return False
+
+    def _fail(self, task: BackgroundTask, context: Context, exc: BaseException) -> None:
+        self.failed += 1
+        if task._options.stop_on_error:
+            self._stopped = True
+        _run_in(context, report.failure, task, exc, self._done)
+        self._settle()
+        _run_in(context, report.tell_failure, task, exc)
+
+    def _discard(self, task: BackgroundTask) -> None:
+        self.discarded += 1
+        if self._stopped:
+            reason = "a task before it failed, with stop_on_error set"
+        else:
+            reason = task._options.why_not_run(self._raised, self._status)
+        context = self._of._context_of(task)
+        _run_in(context, report.not_run, task, reason, self._done)
+        self._settle()
+        _run_in(context, report.discarded, task, reason)
+
+    def _settle(self) -> None:
+        """Note that the log has named the task that ran, or was to run."""
+        self._running = None
+        self._done.clear()
+        self._done.default_factory = None
+
+    def stop_for(self, exc: BaseException) -> None:
+        """Begin no further task, since ``exc`` stops the worker, and name those left."""
+        if self._is_in_child:
+            return
+        running = self._running
+        has_begun = running is not None and not running._unclaimed
+        if log.SAID in self._done:
+            self._running = None  # the log has named it
+        elif running is not None and running in self._done:
+            result = self._done[running]
+            if isawaitable(result):
+                steps.drop(copy_context(), result)
+            else:
+                self._running = None  # its call has returned
+                self.succeeded += 1
+        left = self.abandon()
+        for task in left:
+            self.discarded += 1
+            report.stopped(task, exc, began=has_begun and task is running)
+        self._running = None
+        self._tell_if_ended()
+
+    def __repr__(self) -> str:
+        names = ", ".join(task.name for task in self.tasks)
+        return f"<{type(self).__name__} [{names}]>"
+
+
+def _run_in(context: Context, func: Callable[..., object], *args: Any) -> None:
+    """Call ``func(*args)`` in ``context``, or outside if a task runs in that context."""
+    try:
+        context.run(func, *args)
+    except RuntimeError:
+        func(*args)

@@ -7,7 +7,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from .request import LEFT, RAISED, USED_UP, Outcome, RequestTasks
-from .tasks import OPEN
+from .tasks import ENDED
 from .unclosed import Unclosed, collections
 
 if TYPE_CHECKING:
@@ -25,11 +25,12 @@ class Body:
     :class:`~wsgi_bg.request.RequestTasks` the middleware fills its slots.
     """
 
-    __slots__ = ("_app_iter", "_environ", "_open", "_outcome", "_tasks")
+    __slots__ = ("_app_iter", "_environ", "_guard", "_open", "_outcome", "_tasks")
 
     _app_iter: Any  # an Iterable[bytes]; each subclass knows of which type
     _environ: WSGIEnvironment
-    _open: bool  # deleted by the call of close() that counts
+    _guard: Guard  # only if the view has added a task
+    _open: list[None]  # emptied by the call of close() that counts
     _outcome: Outcome
     _tasks: RequestTasks
 
@@ -54,12 +55,12 @@ class Body:
             were run or handed over.
         """
         try:
-            del self._open  # one atomic step, whatever threads this is called on
-        except AttributeError:
+            self._open.pop()  # one atomic step, whatever threads this is called on
+        except IndexError:
             return
         outcome = self._outcome
         if outcome is LEFT:
-            outcome = self._look()
+            outcome = self._look(is_freed=False)
         try:
             close = getattr(self._app_iter, "close", None)
             if close is not None:
@@ -69,16 +70,40 @@ class Body:
             if not tasks.end_if_empty():
                 tasks.end(self._environ, outcome)
 
-    def _look(self) -> Outcome:
+    def _look(self, *, is_freed: bool) -> Outcome:
         """How the iteration has ended, if that did not show."""
         return LEFT
 
     def __del__(self) -> None:
-        # Perhaps within a garbage collection: no more than a put on a SimpleQueue.
+        # Perhaps within a garbage collection: no more than a put on a SimpleQueue. close()
+        # may have been called, and interrupted by the exception of a signal handler.
+        try:
+            tasks = self._tasks
+        except AttributeError:  # the making of this object was interrupted
+            return
+        if tasks._phase != ENDED and not (tasks.end_if_empty() or tasks._is_handed_over):
+            outcome = self._outcome
+            if outcome is LEFT:
+                outcome = self._look(is_freed=True)
+            tasks._collector.queue.put(Unclosed(tasks, self._environ, outcome))
+
+
+class Guard:
+    """Is freed after its :class:`Body`, and does what that one's finalizer may have missed.
+
+    A signal handler may raise in a finalizer, which Python then calls no second time.
+    """
+
+    __slots__ = ("_environ", "_tasks")
+
+    def __init__(self, tasks: RequestTasks, environ: WSGIEnvironment) -> None:
+        self._tasks = tasks
+        self._environ = environ
+
+    def __del__(self) -> None:
         tasks = self._tasks
-        if tasks._phase == OPEN and not tasks.end_if_empty():
-            outcome = self._look() if self._outcome is LEFT else self._outcome
-            tasks._unclosed.put(Unclosed(tasks, self._environ, outcome))
+        if tasks._phase != ENDED and not tasks._is_handed_over:
+            tasks._collector.queue.put(Unclosed(tasks, self._environ, LEFT))
 
 
 class GeneratorBody(Body):
@@ -100,11 +125,11 @@ class GeneratorBody(Body):
             return _NOTHING
         return chain(self._app_iter, self)
 
-    def _look(self) -> Outcome:
+    def _look(self, *, is_freed: bool) -> Outcome:
         # A generator that raised has no frame any more; one that was left has, until
-        # close() takes it away, which a garbage collection may have called already.
+        # close() takes it away. A garbage collection that frees both may have called it.
         is_over = self._app_iter.gi_frame is None and not self._is_fresh
-        return RAISED if is_over and not collections.are_running else LEFT
+        return RAISED if is_over and not (is_freed and collections.are_running) else LEFT
 
 
 class SizedBody(Body):

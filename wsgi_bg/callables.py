@@ -10,7 +10,7 @@ from types import NoneType
 from typing import Any
 
 from .exceptions import TaskTypeError
-from .interrupts import goes_through
+from .interrupts import is_from_signal_handler
 from .log import type_name
 
 # One look at these flags settles the usual cases, a function or a bound method, plain or
@@ -62,7 +62,7 @@ def name_of(func: Any) -> str:
         if isinstance(qualname, str) and isinstance(module, (str, NoneType)):
             return f"{module}.{qualname}" if module else str(qualname)
     except BaseException as exc:
-        if goes_through(exc):
+        if is_from_signal_handler(exc):
             raise
     return type_name(func)
 

@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any
 
 from . import log
 from .hooks import Hooks, TaskRecord
-from .interrupts import goes_through
+from .interrupts import is_from_signal_handler
 from .steps import AwaitedIn
+from .successors import observing
 
 if TYPE_CHECKING:
     from .task import BackgroundTask
     from .tasks import BackgroundTasks
 
+Done = defaultdict["BackgroundTask", Any]
 Send = Callable[["BackgroundTask"], bool]
 Around = Callable[[], AbstractContextManager[Any]]
 
@@ -52,7 +56,8 @@ class Calls:
     def added(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
         """The task is about to join ``batch``."""
         if self._hooks:
-            task._record = record = TaskRecord(task, batch)
+            record = TaskRecord(task, batch)
+            task._record = [record]
             self._tell("task_added", record)
 
     def send(self, task: BackgroundTask) -> bool:
@@ -65,44 +70,68 @@ class Calls:
         self._end(task, "task_sent")
         return True
 
-    def send_or_make(self, task: BackgroundTask) -> Any:
-        """Send the task or, where that is not to be, make the call as :meth:`make` does."""
+    def send_or_make(self, task: BackgroundTask, done: Done) -> Any:
+        """Send the task or, if it stays here, make the call as :meth:`make` does."""
         if self._may_send is not None and not self._may_send(task):
-            return self.make(task)
+            return self.make(task, done)
         if task.is_async:
-            return self._send_or_make_async(task)
-        return None if self.send(task) else self.make(task)
+            return self._send_or_make_async(task, done)
+        return None if self.send(task) else self.make(task, done)
 
-    async def _send_or_make_async(self, task: BackgroundTask) -> Any:
+    async def _send_or_make_async(self, task: BackgroundTask, done: Done) -> Any:
         is_sent = await asyncio.to_thread(self.send, task)  # not on the loop: it blocks
-        return None if is_sent else await self.make(task)
+        return None if is_sent else await self.make(task, done)
 
-    def make(self, task: BackgroundTask) -> Any:
+    def make(self, task: BackgroundTask, done: Done) -> Any:
         """Call the task's function in the current context and return its result.
 
+        :param done: makes the call: see :class:`~wsgi_bg.batch.Batch`.
         :raises BaseException: what the call raises.
         """
         self._started(task)
         if self._around is None:
-            return task.func(*task.args, **task.kwargs)
+            done.default_factory = partial(task.func, *task.args, **task.kwargs)
+            return done[task]
         inside = self._around()
         inside.__enter__()  # an ExitStack for all would take as long again as Flask's
+        done.default_factory = partial(task.func, *task.args, **task.kwargs)
         try:
-            result = task.func(*task.args, **task.kwargs)
+            result = done[task]
         except BaseException as exc:
-            inside.__exit__(type(exc), exc, exc.__traceback__)
+            self._exit(inside, task, exc)
             raise
         if result is not None and isawaitable(result):
             stack = ExitStack()
-            stack.push(inside)
+            stack.push(partial(self._exit_of_stack, inside, task))
             return AwaitedIn(stack, result)
-        inside.__exit__(None, None, None)
+        self._exit(inside, task, None)
         return result
+
+    def _exit(
+        self,
+        inside: AbstractContextManager[Any],
+        task: BackgroundTask,
+        exc: BaseException | None,
+    ) -> None:
+        with observing(task):
+            if exc is None:
+                inside.__exit__(None, None, None)
+            else:
+                inside.__exit__(type(exc), exc, exc.__traceback__)
+
+    def _exit_of_stack(
+        self,
+        inside: AbstractContextManager[Any],
+        task: BackgroundTask,
+        kind: object,
+        exc: BaseException | None,
+        traceback: object,
+    ) -> None:
+        self._exit(inside, task, exc)
 
     def _started(self, task: BackgroundTask) -> None:
         # Not in make(): what a call raises holds that frame, and the record holds the error.
-        record = getattr(task, "_record", None)
-        if record is not None:
+        for record in getattr(task, "_record", ()):
             record.started_at = time.monotonic()
             self._tell("task_started", record)
 
@@ -126,11 +155,10 @@ class Calls:
         reason: str | None = None,
     ) -> None:
         try:
-            record = task._record
             # One end only, whatever threads come here; and task, record and batch would
             # be a cycle that only the garbage collector could free.
-            del task._record
-        except AttributeError:
+            record = task._record.pop()
+        except (AttributeError, IndexError):
             return
         record.ended_at = time.monotonic()
         record.error = error
@@ -140,13 +168,14 @@ class Calls:
     def _tell(self, hook: str, record: TaskRecord) -> None:
         for hooks in self._hooks:
             try:
-                getattr(hooks, hook)(record)
+                with observing(record.task):
+                    getattr(hooks, hook)(record)
             except BaseException as exc:
-                if goes_through(exc):
+                if is_from_signal_handler(exc):
                     raise
                 log.error(
                     "%s.%s raised for background task %s",
-                    type(hooks).__qualname__,
+                    log.type_name(hooks),
                     hook,
                     record.task.name,
                     exc_info=exc,

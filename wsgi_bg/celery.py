@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from . import celery_headers, log, registry
 from .celery_headers import correlation_id, traceparent
+from .checks import seconds
 from .encoding import encode
 from .exceptions import (
     ExtraMissingError,
@@ -82,18 +83,10 @@ class CeleryRunner:
     ) -> None:
         if not isinstance(celery_app, Celery):
             raise OptionTypeError("celery_app", celery_app, "a celery.Celery application")
-        for name, value in (
-            ("publish_timeout", publish_timeout),
-            ("drain_timeout", drain_timeout),
-        ):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise OptionTypeError(name, value, "a number of seconds")
-        if not publish_timeout > 0:
-            raise OptionValueError("publish_timeout", publish_timeout, "more than 0 seconds")
-        if publish_timeout > threading.TIMEOUT_MAX / 2:  # a socket is given twice as long
-            raise OptionValueError("publish_timeout", publish_timeout, "a bounded time")
-        if not drain_timeout >= 0:
-            raise OptionValueError("drain_timeout", drain_timeout, "0 seconds or more")
+        # A socket is given twice as long.
+        limit = threading.TIMEOUT_MAX / 2
+        seconds("publish_timeout", publish_timeout, above_zero=True, most=limit)
+        seconds("drain_timeout", drain_timeout)
         if on_publish_error not in get_args(OnPublishError):
             raise OptionValueError("on_publish_error", on_publish_error, "'local' or 'discard'")
         celery_worker.check_settings(celery_app)
@@ -151,7 +144,7 @@ class CeleryRunner:
         except PublishError as exc:
             if self._discards:
                 raise
-            log.warning("background task %s runs in this process: %s", task.name, exc)
+            log.warning("background task %s runs in this process: %s", task.name, str(exc))
             return False
         return True
 
@@ -163,7 +156,7 @@ class CeleryRunner:
         :raises KeyboardInterrupt: or what else stops the server's worker.
         """
         crew = self._crews.get()
-        takes_more = crew.ledger.enter(batch)
+        takes_more = crew.ledger.add(batch)
         if not any(map(self.may_send, batch.tasks)):
             self._local.submit(batch)
             return
@@ -171,7 +164,7 @@ class CeleryRunner:
             self._send_now(batch)
             return
         batch.not_before = time.monotonic() + PUT_OFF
-        if not crew.threads.take(batch):
+        if not crew.threads.submit(batch):
             self._local.submit(batch)  # which sends each task at its turn
 
     def _send_now(self, batch: Batch) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from math import isfinite
 from numbers import Real
 from typing import Any
 
@@ -74,7 +75,7 @@ class CeleryOptions:
         """What ``registered_task(celery=...)`` was given.
 
         :raises TypeError: if a value is of the wrong type.
-        :raises ValueError: if an option is not known.
+        :raises ValueError: if an option is not known, or a number is infinite or NaN.
         """
         given = _mapping(given or {})
         for name, value in given.items():
@@ -92,7 +93,8 @@ def for_one_call(given: Mapping[str, Any]) -> dict[str, Any]:
     """What ``using(celery=...)`` was given; a copy.
 
     :raises TypeError: if a value is of the wrong type.
-    :raises ValueError: if an option is not known, or one of the function.
+    :raises ValueError: if an option is not known, or one of the function, or a number is
+        infinite or NaN.
     """
     for name, value in _mapping(given).items():
         if name in _OF_TASK:
@@ -121,3 +123,5 @@ def _look_at(name: str, value: Any) -> None:
     )
     if not isinstance(value, kinds) or is_flag_by_mistake:
         raise OptionTypeError(f"celery[{name!r}]", value, wanted)
+    if isinstance(value, float) and not isfinite(value):
+        raise OptionValueError(f"celery[{name!r}]", value, "a finite number")

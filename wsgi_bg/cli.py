@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from . import serving
+from . import __version__, serving
 from .exceptions import ExtraMissingError, OptionError
 from .runners import set_default
 
@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("app", metavar="MODULE:APP", help="for instance shop.wsgi:app; APP may have dots")
+    add("--version", action="version", version=f"%(prog)s {__version__}")
     add("--host", help=f"the address to listen on (default: {serving.HOST})")
     add("--port", type=int, help=f"0 for any that is free (default: {serving.PORT})")
     add(
@@ -134,6 +135,9 @@ def _parse_waitress(arguments: list[str]) -> tuple[dict[str, str], bool]:
 def _load(target: str, is_factory: bool) -> Any:
     """The application that ``target`` names, with the current directory to import from."""
     module_name, _, path = target.partition(":")
+    if path.endswith("()"):
+        factory = target.removesuffix("()")
+        raise _UsageError(f"for an application factory write {factory} -- --call")
     if not all(name.isidentifier() for name in f"{module_name}.{path}".split(".")):
         raise _UsageError(f"{target!r} is not MODULE:APP, for instance shop.wsgi:app")
     directory = os.getcwd()

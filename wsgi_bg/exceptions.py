@@ -38,6 +38,22 @@ class BatchEndedError(WsgiBgError, RuntimeError):
         self.name = name
 
 
+class EndlessTasksError(WsgiBgError, RuntimeError):
+    """A hook, an ``on_error`` or a teardown has added a task whenever a task has ended.
+
+    :ivar name: the name of the function that was not added.
+    """
+
+    def __init__(self, name: str, generation: int) -> None:
+        super().__init__(
+            f"{name} was not added: hooks, on_error or the teardown of an application context "
+            f"have added {generation - 1} tasks of this request in a row, each because the "
+            "task before had ended, and would go on for ever. Let them add a task for "
+            "requests only, and not for tasks."
+        )
+        self.name = name
+
+
 class OutsideRequestError(WsgiBgError, RuntimeError):
     """``background_tasks`` or ``inject`` was used where no request is being handled."""
 

@@ -29,7 +29,7 @@ class LoopExecutor(ThreadPoolExecutor):
         """Call ``fn(*args, **kwargs)`` on a thread; where there is none, right here."""
         future: Future[T] = Future()
         call = (future, fn, args, kwargs)
-        if not self._workers.take(call):
+        if not self._workers.submit(call):
             _make(call)
         return future
 

@@ -39,13 +39,13 @@ class Background:
     ``g`` is the task's own, and ``teardown_appcontext`` functions are called when it ends,
     on the thread that runs it.
 
-    The options are those of :class:`~wsgi_bg.BackgroundTasksMiddleware`. Those of
-    ``app.config`` win: ``WSGI_BG_RUNNER`` (``"inline"``, ``"pool"`` or a runner),
-    ``WSGI_BG_RUN_ON`` and ``WSGI_BG_STOP_ON_ERROR``. They are read by :meth:`init_app`.
+    The options are those of :class:`~wsgi_bg.BackgroundTasksMiddleware`. :meth:`init_app`
+    reads each of them from ``app.config`` too, under its name in capitals with ``WSGI_BG_``
+    before it: ``WSGI_BG_RUNNER``, ``WSGI_BG_RUN_ON``. The configuration wins over the code.
 
     :param app: the application; without it call :meth:`init_app`, for as many as you like.
     :raises TypeError: if ``app`` is no Flask application, or an option of the wrong type.
-    :raises ValueError: if an option is a word that is not known.
+    :raises ValueError: if an option is a word that is not known, or a number out of range.
     :raises RuntimeError: if ``app`` has the extension already.
     """
 
@@ -55,6 +55,7 @@ class Background:
         runner: Runner | Literal["inline", "pool"] | None = None,
         *,
         run_on: RunOn | None = None,
+        failed_from: int | None = None,
         on_error: OnError | None = None,
         stop_on_error: bool | None = None,
         hooks: Hooks | Sequence[Hooks] | None = None,
@@ -62,6 +63,7 @@ class Background:
         self._options: dict[str, Any] = {
             "runner": runner,
             "run_on": run_on,
+            "failed_from": failed_from,
             "on_error": on_error,
             "stop_on_error": stop_on_error,
             "hooks": hooks,
@@ -117,7 +119,7 @@ class _Middleware(BackgroundTasksMiddleware):
 def _make_middleware(app: Flask, options: dict[str, Any]) -> BackgroundTasksMiddleware:
     configured = {
         option: app.config[key]
-        for option in ("runner", "run_on", "stop_on_error")
+        for option in options
         if app.config.get(key := f"WSGI_BG_{option.upper()}") is not None
     }
     try:

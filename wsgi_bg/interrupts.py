@@ -29,6 +29,15 @@ def goes_through(exc: BaseException) -> bool:
     return isinstance(exc, SystemExit) and _passes_a_handler(exc.__traceback__)
 
 
+def is_from_signal_handler(exc: BaseException) -> bool:
+    """Whether a signal handler has raised ``exc`` on this thread, whatever its class is."""
+    if goes_through(exc):
+        return True
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    return _passes_a_handler(exc.__traceback__)
+
+
 def _is_greenlet_kill(exc: BaseException) -> bool:
     # Without the import no greenlet exists, and none can be killed.
     greenlet = sys.modules.get("greenlet")

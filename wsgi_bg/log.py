@@ -13,33 +13,49 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
+from collections import defaultdict
+from functools import partial
 from typing import Any
 
-from .interrupts import goes_through
+from .interrupts import goes_through, is_from_signal_handler
 
 logger = logging.getLogger("wsgi_bg")
+
+SAID = "said"
 
 
 def debug(message: str, *args: Any) -> None:
     """Log at DEBUG; see :func:`error`."""
-    _log(logging.DEBUG, message, args, None)
+    _log(logging.DEBUG, message, args)
 
 
 def info(message: str, *args: Any) -> None:
     """Log at INFO; see :func:`error`."""
-    _log(logging.INFO, message, args, None)
+    _log(logging.INFO, message, args)
 
 
-def warning(message: str, *args: Any, exc_info: BaseException | None = None) -> None:
+def warning(
+    message: str,
+    *args: Any,
+    exc_info: BaseException | None = None,
+    said: defaultdict[Any, Any] | None = None,
+) -> None:
     """Log at WARNING; see :func:`error`."""
-    _log(logging.WARNING, message, args, exc_info)
+    _log(logging.WARNING, message, args, exc_info, said)
 
 
-def error(message: str, *args: Any, exc_info: BaseException | None = None) -> None:
+def error(
+    message: str,
+    *args: Any,
+    exc_info: BaseException | None = None,
+    said: defaultdict[Any, Any] | None = None,
+) -> None:
     """Log at ERROR.
 
     :param args: for the ``%`` placeholders of ``message``; an object whose ``repr()``
         raises is shown by its type.
+    :param said: gets the key SAID in the moment in which the record is made, whatever a
+        signal handler raises before or after.
     :raises KeyboardInterrupt: or another exception that stops the server's worker; nothing
         else.
     """
@@ -47,20 +63,31 @@ def error(message: str, *args: Any, exc_info: BaseException | None = None) -> No
 
 
 def _log(  # %r of a str adds quotes: placeholders are %s, %d and %g
-    level: int, message: str, args: tuple[Any, ...], exc_info: BaseException | None
+    level: int,
+    message: str,
+    args: tuple[Any, ...],
+    exc_info: BaseException | None = None,
+    said: defaultdict[Any, Any] | None = None,
 ) -> None:
+    said = defaultdict() if said is None else said
     try:
         logger.disabled = False
         if not logger.isEnabledFor(level):
             return
-        args = tuple(
-            arg if isinstance(arg, (str, float, int)) else safe_repr(arg) for arg in args
+        args = tuple(map(_shown, args))
+        if exc_info is not None and not _format(exc_info):
+            message += " (%s, whose traceback cannot be formatted)"
+            args = (*args, safe_repr(exc_info))
+            exc_info = None
+        said.default_factory = partial(
+            logger.log, level, message, *args, exc_info=exc_info, stacklevel=3
         )
-        logger.log(level, message, *args, exc_info=exc_info, stacklevel=3)
+        said[SAID]  # no bytecode comes between the record and the key
     except BaseException as exc:
         if goes_through(exc):
             raise
-        _print_instead(level, message, args, exc_info, exc)
+        if SAID not in said:
+            _print_instead(level, message, args, exc_info, exc)
 
 
 def _print_instead(
@@ -76,11 +103,36 @@ def _print_instead(
         if exc_info is not None:
             lines += traceback.format_exception(exc_info)
         lines += ["A filter or handler of logging raised for this record:\n"]
-        lines += traceback.format_exception(failure)
+        lines += _format(failure) or [f"{safe_repr(failure)}\n"]
         sys.stderr.write("".join(lines))
     except BaseException as exc:  # no standard error, or no file descriptor left
         if goes_through(exc):
             raise
+
+
+def _shown(given: object) -> object:
+    if isinstance(given, (str, float, int)):
+        return given
+    if not isinstance(given, BaseException):
+        return safe_repr(given)
+    try:
+        return str(given)
+    except BaseException as exc:
+        if is_from_signal_handler(exc):
+            raise
+        return type_name(given)
+
+
+def _format(exc: BaseException) -> list[str]:
+    """Format the traceback; an empty list if that raises, and a handler would drop the record.
+
+    Python 3.15 imports a module for its first traceback, and the process may have no file
+    descriptor left for that.
+    """
+    try:
+        return traceback.format_exception(exc)
+    except Exception:
+        return []
 
 
 def safe_repr(given: object) -> str:
@@ -88,7 +140,7 @@ def safe_repr(given: object) -> str:
     try:
         return repr(given)
     except BaseException as exc:
-        if goes_through(exc):
+        if is_from_signal_handler(exc):
             raise
         return f"<{type_name(given)} object, whose repr() raises>"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from types import GeneratorType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from .body import Body, GeneratorBody, SizedBody
+from .body import Body, GeneratorBody, Guard, SizedBody
 from .calls import Around
 from .context import ENVIRON_KEY, current
 from .exceptions import OptionTypeError
@@ -47,14 +47,17 @@ class BackgroundTasksMiddleware:
         shared runner of that kind.
     :param run_on: ``"success"`` (the default) runs tasks only if the request did not fail,
         ``"error"`` only if it did, ``"always"`` in both cases. A request fails if the
-        application raises or answers with a status of 500 or more.
+        application raises or answers with a status of ``failed_from`` or more.
+    :param failed_from: the lowest status that counts as a failure, from 100 to 600
+        (default 500): with 400 ``abort(404)`` is a failure, with 600 no response is.
     :param on_error: called with a task and what it raised, on the thread that ran it.
     :param stop_on_error: whether a task's error keeps the rest of the batch from running
         (Starlette's rule; default False).
     :param hooks: what is told when a task is added, started, finished, failed and
         discarded: a :class:`~wsgi_bg.hooks.Hooks` object, or a list of them.
     :raises TypeError: if ``app`` is not callable, or an option is of the wrong type.
-    :raises ValueError: if ``runner`` or ``run_on`` is a word that is not known.
+    :raises ValueError: if ``runner`` or ``run_on`` is a word that is not known, or
+        ``failed_from`` is out of range.
     """
 
     # What a framework's own middleware puts around each task.
@@ -68,6 +71,7 @@ class BackgroundTasksMiddleware:
         *,
         runner: Runner | Literal["inline", "pool"] | None = None,
         run_on: RunOn | None = None,
+        failed_from: int | None = None,
         on_error: OnError | None = None,
         stop_on_error: bool | None = None,
         hooks: Hooks | Sequence[Hooks] | None = None,
@@ -80,6 +84,7 @@ class BackgroundTasksMiddleware:
         self._app: WSGIApplication = self._handle_first
         self._given = Given(
             run_on=run_on,
+            failed_from=failed_from,
             on_error=on_error,
             stop_on_error=stop_on_error,
             hooks=hooks,
@@ -104,42 +109,41 @@ class BackgroundTasksMiddleware:
 
         environ[ENVIRON_KEY] = tasks = RequestTasks()
         tasks._list = None
+        tasks._front = None
         tasks._options = self._options
         tasks._phase = OPEN
         tasks._start_response = start_response
 
         token = current.set(tasks)
         try:
-            app_iter = self._app(environ, tasks.start_response)
+            try:
+                app_iter = self._app(environ, tasks.start_response)
+                kind = type(app_iter)
+                if not tasks._list and (
+                    kind is list or kind is tuple or kind is environ.get("wsgi.file_wrapper")
+                ):
+                    # Goes back as it is: it has nothing in it that could add a task, and a
+                    # server sends its own file wrapper by other means than iterating.
+                    tasks._phase = ENDED  # and look again, as end_if_empty() does
+                    if not tasks._list:
+                        tasks._start_response = None
+                        return app_iter
+                    tasks._phase = OPEN
+                return _wrap(app_iter, kind, tasks, environ)
+            except StopIteration:
+                # So gunicorn is told that the application has taken its socket over, for a
+                # WebSocket.
+                tasks.end(environ, LEFT)
+                raise
+            except BaseException:
+                tasks.end(environ, RAISED)
+                raise
         except BaseException:
+            # Once more: a signal handler may have stopped the first call before it had begun.
             tasks.end(environ, RAISED)
             raise
         finally:
             current.reset(token)
-
-        kind = type(app_iter)
-        is_final = kind is list or kind is tuple or kind is environ.get("wsgi.file_wrapper")
-        if is_final and not tasks._list:
-            # Goes back as it is: it has nothing in it that could add a task, and a server
-            # sends its own file wrapper by other means than iterating.
-            tasks._phase = ENDED  # and look again, as end_if_empty() does
-            if not tasks._list:
-                tasks._start_response = None
-                return app_iter
-            tasks._phase = OPEN
-        if kind is GeneratorType:
-            body: Body = GeneratorBody()
-            body._is_fresh = True  # type: ignore[attr-defined]
-        elif isinstance(app_iter, (list, tuple)):
-            body = SizedBody()
-        else:
-            body = Body()
-        body._app_iter = app_iter
-        body._tasks = tasks
-        body._environ = environ
-        body._outcome = LEFT
-        body._open = True
-        return body
 
     def _handle_first(
         self, environ: WSGIEnvironment, start_response: StartResponse
@@ -191,3 +195,25 @@ class BackgroundTasksMiddleware:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self._wrapped!r}, {self._options.runner!r}>"
+
+
+def _wrap(
+    app_iter: Iterable[bytes], kind: type, tasks: RequestTasks, environ: WSGIEnvironment
+) -> Body:
+    """The application's iterable with the end of the request in its ``close()``."""
+    if kind is GeneratorType:
+        body: Body = GeneratorBody()
+        body._is_fresh = True  # type: ignore[attr-defined]
+    elif isinstance(app_iter, (list, tuple)):
+        body = SizedBody()
+    else:
+        body = Body()
+    body._app_iter = app_iter
+    body._environ = environ
+    body._outcome = LEFT
+    body._open = [None]
+    body._tasks = tasks
+    tasks._declared_late = not hasattr(tasks, "_status")
+    if tasks._list:
+        body._guard = Guard(tasks, environ)
+    return body

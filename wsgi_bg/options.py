@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
+from . import successors
 from .callables import is_coroutine_callable
 from .calls import Around, Calls
 from .celery_options import for_one_call
+from .checks import whole_number
 from .exceptions import OptionTypeError, OptionValueError
 from .hooks import HOOKS, Hooks
 
@@ -24,6 +26,7 @@ class Given(TypedDict, total=False):
     """The options of one layer; None, or left out, for one that it does not set."""
 
     run_on: RunOn | None
+    failed_from: int | None
     on_error: OnError | None
     stop_on_error: bool | None
     hooks: Hooks | Sequence[Hooks] | None
@@ -43,14 +46,15 @@ class Options:
         "_around",
         "_check",
         "_hooks",
+        "_runs_after",
         "calls",
         "celery",
+        "failed_from",
         "is_watched",
         "on_error",
         "run_on",
         "runner",
         "runner_yields",
-        "runs_after",
         "stop_on_error",
     )
 
@@ -64,32 +68,52 @@ class Options:
         around: Around | None = None,
         celery: Mapping[str, Any] | None = None,
         runner_yields: bool = False,
+        failed_from: int = 500,
     ) -> None:
         self.run_on = run_on
+        self.failed_from = failed_from
         self.on_error = on_error
         self.stop_on_error = stop_on_error
         self.runner = runner
         self.celery = celery
         self.runner_yields = runner_yields
         # Whether a task runs: [False] after a request that succeeded, [True] that failed.
-        self.runs_after = (run_on != "error", run_on != "success")
+        self._runs_after = (run_on != "error", run_on != "success")
         self._hooks = hooks
         self._around = around
         send = getattr(runner, "send", None)
         may_send = getattr(runner, "may_send", None)
         self.calls = Calls(hooks, around, send, may_send) if hooks or around or send else None
         self._check: Callable[[BackgroundTask], None] | None = getattr(runner, "check", None)
-        self.is_watched = bool(hooks or self._check)
+        self.is_watched = bool(hooks or self._check or around or on_error)
 
     def admit(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
-        """Have the runner look at a task that is to join ``batch``, and tell the hooks.
+        """Let the runner look at a task that is to join ``batch``, and tell the hooks.
 
         :raises TypeError: if the runner refuses it.
+        :raises RuntimeError: if such tasks would be added for ever.
         """
+        successors.admit(task)
         if self._check is not None:
             self._check(task)
         if self.calls is not None:
             self.calls.added(task, batch)
+
+    def lets_run(self, raised: bool, status: int) -> bool:
+        """Whether a task runs after a request of this outcome.
+
+        :param raised: whether the application raised.
+        :param status: the status code of the response; 0 if there was none.
+        """
+        return self._runs_after[raised or status >= self.failed_from]
+
+    def why_not_run(self, raised: bool, status: int) -> str:
+        """The reason, for logs and hooks, for which :meth:`lets_run` is false."""
+        has_failed = raised or status >= self.failed_from
+        outcome = "failed" if has_failed else "succeeded"
+        if status and not raised:
+            outcome += f" with {status}"
+        return f"the request {outcome}, and run_on is {self.run_on!r}"
 
     def override(
         self,
@@ -100,17 +124,21 @@ class Options:
         around: Around | None = None,
         celery: Mapping[str, Any] | None = None,
         runner: Runner | None = None,
+        failed_from: int | None = None,
     ) -> Options:
         """These options, but for those that are given and not None.
 
-        :raises ValueError: if ``run_on`` is none of the three words, or ``celery`` has an
-            option that is not known.
-        :raises TypeError: if ``on_error`` is no plain callable, ``stop_on_error`` no bool,
-            ``hooks`` no :class:`~wsgi_bg.hooks.Hooks` objects, or an option in ``celery``
-            of the wrong type.
+        :raises ValueError: if ``run_on`` is none of the three words, ``failed_from`` not
+            from 100 to 600, or ``celery`` has an option that is not known.
+        :raises TypeError: if ``failed_from`` is no whole number, ``on_error`` no plain
+            callable, ``stop_on_error`` no bool, ``hooks`` no
+            :class:`~wsgi_bg.hooks.Hooks` objects, or an option in ``celery`` of the wrong
+            type.
         """
         if run_on is not None and run_on not in get_args(RunOn):
             raise OptionValueError("run_on", run_on, "'success', 'error' or 'always'")
+        if failed_from is not None:
+            whole_number("failed_from", failed_from, least=100, most=600)
         if on_error is not None and (not callable(on_error) or is_coroutine_callable(on_error)):
             raise OptionTypeError(
                 "on_error", on_error, "a plain function that takes the task and its error"
@@ -126,6 +154,7 @@ class Options:
             self._around if around is None else around,
             self.celery if celery is None else for_one_call(celery),
             self.runner_yields and runner is None,
+            self.failed_from if failed_from is None else failed_from,
         )
 
 

@@ -23,6 +23,9 @@ from .process import PerProcess
 
 T = TypeVar("T")
 
+AGAIN: Any = object()
+"""See :class:`PortalCall`."""
+
 _threads = PerProcess(PortalThread)
 
 
@@ -51,108 +54,118 @@ def peek() -> PortalThread | None:
 def start(
     subject: T,
     work: Callable[[T], Coroutine[Any, Any, None]],
-    then: Callable[[T], object],
+    goes_on: Callable[[T], object],
+    on_done: Callable[[T], object],
 ) -> None:
-    """Have ``work(subject)`` run on the loop; does not wait for the loop, however busy.
+    """Run ``work(subject)`` on the loop; does not wait for the loop, however busy.
 
     :param work: lets nothing out but a cancellation.
-    :param then: ``then(subject)`` is called on the portal's thread when that is done, or on
-        any thread if the loop was ended before it could begin.
+    :param goes_on: if ``goes_on(subject)`` is true afterwards, ``work`` is called once more,
+        in another asyncio task; called on the portal's thread.
+    :param on_done: ``on_done(subject)`` is called on the portal's thread when that is done,
+        or on any thread if the loop was ended before it could begin.
     :raises Exception: what keeps a portal from being made, if there is none.
     """
-    _thread().start(subject, work, then)
+    _thread().start(subject, work, goes_on, on_done)
 
 
-def run(
-    func: Callable[..., Coroutine[Any, Any, T]],
-    *args: Any,
-    interrupted: Callable[[BaseException], object] = id,
-) -> T:
+def run(func: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T:
     """Run ``func(*args)`` on the portal; blocks until it is done.
 
-    ``func`` must let no ``SystemExit`` out: that would end the loop for everyone. Where no
-    thread can start for the portal (in Python 3.12 while the interpreter exits), it runs
-    right here.
-
-    :param interrupted: called with what a signal handler raises here meanwhile, before
-        the coroutine is cancelled.
+    ``func`` must let no ``SystemExit`` out: that would end the loop for everyone.
     """
+    call = PortalCall(func, args)
     try:
-        _thread()
-    except RuntimeError:
-        return anyio.run(func, *args, backend="asyncio")
-    trip = _Trip(func, args)
-    try:
-        return trip.make()
-    except Exception:
+        return call.make()
+    except BaseException:
         # Not the coroutine's own if that goes on: a signal handler's, such as a time limit.
-        if not trip.is_done:
-            trip.cancel()
-        raise
-    except BaseException as exc:
-        interrupted(exc)
-        trip.cancel()
+        call.cancel(0.0)
         raise
 
 
-class _Trip(Generic[T]):
-    """A coroutine on the portal that can be cancelled before it has begun.
+class PortalCall(Generic[T]):
+    """A call on the portal that can be cancelled, also before it has begun.
+
+    ``func`` is called again, in another asyncio task, as long as it returns AGAIN.
 
     Not in the portal's task group: a task that cancels itself and returns would end that,
     and with it the loop of all others. And anyio's ``start_task_soon`` waits for the loop.
     """
 
     def __init__(
-        self, func: Callable[..., Coroutine[Any, Any, T]], args: tuple[Any, ...]
+        self, func: Callable[..., Coroutine[Any, Any, T]], args: tuple[Any, ...] = ()
     ) -> None:
         self._func = func
         self._args = args
-        self._task: asyncio.Task[Any] | None = None
-        self._is_cancelled = False
+        self._thread: PortalThread | None = None
+        self._is_cancelled = self._goes_on = False
         self._outcome: Future[T] = Future()
         self._arrived: Any = None
 
     @property
-    def is_done(self) -> bool:
-        """Whether the coroutine has returned or raised."""
-        return self._outcome.done()
-
-    async def run(self) -> T:
-        self._task = asyncio.current_task()
-        if self._is_cancelled:
-            raise asyncio.CancelledError
-        return await self._func(*self._args)
+    def is_pending(self) -> bool:
+        """Whether the call was made and has neither returned nor raised."""
+        return self._thread is not None and not self._outcome.done()
 
     def make(self) -> T:
-        """Run it on the portal; blocks, but lets the greenlets of this thread run.
+        """Make the call; blocks, but lets the greenlets of this thread run.
+
+        If no thread can start for the portal (in Python 3.12 while the interpreter exits),
+        the coroutine runs on the calling thread.
 
         :raises RuntimeError: on the portal's own thread, which it would block for ever.
         """
-        while self._task is None:  # its loop may be ended before it has begun
-            thread = _thread()
+        while not self._outcome.done():  # the loop may be ended before the call has begun
+            try:
+                thread = _thread()
+            except RuntimeError:
+                return anyio.run(self._run_here, backend="asyncio")
             if thread.is_current:
                 raise RuntimeError("this cannot be called from the event loop thread")
             self._arrived = event()
-            thread.start(self, _Trip._run_and_keep, _Trip._arrive)
+            self._thread = thread
+            thread.start(self, PortalCall._run, PortalCall._has_to_go_on, PortalCall._arrive)
             # With a limit: without one gevent takes it for a dead lock if all else is idle.
             self._arrived.wait(threading.TIMEOUT_MAX)
         return self._outcome.result()
 
+    def _has_to_go_on(self) -> bool:
+        return self._goes_on
+
     def _arrive(self) -> None:
         self._arrived.set()
 
-    async def _run_and_keep(self) -> None:
+    async def _run_here(self) -> T:
+        while (result := await asyncio.ensure_future(self._func(*self._args))) is AGAIN:
+            pass
+        return result
+
+    async def _run(self) -> None:
+        self._goes_on = False
         try:
-            self._outcome.set_result(await self.run())
+            if self._is_cancelled:
+                raise asyncio.CancelledError
+            result = await self._func(*self._args)
+            if result is AGAIN:
+                self._goes_on = True
+            else:
+                self._outcome.set_result(result)
         except BaseException as exc:  # a cancellation, at the exit, must not leave close()
             ended = RuntimeError("the portal has ended")
             self._outcome.set_exception(exc if isinstance(exc, Exception) else ended)
 
-    def cancel(self) -> None:
-        """From another thread: have the coroutine cancelled, begun or not; does not block."""
-        self._is_cancelled = True
-        if self._task is not None:
-            self._task.get_loop().call_soon_threadsafe(self._task.cancel)
+    def cancel(self, timeout: float) -> bool:
+        """Cancel the call, begun or not, and wait for its end; for another thread.
+
+        :param timeout: how long to wait at most, in seconds.
+        :return: whether it has ended.
+        """
+        if self.is_pending:
+            assert self._thread is not None
+            self._is_cancelled = True
+            self._thread.cancel(self)
+            self._arrived.wait(timeout)
+        return not self.is_pending
 
 
 def wait_for(context: Context, awaitable: Awaitable[Any]) -> tuple[Any, BaseException | None]:

@@ -20,7 +20,11 @@ from .executor import LoopExecutor
 from .greenlets import start_real_thread
 
 Work = Callable[[Any], Coroutine[Any, Any, None]]
-Then = Callable[[Any], object]
+GoesOn = Callable[[Any], object]
+OnDone = Callable[[Any], object]
+
+# The class as it was when this package was imported: libraries replace asyncio's.
+_Task = asyncio.Task
 
 
 class PortalThread:
@@ -34,9 +38,9 @@ class PortalThread:
     def __init__(self) -> None:
         self._was_stopped = False
         # What start() was given and the loop has not begun, and whether the loop knows.
-        self._inbox: deque[tuple[Any, Work, Then]] = deque()
+        self._inbox: deque[tuple[Any, Work, GoesOn, OnDone]] = deque()
         self._is_woken = False
-        self._under_way: dict[asyncio.Task[None], tuple[Any, Then]] = {}
+        self._under_way: dict[asyncio.Task[None], tuple[Any, Work, GoesOn, OnDone]] = {}
         self._context = Context()  # of the callbacks: empty, and no copy for each of them
         self._loop: asyncio.AbstractEventLoop
         self._end: asyncio.Future[None]
@@ -91,11 +95,11 @@ class PortalThread:
             finally:
                 self._return_inbox()
 
-    def start(self, subject: Any, work: Work, then: Then) -> None:
+    def start(self, subject: Any, work: Work, goes_on: GoesOn, on_done: OnDone) -> None:
         """See :func:`wsgi_bg.portal.start`."""
         # Append first and look then, as the loop marks first and looks for more then: one
         # wake of it is enough for all that comes before it has looked.
-        self._inbox.append((subject, work, then))
+        self._inbox.append((subject, work, goes_on, on_done))
         if not self._is_woken:
             try:
                 self._is_woken = True
@@ -112,22 +116,40 @@ class PortalThread:
 
     def _begin(self) -> None:
         self._is_woken = False
-        on_done = self._finish
         while self._inbox and not self.has_ended:
-            subject, work, then = self._inbox.popleft()
-            task = self._loop.create_task(work(subject), name="wsgi_bg")
-            self._under_way[task] = subject, then  # and held: the loop alone would not
-            task.add_done_callback(on_done, context=self._context)
+            self._create_task(*self._inbox.popleft())
+
+    def _create_task(self, subject: Any, work: Work, goes_on: GoesOn, on_done: OnDone) -> None:
+        coroutine = work(subject)
+        try:
+            task = self._loop.create_task(coroutine, name="wsgi_bg")
+        except Exception:  # of a task factory that some task has set
+            task = _Task(coroutine, loop=self._loop, name="wsgi_bg")
+        self._under_way[task] = subject, work, goes_on, on_done  # the loop holds no task
+        task.add_done_callback(self._finish, context=self._context)
 
     def _finish(self, task: asyncio.Task[None]) -> None:
-        subject, then = self._under_way.pop(task)
-        then(subject)
+        subject, work, goes_on, on_done = self._under_way.pop(task)
+        if goes_on(subject) and not self.has_ended:
+            self._create_task(subject, work, goes_on, on_done)
+        else:
+            on_done(subject)
 
     def _return_inbox(self) -> None:
         with suppress(IndexError):
             while True:
-                subject, _, then = self._inbox.popleft()
-                then(subject)
+                subject, _, _, on_done = self._inbox.popleft()
+                on_done(subject)
+
+    def cancel(self, subject: Any) -> None:
+        """Cancel the asyncio task of ``subject``, begun or not; from any thread."""
+        with suppress(RuntimeError):  # closed
+            self._loop.call_soon_threadsafe(self._cancel, subject, context=self._context)
+
+    def _cancel(self, subject: Any) -> None:
+        for task, (each, *_) in list(self._under_way.items()):
+            if each is subject:
+                task.cancel()
 
     def stop(self, timeout: float) -> None:
         """Cancel all that runs and wait ``timeout`` seconds at most for the thread to end."""

@@ -7,11 +7,39 @@ uWSGI, so the process id is the only sure sign that what lies here is a parent's
 from __future__ import annotations
 
 import os
+import sys
 import threading
+import traceback
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Generic, NoReturn, TypeVar
 
 T = TypeVar("T")
+
+generation = 0
+"""How many forks led to this process; a task that forks returns in its child with another."""
+
+
+def _count_fork() -> None:
+    global generation
+    generation += 1
+
+
+os.register_at_fork(after_in_child=_count_fork)
+
+
+def end_child(exc: BaseException | None) -> NoReturn:
+    """End the child that an async task has forked, as a child ends that a thread has forked.
+
+    Only the event loop's thread is left in that child. To go on, or to end the loop, would
+    run the parent's other coroutines there.
+    """
+    try:
+        if exc is not None and not isinstance(exc, SystemExit):
+            traceback.print_exception(exc)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(0)
 
 
 class PerProcess(Generic[T]):

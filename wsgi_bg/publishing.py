@@ -63,7 +63,7 @@ class Publisher:
         if monotonic() < self._silent_until:
             raise PublishError(message.name, "the broker has not answered others in time")
         job = _Job(message)
-        if not self._threads.take(job):
+        if not self._threads.submit(job):
             raise PublishError(message.name, "no thread can be had")
         # Where both come in one moment, the one that settles it first is right.
         if not job.is_done.acquire(timeout=self._timeout) and job.settle():

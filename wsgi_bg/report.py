@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import log
-from .interrupts import goes_through
+from .interrupts import is_from_signal_handler
+from .successors import observing
 
 if TYPE_CHECKING:
     from .task import BackgroundTask
@@ -15,12 +17,19 @@ observer: Callable[[BackgroundTask, BaseException], None] | None = None
 """What is told of every error that is logged: the pytest plugin, which lets tests fail."""
 
 
-def failure(task: BackgroundTask, exc: BaseException) -> None:
-    """Log the task's error with its traceback and tell the hooks and its ``on_error``.
+def failure(
+    task: BackgroundTask, exc: BaseException, said: defaultdict[Any, Any] | None = None
+) -> None:
+    """Log the task's error with its traceback.
 
     Called in the task's context, so that log records carry its correlation ids.
     """
-    log.error("background task %s raised %s", task.name, type(exc).__name__, exc_info=exc)
+    kind = type(exc).__name__
+    log.error("background task %s raised %s", task.name, kind, exc_info=exc, said=said)
+
+
+def tell_failure(task: BackgroundTask, exc: BaseException) -> None:
+    """Tell the hooks of the task and its ``on_error``, in the task's context."""
     observe = observer  # once: another thread may end the test meanwhile
     if observe is not None:
         observe(task, exc)
@@ -31,17 +40,17 @@ def failure(task: BackgroundTask, exc: BaseException) -> None:
     if on_error is None:
         return
     try:
-        on_error(task, exc)
+        with observing(task):
+            on_error(task, exc)
     except BaseException as second:
-        if goes_through(second):
+        if is_from_signal_handler(second):
             raise
         log.error("on_error raised for background task %s", task.name, exc_info=second)
 
 
-def not_run(task: BackgroundTask, reason: str) -> None:
+def not_run(task: BackgroundTask, reason: str, said: defaultdict[Any, Any]) -> None:
     """Name a task that will not run."""
-    log.warning("background task %s was not run: %s", task.name, reason)
-    discarded(task, reason)
+    log.warning("background task %s was not run: %s", task.name, reason, said=said)
 
 
 def stopped(task: BackgroundTask, exc: BaseException, *, began: bool) -> None:

@@ -8,18 +8,16 @@ from contextvars import Context
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from . import log, servers
+from . import arguments, log, servers
 from .batch import Batch
 from .context import current
-from .interrupts import goes_through
+from .interrupts import goes_through, is_from_signal_handler
 from .runners.pool import shared_pool
 from .task import BackgroundTask
 from .tasks import CLOSED, ENDED, BackgroundTasks
-from .unclosed import collectors
+from .unclosed import Collector, collectors
 
 if TYPE_CHECKING:
-    from queue import SimpleQueue
-
     from _typeshed.wsgi import WSGIEnvironment
 
     from .runners import Runner
@@ -35,6 +33,9 @@ class Outcome(Enum):
 
 LEFT, USED_UP, RAISED = Outcome
 
+new_list: Callable[[], list[BackgroundTask]] = list
+"""Makes the list of a request's tasks: the pytest plugin's remembers all of them."""
+
 stand_in: Callable[[Runner], Runner] | None = None
 """What gives the runner to use in place of a request's own: the pytest plugin's."""
 
@@ -45,17 +46,28 @@ class RequestTasks(BackgroundTasks):
     It is made for every request, those that add no task included, so its middleware
     fills it in place of an ``__init__`` and some slots are not set before they are
     needed: ``_status`` and ``_headers``, what ``start_response`` was last called with;
-    ``_pid``, the process that added the first task; ``_unclosed``, the queue for a
-    response that is freed without ``close()``.
+    ``_declared_late``, whether that may have been after the application returned;
+    ``_pid``, the process that added the first task; ``_collector``, which has the request
+    until its tasks begin to run; ``_is_handed_over``, whether they were given to a runner.
     """
 
-    __slots__ = ("_headers", "_pid", "_start_response", "_status", "_unclosed")
+    __slots__ = (
+        "_collector",
+        "_declared_late",
+        "_headers",
+        "_is_handed_over",
+        "_pid",
+        "_start_response",
+        "_status",
+    )
 
+    _collector: Collector
+    _declared_late: bool
     _headers: list[tuple[str, str]]
+    _is_handed_over: bool
     _pid: int
     _start_response: Any  # dropped in the end: a server's holds the environ
     _status: str
-    _unclosed: SimpleQueue[Any]
 
     __init__ = object.__init__  # so that to make one calls no Python function
 
@@ -67,19 +79,28 @@ class RequestTasks(BackgroundTasks):
         self._headers = headers
         if exc_info is None:
             return self._start_response(status, headers)
+        self._declared_late = True  # perhaps: the server may have sent a length
         return self._start_response(status, headers, exc_info)
 
     def _begin(self) -> list[BackgroundTask]:
         # Everything that a later step may need is made here, with the first task: a
         # garbage collection that frees the response can start no thread.
         collector = collectors.get()
-        with collector.lock:
-            collector.start()
-            if self._list is None:
-                self._pid = os.getpid()
-                self._unclosed = collector.queue
-                self._list = []
-            return self._list
+        collector.start()
+        tasks, added = collector.unfinished.setdefault(id(self), (self, new_list()))
+        assert tasks is self
+        self._pid = os.getpid()
+        self._collector = collector
+        self._is_handed_over = False
+        self._list = added  # last: whoever sees it sees the others
+        return added
+
+    def _may_start(self) -> bool:
+        return self._collector.unfinished.pop(id(self), None) is not None
+
+    def _allow_start(self) -> None:
+        assert self._list is not None
+        self._collector.unfinished[id(self)] = self, self._list
 
     def _context_of(self, task: BackgroundTask) -> Context:
         context = super()._context_of(task)
@@ -91,31 +112,58 @@ class RequestTasks(BackgroundTasks):
     def end_if_empty(self) -> bool:
         """End the batch if no task was added; a later ``add_task`` then raises."""
         self._start_response = None
-        if not self._list:
+        if not self._list and self._front is None:
             self._phase = ENDED  # and look again: see BackgroundTasks.add_task
-        if self._list:
-            self._phase = CLOSED
-            return False
-        return True
+            if not self._list:
+                return True
+        self._phase = CLOSED
+        return False
 
     def end(self, environ: WSGIEnvironment, outcome: Outcome, *, closed: bool = True) -> None:
         """Give the tasks to the runner, now that the application has nothing more to say.
 
+        May be called again if the exception of a signal handler has ended the first call.
+
         :param closed: whether this is the server's call of ``close()``, or as good as it.
         :raises KeyboardInterrupt: or what else stops the server's worker.
         """
-        if self.end_if_empty() or self._pid != os.getpid():
-            return  # in a forked child the tasks are the parent's
+        batch = None
+        try:
+            if self._phase == ENDED or self.end_if_empty() or self._is_handed_over:
+                return
+            if self._pid != os.getpid():
+                return  # in a forked child the tasks are the parent's
+            batch = self._make_batch(environ, outcome, closed)
+            batch.discard_excluded()
+            self._submit(batch)
+            self._is_handed_over = True
+        except BaseException as exc:
+            if batch is not None and self._pid == os.getpid():
+                self._stop(batch, exc)
+            raise
+
+    def _make_batch(self, environ: WSGIEnvironment, outcome: Outcome, closed: bool) -> Batch:
         status = getattr(self, "_status", "")
-        failed = outcome is RAISED or status[:3] >= "500"
         complete = closed and (
             servers.is_test_client(environ)
             or (
                 outcome is USED_UP
-                and servers.is_written(environ, status, getattr(self, "_headers", ()))
+                and servers.is_written(
+                    environ,
+                    status,
+                    getattr(self, "_headers", ()),
+                    declared_late=getattr(self, "_declared_late", False),
+                )
             )
         )
-        batch = Batch(self, request_failed=failed, response_complete=complete)
+        return Batch(
+            self,
+            response_complete=complete,
+            raised=outcome is RAISED,
+            status=_code_of(status),
+        )
+
+    def _submit(self, batch: Batch) -> None:
         runner = self._options.runner
         assert runner is not None
         in_place = stand_in  # once: another thread may end the test meanwhile
@@ -123,18 +171,44 @@ class RequestTasks(BackgroundTasks):
             runner = in_place(runner)
         batch.sends = hasattr(runner, "send")
         try:
+            for task in self.tasks:
+                if task.args or task.kwargs:
+                    arguments.look_at(task)
             runner.submit(batch)
         except BaseException as exc:
-            if goes_through(exc):
-                batch.stop_for(exc)
+            if is_from_signal_handler(exc) or self._pid != os.getpid():
                 raise
+            if id(self) not in self._collector.unfinished:  # it has begun all the same
+                log.error("%s raised in submit()", runner, exc_info=exc)
+                return
             log.error(
                 "%s did not take %s, which run in this process",
                 runner,
-                [task.name for task in batch.tasks],
+                ", ".join(task.name for task in batch.tasks),
                 exc_info=exc,
             )
+            again = batch.again()
             if batch.response_complete:
-                batch.run()
+                again.run()
             else:
-                shared_pool.submit(batch)
+                shared_pool.submit(again)
+
+    def _stop(self, batch: Batch, exc: BaseException) -> None:
+        """See to the tasks whose hand-over was interrupted by ``exc``."""
+        self._is_handed_over = True
+        if not self._may_start():
+            return  # they run, here or on another thread, or were named
+        if goes_through(exc):
+            batch.stop_for(exc)
+        else:  # a time limit, perhaps: it stops this thread, and not the tasks
+            batch.give_back()
+            self._allow_start()
+            shared_pool.submit(batch.again())
+
+
+def _code_of(status: str) -> int:
+    """The status code; 0 for a status without one, as before ``start_response``."""
+    try:
+        return int(status[:3])
+    except ValueError:
+        return 0

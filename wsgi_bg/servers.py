@@ -10,9 +10,12 @@ leaves no mark; a server that is not known here is taken to be like it.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
+from wsgiref.util import FileWrapper
 
 from .exceptions import UnsupportedServerError
 
@@ -25,24 +28,43 @@ class Server(NamedTuple):
 
     name: str
     key: str
-    """The environ key that only this server sets."""
-    contains: str = ""
-    """What the value of ``key`` contains."""
+    """The environ key that only this server sets, or ``"SERVER_SOFTWARE"``."""
+    values: tuple[str, ...] = ()
+    """The values of ``SERVER_SOFTWARE``, compared whole, with VERSION for any version."""
 
 
-# A key of the server's own first: SERVER_SOFTWARE can be renamed by configuration.
+# The keys that only one server sets come first: SERVER_SOFTWARE can be renamed by
+# configuration.
 SERVERS = (
     Server("waitress", "waitress.client_disconnected"),
     Server("werkzeug", "werkzeug.socket"),
     Server("uWSGI", "uwsgi.version"),
     Server("mod_wsgi", "mod_wsgi.version"),
     Server("a2wsgi", "asgi.scope"),
-    Server("gunicorn", "SERVER_SOFTWARE", "gunicorn/"),
-    Server("cheroot", "SERVER_SOFTWARE", "Cheroot/"),
-    Server("gevent", "SERVER_SOFTWARE", "gevent/"),
-    Server("granian", "SERVER_SOFTWARE", "Granian"),
-    Server("wsgiref", "SERVER_SOFTWARE", "WSGIServer/"),
+    Server(
+        "gunicorn", "SERVER_SOFTWARE", ("gunicorn/VERSION", "gevent/VERSION gunicorn/VERSION")
+    ),
+    Server(
+        "cheroot",
+        "SERVER_SOFTWARE",
+        ("Cheroot/VERSION Server", "CherryPy/VERSION Cheroot/VERSION Server"),
+    ),
+    Server("gevent", "SERVER_SOFTWARE", ("gevent/VERSION Python/VERSION",)),
+    Server("granian", "SERVER_SOFTWARE", ("Granian",)),
+    Server(
+        "wsgiref",
+        "SERVER_SOFTWARE",
+        ("WSGIServer/0.2", "WSGIServer", "WSGIServer/0.2 CPython/VERSION"),
+    ),
 )
+
+_VERSION = "[0-9][A-Za-z0-9.+!_-]*"
+
+# Python's own server writes this into the environ; others write it too, and are told from
+# it by their file wrapper.
+_AMBIGUOUS = ("WSGIServer/0.2", "WSGIServer")  # the second from Python 3.15 on
+
+_FLAGS = ("multithread", "multiprocess", "run_once")
 
 BODYLESS = ("1", "204", "304")
 """Statuses, or how they begin, after which no body follows (RFC 9110, section 6.4.1)."""
@@ -67,9 +89,20 @@ def refuse_eventlet(environ: WSGIEnvironment) -> None:
 def recognise(environ: WSGIEnvironment) -> Server | None:
     """The server that made ``environ``, if it is one of :data:`SERVERS`."""
     for server in SERVERS:
-        _, key, contains = server
-        if key in environ and contains in str(environ[key]):
+        if not server.values and server.key in environ:
             return server
+    software = environ.get("SERVER_SOFTWARE")
+    if software in _AMBIGUOUS and environ.get("wsgi.file_wrapper") is not FileWrapper:
+        return None
+    return _by_software(str(software))
+
+
+@lru_cache(maxsize=16)
+def _by_software(software: str) -> Server | None:
+    for server in SERVERS:
+        for value in server.values:
+            if re.fullmatch(re.escape(value).replace("VERSION", _VERSION), software):
+                return server
     return None
 
 
@@ -84,30 +117,45 @@ def describe(environ: WSGIEnvironment) -> str:
 
 
 def is_test_client(environ: WSGIEnvironment) -> bool:
-    """Whether no server is there, but werkzeug's, Flask's, WebTest's or Django's client.
+    """Whether no server made ``environ``, but a test client.
 
-    They set no server's mark. Nor do tornado, hypercorn, twisted and some adapters, but
-    of those each has threads or processes, and the test clients have neither. Django's
-    has both, and is known by its input.
+    Each client is known by a sign that no server and no gateway puts into an environ.
     """
     payload = type(environ.get("wsgi.input"))
     if payload.__name__ == "FakePayload" and payload.__module__.startswith("django."):
         return True
-    if environ.get("wsgi.multithread", True) or environ.get("wsgi.multiprocess", True):
+    if "paste.testing" in environ:  # WebTest
+        return True
+    if "SERVER_SOFTWARE" in environ or "GATEWAY_INTERFACE" in environ:
         return False
-    return "SERVER_SOFTWARE" not in environ and recognise(environ) is None
+    if recognise(environ) is not None:
+        return False
+    flags = [environ.get(f"wsgi.{name}", True) for name in _FLAGS]
+    if any(flags):
+        return False
+    # werkzeug's client, and so Flask's, sets RAW_URI, as no server without a name of its
+    # own does. setup_testing_defaults() writes 0 for False.
+    return "RAW_URI" in environ or all(type(flag) is int for flag in flags)
 
 
 def is_written(
-    environ: WSGIEnvironment, status: str, headers: Iterable[tuple[str, str]]
+    environ: WSGIEnvironment,
+    status: str,
+    headers: Iterable[tuple[str, str]],
+    *,
+    declared_late: bool = False,
 ) -> bool:
     """Whether a response whose body was used up needs nothing more from the application.
 
     :param status: the status line as given to ``start_response``.
     :param headers: the headers as given to ``start_response``.
+    :param declared_late: whether the application called ``start_response`` after it had
+        returned its iterable. granian reads status and headers when the application
+        returns: the length that was declared later is not the length that it sends.
     """
     return (
-        declared_length(headers) > 0
+        not declared_late
+        and declared_length(headers) > 0
         and environ.get("REQUEST_METHOD") != "HEAD"
         and not status.startswith(BODYLESS)
         and recognise(environ) is not None

@@ -10,7 +10,8 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import log, shutdown
-from .exceptions import ExtraMissingError, MainThreadError, OptionTypeError, OptionValueError
+from .checks import seconds, whole_number
+from .exceptions import ExtraMissingError, MainThreadError, OptionTypeError
 from .middleware import BackgroundTasksMiddleware
 from .signals import StopSignals
 
@@ -96,18 +97,9 @@ def check(
         raise MainThreadError
     if not isinstance(host, (str, NoneType)):
         raise OptionTypeError("host", host, "a name or an address")
-    if not isinstance(port, (int, NoneType)):
-        raise OptionTypeError("port", port, "a whole number")
-    if port is not None and not 0 <= port <= 65535:
-        raise OptionValueError("port", port, "0 to 65535")
-    if not isinstance(threads, int):
-        raise OptionTypeError("threads", threads, "a whole number")
-    if threads < 1:
-        raise OptionValueError("threads", threads, "1 or more")
-    if not isinstance(drain_timeout, (int, float, NoneType)):
-        raise OptionTypeError("drain_timeout", drain_timeout, "a number of seconds or None")
-    if drain_timeout is not None and not drain_timeout >= 0:
-        raise OptionValueError("drain_timeout", drain_timeout, "0 seconds or more, or None")
+    whole_number("port", port, least=0, most=65535, or_none=True)
+    whole_number("threads", threads, least=1)
+    seconds("drain_timeout", drain_timeout, or_none=True)
 
 
 def complete(options: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from . import ending, log, portal, report
+from . import ending, log, portal, report, uwsgi
 
 if TYPE_CHECKING:
     from .runners.base import Runner
@@ -45,6 +45,7 @@ def arm(flush: Callable[[], None]) -> None:
     """
     ending.when_it_comes(partial(_leave_in, os.getpid(), flush))
     atexit.register(_leave_in, os.getpid(), flush)
+    uwsgi.call_at_exit(partial(_leave_in, os.getpid(), flush))
 
 
 def _leave_in(pid: int, flush: Callable[[], None]) -> None:

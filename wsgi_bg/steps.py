@@ -6,9 +6,8 @@ cost ten times as much, a turn of the loop included.
 
 from __future__ import annotations
 
-import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Coroutine, Generator
 from contextlib import ExitStack
 from contextvars import Context
 from typing import Any
@@ -17,11 +16,14 @@ from typing import Any
 # the StopIteration that coroutine.send() raises then.
 DONE: Any = object()
 
-# How often an asyncio task was asked to end, less the times that this was taken back; Python
-# 3.10 does not count, and only knows whether the next step is to raise it.
-cancellations: Callable[[Any], int] = getattr(
-    asyncio.Task, "cancelling", lambda task: task._must_cancel
-)
+
+def is_cancelled(task: Any) -> bool:
+    """Whether an asyncio task has cancellation requests that were not taken back.
+
+    False for a task of a library's own class that does not count them.
+    """
+    cancelling = getattr(task, "cancelling", None)
+    return cancelling is not None and cancelling() > 0
 
 
 async def in_context(context: Context, awaitable: Awaitable[Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable
 from contextvars import Context, copy_context
 from inspect import CO_COROUTINE
@@ -40,6 +41,7 @@ class BackgroundTask:
         "__weakref__",
         "_context",
         "_encoded",
+        "_generation",
         "_options",
         "_record",
         "_unclaimed",
@@ -54,12 +56,15 @@ class BackgroundTask:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     is_async: bool
-    _record: TaskRecord  # only while hooks watch it
+    _generation: int  # only if a hook, an on_error or a teardown has added it: see options
+    _record: list[TaskRecord]  # only if hooks watch it
+    _unclaimed: list[None]
+    _unowned: list[None]  # only if no batch has made it
     _encoded: Any  # only between a runner's check() and its send()
 
     def __init__(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
         self._fill(func, args, kwargs, None, DEFAULTS)
-        self._unowned = True
+        self._unowned = [None]
 
     def _fill(
         self,
@@ -85,7 +90,7 @@ class BackgroundTask:
         self.kwargs = kwargs
         self._context = context
         self._options = options
-        self._unclaimed = True
+        self._unclaimed = [None]
 
     @property
     def name(self) -> str:
@@ -110,7 +115,7 @@ class BackgroundTask:
         if calls is None:
             return self._finish(context, context.run(self.func, *self.args, **self.kwargs))
         try:
-            result = self._finish(context, context.run(calls.make, self))
+            result = self._finish(context, context.run(calls.make, self, defaultdict()))
         except BaseException as exc:
             if goes_through(exc):  # the loop may be in this context still
                 calls.discarded(self, f"{type(exc).__name__} stopped its worker")
@@ -129,26 +134,23 @@ class BackgroundTask:
         return result
 
     def _claim(self) -> bool:
-        """Take the right to run this task: True for one caller only, on any thread.
+        """Take the right to run this task, or to name it: True for one caller only.
 
-        Deleting a slot is one atomic step of the interpreter, as the second deletion's
-        error is: no lock that a signal handler or a fork could find held.
+        ``list.pop`` is one atomic operation on every Python, free-threaded ones too (deleting
+        a slot is not, before 3.14.5), and no lock that a signal handler or a fork could find
+        locked.
         """
         try:
-            del self._unclaimed
-        except AttributeError:
+            self._unclaimed.pop()
+        except IndexError:
             return False
         return True
-
-    @property
-    def _is_unclaimed(self) -> bool:
-        return hasattr(self, "_unclaimed")
 
     def _owned(self, options: Options) -> BackgroundTask:
         """This task as a member of a batch; a copy if another batch has it already."""
         try:
-            del self._unowned
-        except AttributeError:
+            self._unowned.pop()
+        except (AttributeError, IndexError):
             task = BackgroundTask.__new__(BackgroundTask)
             task._fill(self.func, self.args, self.kwargs, copy_context(), options)
             return task

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from contextvars import Context, copy_context
 from typing import Any, ParamSpec
 
-from . import report
+from . import process, report
 from .exceptions import BatchEndedError, TaskTypeError
 from .interrupts import goes_through
 from .log import safe_repr
@@ -32,8 +33,9 @@ class BackgroundTasks:
     :raises TypeError: if one of them is no :class:`BackgroundTask`.
     """
 
-    __slots__ = ("_list", "_options", "_phase")
+    __slots__ = ("_front", "_list", "_options", "_phase")
 
+    _front: list[BackgroundTask] | None  # what a batch has taken from the list, in reverse
     _list: list[BackgroundTask] | None
     _options: Options
     _phase: int
@@ -48,16 +50,19 @@ class BackgroundTasks:
                 )
         self._list = [task._owned(DEFAULTS) for task in tasks or ()]
         self._options = DEFAULTS
+        self._front = None
         self._phase = OPEN
 
     @property
     def tasks(self) -> list[BackgroundTask]:
-        """The list of tasks, as added; those that have run stay in it.
+        """The tasks that are not done, as added.
 
-        To be read: what joins it without :meth:`add_task` has no options and no context of
-        this request, and runs in one batch only.
+        While the request goes on this is the list itself, to be read: a task that joins it
+        without :meth:`add_task` has no options and no context of this request, and runs in
+        one batch only. Once the request is over it is a new list.
         """
-        return self._begin() if self._list is None else self._list
+        tasks = self._begin() if self._list is None else self._list
+        return self._root._left() if self._root._front is not None else tasks
 
     def add_task(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
         """Add a call of ``func``, to run after those added before it.
@@ -81,6 +86,7 @@ class BackgroundTasks:
         # Append first, look then; the other side marks the end first and looks for more
         # then. So one of the two sees the other, and _claim decides between them.
         if self._phase == ENDED and task._claim():
+            self._root._remove(task)
             report.discarded(task, "the batch has ended")
             raise BatchEndedError(task.name)
 
@@ -100,13 +106,67 @@ class BackgroundTasks:
         return self
 
     def _begin(self) -> list[BackgroundTask]:
-        """Make the list, where ``__init__`` has not."""
+        """Make the list, if ``__init__`` has not."""
         raise NotImplementedError
+
+    # The run of the tasks, for wsgi_bg.batch. The batch takes all tasks out of the list at
+    # once and drops each task when it is done, so that a task that adds its successor for
+    # days keeps no more than that one.
+
+    def _may_start(self) -> bool:
+        """Whether the tasks may be run: True once."""
+        return True
+
+    def _allow_start(self) -> None:
+        """Let the tasks be run once more: they were offered to another process."""
+
+    def _first(self) -> BackgroundTask | None:
+        """The first task that is not done; None, and the batch ends, if there is none."""
+        if not self._front and not self._take():
+            self._phase = ENDED  # and look again: see add_task
+            if not self._take():
+                return None
+            self._phase = CLOSED
+        assert self._front
+        return self._front[-1]
+
+    def _take(self) -> bool:
+        """Take what was added out of the list; False if nothing was."""
+        if not self._list:
+            return False
+        # In this order: for a moment a task is in both, and at no moment in neither.
+        self._front = front = self._list[::-1]
+        del self._list[: len(front)]
+        return True
+
+    def _left(self) -> list[BackgroundTask]:
+        """The tasks that are not done; on any thread."""
+        front = self._front or ()
+        return list(dict.fromkeys([*front[::-1], *(self._list or ())]))
+
+    def _length(self) -> int:
+        """About how many tasks are not done; on any thread."""
+        return len(self._front or ()) + len(self._list or ())
+
+    def _drop(self, task: BackgroundTask) -> None:
+        """Let go of the first task, which is done; on the thread that runs the tasks."""
+        if self._front and self._front[-1] is task:
+            self._front.pop()
+
+    def _remove(self, task: BackgroundTask) -> None:
+        """Let go of a task that was run by hand or refused; on any thread."""
+        with suppress(ValueError):  # the batch has taken it, and skips it
+            (self._list or []).remove(task)
+
+    def _end(self) -> None:
+        """Run no further task: a later ``add_task`` raises."""
+        self._phase = ENDED
 
     def using(
         self,
         *,
         run_on: RunOn | None = None,
+        failed_from: int | None = None,
         on_error: OnError | None = None,
         stop_on_error: bool | None = None,
         celery: Mapping[str, Any] | None = None,
@@ -120,11 +180,14 @@ class BackgroundTasks:
             those of ``registered_task`` where both name one. Runners without Celery, and a
             task that runs here since the broker is away, ignore them.
         :raises ValueError: if ``run_on`` is none of ``"success"``, ``"error"``, ``"always"``,
-            or ``celery`` has an option that is not known.
-        :raises TypeError: if ``on_error`` is not a plain callable, or an option in
-            ``celery`` is of the wrong type.
+            ``failed_from`` is not from 100 to 600, or ``celery`` has an option that is not
+            known.
+        :raises TypeError: if ``failed_from`` is not a whole number, ``on_error`` is not a
+            plain callable, or an option in ``celery`` is of the wrong type.
         """
-        options = self._options.override(run_on, on_error, stop_on_error, celery=celery)
+        options = self._options.override(
+            run_on, on_error, stop_on_error, celery=celery, failed_from=failed_from
+        )
         return View(self, options)
 
     def __call__(self) -> None:
@@ -137,21 +200,27 @@ class BackgroundTasks:
             logged.
         """
         first: BaseException | None = None
-        for task in self.tasks:  # a list's iterator sees what is appended meanwhile
-            if not task._claim():
-                continue
+        generation = process.generation
+        while (task := self._claim_next()) is not None:
             context = self._context_of(task)
             try:
                 task._call_in(context)
             except BaseException as exc:
-                if goes_through(exc):
+                if goes_through(exc) or process.generation != generation:
                     raise
                 if first is None:
                     first = exc
                 else:
                     context.run(report.failure, task, exc)
+                    context.run(report.tell_failure, task, exc)
+            if process.generation != generation:
+                return  # in the child that the task has forked
+            self._remove(task)
         if first is not None:
             raise first
+
+    def _claim_next(self) -> BackgroundTask | None:
+        return next((task for task in self.tasks if task._claim()), None)
 
     def _context_of(self, task: BackgroundTask) -> Context:
         """The context to run ``task`` in; the task lets go of it.
@@ -181,12 +250,13 @@ class View(BackgroundTasks):
 
     def __init__(self, origin: BackgroundTasks, options: Options) -> None:
         self._list = None
+        self._front = None
         self._origin = origin
         self._options = options
         self._has_returned = False
 
     def _begin(self) -> list[BackgroundTask]:
-        self._list = self._origin.tasks
+        self._list = self._origin._begin() if self._origin._list is None else self._origin._list
         return self._list
 
     @property

@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from . import log, servers, shutdown
 from .ending import is_exiting
+from .interrupts import goes_through
 from .process import PerProcess
+from .threads import start_daemon
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
     from .request import Outcome, RequestTasks
+    from .task import BackgroundTask
 
 
 _FLUSH_TIMEOUT = 1.0  # seconds
@@ -55,28 +58,39 @@ class Collector:
 
     def __init__(self) -> None:
         self.queue: queue.SimpleQueue[Unclosed | threading.Event] = queue.SimpleQueue()
-        # Guards the making of a request's list. A finalizer or a signal handler that adds a
-        # task may have interrupted its holder.
-        self.lock = threading.RLock()
+        # The requests whose tasks nobody has begun to run, by their id, with the list of
+        # these tasks. Whoever pops a request runs or names its tasks.
+        self.unfinished: dict[int, tuple[RequestTasks, list[BackgroundTask]]] = {}
         self.has_warned = False
         self._has_thread = False
         gc.callbacks.append(collections.note)
         shutdown.arm(self.flush)
 
     def start(self) -> None:
-        """Have a thread take from the queue; called with :attr:`lock` held."""
+        """Let a thread take from the queue.
+
+        Without memory for a stack the next request tries again, and so does :meth:`flush`.
+        Two requests that come at once may start two threads, which does no harm.
+        """
         if not self._has_thread and not is_exiting():
-            # Without memory for a stack the next request tries again, and so does flush.
             with suppress(RuntimeError):
-                thread = threading.Thread(
-                    target=self._work, name="wsgi_bg-unclosed", daemon=True
-                )
-                thread.start()
+                start_daemon(self._work, "wsgi_bg-unclosed")
                 self._has_thread = True
 
     def _work(self) -> None:
-        while True:
+        try:
+            while True:
+                self._take_next()
+        finally:
+            self._has_thread = False
+
+    def _take_next(self) -> None:
+        try:
             self._take(self.queue.get())
+        except BaseException as exc:
+            if goes_through(exc):
+                raise
+            log.error("the thread for unclosed responses raised", exc_info=exc)
 
     def flush(self) -> None:
         """Have what was freed so far handed over; blocks for a second at most."""
@@ -109,3 +123,15 @@ class Collector:
 
 
 collectors = PerProcess(Collector)
+
+
+def abandon_unfinished() -> list[BackgroundTask]:
+    """Claim and return the tasks of requests that are not over, or were not handed over."""
+    collector = collectors.peek()
+    left: list[BackgroundTask] = []
+    while collector is not None and collector.unfinished:
+        with suppress(KeyError):
+            _, (tasks, _) = collector.unfinished.popitem()
+            tasks._end()
+            left += [task for task in tasks._left() if task._claim()]
+    return left

@@ -3,17 +3,24 @@
 The worker that was idle last is the first to get work, so that under a light load the
 others come to their end. ``concurrent.futures`` would cost three times as much for each
 job, and joins its threads at interpreter exit: a stuck task would keep the process alive.
+
+No lock is held here, because a signal handler that raises could leave a lock locked for
+ever. Each step is one atomic operation of a list, a dict or a deque, and a thread that has
+published something looks again at what others published meanwhile.
 """
 
 from __future__ import annotations
 
-import threading
+import queue
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import count
+from operator import call
 from typing import Generic, TypeVar
 
-from . import log
+from . import log, process
+from .threads import start_daemon
 
 Job = TypeVar("Job")
 
@@ -33,86 +40,107 @@ class Workers(Generic[Job]):
         self._work = work
         self._limit = limit
         self._name = name
-        # Guards all below. Its lock can be taken again: a signal handler may have
-        # interrupted its holder.
-        self._lock = threading.RLock()
-        self._idle: list[_Worker[Job]] = []
         self._backlog: deque[Job] = deque()
-        self._alive = 0
+        self._alive: dict[_Worker, None] = {}
+        self._idle: list[Callable[[None], object]] = []  # what wakes each of these workers
         self._numbers = count()
 
-    def take(self, job: Job) -> bool:
-        """Have a thread do ``job``, in the order of the calls; does not block.
+    def submit(self, job: Job) -> bool:
+        """Let a thread do ``job``; does not block.
 
-        :return: False if no thread is there, nor to be had: the job was not taken.
+        Jobs begin in the order of the calls. If a signal handler raises in here, the job may
+        have been submitted: the caller has to see to it that it is not done twice.
+
+        :return: False if no thread is there, nor to be had: the job was not submitted.
         """
-        with self._lock:
-            if self._idle:
-                worker = self._idle.pop()
-            elif self._alive < self._limit and self._start(job):
-                return True
-            elif self._alive:
-                self._backlog.append(job)
-                return True
-            else:
-                return False
-        worker.wake(job)
-        return True
-
-    def _start(self, job: Job) -> bool:
-        thread = threading.Thread(
-            target=self._run,
-            args=(_Worker(job),),
-            name=f"{self._name}-{next(self._numbers)}",
-            daemon=True,
-        )
+        self._backlog.append(job)
+        if self._wake() or self._start() or self._alive:
+            return True
         try:
-            thread.start()
-        except RuntimeError:  # no memory for a stack, or the interpreter is exiting
+            self._backlog.remove(job)
+        except ValueError:  # a thread that has ended since has done it
+            return True
+        return False
+
+    def _wake(self) -> bool:
+        """Let the worker that was idle last look at the backlog; False if none is idle."""
+        if not self._idle:
             return False
-        self._alive += 1
+        try:
+            # In one step: a worker that is idle for nobody would never be woken.
+            next(map(call, iter(self._idle.pop, None), (None,)))
+        except IndexError:
+            return False
         return True
 
-    def _run(self, worker: _Worker[Job]) -> None:
-        job = worker.take_job()
-        while job is not None:
-            try:
-                self._work(job)
-            except BaseException as exc:  # a greenlet's kill
-                log.error("%s was stopped", self._name, exc_info=exc)
-            del job  # an idle thread holds no request
-            job = self._next(worker)
+    def _start(self) -> bool:
+        if len(self._alive) >= self._limit:
+            return False
+        worker = _Worker()
+        try:
+            self._alive[worker] = None
+            if len(self._alive) > self._limit:  # another thread was as quick
+                del self._alive[worker]
+                return False
+            start_daemon(self._run, f"{self._name}-{next(self._numbers)}", worker)
+        except BaseException as exc:
+            # RuntimeError: no memory for a stack, or the interpreter exits. A signal
+            # handler's exception may come after the thread has started: that thread ends.
+            self._alive.pop(worker, None)
+            if not isinstance(exc, RuntimeError):
+                raise
+            return False
+        return True
 
-    def _next(self, worker: _Worker[Job]) -> Job | None:
-        """Wait for the worker's next job; None if the worker is to end."""
-        with self._lock:
+    def _run(self, worker: _Worker) -> None:
+        generation = process.generation
+        try:
+            while self._wait(worker):
+                try:
+                    job = self._backlog.popleft()
+                except IndexError:
+                    continue
+                try:
+                    self._work(job)
+                except BaseException as exc:
+                    if process.generation != generation:
+                        raise  # in the child that a task has forked: this is its only thread
+                    log.error("%s was stopped", self._name, exc_info=exc)
+                if process.generation != generation:
+                    return
+                del job  # an idle thread holds no request
+        finally:
+            self._alive.pop(worker, None)
+        if self._backlog:  # a submit() has counted on this worker
+            self._wake() or self._start()
+
+    def _wait(self, worker: _Worker) -> bool:
+        """Wait until there is a backlog; False if the worker is to end."""
+        while worker in self._alive:
             if self._backlog:
-                return self._backlog.popleft()
-            self._idle.append(worker)
-        if not worker.woken.acquire(timeout=IDLE_TIMEOUT):
-            with self._lock:
-                if worker in self._idle:
-                    self._idle.remove(worker)
-                    self._alive -= 1
-                    return None
-            worker.woken.acquire()  # it was chosen as its time was up
-        return worker.take_job()
+                return True
+            self._idle.append(worker.wake)
+            if self._backlog and self._withdraw(worker):  # look again: see submit()
+                return True
+            try:
+                worker.wakes.get(timeout=IDLE_TIMEOUT)
+            except queue.Empty:
+                if self._withdraw(worker):
+                    return False
+        return False
+
+    def _withdraw(self, worker: _Worker) -> bool:
+        with suppress(ValueError):
+            self._idle.remove(worker.wake)
+            return True
+        return False  # it was chosen meanwhile, and is woken
 
 
-class _Worker(Generic[Job]):
-    """A thread's place for its next job."""
+class _Worker:
+    """A thread's place to wait."""
 
-    __slots__ = ("_job", "woken")
+    __slots__ = ("wake", "wakes")
 
-    def __init__(self, job: Job) -> None:
-        self._job: Job | None = job
-        self.woken = threading.Lock()  # held by no one: released by wake()
-        self.woken.acquire()
-
-    def wake(self, job: Job) -> None:
-        self._job = job
-        self.woken.release()
-
-    def take_job(self) -> Job | None:
-        job, self._job = self._job, None
-        return job
+    def __init__(self) -> None:
+        self.wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.wake = self.wakes.put

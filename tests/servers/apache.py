@@ -17,7 +17,7 @@ MODULES = Path("/usr/lib/apache2/modules")
 # What the application imports, and what that imports in turn.
 CODE = (
     *("wsgi_bg", "werkzeug", "markupsafe"),
-    *("anyio", "idna", "sniffio", "typing_extensions", "exceptiongroup"),
+    *("anyio", "idna", "sniffio", "typing_extensions"),
 )
 
 CONFIGURATION = """

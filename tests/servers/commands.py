@@ -30,11 +30,17 @@ def serve(name: str) -> Command:
     return lambda launch: [*program, str(launch.port), launch.module]
 
 
-def gunicorn(*options: str) -> Command:
+def gunicorn(*options: str, app: str = "{}:application") -> Command:
     return lambda launch: [
         *(sys.executable, "-m", "gunicorn", "-b", f"127.0.0.1:{launch.port}"),
-        *("--no-control-socket", *options, f"{launch.module}:application"),
+        *("--no-control-socket", *options, app.format(launch.module)),
     ]
+
+
+def gunicorn_uvicorn(*options: str) -> Command:
+    """uvicorn's worker, with a2wsgi around the application."""
+    app = "tests.servers.serve:make_asgi('{}')"
+    return gunicorn("-k", "uvicorn_worker.UvicornWorker", *options, app=app)
 
 
 def granian(launch: Launch) -> list[str]:

@@ -28,7 +28,3 @@ def fleet(control: Control) -> Iterator[Fleet]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         table.note(item)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    table.write(terminalreporter)

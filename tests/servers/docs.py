@@ -23,10 +23,16 @@ def rows(title: str) -> dict[str, list[str]]:
     return {name.strip("`"): rest for name, *rest in cells}
 
 
+def blocks(title: str, language: str) -> list[str]:
+    """The blocks of code under the heading."""
+    pattern = rf"^```{language}\n(.*?)^```$"
+    found: list[str] = re.findall(pattern, section(title), re.DOTALL | re.MULTILINE)
+    return found
+
+
 def block(title: str, language: str) -> str:
     """The first block of code under the heading; empty if there is none."""
-    found = re.search(rf"^```{language}\n(.*?)^```$", section(title), re.DOTALL | re.MULTILINE)
-    return str(found[1]) if found else ""
+    return next(iter(blocks(title, language)), "")
 
 
 def title_of(link: str) -> str:

@@ -10,8 +10,9 @@ from types import MappingProxyType
 
 from tests.servers.commands import APP, Launch
 from tests.servers.control import Control
-from tests.servers.process import Process, free_port
+from tests.servers.process import Process
 from tests.servers.setups import Setup
+from tests.support import free_port
 
 
 def start(

@@ -54,7 +54,7 @@ async def visit_async(token: str) -> None:
         writer.write(_announcement(token))
         try:
             answer = await asyncio.wait_for(reader.readline(), BOUND)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             answer = b""
         writer.write(_report(answer))
         await writer.drain()

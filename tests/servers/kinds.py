@@ -48,6 +48,12 @@ def _stream(add: Add, start_response: Any) -> Iterator[bytes]:
     yield b"after"
 
 
+def _declare_late(add: Add, start_response: Any) -> Iterator[bytes]:
+    start_response(OK, TWO)
+    add()
+    yield b"ok"
+
+
 def _raise(add: Add, start_response: Any) -> Iterable[bytes]:
     add()
     raise ValueError("the application raises, as it is to")
@@ -58,6 +64,7 @@ LENGTH = _answer(OK, TWO, lambda: [b"ok"])
 KINDS = {
     "length": Kind(LENGTH, b"ok"),
     "length-generator": Kind(_answer(OK, TWO, lambda: (c for c in (b"o", b"k"))), b"ok"),
+    "length-late": Kind(_declare_late, b"ok"),
     "length-0": Kind(_answer(OK, NONE, lambda: [b""])),
     "length-0-no-chunk": Kind(_answer("201 CREATED", NONE, list), status=201),
     "list-of-one": Kind(_answer(OK, [TEXT], lambda: [b"ok"]), b"ok"),

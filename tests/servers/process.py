@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import secrets
 import signal
-import socket
 import subprocess
 import threading
 from collections.abc import Mapping
@@ -35,16 +33,6 @@ _pause = threading.Event()  # never set
 def _environment() -> dict[str, str]:
     """Without coverage's start, whose SIGTERM handler is not the server's."""
     return {key: os.environ[key] for key in os.environ if not key.startswith("COVERAGE_")}
-
-
-def free_port() -> int:
-    """A port below those that the system gives to clients: none takes it meanwhile."""
-    while True:
-        port = random.randrange(16384, 32768)
-        with socket.socket() as probe, suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 class Process:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
+import socket
 import sys
 from typing import Any
+
+from tests.servers import fastcgi
 
 HOST = "127.0.0.1"
 
@@ -39,6 +43,29 @@ def cheroot(app: Any, port: int) -> None:
     from cheroot.wsgi import Server
 
     Server((HOST, port), app).safe_start()
+
+
+def cherrypy(app: Any, port: int) -> None:
+    import cherrypy
+
+    cherrypy.config.update(
+        {
+            "server.socket_host": HOST,
+            "server.socket_port": port,
+            "engine.autoreload.on": False,
+            "checker.on": False,
+        }
+    )
+
+    def started(environ: Any, start_response: Any) -> Any:
+        # It answers before it has started, and a signal meanwhile ends it at once.
+        cherrypy.engine.wait(cherrypy.engine.states.STARTED)
+        return app(environ, start_response)
+
+    cherrypy.tree.graft(started)
+    cherrypy.engine.signals.subscribe()
+    cherrypy.engine.start()
+    cherrypy.engine.block()
 
 
 def gevent(app: Any, port: int) -> None:
@@ -82,6 +109,18 @@ def django(app: Any, port: int) -> None:
     run(HOST, port, app, threading=True)
 
 
+def flup(app: Any, port: int, kind: str = "fcgi") -> None:
+    """As a web server starts it: its standard input is the socket that it listens on."""
+    with socket.create_server((HOST, 0)) as listener:
+        os.dup2(listener.fileno(), 0)
+        fastcgi.serve((HOST, port), backend=listener.getsockname())
+    importlib.import_module(f"flup.server.{kind}").WSGIServer(app).run()
+
+
+def flup_single(app: Any, port: int) -> None:
+    flup(app, port, "fcgi_single")
+
+
 def twisted(app: Any, port: int) -> None:
     from twisted.internet import reactor
     from twisted.web.server import Site
@@ -111,6 +150,13 @@ def bjoern(app: Any, port: int) -> None:
     from bjoern import run
 
     run(app, HOST, port)
+
+
+def make_asgi(module: str) -> Any:
+    """The application of the module for a server of ASGI."""
+    from a2wsgi import WSGIMiddleware
+
+    return WSGIMiddleware(importlib.import_module(module).application)
 
 
 def main(name: str, port: str, module: str) -> None:

@@ -100,7 +100,21 @@ SETUPS = (
         keeps_alive=True,
     ),
     Setup(
+        "gunicorn-uvicorn",
+        commands.gunicorn_uvicorn(),
+        _package("gunicorn", "uvicorn_worker", "a2wsgi"),
+        "a2wsgi",
+        keeps_alive=True,
+    ),
+    Setup(
         "cheroot", commands.serve("cheroot"), _package("cheroot"), "cheroot", keeps_alive=True
+    ),
+    Setup(
+        "cherrypy",
+        commands.serve("cherrypy"),
+        _package("cherrypy"),
+        "cheroot",
+        keeps_alive=True,
     ),
     Setup("gevent", commands.serve("gevent"), _package("gevent"), "gevent", keeps_alive=True),
     Setup(
@@ -167,6 +181,15 @@ SETUPS = (
         forks=True,
         instead=_UWSGI,
     ),
+    Setup(
+        "uWSGI-gevent",
+        commands.uwsgi("--gevent", "10"),
+        _package("pyuwsgi", "gevent"),
+        "uWSGI",
+        instead=_UWSGI,
+    ),
+    Setup("flup", commands.serve("flup"), _package("flup"), None),
+    Setup("flup-single", commands.serve("flup-single"), _package("flup"), None),
     Setup(
         "mod_wsgi-daemon",
         commands.mod_wsgi(apache.DAEMON),

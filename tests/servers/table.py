@@ -35,7 +35,8 @@ def write(reporter: pytest.TerminalReporter) -> None:
         for report in reporter.getreports(outcome):
             for key, cell in report.user_properties:
                 if key == _CELL:
-                    outcomes[cell].add(outcome)
+                    setup, column = cell  # a tuple, or a list from a worker of pytest -n
+                    outcomes[setup, column].add(outcome)
     columns = [*KINDS, *sorted({column for _, column in outcomes} - {*KINDS})]
     if outcomes:
         reporter.section("the response is complete before its task goes on")

@@ -22,7 +22,7 @@ def in_code(text: str) -> set[str]:
 
 
 def parts(server: Server) -> set[str]:
-    return {server.key, server.contains} - {""}
+    return {server.key, *server.values}
 
 
 def test_the_promise_is_made_for_every_kind_of_response() -> None:
@@ -37,7 +37,8 @@ def test_the_tables_have_the_set_ups(title: str) -> None:
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
 def test_the_table_says_how_a_server_is_known(setup: Setup) -> None:
     cell = in_code(docs.rows("The set-ups")[setup.name][KNOWN_BY])
-    assert cell == (parts(MARKS[setup.mark]) if setup.mark else set())
+    assert cell <= (parts(MARKS[setup.mark]) if setup.mark else set())
+    assert bool(cell) == bool(setup.mark)
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
@@ -49,7 +50,7 @@ def test_the_table_says_what_a_server_answers_instead(setup: Setup) -> None:
 
 @pytest.mark.parametrize("server", SERVERS, ids=lambda server: server.name)
 def test_the_page_names_every_mark(server: Server) -> None:
-    assert parts(server) <= in_code(docs.TEXT)
+    assert parts(server) <= in_code(docs.TEXT.replace("\n", " "))
 
 
 def test_the_hooks_are_found() -> None:

@@ -51,12 +51,15 @@ def start_with_hook(stack: ExitStack, setup: Setup, control: Control, drain: str
         title = docs.title_of(hook)
         code = docs.block(title, "python")
         options = docs.uwsgi_options() if title == "uWSGI" and setup.forks else []
+        if title == "gunicorn":
+            options = ["-c", "python:configuration"]
     if setup.name.startswith("uvicorn"):
         setup = setup._replace(command=commands.uvicorn)
         adapter = ADAPTERS.get(setup.name)
         code = code.replace("a2wsgi import WSGIMiddleware", adapter) if adapter else code
     files = {
         "myproject.py": "from tests.servers.app import application\n",
+        "configuration.py": code,
         "hooked.py": f"{code}\nfrom myproject import application\n",
     }
     return start(

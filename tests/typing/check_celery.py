@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, assert_type
 
 from celery import Celery
-from typing_extensions import assert_type
 
 from wsgi_bg import BackgroundTasks, BackgroundTasksMiddleware, registered_task
 from wsgi_bg.celery import CeleryRunner

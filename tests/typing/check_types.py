@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, assert_type
 from unittest.mock import ANY
 
 from flask import Flask
-from typing_extensions import assert_type
 
 from wsgi_bg import (
     BackgroundTask,
@@ -49,6 +48,8 @@ tasks.add_task("send")  # type: ignore[arg-type]
 assert_type(tasks.add_task(send, "a"), None)
 assert_type(tasks.tasks, list[BackgroundTask])
 assert_type(tasks.using(run_on="always"), BackgroundTasks)
+assert_type(tasks.using(failed_from=400), BackgroundTasks)
+tasks.using(failed_from="404")  # type: ignore[arg-type]
 tasks.using(run_on="never")  # type: ignore[arg-type]
 tasks.using(run_on="error").add_task(send, 1)  # type: ignore[arg-type]
 
@@ -81,6 +82,8 @@ def application(environ: dict[str, Any], start_response: Any) -> list[bytes]:
 BackgroundTasksMiddleware(application, runner="pool", run_on="always", stop_on_error=True)
 BackgroundTasksMiddleware(application, runner=runners[0], on_error=lambda task, exc: task.name)
 BackgroundTasksMiddleware(application, run_on="sometimes")  # type: ignore[arg-type]
+BackgroundTasksMiddleware(application, failed_from=400)
+BackgroundTasksMiddleware(application, failed_from="404")  # type: ignore[arg-type]
 BackgroundTasksMiddleware(application, runner=1)  # type: ignore[arg-type]
 BackgroundTasksMiddleware(lambda: None)  # type: ignore[arg-type, misc]
 
@@ -108,6 +111,8 @@ background = Background(flask_app, runner="pool", run_on="always", stop_on_error
 assert_type(background, Background)
 assert_type(background.init_app(flask_app), None)
 Background(runner=runners[0], on_error=lambda task, exc: task.name, hooks=[Hooks()])
+Background(flask_app, failed_from=404)
+Background(flask_app, failed_from=4.5)  # type: ignore[arg-type]
 Background("shop")  # type: ignore[arg-type]
 Background(flask_app, runner="threads")  # type: ignore[arg-type]
 Background(flask_app, run_on="sometimes")  # type: ignore[arg-type]

@@ -20,6 +20,8 @@ class Statistics:
     :ivar failed: tasks that have raised.
     :ivar discarded: tasks that were not run: for the request's outcome, after another
         task's error, or because their worker was stopped, perhaps in the middle of them.
+    :ivar run_here: tasks that a pool began to run on the server's thread, since it had no
+        room or no thread for them.
     """
 
     pending: int
@@ -27,6 +29,7 @@ class Statistics:
     succeeded: int
     failed: int
     discarded: int
+    run_here: int = 0
 
 
 @runtime_checkable

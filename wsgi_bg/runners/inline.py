@@ -31,7 +31,7 @@ class InlineRunner:
 
         :raises KeyboardInterrupt: or what else stops the server's worker.
         """
-        takes_more = self._ledgers.get().enter(batch)
+        takes_more = self._ledgers.get().add(batch)
         if batch.response_complete or not takes_more:
             batch.run()
         else:

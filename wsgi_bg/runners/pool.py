@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from math import inf
-from types import NoneType
 from typing import TYPE_CHECKING
 
-from wsgi_bg import greenlets, log, portal
+from wsgi_bg import greenlets, portal
 from wsgi_bg.batch import Batch
+from wsgi_bg.checks import seconds, whole_number
 from wsgi_bg.ending import is_exiting
-from wsgi_bg.exceptions import OptionTypeError, OptionValueError
 from wsgi_bg.process import PerProcess
+from wsgi_bg.repeated import RepeatedWarning
 from wsgi_bg.shutdown import register
 from wsgi_bg.workers import Workers
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # An incomplete response's batch is taken in up to this many times max_pending: to run it
 # in close() would make its client wait.
 _INCOMPLETE_FACTOR = 10
+
+_RAN_HERE = "%d batches ran on the server's thread since the last record of this kind: "
 
 PUT_OFF = 0.005
 """How long after ``submit`` the batch of an incomplete response begins, in seconds.
@@ -39,32 +41,24 @@ class PoolRunner:
 
     The tasks of one batch run one after another. Beyond ``max_pending`` a complete
     response's batch runs in ``close()``, so that load slows the server down and does not
-    fill the memory.
+    fill the memory. A WARNING says so, once a minute at most, with the number of such
+    batches; ``statistics().run_here`` counts their tasks.
 
     :param threads: how many worker threads at most; started when needed, all daemons.
     :param max_pending: how many batches may be handed over and not finished; None for no
         limit.
-    :param drain_timeout: how long interpreter exit waits for the tasks, in seconds. Those
-        not finished by then are named at ERROR and lost.
-    :raises TypeError: if a number is none.
+    :param drain_timeout: how long interpreter exit waits for the tasks, in seconds;
+        ``math.inf`` for no limit. Those not finished by then are named at ERROR and lost.
+    :raises TypeError: if a number is of another type; a bool is none.
     :raises ValueError: if a number is out of range.
     """
 
     def __init__(
         self, *, threads: int = 40, max_pending: int | None = 1000, drain_timeout: float = 30.0
     ) -> None:
-        if not isinstance(threads, int):
-            raise OptionTypeError("threads", threads, "a whole number")
-        if threads < 1:
-            raise OptionValueError("threads", threads, "1 or more")
-        if not isinstance(max_pending, (int, NoneType)):
-            raise OptionTypeError("max_pending", max_pending, "a whole number or None")
-        if max_pending is not None and max_pending < 0:
-            raise OptionValueError("max_pending", max_pending, "0 or more, or None")
-        if not isinstance(drain_timeout, (int, float)):
-            raise OptionTypeError("drain_timeout", drain_timeout, "a number of seconds")
-        if not drain_timeout >= 0:
-            raise OptionValueError("drain_timeout", drain_timeout, "0 seconds or more")
+        whole_number("threads", threads, least=1)
+        whole_number("max_pending", max_pending, least=0, or_none=True)
+        seconds("drain_timeout", drain_timeout)
         self._threads = threads
         self._max_pending = max_pending
         limit = inf if max_pending is None else max_pending
@@ -81,20 +75,21 @@ class PoolRunner:
         """
         crew = self._crews.get()
         is_complete = batch.response_complete
-        limit = self._limits[is_complete]
-        has_room = crew.ledger.enter(batch, limit)
-        if not (has_room or is_complete or crew.ledger.is_draining):
-            log.warning(
-                "%d batches are pending in %s: %s runs before its response is complete, "
-                "and its client waits",
-                limit,
-                self,
-                batch,
-            )
+        has_room = crew.ledger.add(batch, self._limits[is_complete])
         if not is_complete:
             batch.not_before = time.monotonic() + PUT_OFF
-        if not (has_room and not is_exiting() and crew.take(batch)):
+        if is_exiting() or crew.ledger.is_draining:
             batch.run()
+        elif not has_room:
+            self._run_here(batch, crew, crew.full if is_complete else crew.too_full)
+        elif not crew.submit(batch):
+            self._run_here(batch, crew, crew.no_thread)
+
+    def _run_here(self, batch: Batch, crew: _Crew, warning: RepeatedWarning) -> None:
+        if batch.tasks:  # else nothing but its end is to come
+            crew.ledger.count_run_here(batch)
+            warning.count(self, batch)
+        batch.run()
 
     def drain(self, timeout: float) -> list[BackgroundTask]:
         """Take no more work in and wait until all is done; blocks.
@@ -139,22 +134,28 @@ class _Crew:
         self._starter = Workers(self._work, 1, "wsgi_bg-start")
         # Greenlets, which are cheap to hold; see _work().
         self._waiting = Workers(Batch.run, inf, "wsgi_bg-wait")
-        self._then = self._pass_on  # one object for all batches
+        self._on_done = self._pass_on  # one object for all batches
+        self.full = RepeatedWarning(_RAN_HERE + "max_pending of %s is reached; the last was %s")
+        self.too_full = RepeatedWarning(
+            _RAN_HERE + "ten times max_pending of %s is reached, the responses are incomplete "
+            "and their clients wait; the last was %s"
+        )
+        self.no_thread = RepeatedWarning(_RAN_HERE + "%s can start no thread; the last was %s")
 
-    def take(self, batch: Batch) -> bool:
+    def submit(self, batch: Batch) -> bool:
         """Have the batch begin; False if it has no task or there is no thread to be had."""
         is_async = batch.next_is_async
         if is_async is None:
             return False
         if not is_async:
-            return self._workers.take(batch)
+            return self._workers.submit(batch)
         thread = None if greenlets.are_threads() else portal.peek()
         if thread is None:
             # To make it takes longer than close() may, and plain functions may have all
             # the workers for long.
-            return self._starter.take(batch)
+            return self._starter.submit(batch)
         work = _run_late if batch.not_before else Batch.run_async
-        thread.start(batch, work, self._then)
+        thread.start(batch, work, Batch.goes_on_async, self._on_done)
         return True
 
     def _work(self, batch: Batch) -> None:
@@ -166,16 +167,16 @@ class _Crew:
             return
         if greenlets.are_threads():
             # The loop's thread could not pass it on: its greenlets are not the server's.
-            self._waiting.take(batch)
+            self._waiting.submit(batch)
             return
         try:
-            portal.start(batch, Batch.run_async, self._then)
+            portal.start(batch, Batch.run_async, Batch.goes_on_async, self._on_done)
         except Exception:  # no portal to be had
             batch.run()
 
     def _pass_on(self, batch: Batch) -> None:
         """On the loop: have a worker go on with what is left of the batch."""
-        if not batch.has_ended and not self._workers.take(batch):
+        if not batch.has_ended and not self._workers.submit(batch):
             self._work(batch)  # no thread to be had: better than not at all
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -63,12 +62,11 @@ class Failures:
         with self._lock:
             unseen = [failure for failure in self._failures if not failure.is_seen]
         if len(unseen) > 1:
-            # No ExceptionGroup, which Python 3.10 has not: the log has each traceback.
+            # No ExceptionGroup: the log has each traceback already.
             names = ", ".join(f"{each.task.name}: {each.error!r}" for each in unseen)
             raise RuntimeError(
                 f"{len(unseen)} background tasks raised what the test did not look at: {names}"
             ) from unseen[0].error
         for failure in unseen:
-            with suppress(AttributeError):  # Python 3.10 has no notes
-                failure.error.add_note(_NOTE)  # type: ignore[attr-defined]
+            failure.error.add_note(_NOTE)
         self.raise_first()

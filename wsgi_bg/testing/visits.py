@@ -15,6 +15,21 @@ if TYPE_CHECKING:
     from wsgi_bg.task import BackgroundTask
 
 
+class TaskList(list["BackgroundTask"]):
+    """The list of a request's tasks, which a batch empties.
+
+    :ivar everything: all tasks that were ever in it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.everything: list[BackgroundTask] = []
+
+    def append(self, task: BackgroundTask) -> None:
+        self.everything.append(task)
+        super().append(task)
+
+
 class Visit:
     """One request that came while the fixture was in use.
 
@@ -47,22 +62,21 @@ class Visit:
     def take(self, batch: Batch) -> None:
         """The response was closed and its tasks are to run."""
         self.batch = batch
-        self._has_failed = batch._request_failed
-        self._all = batch._list  # grows
+        self._outcome = batch._raised, batch._status
         self._to_run = batch.tasks
-        self._length = len(self._all)
+        self._length = len(self._list)
 
     def added(self) -> list[BackgroundTask]:
         """The tasks that the request's outcome lets run, those that they added included."""
-        later = self._all[self._length :]
+        later = self._list[self._length :]
         return self._to_run + [task for task in later if self._runs(task)]
 
     def not_to_run(self) -> list[BackgroundTask]:
         """The tasks that the request's outcome keeps from running."""
-        return [task for task in self._all if not self._runs(task)]
+        return [task for task in self._list if not self._runs(task)]
 
     def _runs(self, task: BackgroundTask) -> bool:
-        return task._options.runs_after[self._has_failed]
+        return task._options.lets_run(*self._outcome)
 
     def has(self, task: BackgroundTask) -> bool:
         """Whether this request, or a task of it, has added ``task``; on any thread."""
@@ -70,7 +84,8 @@ class Visit:
 
     @property
     def _list(self) -> list[BackgroundTask]:
-        return (self.tasks and self.tasks._list) or []
+        added = self.tasks and self.tasks._list
+        return added.everything if isinstance(added, TaskList) else []
 
     @property
     def waits(self) -> bool:

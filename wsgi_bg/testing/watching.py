@@ -23,7 +23,7 @@ from wsgi_bg.tasks import BackgroundTasks
 
 from .failures import Failures
 from .streams import Stream, is_finite, read
-from .visits import Visit
+from .visits import TaskList, Visit
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -96,6 +96,7 @@ class Watch:
         with (
             patch.object(BackgroundTasksMiddleware, "__call__", call),
             patch.object(request, "stand_in", stand_in),
+            patch.object(request, "new_list", TaskList),
             patch.object(report, "observer", self._observe),
         ):
             yield

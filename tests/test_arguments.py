@@ -1,0 +1,232 @@
+"""Arguments that belong to the request: a WARNING names them, once for each function."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import bottle
+import falcon
+import flask
+import pytest
+import webob
+from django.core.files.uploadedfile import SimpleUploadedFile
+from django.http import HttpResponse
+from django.utils.functional import SimpleLazyObject
+from flask import Flask
+from werkzeug.datastructures import FileStorage
+from werkzeug.local import LocalProxy
+from werkzeug.wrappers import Request, Response
+
+from tests.conftest import Log
+from tests.django_support import RequestFactory
+from tests.support import (
+    TIMEOUT,
+    Environ,
+    app_that,
+    make_environ,
+    make_server_environ,
+    respond,
+)
+from wsgi_bg import (
+    BackgroundTasks,
+    BackgroundTasksMiddleware,
+    PoolRunner,
+    arguments,
+    background_tasks,
+    get_background_tasks,
+)
+from wsgi_bg.flask import Background
+
+
+@pytest.fixture(autouse=True)
+def none_warned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No function was warned of yet."""
+    monkeypatch.setattr(arguments, "_warned", set[str]())
+
+
+def add(*args: Any, **kwargs: Any) -> None:
+    """One request whose task has these arguments."""
+
+    def view(environ: Environ) -> None:
+        get_background_tasks(environ).add_task(*args, **kwargs)
+
+    respond(BackgroundTasksMiddleware(app_that(view)))
+
+
+def store(upload: object, name: str = "", *parts: object, **more: object) -> None:
+    """A task."""
+
+
+STORE = "background task tests.test_arguments.store has an argument of the request: "
+
+
+def unbound() -> Any:
+    raise AssertionError("the proxy was asked for its object")
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: FileStorage(io.BytesIO(b"secret"), "secret.txt"), "its bytes, or the path"),
+        (lambda: type("Upload", (FileStorage,), {})(), "its bytes, or the path"),
+        (lambda: SimpleUploadedFile("secret.txt", b"secret"), "its bytes, or the path"),
+        (lambda: Request(make_environ()), "the values that the task needs"),
+        (lambda: flask.Request(make_environ()), "the values that the task needs"),
+        (lambda: RequestFactory().get("/"), "the values that the task needs"),
+        (lambda: bottle.BaseRequest(make_environ()), "the values that the task needs"),
+        (lambda: falcon.Request(make_environ()), "the values that the task needs"),
+        (lambda: webob.Request(make_environ()), "the values that the task needs"),
+        (lambda: Response("secret"), "the values of it"),
+        (lambda: flask.Response("secret"), "the values of it"),
+        (lambda: HttpResponse("secret"), "the values of it"),
+        (lambda: bottle.HTTPResponse("secret"), "the values of it"),
+        (lambda: falcon.Response(), "the values of it"),
+        (lambda: webob.Response("secret"), "the values of it"),
+        (lambda: flask.request, "a value, or an id"),
+        (lambda: flask.session, "a value, or an id"),
+        (lambda: flask.g, "a value, or an id"),
+        (lambda: LocalProxy(unbound), "a value, or an id"),
+        (lambda: SimpleLazyObject(unbound), "a value, or an id"),
+    ],
+)
+def test_what_belongs_to_the_request_is_named_with_what_to_pass_instead(
+    make: Callable[[], Any], expected: str, log: Log
+) -> None:
+    add(store, make())
+    (message,) = log.warnings
+    assert message.startswith(f"{STORE}argument 'upload' is a")
+    assert f": pass {expected}" in message
+    assert "secret" not in message
+
+
+def test_a_function_is_warned_of_once(log: Log) -> None:
+    def other(upload: object) -> None:
+        """Another task."""
+
+    for _ in range(2):
+        add(store, FileStorage())
+        add(store, "text", name=Request(make_environ()))
+        add(other, upload=FileStorage())
+    assert [message.split(" has an argument")[0] for message in log.warnings] == [
+        "background task tests.test_arguments.store",
+        "background task tests.test_arguments.test_a_function_is_warned_of_once.<locals>.other",
+    ]
+
+
+def test_each_argument_is_named_by_its_parameter_or_its_position(log: Log) -> None:
+    file = FileStorage()
+    add(store, 1, "name", 2, file, key=file, other=3)
+    assert log.warnings[0].startswith(f"{STORE}positional argument 4 is an uploaded file")
+    assert "; argument 'key' is an uploaded file" in log.warnings[0]
+
+
+def test_a_function_that_does_not_tell_its_parameters_has_positions(log: Log) -> None:
+    add(dict, FileStorage())
+    assert "dict has an argument of the request: positional argument 1 is" in log.warnings[0]
+
+
+class Unhappy(type):
+    """A class that raises when it is asked for its module."""
+
+    @property
+    def __module__(cls) -> str:  # type: ignore[override]
+        raise ValueError
+
+
+@pytest.mark.parametrize(
+    "value", [1, "x", object(), {"a": 1}, io.BytesIO(), Unhappy("Class", (), {})(), store]
+)
+def test_other_arguments_are_no_matter(value: object, log: Log) -> None:
+    seen: list[object] = []
+    for _ in range(2):
+        add(seen.append, value)
+    assert len(seen) == 2
+    assert log.warnings == log.errors == []
+
+
+class Interrupting(type):
+    """A class during whose question for its module Ctrl-C is pressed."""
+
+    @property
+    def __module__(cls) -> str:  # type: ignore[override]
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_goes_through_and_the_tasks_are_named(log: Log) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        add(store, Interrupting("Class", (), {})())
+    assert log.warnings == [
+        "background task tests.test_arguments.store was not run: KeyboardInterrupt stopped its "
+        "worker"
+    ]
+
+
+def test_proxies_that_stand_for_the_right_object_in_a_task_are_no_matter(log: Log) -> None:
+    add(store, background_tasks)
+    add(store, flask.current_app)
+    add(store, BackgroundTasks())
+    assert log.warnings == []
+
+
+def test_types_of_arguments_are_not_kept_without_limit(
+    monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    kinds = set[type]()
+    monkeypatch.setattr(arguments, "_harmless", kinds)
+    monkeypatch.setattr(arguments, "_MOST_HARMLESS", 3)
+    add(store, 1, "x", [], {}, b"")
+    assert len(kinds) == 3
+    add(store, FileStorage())
+    assert len(log.warnings) == 1
+
+
+@pytest.mark.parametrize("runner", ["inline", "pool"])
+@pytest.mark.parametrize("environ", [make_environ, make_server_environ])
+def test_it_is_the_same_with_each_runner_and_server(
+    runner: Any, environ: Callable[[], Environ], log: Log
+) -> None:
+    def view(environ: Environ) -> None:
+        background_tasks.add_task(store, FileStorage())
+
+    respond(BackgroundTasksMiddleware(app_that(view), runner=runner), environ())
+    assert len(log.warnings) == 1
+
+
+@pytest.fixture
+def uploads() -> Iterator[tuple[Flask, PoolRunner, list[object]]]:
+    app, runner, seen = Flask("uploads"), PoolRunner(), list[object]()
+    Background(app, runner=runner)
+
+    def read(upload: FileStorage) -> None:
+        try:
+            seen.append(upload.read())
+        except ValueError as exc:
+            seen.append(str(exc))
+
+    @app.post("/file")
+    def file() -> str:
+        background_tasks.add_task(read, flask.request.files["file"])
+        return "ok"
+
+    @app.post("/bytes")
+    def content() -> str:
+        background_tasks.add_task(seen.append, flask.request.files["file"].read())
+        return "ok"
+
+    yield app, runner, seen
+    runner.drain(TIMEOUT)
+
+
+def test_flask_has_closed_an_uploaded_file_when_a_task_runs(
+    uploads: tuple[Flask, PoolRunner, list[object]], log: Log
+) -> None:
+    app, runner, seen = uploads
+    for path in ("/file", "/bytes"):
+        data = {"file": (io.BytesIO(b"content"), "name.txt")}
+        assert app.test_client().post(path, data=data, buffered=True).status_code == 200
+        assert runner.drain(TIMEOUT) == []
+    assert seen == ["I/O operation on closed file.", b"content"]
+    assert len(log.warnings) == 1
+    assert "argument 'upload' is an uploaded file" in log.warnings[0]

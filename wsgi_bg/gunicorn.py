@@ -1,0 +1,145 @@
+"""Hooks for ``gunicorn.conf.py``: a worker that exits drains, and gunicorn lets it.
+
+.. code-block:: python
+
+    from wsgi_bg.gunicorn import post_fork, worker_exit
+
+Without them gunicorn kills a worker that drains for longer than ``timeout``, and a
+``UvicornWorker`` ends at SIGTERM without draining. They need gunicorn 23 or newer, whose
+arbiter reads the time that a worker writes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
+from typing import Any
+
+from . import shutdown
+
+__all__ = ["post_fork", "worker_exit"]
+
+# How long before gunicorn's SIGKILL a drain ends, in seconds: what is left is named then.
+_MARGIN = 1.0
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+
+
+def post_fork(server: Any, worker: Any) -> None:
+    """Prepare the exit of ``worker``; gunicorn calls this in the new process.
+
+    :param server: gunicorn's arbiter.
+    :param worker: the worker, whose ``init_signals`` is wrapped.
+    """
+    worker.wsgi_bg_exit = exit_ = _Exit(worker)
+    worker.init_signals = partial(_init_signals, worker.init_signals, exit_)
+
+
+def worker_exit(server: Any, worker: Any) -> None:
+    """Drain all runners; gunicorn calls this on the main thread of a worker that ends.
+
+    Blocks for the longest ``drain_timeout`` of the runners at most, and after a signal
+    until a second before ``graceful_timeout`` is over, for which SIGALRM is used. Tasks
+    not finished by then are named at ERROR. Meanwhile the arbiter is told that the worker
+    lives.
+
+    :param server: gunicorn's arbiter.
+    :param worker: the worker that was given to :func:`post_fork`.
+    :raises SystemExit: if a signal ends the drain.
+    """
+    exit_: _Exit | None = getattr(worker, "wsgi_bg_exit", None)
+    # The arbiter calls this too, in its own process, for a worker that it cannot find.
+    if exit_ is not None:
+        exit_.drain()
+
+
+def _init_signals(init_signals: Callable[[], None], exit_: _Exit) -> None:
+    init_signals()
+    exit_.watch_signals()
+
+
+class _Exit:
+    """How long the exit of this worker may take."""
+
+    def __init__(self, worker: Any) -> None:
+        self._graceful_timeout: float = worker.cfg.graceful_timeout
+        # gunicorn closes its own before it calls worker_exit.
+        self._heartbeat = os.dup(worker.tmp.fileno())
+        self._previous: dict[int, Any] = {}
+        # When a drain has to be over, by time.monotonic(): known once a signal has come.
+        self._ends_at = math.inf
+        self._is_draining = False
+        config = getattr(worker, "config", None)
+        if config is not None and hasattr(config, "timeout_notify"):  # uvicorn's
+            # A heartbeat each second, for _came(): uvicorn takes the signals itself.
+            config.timeout_notify = 0
+
+    def watch_signals(self) -> None:
+        """Note when a signal to stop comes, and have each end the worker by an exit."""
+        for number in _STOP_SIGNALS:
+            previous = signal.getsignal(number)
+            if previous != self._stop:
+                self._previous[number] = previous
+                signal.signal(number, self._stop)
+                if number == signal.SIGTERM:  # as gunicorn has it
+                    signal.siginterrupt(number, False)
+
+    def drain(self) -> None:
+        """Drain all runners; see :func:`worker_exit`."""
+        self._is_draining = True
+        self.watch_signals()  # an event loop that was closed has taken its handlers away
+        signal.signal(signal.SIGALRM, _end_drain)
+        self._set_alarm()
+        # The arbiter compares this with its clock: the worker lives for the drain time.
+        alive_until = min(time.monotonic() + shutdown.longest_limit(), self._ends_at)
+        os.utime(self._heartbeat, (alive_until, alive_until))
+        try:
+            shutdown.leave()
+        except BaseException:  # the alarm's, which may have come before the drain
+            shutdown.name_all("before gunicorn ends the worker")
+            raise
+        finally:
+            self._is_draining = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _set_alarm(self) -> None:
+        """End the drain in time; each runner has its own limit besides."""
+        if self._ends_at < math.inf:
+            left = self._ends_at - time.monotonic()
+            # Again and again: a wait that is about to begin misses a signal. 0 would be none.
+            signal.setitimer(signal.ITIMER_REAL, max(left, 0.001), 0.1)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        previous = self._previous[number]
+        if self._ends_at == math.inf:
+            self._ends_at = self._came(previous) + self._graceful_timeout - _MARGIN
+            if self._is_draining:  # since max_requests, say
+                self._set_alarm()
+        if callable(previous):
+            previous(number, frame)
+        elif not (self._is_draining and number == signal.SIGTERM):
+            raise SystemExit(0)
+
+    def _came(self, previous: Any) -> float:
+        """When the signal has come, by :func:`time.monotonic`.
+
+        uvicorn answers the requests in hand first and then raises the signal again, for
+        which the worker has no handler; its last heartbeat was at most a second before.
+        """
+        if callable(previous) or self._is_draining:
+            return time.monotonic()
+        return os.fstat(self._heartbeat).st_mtime
+
+
+class GracefulTimeout(SystemExit):
+    """The drain ends, since gunicorn is about to kill the worker."""
+
+
+def _end_drain(*args: object) -> None:
+    signal.setitimer(signal.ITIMER_REAL, 0)  # the tasks are named without another one
+    raise GracefulTimeout(0)

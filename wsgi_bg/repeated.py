@@ -1,0 +1,49 @@
+"""Warnings about an event that may come thousands of times a second."""
+
+from __future__ import annotations
+
+import time
+from itertools import count
+from typing import Any
+
+from . import log
+
+INTERVAL = 60.0
+"""The least time between two records of one warning, in seconds."""
+
+clock = time.monotonic
+"""Tells the time, in seconds; tests replace it."""
+
+
+class RepeatedWarning:
+    """A warning that is logged at its first event, and then at most once a minute.
+
+    :param message: its first placeholder, a ``%d``, is the number of events since the last
+        record.
+    """
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+        self._events = count(1)
+        self._logged = 0  # events, up to the last record
+        self._not_before = float("-inf")
+        self._turn = [None]  # popped by the thread that logs
+
+    def count(self, *args: Any) -> None:
+        """Count an event, and log a record if the last one is a minute old.
+
+        :param args: for the placeholders after the first.
+        """
+        events = next(self._events)
+        if clock() < self._not_before:
+            return
+        try:
+            self._turn.pop()
+        except IndexError:  # another thread logs
+            return
+        try:
+            self._not_before = clock() + INTERVAL
+            new, self._logged = events - self._logged, events
+            log.warning(self._message, new, *args)
+        finally:
+            self._turn.append(None)

@@ -1,0 +1,24 @@
+"""Daemon threads that live as long as the process, or for many requests."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from contextvars import Context
+from typing import Any
+
+
+def start_daemon(target: Callable[..., object], name: str, *args: Any) -> threading.Thread:
+    """Call ``target(*args)`` on a new daemon thread, with no context variable set.
+
+    Free-threaded Python 3.14 hands a copy of the starter's context to a thread: the thread
+    would hold the first request for as long as it lives.
+
+    :raises RuntimeError: if no thread can be started: there is no memory for a stack, or the
+        interpreter exits.
+    """
+    options: dict[str, Any] = {"context": Context()} if sys.version_info >= (3, 14) else {}
+    thread = threading.Thread(target=target, args=args, name=name, daemon=True, **options)
+    thread.start()
+    return thread
