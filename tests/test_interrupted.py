@@ -423,9 +423,11 @@ USUAL = {
 
 
 def cases() -> Iterator[Any]:
-    every = itertools.product(("middleware",), RUNNERS, RESPONSES, KINDS, ORDERS)
-    layers = itertools.product(("hooks", "flask"), RUNNERS, RESPONSES, ("mixed",), ORDERS)
-    for case in itertools.chain(every, layers):
+    own, layers = ("inline", "pool"), ("hooks", "flask")
+    every = itertools.product(("middleware",), own, RESPONSES, KINDS, ORDERS)
+    shared = itertools.product(("middleware",), ("shared pool",), RESPONSES, ("mixed",), ORDERS)
+    others = itertools.product(layers, own, RESPONSES, ("mixed",), ORDERS)
+    for case in itertools.chain(every, shared, others):
         name = "-".join(case)
         yield pytest.param(*case, id=name, marks=() if name in USUAL else pytest.mark.slow)
 
