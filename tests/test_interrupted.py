@@ -169,10 +169,9 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[Names]:
     logger.removeHandler(names)
 
 
-def make_task(name: str, is_async: bool, ran: Ran, done: threading.Event) -> Callable[[], Any]:
+def make_task(name: str, is_async: bool, ran: Ran) -> Callable[[], Any]:
     def task() -> None:
         ran[name] += 1
-        done.set()
 
     async def async_task() -> None:
         await asyncio.sleep(0)
@@ -198,7 +197,6 @@ class View:
         self._response = response
         self._kinds = KINDS[tasks]
         self.ran: Ran = Counter()
-        self.done = threading.Event()
         self.tracer: Tracer | None = None
         self.number = 0
 
@@ -211,7 +209,7 @@ class View:
             tasks = tasks.using(run_on="always")
         for name, is_async in zip(self.names_of(self.number), self._kinds, strict=True):
             batch = get_background_tasks(environ) if name.endswith("_0") else tasks
-            batch.add_task(make_task(name, is_async, self.ran, self.done))
+            batch.add_task(make_task(name, is_async, self.ran))
 
     def __call__(self, environ: Environ, start_response: Any) -> Iterable[bytes]:
         self.add(environ)
