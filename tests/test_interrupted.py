@@ -169,10 +169,9 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[Names]:
     logger.removeHandler(names)
 
 
-def make_task(name: str, is_async: bool, ran: Ran, done: threading.Event) -> Callable[[], Any]:
+def make_task(name: str, is_async: bool, ran: Ran) -> Callable[[], Any]:
     def task() -> None:
         ran[name] += 1
-        done.set()
 
     async def async_task() -> None:
         await asyncio.sleep(0)
@@ -198,7 +197,6 @@ class View:
         self._response = response
         self._kinds = KINDS[tasks]
         self.ran: Ran = Counter()
-        self.done = threading.Event()
         self.tracer: Tracer | None = None
         self.number = 0
 
@@ -211,7 +209,7 @@ class View:
             tasks = tasks.using(run_on="always")
         for name, is_async in zip(self.names_of(self.number), self._kinds, strict=True):
             batch = get_background_tasks(environ) if name.endswith("_0") else tasks
-            batch.add_task(make_task(name, is_async, self.ran, self.done))
+            batch.add_task(make_task(name, is_async, self.ran))
 
     def __call__(self, environ: Environ, start_response: Any) -> Iterable[bytes]:
         self.add(environ)
@@ -268,11 +266,12 @@ class Case:
         late = number = 0
         while late < MAX_LATE:
             number += 1
-            tracer = self._interrupt_at(number, kinds[number % len(kinds)])
+            kind = kinds[number % len(kinds)]
+            tracer = self._interrupt_at(number, kind)
             if not tracer.place:
                 self.is_complete = True
                 return
-            self._places[number] = tracer.place
+            self._places[number] = f"{number}. {kind} at {tracer.place}"
             late += not self._is_settled(number, SETTLING)
 
     def _interrupt_at(self, number: int, kind: str) -> Tracer:
@@ -291,8 +290,8 @@ class Case:
         return tracer
 
     def ends_of(self, name: str) -> int:
-        """How often a task has run to its end or was named, as not run."""
-        return self._view.ran[name] + self._names.said[name]
+        """How often a task has come to its end: it ran, or it was named in the log."""
+        return self._view.ran[name] + bool(self._names.said[name])
 
     def _is_settled(self, number: int, timeout: float) -> bool:
         pause, names = threading.Event(), self._view.names_of(number)
@@ -313,13 +312,13 @@ class Case:
         return self._is_settled(number, TIMEOUT) and not self.faults([number])
 
     def faults(self, numbers: Iterable[int] | None = None) -> list[str]:
-        """The tasks that did not end once, with the place of the interruption."""
+        """The requests of which a task did not come to one end, each with its interruption."""
         return [
-            f"{name} ran {self._view.ran[name]} times and was named {self._names.said[name]} "
-            f"times, interrupted at {self._places.get(number)}"
+            f"{self._places.get(number)}: ran {[self._view.ran[name] for name in names]}, "
+            f"named {[self._names.said[name] for name in names]}"
             for number in (self._places if numbers is None else numbers)
-            for name in self._view.names_of(number)
-            if self.ends_of(name) != 1
+            for names in [self._view.names_of(number)]
+            if any(self.ends_of(name) != 1 for name in names)
         ]
 
     @property
@@ -422,9 +421,11 @@ USUAL = {
 
 
 def cases() -> Iterator[Any]:
-    every = itertools.product(("middleware",), RUNNERS, RESPONSES, KINDS, ORDERS)
-    layers = itertools.product(("hooks", "flask"), RUNNERS, RESPONSES, ("mixed",), ORDERS)
-    for case in itertools.chain(every, layers):
+    own, layers = ("inline", "pool"), ("hooks", "flask")
+    every = itertools.product(("middleware",), own, RESPONSES, KINDS, ORDERS)
+    shared = itertools.product(("middleware",), ("shared pool",), RESPONSES, ("mixed",), ORDERS)
+    others = itertools.product(layers, own, RESPONSES, ("mixed",), ORDERS)
+    for case in itertools.chain(every, shared, others):
         name = "-".join(case)
         yield pytest.param(*case, id=name, marks=() if name in USUAL else pytest.mark.slow)
 

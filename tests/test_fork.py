@@ -1,0 +1,272 @@
+"""A child that a task has forked runs no task of its parent, and ends as without the package.
+
+Each process says who it is. In real processes, since a test's own child would go on as pytest.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from typing import NamedTuple
+
+import pytest
+
+from tests.support import run_python
+
+SETUP = """
+import asyncio, logging, os, signal, sys, threading, warnings
+from tests.support import Server, app_that, make_server_environ, waitress
+from wsgi_bg import BackgroundTasksMiddleware, InlineRunner, PoolRunner, background_tasks
+
+warnings.simplefilter("ignore")  # of a fork beside threads
+logging.basicConfig(format="LOG %(message)s")
+PARENT = os.getpid()
+children = []
+has_forked = threading.Event()
+
+def say(*words):  # not by print(): a fork copies what is buffered
+    who = "parent" if os.getpid() == PARENT else "child"
+    os.write(1, f"{who} {' '.join(words)}\\n".encode())
+
+def end_of(pid):
+    for _ in range(1000):
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return "status " + str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        threading.Event().wait(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return "goes on for ever"
+
+def fork():
+    pid = os.fork()
+    if pid == 0:
+        say("was forked")
+        END
+    else:
+        children.append(pid)
+        has_forked.set()
+
+async def fork_async():
+    await asyncio.sleep(0)
+    fork()
+
+def plain(): say("plain")
+
+async def coroutine():
+    await asyncio.sleep(0)
+    say("coroutine")
+
+def app_with(runner, *functions, headers=(("Content-Length", "2"),)):
+    def add(environ):
+        for func in functions:
+            background_tasks.add_task(func)
+    return BackgroundTasksMiddleware(app_that(add, headers=headers), runner=runner)
+
+def request(*given, **options):
+    Server().run(app_with(*given, **options), make_server_environ())
+
+def look_after_the_child():
+    if os.getpid() == PARENT:
+        assert has_forked.wait(10)
+        say("saw", end_of(children[0]))
+"""
+
+ENDS = {
+    "return": "return",
+    "exit": "sys.exit(3)",
+    "error": "raise ValueError",
+    "_exit": "os._exit(7)",
+}
+"""How the forked child leaves the task."""
+
+
+class Done(NamedTuple):
+    said: list[str]
+    logged: list[str]
+    status: int
+
+
+def run(end: str, code: str) -> Done:
+    setup = SETUP.replace("END", ENDS[end])
+    done = run_python(setup + textwrap.dedent(code), timeout=40)
+    logged = [line for line in done.stderr.splitlines() if line.startswith("LOG")]
+    return Done(sorted(done.stdout.splitlines()), logged, done.returncode)
+
+
+RUNNERS = {
+    "inline": "request(InlineRunner(), FORK, plain, coroutine, plain)",
+    "pool": "request(PoolRunner(), FORK, plain, coroutine, plain)",
+    "inline, handed over": "request('inline', FORK, plain, coroutine, plain, headers=())",
+}
+
+PARENTS = ["parent coroutine", "parent plain", "parent plain"]
+
+
+def check(done: Done, *said: str) -> None:
+    """The parent's tasks ran once, in the parent, and none was named."""
+    assert done.said == sorted([*PARENTS, "child was forked", *said])
+    assert [line for line in done.logged if "fork" not in line] == []
+    assert done.status == 0
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ("return", ["child goes on", "parent saw status 0"]),
+        ("exit", ["parent saw status 3"]),
+        ("error", ["parent saw status 1"]),
+        ("_exit", ["parent saw status 7"]),
+    ],
+)
+def test_a_child_of_an_inline_task_leaves_close_as_the_task_does(
+    end: str, said: list[str]
+) -> None:
+    """It ends at once: it waits for no task of its parent, and names none."""
+    done = run(
+        end,
+        """
+        free = threading.Event()
+        request(PoolRunner(), lambda: free.wait(20))
+        request(InlineRunner(), fork, plain, coroutine, plain)
+        say("goes on")
+        look_after_the_child()
+        free.set()
+        """,
+    )
+    check(done, "parent goes on", *said)
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("runner", ["pool", "inline, handed over"])
+def test_a_child_of_a_workers_task_ends_as_a_threads_function_does(
+    end: str, runner: str
+) -> None:
+    done = run(
+        end,
+        """
+        threading.Thread(target=fork).start()
+        look_after_the_child()
+        """,
+    )
+    (as_a_thread,) = [word for word in done.said if word.startswith("parent saw")]
+    done = run(
+        end,
+        f"""
+        FORK = fork
+        {RUNNERS[runner]}
+        say("goes on")
+        look_after_the_child()
+        """,
+    )
+    check(done, "parent goes on", as_a_thread)
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_child_of_an_async_task_ends_and_runs_nothing(end: str, runner: str) -> None:
+    """It has the loop's thread only."""
+    done = run(
+        end,
+        f"""
+        FORK = fork_async
+        {RUNNERS[runner]}
+        say("goes on")
+        look_after_the_child()
+        """,
+    )
+    (saw,) = [word for word in done.said if word.startswith("parent saw")]
+    assert saw != "parent saw goes on for ever"
+    assert end != "_exit" or saw == "parent saw status 7"
+    check(done, "parent goes on", saw)
+
+
+@pytest.mark.parametrize("runner", ["inline", "pool"])
+def test_a_child_runs_no_task_of_another_request(runner: str) -> None:
+    """A batch of the parent waits for a thread as its child is forked."""
+    done = run(
+        "return",
+        f"""
+        pool = PoolRunner(threads=1)
+        free = threading.Event()
+        if {runner!r} == "pool":
+            fork_when_free = lambda: (free.wait(10), fork())
+            request(pool, fork_when_free)
+            request(pool, plain, coroutine, plain)
+            free.set()
+        else:
+            request(pool, lambda: free.wait(10))
+            request(pool, plain, coroutine, plain)
+            request(InlineRunner(), fork)
+            free.set()
+        look_after_the_child()
+        """,
+    )
+    check(done, "parent saw status 0")
+
+
+@pytest.mark.parametrize("runner", ["inline", "pool"])
+def test_a_child_that_serves_on_has_its_own_tasks_run(runner: str) -> None:
+    """As one of a server that forks in a task, returns and goes on with its requests."""
+    done = run(
+        "return",
+        f"""
+        def own(): say("own")
+
+        async def own_async(): say("own async")
+
+        request(InlineRunner(), fork, plain, coroutine, plain)
+        if os.getpid() != PARENT:
+            request({runner!r}, own, own_async)
+        look_after_the_child()
+        """,
+    )
+    check(done, "child own", "child own async", "parent saw status 0")
+
+
+def test_a_child_goes_on_with_the_code_of_a_real_server() -> None:
+    done = run(
+        "return",
+        """
+        from urllib.request import urlopen
+        from wsgiref.simple_server import WSGIRequestHandler, make_server
+
+        class Handler(WSGIRequestHandler):
+            def log_message(self, *args): pass
+
+        app = app_with(None, fork, plain, coroutine, plain)
+        server = make_server("127.0.0.1", 0, app, handler_class=Handler)
+        client = threading.Thread(target=urlopen, args=(f"http://127.0.0.1:{server.server_port}",))
+        client.start()
+        server.handle_request()
+        say("goes on")
+        look_after_the_child()
+        """,
+    )
+    check(done, "parent goes on", "child goes on", "parent saw status 0")
+
+
+@pytest.mark.parametrize("end", ["return", "exit", "error"])
+def test_a_child_of_a_pools_task_is_not_seen_by_a_real_servers_clients(end: str) -> None:
+    done = run(
+        end,
+        """
+        from tests.client import ask
+
+        app = app_with(PoolRunner(threads=1), fork, plain, coroutine, plain)
+        with waitress(app) as port:
+            say(ask(port).body.decode())
+            look_after_the_child()
+            has_forked.clear()
+            say(ask(port).body.decode())
+            assert has_forked.wait(10)
+            say("saw", end_of(children[1]))
+        """,
+    )
+    assert done.said == sorted(
+        [
+            *PARENTS * 2,
+            *["child was forked"] * 2,
+            *["parent ok"] * 2,
+            *["parent saw status 0"] * 2,
+        ]
+    )
+    assert [line for line in done.logged if "fork" not in line] == []

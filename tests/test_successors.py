@@ -1,0 +1,408 @@
+"""Tasks that add tasks: without end it is an error, step by step it is legal and cheap."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import flask
+import pytest
+
+from tests.conftest import Log
+from tests.support import TIMEOUT, Server, Subject, app_that, make_server_environ
+from wsgi_bg import (
+    BackgroundTask,
+    BackgroundTasks,
+    BackgroundTasksMiddleware,
+    InlineRunner,
+    PoolRunner,
+    background_tasks,
+)
+from wsgi_bg.flask import Background
+from wsgi_bg.hooks import Hooks
+
+RUNNERS: dict[str, Callable[[], Any]] = {"inline": InlineRunner, "pool": PoolRunner}
+
+both = pytest.mark.parametrize("runner", RUNNERS)
+
+ENOUGH = 100_000
+"""More than any limit: a task that adds itself without end gives up here."""
+
+
+def serve(app: Any) -> None:
+    Server().run(app, make_server_environ())
+
+
+def request(runner: Any, add: Callable[[], object], **options: Any) -> None:
+    app = app_that(lambda environ: add())
+    serve(BackgroundTasksMiddleware(app, runner=runner, **options))
+
+
+class Endless:
+    """A task that something adds each time that it has run."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.others: list[str] = []
+
+    def plain(self) -> None:
+        self.count += 1
+
+    async def coroutine(self) -> None:
+        self.count += 1
+
+    def other(self) -> None:
+        self.others.append("ran")
+
+    def add(self, function: Callable[[], Any]) -> None:
+        if self.count < ENOUGH:
+            background_tasks.add_task(function)
+
+
+def check(log: Log, endless: Endless, name: str) -> None:
+    assert 0 < endless.count < ENOUGH
+    assert len(log.errors) == 1, log.errors[:5]
+    assert f"Endless.{name}" in log.errors[0]
+    assert endless.others == ["ran"]
+
+
+@both
+@pytest.mark.parametrize("name", ["plain", "coroutine"])
+def test_a_teardown_that_adds_a_task_each_time_ends_with_one_error(
+    log: Log, name: str, runner: str
+) -> None:
+    """Each task has an application context of its own, which is torn down too."""
+    app = flask.Flask("shop")
+    endless = Endless()
+    own = RUNNERS[runner]()
+    Background(app, runner=own)
+
+    @app.teardown_appcontext
+    def add(error: object) -> None:
+        endless.add(getattr(endless, name))
+
+    @app.route("/")
+    def view() -> str:
+        background_tasks.add_task(endless.other)
+        return "ok"
+
+    serve(app.wsgi_app)
+    assert own.drain(6 * TIMEOUT) == []
+    check(log, endless, name)
+
+
+@both
+@pytest.mark.parametrize("name", ["plain", "coroutine"])
+@pytest.mark.parametrize("hook", ["task_finished", "task_started"])
+def test_a_hook_that_adds_a_task_each_time_ends_with_one_error(
+    log: Log, hook: str, name: str, runner: str
+) -> None:
+    endless = Endless()
+    function = getattr(endless, name)
+    own = RUNNERS[runner]()
+
+    class Adding(Hooks):
+        pass
+
+    def add(self: object, record: Any) -> None:
+        if record.task.func == function:
+            record.batch.add_task(function) if endless.count < ENOUGH else None
+
+    setattr(Adding, hook, add)
+
+    def begin() -> None:
+        background_tasks.add_task(function)
+        background_tasks.add_task(endless.other)
+
+    request(own, begin, hooks=Adding())
+    assert own.drain(6 * TIMEOUT) == []
+    check(log, endless, name)
+
+
+@both
+def test_an_on_error_that_adds_a_task_that_fails_each_time_ends(log: Log, runner: str) -> None:
+    endless = Endless()
+    own = RUNNERS[runner]()
+
+    def fail() -> None:
+        endless.plain()
+        raise ValueError
+
+    def add(task: BackgroundTask, error: BaseException) -> None:
+        endless.add(fail)
+
+    def begin() -> None:
+        background_tasks.add_task(fail)
+        background_tasks.add_task(endless.other)
+
+    request(own, begin, on_error=add)
+    assert own.drain(6 * TIMEOUT) == []
+    assert 0 < endless.count < ENOUGH
+    ends = [message for message in log.errors if "raised ValueError" not in message]
+    assert len(ends) == 1
+    assert "fail" in ends[0]
+
+
+@both
+def test_the_next_request_has_its_tasks_run_after_one_without_end(
+    log: Log, runner: str
+) -> None:
+    app = flask.Flask("shop")
+    endless = Endless()
+    own = RUNNERS[runner]()
+    Background(app, runner=own)
+    adds = [True]
+
+    @app.teardown_appcontext
+    def add(error: object) -> None:
+        if adds[0]:
+            endless.add(endless.plain)
+
+    @app.route("/")
+    def view() -> str:
+        background_tasks.add_task(done.set)
+        return "ok"
+
+    done = threading.Event()
+    serve(app.wsgi_app)
+    assert done.wait(TIMEOUT)
+    done = threading.Event()
+    serve(app.wsgi_app)
+    adds[0] = False
+    assert done.wait(TIMEOUT)
+    assert own.drain(6 * TIMEOUT) == []
+    assert endless.count < ENOUGH
+
+
+@both
+def test_a_teardown_that_adds_a_task_once_has_it_run(log: Log, runner: str) -> None:
+    app = flask.Flask("shop")
+    seen: list[str] = []
+    own = RUNNERS[runner]()
+    Background(app, runner=own)
+
+    @app.teardown_appcontext
+    def add(error: object) -> None:
+        if len(seen) < 3:
+            background_tasks.add_task(seen.append, "ran")
+
+    @app.route("/")
+    def view() -> str:
+        return "ok"
+
+    serve(app.wsgi_app)
+    assert own.drain(TIMEOUT) == []
+    assert seen == ["ran"] * 3
+    assert log.errors == []
+
+
+# Steps.
+
+
+class Steps:
+    """A task that adds its successor, with an argument of its own for each step."""
+
+    def __init__(self, count: int, *, fails: bool = False) -> None:
+        self._count = count
+        self._fails = fails
+        self.taken = 0
+        self.most_alive = 0
+        self.most_listed = 0
+        self._alive: weakref.WeakSet[Subject] = weakref.WeakSet()
+
+    def add(self, function: Callable[..., Any]) -> None:
+        subject = Subject.__new__(Subject)  # without the event, which takes longer
+        self._alive.add(subject)
+        background_tasks.add_task(function, subject, named=subject)
+
+    def plain(self, subject: Subject, *, named: Subject) -> None:
+        self._step(self.plain)
+
+    async def coroutine(self, subject: Subject, *, named: Subject) -> None:
+        self._step(self.coroutine)
+
+    async def waiting(self, subject: Subject, *, named: Subject) -> None:
+        await asyncio.sleep(0)
+        self._step(self.waiting)
+
+    def mixed(self, subject: Subject, *, named: Subject) -> Any:
+        self._step(self.mixed)
+        return asyncio.sleep(0)
+
+    def _step(self, function: Callable[..., Any]) -> None:
+        self.taken += 1
+        self.most_alive = max(self.most_alive, len(self._alive))
+        self.most_listed = max(self.most_listed, len(background_tasks.tasks))
+        if self.taken < self._count:
+            self.add(function)
+        if self._fails:
+            raise ValueError
+
+
+@both
+@pytest.mark.parametrize("kind", ["plain", "coroutine", "waiting"])
+def test_ten_thousand_steps_run_and_each_is_dropped_when_it_is_through(
+    log: Log, no_collection: None, kind: str, runner: str
+) -> None:
+    steps = Steps(10_000)
+    own = RUNNERS[runner]()
+    request(own, lambda: steps.add(getattr(steps, kind)))
+    assert own.drain(6 * TIMEOUT) == []
+    assert steps.taken == 10_000
+    assert steps.most_alive == 1
+    assert steps.most_listed == 1
+    assert own.statistics().succeeded == 10_000
+    assert log.errors == []
+
+
+class Nothing(Hooks):
+    def task_finished(self, record: Any) -> None:
+        pass
+
+
+@both
+@pytest.mark.parametrize("kind", ["plain", "coroutine", "waiting", "mixed"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_step_is_dropped_when_its_hooks_and_on_error_are_through(
+    no_collection: None, monkeypatch: pytest.MonkeyPatch, fails: bool, kind: str, runner: str
+) -> None:
+    monkeypatch.setattr("logging.Logger.isEnabledFor", lambda *args: False)  # caplog keeps
+    steps = Steps(100, fails=fails)
+    own = RUNNERS[runner]()
+    told: list[int] = []
+    request(
+        own,
+        lambda: steps.add(getattr(steps, kind)),
+        hooks=Nothing(),
+        on_error=lambda task, error: told.append(len(task.args)),
+    )
+    assert own.drain(TIMEOUT) == []
+    assert steps.taken == 100
+    assert steps.most_alive == 1
+    assert told == [1] * (100 if fails else 0)
+
+
+@both
+def test_a_step_in_flask_is_dropped_when_its_context_was_torn_down(
+    no_collection: None, runner: str
+) -> None:
+    app = flask.Flask("shop")
+    steps = Steps(100)
+    own = RUNNERS[runner]()
+    Background(app, runner=own)
+
+    @app.route("/")
+    def view() -> str:
+        steps.add(steps.plain)
+        return "ok"
+
+    serve(app.wsgi_app)
+    assert own.drain(TIMEOUT) == []
+    assert steps.taken == 100
+    assert steps.most_alive == 1
+
+
+def subjects(count: int) -> tuple[list[Subject], list[threading.Event]]:
+    made = [Subject() for _ in range(count)]
+    return made, [subject.freed for subject in made]
+
+
+@both
+@pytest.mark.parametrize("is_async", [False, True])
+def test_the_tasks_of_one_view_are_dropped_one_by_one(
+    no_collection: None, runner: str, is_async: bool
+) -> None:
+    """Each task sees which of the others are freed as it runs."""
+    own = RUNNERS[runner]()
+    made, freed = subjects(4)
+    seen: list[list[bool]] = []
+    listed: list[int] = []
+
+    def look(subject: Subject) -> None:
+        seen.append([event.is_set() for event in freed])
+        listed.append(len(background_tasks.tasks))
+
+    async def look_async(subject: Subject) -> None:
+        look(subject)
+
+    def add() -> None:
+        while made:
+            background_tasks.add_task(look_async if is_async else look, made.pop(0))
+
+    request(own, add)
+    assert own.drain(TIMEOUT) == []
+    assert seen == [[True] * done + [False] * (4 - done) for done in range(4)]
+    assert listed == [4, 3, 2, 1]
+    assert all(event.is_set() for event in freed)
+
+
+@both
+def test_a_batch_that_has_ended_lists_no_task(runner: str) -> None:
+    own = RUNNERS[runner]()
+    held: list[BackgroundTasks] = []
+
+    def add() -> None:
+        held.append(background_tasks._get_current_object())  # type: ignore[attr-defined]
+        background_tasks.add_task(int)
+        background_tasks.add_task(asyncio.sleep, 0)
+        assert len(held[0].tasks) == 2
+
+    request(own, add)
+    assert own.drain(TIMEOUT) == []
+    assert held[0].tasks == []
+
+
+def test_tasks_run_by_hand_are_dropped_when_they_are_through(no_collection: None) -> None:
+    made, freed = subjects(3)
+    seen: list[list[bool]] = []
+    tasks = BackgroundTasks()
+    for _ in range(3):
+        tasks.add_task(
+            lambda subject: seen.append([event.is_set() for event in freed]), made.pop(0)
+        )
+    tasks()
+    assert seen == [[True] * done + [False] * (3 - done) for done in range(3)]
+    assert tasks.tasks == []
+
+
+@pytest.fixture(params=["plain", "async", "fails"])
+def function(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    def plain(x: int, *, y: int) -> int:
+        return x + y
+
+    async def coroutine(x: int, *, y: int) -> int:
+        return x + y
+
+    def fails(x: int, *, y: int) -> int:
+        raise ValueError(x)
+
+    functions: dict[str, Callable[..., Any]]
+    functions = {"plain": plain, "async": coroutine, "fails": fails}
+    return functions[request.param]
+
+
+@both
+def test_a_task_that_is_held_stays_whole(function: Callable[..., Any], runner: str) -> None:
+    own = RUNNERS[runner]()
+    held: list[BackgroundTask] = []
+
+    def add() -> None:
+        background_tasks.add_task(function, 1, y=2)
+        held.extend(background_tasks.tasks)
+
+    request(own, add)
+    assert own.drain(TIMEOUT) == []
+    (task,) = held
+    assert task.func is function
+    assert task.args == (1,)
+    assert task.kwargs == {"y": 2}
+    assert task.is_async == ("coroutine" in function.__name__)
+    assert task.name.endswith(function.__qualname__)
+    if function.__name__ == "fails":
+        with pytest.raises(ValueError, match="1"):
+            task()
+    else:
+        assert task() == 3
