@@ -323,10 +323,10 @@ def test_no_task_is_skipped_nor_blamed_if_a_library_replaces(
 
 
 @pytest.mark.parametrize("runner", ["inline", "pool"])
-def test_a_task_factory_that_raises_fails_the_tasks_that_need_it_and_no_other(
+def test_a_task_factory_that_raises_keeps_no_task_from_running(
     runner: str,
 ) -> None:
-    """No async task can begin then: each is named, and the plain ones run."""
+    """It is for the asyncio tasks that users start; the package makes its own without it."""
     done = run_python(
         SETUP
         + f"""
@@ -349,8 +349,5 @@ request(first, second, last, runner={runner!r})
     )
     lines = done.stdout.splitlines()
     assert lines[-3:] == ["first", "second", "last"], done.stdout + done.stderr
-    before = lines[:-3]
-    assert [line for line in before if line in ("first", "last")] == ["first", "last"]
-    for name in ("second", "third"):
-        assert sum(f"__main__.{name} " in line for line in before) == 1
+    assert lines[:-3] == ["first", "second", "third", "last"]
     assert done.returncode == 0

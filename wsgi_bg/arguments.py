@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from . import log
@@ -51,7 +52,7 @@ _MOST_HARMLESS = 1000
 _warned: set[str] = set()
 
 
-def look_at(task: BackgroundTask) -> None:
+def look_at(tasks: Iterable[BackgroundTask]) -> None:
     """Log a WARNING, once for each function, if a task has an argument of the request's.
 
     Costs 0.1 us for ordinary arguments. Does not touch the arguments, only their types.
@@ -59,10 +60,12 @@ def look_at(task: BackgroundTask) -> None:
     :raises KeyboardInterrupt: or another exception that stops the server's worker; nothing
         else.
     """
-    for argument in (*task.args, *task.kwargs.values()):
-        if type(argument) not in _harmless:
-            _look_closely(task)
-            return
+    for task in tasks:
+        if task.args or task.kwargs:
+            for argument in (*task.args, *task.kwargs.values()):
+                if type(argument) not in _harmless:
+                    _look_closely(task)
+                    break
 
 
 def _look_closely(task: BackgroundTask) -> None:

@@ -42,9 +42,10 @@ class EndlessTasksError(WsgiBgError, RuntimeError):
     """A hook, an ``on_error`` or a teardown has added a task whenever a task has ended.
 
     :ivar name: the name of the function that was not added.
+    :ivar is_first: whether it is the first such error of its request; others are not logged.
     """
 
-    def __init__(self, name: str, generation: int) -> None:
+    def __init__(self, name: str, generation: int, *, is_first: bool) -> None:
         super().__init__(
             f"{name} was not added: hooks, on_error or the teardown of an application context "
             f"have added {generation - 1} tasks of this request in a row, each because the "
@@ -52,6 +53,7 @@ class EndlessTasksError(WsgiBgError, RuntimeError):
             "requests only, and not for tasks."
         )
         self.name = name
+        self.is_first = is_first
 
 
 class OutsideRequestError(WsgiBgError, RuntimeError):

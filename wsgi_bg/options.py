@@ -96,7 +96,7 @@ class Options:
         :raises TypeError: if the runner refuses it.
         :raises RuntimeError: if such tasks would be added for ever.
         """
-        successors.admit(task)
+        successors.admit(task, batch)
         if self._check is not None:
             self._check(task)
         if self._added is not None:

@@ -120,11 +120,10 @@ class PortalThread:
             self._create_task(*self._inbox.popleft())
 
     def _create_task(self, subject: Any, work: Work, goes_on: GoesOn, on_done: OnDone) -> None:
-        coroutine = work(subject)
         try:
-            task = self._loop.create_task(coroutine, name="wsgi_bg")
+            task = self._loop.create_task(work(subject), name="wsgi_bg")
         except Exception:  # of a task factory that some task has set
-            task = _Task(coroutine, loop=self._loop, name="wsgi_bg")
+            task = _Task(work(subject), loop=self._loop, name="wsgi_bg")
         self._under_way[task] = subject, work, goes_on, on_done  # the loop holds no task
         task.add_done_callback(self._finish, context=self._context)
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, overload
 from .callables import kind_of, name_of
 from .celery_options import CeleryOptions
 from .exceptions import NameTakenError, OptionTypeError, OptionValueError, RegistrationError
+from .log import type_name
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -135,7 +136,7 @@ def _why_not(func: Any, name: str | None) -> str:
     if isinstance(func, MethodType):
         return "a bound method needs its object, which other processes do not have"
     if type(func) is not FunctionType:
-        return f"only functions written in Python can, and it is a {type(func).__name__}"
+        return f"only functions written in Python can, and it is a {type_name(func)}"
     if func.__name__ == "<lambda>":
         return "all lambdas have the same name; write a def"
     if "<locals>" in func.__qualname__:

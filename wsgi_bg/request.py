@@ -185,9 +185,7 @@ class RequestTasks(BackgroundTasks):
             runner = in_place(runner)
         batch.sends = hasattr(runner, "send")
         try:
-            for task in self._list or ():
-                if task.args or task.kwargs:
-                    arguments.look_at(task)
+            arguments.look_at(self._list or ())
             runner.submit(batch)
             if in_place is None:
                 keep(batch)

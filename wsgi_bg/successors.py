@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from contextvars import Token
 
     from .task import BackgroundTask
+    from .tasks import BackgroundTasks
 
 MAX_GENERATIONS = 100
 """How many tasks in a row may have been added because the task before has ended."""
@@ -38,18 +39,22 @@ class observing:  # noqa: N801  # used as a function
     def __enter__(self) -> None:
         self._token = _generation.set(self._generation)
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, kind: object, exc: BaseException | None, traceback: object) -> bool:
         _generation.reset(self._token)
+        # One error says all: the view may have added many tasks, each with such a row.
+        return isinstance(exc, EndlessTasksError) and not exc.is_first
 
 
-def admit(task: BackgroundTask) -> None:
+def admit(task: BackgroundTask, batch: BackgroundTasks) -> None:
     """Let a task know its generation.
 
     :raises RuntimeError: naming the function, if its generation is beyond the limit.
     """
     generation = _generation.get()
     if generation > MAX_GENERATIONS:
-        raise EndlessTasksError(task.name, generation)
+        is_first = not getattr(batch, "_is_endless", False)
+        batch._is_endless = True
+        raise EndlessTasksError(task.name, generation, is_first=is_first)
     if generation:
         task._generation = generation
         if task._context is not None:  # its own code is free to add what it wants

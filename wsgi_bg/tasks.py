@@ -34,8 +34,9 @@ class BackgroundTasks:
     :raises TypeError: if one of them is no :class:`BackgroundTask`.
     """
 
-    __slots__ = ("_front", "_list", "_options", "_phase")
+    __slots__ = ("_front", "_is_endless", "_list", "_options", "_phase")
 
+    _is_endless: bool  # only if a row of its tasks was ended: see wsgi_bg.successors
     _front: list[BackgroundTask] | None  # what a batch has taken from the list, in reverse
     _list: list[BackgroundTask] | None
     _options: Options
