@@ -97,12 +97,12 @@ def _why_not_callable(given: Any) -> str:
         )
     if inspect.isawaitable(given) or inspect.isgenerator(given) or inspect.isasyncgen(given):
         return (
-            f"got a {type(given).__name__} object, and not the function that makes it: "
+            f"got a {type_name(given)} object, and not the function that makes it: "
             "write add_task(function, ...) and not add_task(function(...))"
         )
     if isinstance(given, str):
         return f"got the string {reprlib.repr(given)}: give the function itself, not its name"
     return (
-        f"got {reprlib.repr(given)} of type {type(given).__name__}, which cannot be called: "
+        f"got {reprlib.repr(given)} of type {type_name(given)}, which cannot be called: "
         "write add_task(function, *args, **kwargs), without calling the function"
     )
