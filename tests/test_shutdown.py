@@ -563,7 +563,10 @@ needs_threads_at_exit = pytest.mark.skipif(
 
 @needs_threads_at_exit
 @pytest.mark.parametrize("complete", [True, False])
-def test_a_server_that_outlives_the_main_thread_hands_over_as_before(complete: bool) -> None:
+@pytest.mark.parametrize("first", ["", 'request("pool", int)'])
+def test_a_server_that_outlives_the_main_thread_hands_over_as_before(
+    first: str, complete: bool
+) -> None:
     assert run(
         f"""
         names = []
@@ -582,9 +585,32 @@ def test_a_server_that_outlives_the_main_thread_hands_over_as_before(complete: b
                 pass
             request("pool", lambda: print(sorted({{name[:12] for name in names}})))
 
+        {first}
         threading.Thread(target=serve).start()
         """
     ) == (0, ["['wsgi_bg-pool', 'wsgi_bg-port']"])
+
+
+def test_a_task_may_use_processes_that_it_imports_while_the_exit_waits() -> None:
+    """A module that is imported after the first task must not close its executors first."""
+    assert run(
+        """
+        import multiprocessing
+
+        def task():
+            from concurrent.futures import ProcessPoolExecutor
+            leaving.wait(10)
+            try:
+                ProcessPoolExecutor(1, multiprocessing.get_context("spawn")).submit(int)
+            except RuntimeError as exc:
+                if "new thread" not in str(exc):  # Python 3.12.1
+                    raise
+            print("used")
+
+        request("pool", task)
+        main_thread_ends()
+        """
+    ) == (0, ["used"])
 
 
 @pytest.mark.parametrize("thread", ["an idle executor", "a server"])
