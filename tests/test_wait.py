@@ -330,6 +330,30 @@ def test_an_exit_that_is_interrupted_beside_a_server_names_the_tasks_at_once() -
     ]
 
 
+def test_an_exit_that_is_interrupted_before_it_drains_names_the_tasks_at_once() -> None:
+    """Ctrl-C may come while freed responses are handed over."""
+    assert run(
+        """
+        import os
+
+        def flush():
+            shutdown._flushes[os.getpid()] = flushes
+            raise KeyboardInterrupt
+
+        from wsgi_bg import shutdown
+        runner = PoolRunner(drain_timeout=3600)
+        submit(runner, stuck)
+        assert begun.wait(10)
+        flushes = shutdown._flushes[os.getpid()]
+        shutdown._flushes[os.getpid()] = flush
+        sys.unraisablehook = lambda *_: None  # threading's "Exception ignored"
+        """
+    ) == [
+        "ERROR background task __main__.stuck was not finished before the wait for it was "
+        "interrupted (KeyboardInterrupt): the process ends without it"
+    ]
+
+
 def test_a_forked_child_waits_for_no_task_of_its_parent() -> None:
     assert run(
         """
