@@ -357,7 +357,8 @@ def test_an_exit_that_is_interrupted_before_it_drains_names_the_tasks_at_once() 
 def test_a_forked_child_waits_for_no_task_of_its_parent() -> None:
     assert run(
         """
-        import os
+        import os, warnings
+        warnings.simplefilter("ignore")  # that a fork with threads is dangerous
         runner = PoolRunner()
         submit(runner, stuck)
         assert begun.wait(10)
