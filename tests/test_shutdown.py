@@ -36,6 +36,12 @@ def main_thread_ends():
 """
 
 
+needs_threads_at_exit = pytest.mark.skipif(
+    (3, 12, 0) <= sys.version_info < (3, 12, 2),
+    reason="Python 3.12.0 and 3.12.1 start no thread once the main one has ended (gh-113964)",
+)
+
+
 def run(code: str) -> tuple[int, list[str]]:
     import textwrap
 
@@ -554,15 +560,12 @@ def test_a_process_of_multiprocessing_waits_for_its_tasks() -> None:
     ]
 
 
-needs_threads_at_exit = pytest.mark.skipif(
-    (3, 12, 0) <= sys.version_info < (3, 12, 2),
-    reason="Python 3.12.0 and 3.12.1 start no thread once the main one has ended (gh-113964)",
-)
-
-
 @needs_threads_at_exit
 @pytest.mark.parametrize("complete", [True, False])
-def test_a_server_that_outlives_the_main_thread_hands_over_as_before(complete: bool) -> None:
+@pytest.mark.parametrize("first", ["", 'request("pool", int)'])
+def test_a_server_that_outlives_the_main_thread_hands_over_as_before(
+    first: str, complete: bool
+) -> None:
     assert run(
         f"""
         names = []
@@ -581,9 +584,29 @@ def test_a_server_that_outlives_the_main_thread_hands_over_as_before(complete: b
                 pass
             request("pool", lambda: print(sorted({{name[:12] for name in names}})))
 
+        {first}
         threading.Thread(target=serve).start()
         """
     ) == (0, ["['wsgi_bg-pool', 'wsgi_bg-port']"])
+
+
+@needs_threads_at_exit
+def test_a_task_may_use_processes_that_it_imports_while_the_exit_waits() -> None:
+    """A module that is imported after the first task must not close its executors first."""
+    assert run(
+        """
+        import multiprocessing
+
+        def task():
+            from concurrent.futures import ProcessPoolExecutor
+            leaving.wait(10)
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+                print(executor.submit(int, "3").result())
+
+        request("pool", task)
+        main_thread_ends()
+        """
+    ) == (0, ["3"])
 
 
 @pytest.mark.parametrize("thread", ["an idle executor", "a server"])

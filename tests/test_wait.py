@@ -35,7 +35,7 @@ from wsgi_bg import (
 )
 from wsgi_bg.exceptions import InsideTaskError, OptionTypeError, OptionValueError
 from wsgi_bg.runners import Runner, Statistics
-from wsgi_bg.waiting import Notice
+from wsgi_bg.waiting import Notice, batches_under_way
 
 
 class Own:
@@ -169,7 +169,7 @@ def test_a_batch_that_ends_as_it_is_noted_is_not_waited_for(
     runs: list[Any] = []
     monkeypatch.setattr(ledger.Ledger, "add", add_late)
     submit(Later(), int)
-    assert wsgi_bg.wait(TIMEOUT) == []
+    assert not batches_under_way()
 
 
 @pytest.mark.parametrize("function", [wsgi_bg.wait, wsgi_bg.drain])
@@ -328,6 +328,48 @@ def test_an_exit_that_is_interrupted_beside_a_server_names_the_tasks_at_once() -
         "ERROR background task __main__.stuck was not finished before the wait for it was "
         "interrupted (SystemExit): the process ends without it"
     ]
+
+
+def test_an_exit_that_is_interrupted_before_it_drains_names_the_tasks_at_once() -> None:
+    """Ctrl-C may come while freed responses are handed over."""
+    assert run(
+        """
+        import os
+
+        def flush():
+            shutdown._flushes[os.getpid()] = flushes
+            raise KeyboardInterrupt
+
+        from wsgi_bg import shutdown
+        runner = PoolRunner(drain_timeout=3600)
+        submit(runner, stuck)
+        assert begun.wait(10)
+        flushes = shutdown._flushes[os.getpid()]
+        shutdown._flushes[os.getpid()] = flush
+        sys.unraisablehook = lambda *_: None  # threading's "Exception ignored"
+        """
+    ) == [
+        "ERROR background task __main__.stuck was not finished before the wait for it was "
+        "interrupted (KeyboardInterrupt): the process ends without it"
+    ]
+
+
+def test_a_forked_child_waits_for_no_task_of_its_parent() -> None:
+    assert run(
+        """
+        import os, warnings
+        warnings.simplefilter("ignore")  # that a fork with threads is dangerous
+        runner = PoolRunner()
+        submit(runner, stuck)
+        assert begun.wait(10)
+        pid = os.fork()
+        if not pid:
+            print(wsgi_bg.wait(), wsgi_bg.drain(), flush=True)
+            sys.exit()
+        os.waitpid(pid, 0)
+        gate.set()
+        """
+    ) == ["[] []"]
 
 
 def test_without_a_task_there_is_nothing_to_wait_for() -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import atexit
 import concurrent.futures.thread
-import multiprocessing
 import os
 import sys
 import threading
@@ -89,8 +88,10 @@ def _drain_after_threads(pid: int, drain: Callable[[], object]) -> None:
 
 def has_no_atexit() -> bool:
     """True in a process that :mod:`multiprocessing` has forked, before Python 3.13."""
+    multiprocessing = sys.modules.get("multiprocessing")
     return (
         sys.version_info < (3, 13)
+        and multiprocessing is not None
         and multiprocessing.parent_process() is not None
         and multiprocessing.get_start_method(allow_none=True) != "spawn"
     )

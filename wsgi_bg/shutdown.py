@@ -6,8 +6,8 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import NoneType
 from typing import TYPE_CHECKING
@@ -165,6 +165,16 @@ def _check(name: str, timeout: float | None) -> None:
         raise InsideTaskError(name)
 
 
+@contextmanager
+def _named_if_interrupted() -> Iterator[None]:
+    try:
+        yield
+    except BaseException as exc:
+        name_all(_interruption(exc))
+        raise
+
+
+@_named_if_interrupted()
 def _drain_at_exit() -> None:
     _flush()
     left = batches_under_way()
@@ -174,16 +184,13 @@ def _drain_at_exit() -> None:
         finish()
 
 
+@_named_if_interrupted()
 def _wait_at_exit() -> None:
     """Wait as long as a drain would, while another thread may still serve requests."""
-    try:
-        _flush()
-        batches = batches_under_way()
-        wait_for(batches, time.monotonic() + longest_limit(), Notice())
-        _had_their_time.update(batches)
-    except BaseException as exc:
-        _name_left({}, _interruption(exc))
-        raise
+    _flush()
+    batches = batches_under_way()
+    wait_for(batches, time.monotonic() + longest_limit(), Notice())
+    _had_their_time.update(batches)
 
 
 def finish(

@@ -14,7 +14,9 @@ from types import FrameType
 
 from . import shutdown
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+)
 
 SECOND = "a second signal"
 
@@ -33,8 +35,11 @@ class StopSignals:
         self._stop = stop
 
     def __enter__(self) -> None:
-        ignores = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        numbers = [each for each in SIGNALS if not (ignores and each == signal.SIGHUP)]
+        numbers = [
+            number
+            for number in SIGNALS
+            if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN
+        ]
         self._previous = {number: signal.signal(number, self._handle) for number in numbers}
 
     def __exit__(self, *exc_info: object) -> None:

@@ -60,8 +60,7 @@ def wait_for(
             if time.monotonic() >= deadline:
                 break
             notice.log_if_due(deadline)
-    left = batches_under_way()
-    return [task for batch in batches if batch in left for task in batch.tasks]
+    return [task for batch in batches for task in batch.tasks]
 
 
 class Notice:

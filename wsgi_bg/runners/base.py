@@ -46,6 +46,8 @@ class Runner(Protocol):
     - ``may_send(task)``, which does not block: False spares an ``async def`` task that stays
       here the thread on which ``send`` is called;
     - ``drain_timeout``, how long interpreter exit waits for it, in seconds (30 without);
+    - ``work_is_in_ledgers``, True if no work is left once its batches have ended: exit then
+      does not keep the runner alive;
     - ``abandon()``, called at exit after ``drain``: lets no batch begin another task and
       returns the tasks left undone. Without it those that ``drain`` returned are named.
     """
@@ -59,7 +61,11 @@ class Runner(Protocol):
         """
 
     def drain(self, timeout: float) -> list[BackgroundTask]:
-        """Take no more work in, wait ``timeout`` seconds at most, return what is not done."""
+        """Take no more work in, wait ``timeout`` seconds at most, return what is not done.
+
+        Exit calls it several times with parts of the time, until nothing is left, the time is
+        up, or it returns tasks before ``timeout`` is over.
+        """
 
     def statistics(self) -> Statistics:
         """Numbers of tasks; does not block for long."""
