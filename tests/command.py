@@ -20,6 +20,9 @@ from pathlib import Path
 
 from tests.support import TIMEOUT
 
+ROOT = str(Path(__file__).parent.parent)
+"""The folder of the package and its tests, from which programs of tests import too."""
+
 MODULE = (sys.executable, "-m", "wsgi_bg")
 
 SHOP = """
@@ -205,6 +208,10 @@ def running(arguments: list[str], folder: Path) -> Iterator[Command]:
     process = subprocess.Popen(
         arguments,
         cwd=folder,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")]),
+        },
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

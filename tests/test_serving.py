@@ -171,7 +171,8 @@ def test_a_stuck_request_is_counted_and_the_status_is_1(tmp_path: Path) -> None:
             1,
             [
                 "ERROR:wsgi_bg:2 requests, their inline tasks included, were not finished "
-                "within the drain time of 0.3 seconds: the process ends without them"
+                "within the drain time of 0.3 seconds: the process ends without them",
+                not_finished("shop.task", "by the end of the process"),
             ],
         )
         for connection in (stuck, waiting):
@@ -210,8 +211,8 @@ def test_a_second_signal_names_the_tasks_and_ends_the_process(
         command.stop_accepting()
         command.send(number)
         reason = f"before a second signal ({number.name})"
-        left = [not_finished("shop.slow", reason)] if path == "/plain" else []
-        assert command.end() == (-number, left)
+        name = "shop.slow" if path == "/plain" else "shop.task"
+        assert command.end() == (-number, [not_finished(name, reason)])
 
 
 def may_unshare() -> bool:

@@ -355,13 +355,19 @@ def test_a_signal_handler_may_drain_while_a_batch_is_taken_in() -> None:
     assert run(
         """
         import signal
+        from wsgi_bg.runners.ledger import Ledger
         runner = InlineRunner()
-        busy = runner._ledgers.get()._changed        # held, as by an interrupted submit
-        signal.signal(signal.SIGUSR1, lambda number, frame: print(runner.drain(1)))
-        with busy:
-            signal.raise_signal(signal.SIGUSR1)
+
+        class Interrupted(dict):
+            def __setitem__(self, batch, value):
+                super().__setitem__(batch, value)
+                signal.raise_signal(signal.SIGUSR1)
+
+        runner._ledgers.get()._handed_over = Interrupted()
+        signal.signal(signal.SIGUSR1, lambda number, frame: print(len(runner.drain(0))))
+        request(runner, int)
         """
-    ) == (0, ["[]"])
+    ) == (0, ["1"])
 
 
 def test_a_portal_that_was_used_does_not_hang_the_exit() -> None:

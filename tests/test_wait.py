@@ -337,15 +337,15 @@ def test_an_exit_that_is_interrupted_before_it_drains_names_the_tasks_at_once() 
         import os
 
         def flush():
-            shutdown._flushes[os.getpid()] = flushes
+            shutdown._collectors[os.getpid()] = collector
             raise KeyboardInterrupt
 
         from wsgi_bg import shutdown
         runner = PoolRunner(drain_timeout=3600)
         submit(runner, stuck)
         assert begun.wait(10)
-        flushes = shutdown._flushes[os.getpid()]
-        shutdown._flushes[os.getpid()] = flush
+        collector = shutdown._collectors[os.getpid()]
+        shutdown._collectors[os.getpid()] = flush, collector[1]
         sys.unraisablehook = lambda *_: None  # threading's "Exception ignored"
         """
     ) == [

@@ -32,16 +32,16 @@ def is_exiting() -> bool:
     return os.getpid() not in _armed and not threading.main_thread().is_alive()
 
 
-def call_at_exit(drain: Callable[[], object], wait: Callable[[], object]) -> None:
-    """Call ``drain()`` when this process ends, while executors still take work if possible.
+def call_at_exit(drain: Callable[[bool], object], wait: Callable[[], object]) -> None:
+    """Call ``drain(is_last)`` when this process ends, while executors still take work if possible.
 
-    ``drain()`` may be called twice, on the main thread or a thread of its own. A forked
+    ``drain(is_last)`` may be called twice, on the main thread or a thread of its own. A forked
     child does not call it.
 
     :param wait: called when the main thread ends, if other threads keep the process.
     """
     pid = os.getpid()
-    atexit.register(_drain, pid, drain)
+    atexit.register(_drain, pid, drain, is_last=True)
     if not threading.main_thread().is_alive() and not _keepers():
         return  # during atexit, which may not call what is registered now
     _armed.add(pid)
@@ -56,7 +56,7 @@ def call_at_exit(drain: Callable[[], object], wait: Callable[[], object]) -> Non
 
 
 def _main_thread_ends(
-    pid: int, drain: Callable[[], object], wait: Callable[[], object]
+    pid: int, drain: Callable[[bool], object], wait: Callable[[], object]
 ) -> None:
     if pid != os.getpid() or pid not in _armed:  # a forked child, or drained by atexit
         return
@@ -64,19 +64,19 @@ def _main_thread_ends(
         wait()
         _drain_after_threads(pid, drain)
     else:
-        _drain(pid, drain)
+        _drain(pid, drain, is_last=has_no_atexit())
 
 
-def _drain(pid: int, drain: Callable[[], object]) -> None:
+def _drain(pid: int, drain: Callable[[bool], object], *, is_last: bool) -> None:
     if pid != os.getpid():  # a forked child inherits the registration, but no threads
         return
     try:
-        drain()
+        drain(is_last)
     finally:
         _armed.discard(pid)
 
 
-def _drain_after_threads(pid: int, drain: Callable[[], object]) -> None:
+def _drain_after_threads(pid: int, drain: Callable[[bool], object]) -> None:
     """Call ``drain()`` when all other non-daemon threads have ended, if atexit will not."""
     if has_no_atexit():
         thread = threading.Thread(
@@ -97,11 +97,11 @@ def has_no_atexit() -> bool:
     )
 
 
-def _await_threads(pid: int, drain: Callable[[], object]) -> None:
+def _await_threads(pid: int, drain: Callable[[bool], object]) -> None:
     itself = threading.current_thread()
     while others := [thread for thread in _keepers() if thread is not itself]:
         others[0].join()
-    _drain(pid, drain)
+    _drain(pid, drain, is_last=True)
 
 
 def _keepers() -> list[threading.Thread]:

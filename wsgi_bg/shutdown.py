@@ -92,7 +92,7 @@ def arm(flush: Callable[[], None], abandon: Callable[[], list[BackgroundTask]]) 
     """
     _collectors[os.getpid()] = flush, abandon
     call_at_exit(_drain_at_exit, _wait_at_exit)
-    uwsgi.call_at_exit(_drain_at_exit)
+    uwsgi.call_at_exit(partial(_drain_at_exit, True))
 
 
 def _flush() -> None:
@@ -175,13 +175,13 @@ def _named_if_interrupted() -> Iterator[None]:
 
 
 @_named_if_interrupted()
-def _drain_at_exit() -> None:
+def _drain_at_exit(is_last: bool) -> None:
     _flush()
     left = batches_under_way()
     if left and all(batch in _had_their_time for batch in left):
-        finish(began=time.monotonic() - longest_limit())
+        finish(began=time.monotonic() - longest_limit(), names_requests=is_last)
     else:
-        finish()
+        finish(names_requests=is_last)
 
 
 @_named_if_interrupted()
@@ -198,6 +198,7 @@ def finish(
     limit: float | None = None,
     began: float | None = None,
     notice: Notice | None = None,
+    names_requests: bool = True,
 ) -> list[BackgroundTask]:
     """Drain every runner, name at ERROR what was not finished, leave the portal.
 
@@ -207,6 +208,7 @@ def finish(
     :param limit: how long to wait, in seconds, in place of each runner's own limit.
     :param began: when that time began, by :func:`time.monotonic`; None for now.
     :param notice: logs meanwhile; None for a new one.
+    :param names_requests: whether to name the tasks of requests that are not over, too.
     :return: the tasks that were named.
     :raises KeyboardInterrupt: if that ends the wait; the tasks are named all the same.
     """
@@ -225,7 +227,7 @@ def finish(
         otherwise = _interruption(exc)
         raise
     finally:
-        left = _name_left(reasons, otherwise)
+        left = _name_left(reasons, otherwise, names_requests=names_requests)
         portal.stop(_PORTAL_TIMEOUT if waiting else 0.0)
     return left
 
@@ -256,7 +258,9 @@ def name_all(reason: str) -> None:
     _name_left({}, reason)
 
 
-def _name_left(reasons: dict[int, str], otherwise: str) -> list[BackgroundTask]:
+def _name_left(
+    reasons: dict[int, str], otherwise: str, *, names_requests: bool = True
+) -> list[BackgroundTask]:
     """Name what is left of each runner, for its reason in ``reasons`` or ``otherwise``.
 
     What came in meanwhile is named too; a batch that two runners know of, once.
@@ -265,7 +269,7 @@ def _name_left(reasons: dict[int, str], otherwise: str) -> list[BackgroundTask]:
     for entry, runner in _registered():
         entry.was_drained = True
         named += _name(_left_of(runner), reasons.get(id(runner), otherwise))
-    return named + _name(_unfinished_requests(), otherwise)
+    return named + (_name(_unfinished_requests(), otherwise) if names_requests else [])
 
 
 def _name(tasks: list[BackgroundTask], reason: str) -> list[BackgroundTask]:
