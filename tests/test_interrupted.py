@@ -20,7 +20,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from types import CodeType, FrameType
 from typing import Any
 
@@ -38,7 +38,7 @@ from wsgi_bg import (
 from wsgi_bg.flask import Background
 from wsgi_bg.hooks import Hooks
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(240)
 
 PACKAGE = os.path.dirname(wsgi_bg.__file__) + os.sep
 
@@ -162,7 +162,6 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[Names]:
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
     logger = logging.getLogger("wsgi_bg")
     names = Names()
-    monkeypatch.setattr(sys, "stderr", StandardError(names))
     logger.addHandler(names)
     monkeypatch.setattr(logger, "propagate", False)
     yield names
@@ -387,7 +386,8 @@ def check(
         hooks = Watch() if layer == "hooks" else None
         app = BackgroundTasksMiddleware(view.traced(view), runner=own, hooks=hooks)
     case = Case(view, app, names, close=response != "unclosed")
-    case.interrupt_everywhere(kinds)
+    with redirect_stderr(StandardError(names)):  # here: pytest sets it anew for each phase
+        case.interrupt_everywhere(kinds)
     assert case.work_still()  # the queue for freed responses is worked off in order, too
     if not isinstance(own, str):
         assert own.drain(TIMEOUT) == []
