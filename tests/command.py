@@ -208,10 +208,7 @@ def running(arguments: list[str], folder: Path) -> Iterator[Command]:
     process = subprocess.Popen(
         arguments,
         cwd=folder,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")]),
-        },
+        env={**os.environ, "PYTHONPATH": ROOT},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

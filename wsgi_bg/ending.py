@@ -33,7 +33,7 @@ def is_exiting() -> bool:
 
 
 def call_at_exit(drain: Callable[[bool], object], wait: Callable[[], object]) -> None:
-    """Call ``drain(is_last)`` when this process ends, while executors still take work if possible.
+    """Call ``drain(is_last)`` when this process ends, if possible while executors take work.
 
     ``drain(is_last)`` may be called twice, on the main thread or a thread of its own. A forked
     child does not call it.
