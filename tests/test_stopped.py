@@ -230,9 +230,10 @@ def test_a_name_that_a_signal_handler_stops_is_not_replaced() -> None:
 
     stops: list[Callable[..., Any]] = []
     task = BackgroundTask(Stopping())
-    with handler(TimeLimitError) as stop, pytest.raises(TimeLimitError):
+    with handler(TimeLimitError) as stop:
         stops.append(stop)
-        task.name  # noqa: B018
+        with pytest.raises(TimeLimitError):
+            task.name  # noqa: B018
 
 
 def test_without_a_loops_thread_a_leftover_does_not_hit_the_next_task(no_loop: None) -> None:

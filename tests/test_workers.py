@@ -242,3 +242,49 @@ def test_a_job_that_comes_as_the_last_worker_ends_gets_another() -> None:
     assert noted.workers._start()
     assert noted.next() == "first"
     assert noted.next() == "late"
+
+
+def test_a_worker_that_is_chosen_as_its_time_is_up_works_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Chosen(list[Any]):
+        """The first time that a worker withdraws, a submit() has chosen it."""
+
+        was_chosen = False
+
+        def remove(self, wake: Any) -> None:
+            super().remove(wake)
+            if not self.was_chosen:
+                self.was_chosen = True
+                monkeypatch.setattr(workers, "IDLE_TIMEOUT", TIMEOUT)
+                waits.set()
+                raise ValueError
+
+    waits = threading.Event()
+    monkeypatch.setattr(workers, "IDLE_TIMEOUT", 0.01)
+    noted = Noted()
+    noted.workers._idle = Chosen()
+    assert noted.workers.submit("first")
+    assert waits.wait(TIMEOUT)
+    assert noted.workers.submit("second")
+    assert [noted.next(), noted.next()] == ["first", "second"]
+
+
+def test_a_worker_looks_again_when_it_is_among_the_idle_ones() -> None:
+    class Late(deque[str]):
+        """Gets a job between the two looks of a worker."""
+
+        def __bool__(self) -> bool:
+            if was_empty := super().__len__() == 0:
+                self.looks += 1
+                if self.looks == 2:
+                    self.append("late")
+                    was_empty = False
+            return not was_empty
+
+        looks = 0
+
+    noted = Noted()
+    noted.workers._backlog = Late()
+    assert noted.workers.submit("first")
+    assert [noted.next(), noted.next()] == ["first", "late"]
