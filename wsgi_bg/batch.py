@@ -382,7 +382,6 @@ class Batch:
         ``asyncio.current_task()``. All these hold a reference to the asyncio task, which can
         be counted. See :meth:`goes_on_async`.
         """
-        of = self._of
         this = asyncio.current_task()  # perhaps None, if a library has replaced asyncio's
         references = getrefcount(this)
         try:
@@ -399,7 +398,7 @@ class Batch:
                     if task is None:
                         return
                     awaitable = None
-                    context = of._context_of(task)
+                    context = self._of._context_of(task)
                 calls = task._options.calls
                 cancelled = False
                 try:
@@ -421,10 +420,9 @@ class Batch:
                     cancelled = isinstance(exc, CancelledError)
                     if cancelled and self._is_stopping:
                         raise
-                    cause = self._cause if cancelled else None
-                    self._cause = None if cancelled else self._cause
-                    self._fail(task, context, cause or exc)
-                    del cause
+                    if cancelled and self._cause is not None:
+                        exc, self._cause = self._cause, None
+                    self._fail(task, context, exc)
                 else:
                     if process.generation != self._generation:
                         process.end_child(None)
@@ -432,7 +430,7 @@ class Batch:
                     self.succeeded += 1
                     if calls is not None:
                         _run_in(context, calls.finished, task)
-                of._drop(task)
+                self._of._drop(task)
                 del awaitable
                 if this is not None and (
                     cancelled or getrefcount(this) > references or steps.is_cancelled(this)

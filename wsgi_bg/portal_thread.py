@@ -42,6 +42,7 @@ class PortalThread:
         self._is_woken = False
         self._under_way: dict[asyncio.Task[None], tuple[Any, Work, GoesOn, OnDone]] = {}
         self._context = Context()  # of the callbacks: empty, and no copy for each of them
+        self._on_finish = self._finish  # one object for all asyncio tasks
         self._loop: asyncio.AbstractEventLoop
         self._end: asyncio.Future[None]
         self._thread_has_ended = threading.Event()
@@ -125,7 +126,7 @@ class PortalThread:
         except Exception:  # of a task factory that some task has set
             task = _Task(work(subject), loop=self._loop, name="wsgi_bg")
         self._under_way[task] = subject, work, goes_on, on_done  # the loop holds no task
-        task.add_done_callback(self._finish, context=self._context)
+        task.add_done_callback(self._on_finish, context=self._context)
 
     def _finish(self, task: asyncio.Task[None]) -> None:
         subject, work, goes_on, on_done = self._under_way.pop(task)

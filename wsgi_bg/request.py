@@ -48,8 +48,8 @@ class RequestTasks(BackgroundTasks):
     fills it in place of an ``__init__`` and some slots are not set before they are
     needed: ``_status`` and ``_headers``, what ``start_response`` was last called with;
     ``_declared_late``, whether that may have been after the application returned;
-    ``_pid``, the process that added the first task; ``_collector``, which has the request
-    until its tasks begin to run; ``_invocation``, the call of a serverless handler that waits
+    ``_collector``, of the process that added the first task, which has the request until its
+    tasks begin to run; ``_invocation``, the call of a serverless handler that waits
     for them; ``_is_handed_over``, whether they were given to a runner.
     """
 
@@ -59,7 +59,6 @@ class RequestTasks(BackgroundTasks):
         "_headers",
         "_invocation",
         "_is_handed_over",
-        "_pid",
         "_start_response",
         "_status",
     )
@@ -69,7 +68,6 @@ class RequestTasks(BackgroundTasks):
     _headers: list[tuple[str, str]]
     _invocation: invocation.Invocation | None
     _is_handed_over: bool
-    _pid: int
     _start_response: Any  # dropped in the end: a server's holds the environ
     _status: str
 
@@ -93,7 +91,6 @@ class RequestTasks(BackgroundTasks):
         collector.start()
         tasks, added = collector.unfinished.setdefault(id(self), (self, new_list()))
         assert tasks is self
-        self._pid = os.getpid()
         self._collector = collector
         self._is_handed_over = False
         self._invocation = invocation.current() if invocation.running else None
@@ -139,7 +136,7 @@ class RequestTasks(BackgroundTasks):
         try:
             if self._phase == ENDED or self.end_if_empty() or self._is_handed_over:
                 return
-            if self._pid != os.getpid():
+            if self._collector.pid != os.getpid():
                 return  # in a forked child the tasks are the parent's
             if invocation.freezes and self._invocation is None:
                 invocation.warn_of_freezing(environ)
@@ -148,7 +145,7 @@ class RequestTasks(BackgroundTasks):
             self._submit(batch)
             self._is_handed_over = True
         except BaseException as exc:
-            if batch is not None and self._pid == os.getpid():
+            if batch is not None and self._collector.pid == os.getpid():
                 self._stop(batch, exc)
             raise
 
@@ -191,7 +188,7 @@ class RequestTasks(BackgroundTasks):
             if in_place is None:
                 keep(batch)
         except BaseException as exc:
-            if is_from_signal_handler(exc) or self._pid != os.getpid():
+            if is_from_signal_handler(exc) or self._collector.pid != os.getpid():
                 raise
             if id(self) not in self._collector.unfinished:  # it has begun all the same
                 log.error("%s raised in submit()", runner, exc_info=exc)

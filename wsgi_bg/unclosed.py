@@ -8,6 +8,7 @@ whose ``put`` is safe there by its documentation, and a thread takes it from the
 from __future__ import annotations
 
 import gc
+import os
 import queue
 import threading
 from contextlib import suppress
@@ -57,6 +58,7 @@ class Collector:
     """The queue and its thread; started when the first task of the process is added."""
 
     def __init__(self) -> None:
+        self.pid = os.getpid()
         self.queue: queue.SimpleQueue[Unclosed | threading.Event] = queue.SimpleQueue()
         # The requests whose tasks nobody has begun to run, by their id, with the list of
         # these tasks. Whoever pops a request runs or names its tasks.
