@@ -200,6 +200,23 @@ def test_the_warning_comes_again_from_each_pool(
     assert len(log.warnings) == 2
 
 
+def test_two_threads_at_the_same_event_log_one_record(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second thread counts and logs when the first one has just looked at the clock."""
+    warning = repeated.RepeatedWarning("%d events")
+
+    class Now(float):
+        def __lt__(self, other: float) -> bool:
+            monkeypatch.setattr(repeated, "clock", lambda: 0.0)
+            warning.count()
+            return False
+
+    monkeypatch.setattr(repeated, "clock", Now)
+    warning.count()
+    assert log.warnings == ["2 events"]
+
+
 def test_beyond_max_pending_an_incomplete_batch_is_still_taken(log: Log, gate: Gate) -> None:
     runner = PoolRunner(threads=1, max_pending=1)
     threads: list[int] = []
