@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from contextvars import ContextVar, copy_context
+from contextvars import Context, ContextVar, copy_context
 from queue import SimpleQueue
+from typing import ClassVar
 
 import pytest
 from asgiref.local import Local
-from asgiref.sync import ThreadSensitiveContext, async_to_sync, sync_to_async
+from asgiref.sync import AsyncToSync, ThreadSensitiveContext, async_to_sync, sync_to_async
 from flask import Flask
 
 from tests import client
 from tests.support import TIMEOUT, run_python, waitress
-from wsgi_bg import BackgroundTask, BackgroundTasks, background_tasks
+from wsgi_bg import BackgroundTask, BackgroundTasks, asgiref_state, background_tasks
 from wsgi_bg.flask import Background
 
 local = Local()
@@ -182,6 +183,29 @@ def test_the_event_loop_that_a_call_by_hand_goes_on_in_sees_local_state() -> Non
         return BackgroundTask(look)()
 
     assert copy_context().run(call) == "the caller's"
+
+
+def test_the_executors_of_asgiref_3_9_0_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a ``Local`` has a context variable for each of its attributes."""
+    executor: ContextVar[str] = ContextVar("current")
+
+    class Executors:
+        class _storage:  # noqa: N801
+            _data: ClassVar = {"current": executor}
+
+    def view() -> Context:
+        executor.set("the view's")
+        variable.set("the view's")
+        return copy_context()
+
+    monkeypatch.setattr(AsyncToSync, "executors", Executors)
+    asgiref_state._asgiref.cache_clear()
+    try:
+        context = asgiref_state.detached(copy_context().run(view))
+    finally:
+        asgiref_state._asgiref.cache_clear()
+    assert executor not in context
+    assert context[variable] == "the view's"
 
 
 def test_asgiref_is_not_imported_for_tasks() -> None:
