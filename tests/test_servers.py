@@ -214,6 +214,14 @@ GATEWAYS: dict[str, Environ] = {
     "SCGI, the least": {"SCGI": "1", "CONTENT_LENGTH": "0"},
     "AJP": {"REMOTE_ADDR": "192.0.2.1", "REMOTE_HOST": "client"},
     "CGI": {"GATEWAY_INTERFACE": "CGI/1.1", "wsgi.run_once": True},
+    "a small server, which writes 0 for False": {
+        "wsgi.multithread": 0,
+        "wsgi.multiprocess": 0,
+        "wsgi.run_once": 0,
+        "SERVER_NAME": "127.0.0.1",
+        "SERVER_PROTOCOL": "HTTP/1.0",
+    },
+    "a server that writes no name": {"RAW_URI": "/", "REMOTE_PORT": "50000"},
     "AWS Lambda": {"serverless.event": {}, "REMOTE_ADDR": "192.0.2.1"},
 }
 

@@ -14,8 +14,10 @@ import re
 import sys
 from collections.abc import Iterable
 from functools import lru_cache
+from io import StringIO
 from typing import TYPE_CHECKING, Any, NamedTuple
 from wsgiref.util import FileWrapper
+from wsgiref.validate import ErrorWrapper
 
 from .exceptions import UnsupportedServerError
 
@@ -64,8 +66,8 @@ _VERSION = "[0-9][A-Za-z0-9.+!_-]*"
 # it by their file wrapper.
 _AMBIGUOUS = ("WSGIServer/0.2", "WSGIServer")  # the second from Python 3.15 on
 
-# Servers and gateways set these; SCGI is in each request of that protocol.
-_OF_GATEWAYS = ("SERVER_SOFTWARE", "GATEWAY_INTERFACE", "SCGI")
+# Servers and gateways set some of these; SCGI is in each request of that protocol.
+_OF_GATEWAYS = ("SERVER_SOFTWARE", "GATEWAY_INTERFACE", "REMOTE_PORT", "SCGI")
 
 _FLAGS = ("multithread", "multiprocess", "run_once")
 
@@ -156,8 +158,15 @@ def is_test_client(environ: WSGIEnvironment) -> bool:
     if any(flags):
         return False
     # werkzeug's client, and so Flask's, sets RAW_URI, as no server without a name of its
-    # own does. setup_testing_defaults() writes 0 for False.
-    return "RAW_URI" in environ or all(type(flag) is int for flag in flags)
+    # own does.
+    return "RAW_URI" in environ or (
+        # setup_testing_defaults() of wsgiref. Small servers write 0 for False as well, but
+        # do not throw away their errors and have a client.
+        all(type(flag) is int for flag in flags)
+        and type(environ.get("wsgi.errors")) in (StringIO, ErrorWrapper)
+        and environ.get("SERVER_NAME") == "127.0.0.1"
+        and "REMOTE_ADDR" not in environ
+    )
 
 
 def _is_falcons_client(environ: WSGIEnvironment) -> bool:
