@@ -10,7 +10,13 @@ from typing import ClassVar
 
 import pytest
 from asgiref.local import Local
-from asgiref.sync import AsyncToSync, ThreadSensitiveContext, async_to_sync, sync_to_async
+from asgiref.sync import (
+    AsyncToSync,
+    SyncToAsync,
+    ThreadSensitiveContext,
+    async_to_sync,
+    sync_to_async,
+)
 from flask import Flask
 
 from tests import client
@@ -185,6 +191,15 @@ def test_the_event_loop_that_a_call_by_hand_goes_on_in_sees_local_state() -> Non
     assert copy_context().run(call) == "the caller's"
 
 
+@pytest.fixture
+def other_version() -> Iterator[None]:
+    """Another version of asgiref, which the test makes."""
+    asgiref_state._asgiref.cache_clear()
+    yield
+    asgiref_state._asgiref.cache_clear()
+
+
+@pytest.mark.usefixtures("other_version")
 def test_the_executors_of_asgiref_3_9_0_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """There a ``Local`` has a context variable for each of its attributes."""
     executor: ContextVar[str] = ContextVar("current")
@@ -199,13 +214,23 @@ def test_the_executors_of_asgiref_3_9_0_are_left_out(monkeypatch: pytest.MonkeyP
         return copy_context()
 
     monkeypatch.setattr(AsyncToSync, "executors", Executors)
-    asgiref_state._asgiref.cache_clear()
-    try:
-        context = asgiref_state.detached(copy_context().run(view))
-    finally:
-        asgiref_state._asgiref.cache_clear()
+    context = asgiref_state.detached(copy_context().run(view))
     assert executor not in context
     assert context[variable] == "the view's"
+
+
+@pytest.mark.usefixtures("other_version")
+def test_a_version_without_a_name_that_is_private_to_asgiref_stops_no_task(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(AsyncToSync, "executors")
+    monkeypatch.delattr(SyncToAsync, "deadlock_context")
+    monkeypatch.delattr(SyncToAsync, "thread_sensitive_context")
+    seen: list[str] = []
+    tasks = BackgroundTasks()
+    tasks.add_task(seen.append, "ran")
+    tasks()
+    assert seen == ["ran"]
 
 
 def test_asgiref_is_not_imported_for_tasks() -> None:

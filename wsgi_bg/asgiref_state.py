@@ -41,15 +41,16 @@ def _asgiref() -> _Asgiref:
     # may be in the middle of the first import.
     from asgiref import local, sync
 
+    # No version has to have any of these names.
     return _Asgiref(
         frozenset(
             {
                 getattr(sync.AsyncToSync, "async_single_thread_context", None),  # 3.10 on
-                sync.SyncToAsync.deadlock_context,
-                sync.SyncToAsync.thread_sensitive_context,
+                getattr(sync.SyncToAsync, "deadlock_context", None),
+                getattr(sync.SyncToAsync, "thread_sensitive_context", None),
             }
         ),
-        sync.AsyncToSync.executors,
+        getattr(sync.AsyncToSync, "executors", None),
         getattr(local, "_rehome", copy.copy),
     )
 
