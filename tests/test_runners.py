@@ -191,6 +191,15 @@ def test_a_batch_without_a_task_to_run_is_none_that_a_full_pool_ran(
     assert runner.statistics().run_here == 0
 
 
+def test_the_record_on_a_full_pool_is_short_however_many_tasks_there_are(
+    log: Log, gate: Gate, minutes: list[float]
+) -> None:
+    runner = PoolRunner(threads=1, max_pending=1)
+    support.submit(runner, gate.task)
+    support.submit(runner, *[int] * 12)
+    assert log.warnings[0].endswith(f"<Batch [{'builtins.int, ' * 10}2 others]>")
+
+
 def test_the_warning_comes_again_from_each_pool(
     log: Log, gate: Gate, minutes: list[float]
 ) -> None:

@@ -24,6 +24,8 @@ from .tasks import ENDED, BackgroundTasks
 
 _NOT_RUN = "it returned a generator that no one runs: nothing was done"
 
+_SHOWN = 10  # tasks of a batch in its repr, which is logged on a server's thread
+
 _CANCEL_TIMEOUT = 1.0
 """How long a stopped worker waits for the cancelled async task, in seconds."""
 
@@ -533,8 +535,10 @@ class Batch:
         self._tell_if_ended()
 
     def __repr__(self) -> str:
-        names = ", ".join(task.name for task in self.tasks)
-        return f"<{type(self).__name__} [{names}]>"
+        tasks = self.tasks
+        names = [task.name for task in tasks[:_SHOWN]]
+        names += [f"{len(tasks) - _SHOWN} others"] * (len(tasks) > _SHOWN)
+        return f"<{type(self).__name__} [{', '.join(names)}]>"
 
 
 def _run_in(context: Context, func: Callable[..., object], *args: Any) -> None:
