@@ -226,6 +226,25 @@ def test_two_threads_at_the_same_event_log_one_record(
     assert log.warnings == ["2 events"]
 
 
+def test_an_event_while_another_thread_logs_is_counted_only(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warning = repeated.RepeatedWarning("%d events")
+    times = 0
+
+    def clock() -> float:
+        nonlocal times
+        times += 1
+        if times == 2:  # the first thread has its turn
+            warning.count()
+        return 60.0 * (times > 3)
+
+    monkeypatch.setattr(repeated, "clock", clock)
+    warning.count()
+    warning.count()
+    assert log.warnings == ["1 events", "2 events"]
+
+
 def test_beyond_max_pending_an_incomplete_batch_is_still_taken(log: Log, gate: Gate) -> None:
     runner = PoolRunner(threads=1, max_pending=1)
     threads: list[int] = []
