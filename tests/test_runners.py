@@ -180,6 +180,17 @@ def test_tasks_of_a_full_pool_are_counted_as_they_begin_and_each_kind_warns_by_i
     assert runner.statistics().run_here == 3
 
 
+def test_the_inline_runner_counts_what_the_pool_ran_on_the_servers_thread(
+    monkeypatch: pytest.MonkeyPatch, gate: Gate
+) -> None:
+    pool, runner = PoolRunner(threads=1, max_pending=0), InlineRunner()
+    monkeypatch.setattr("wsgi_bg.runners.inline.shared_pool", pool)
+    for _ in range(10):
+        submit(runner, gate.task, complete=False)
+    submit(runner, int, complete=False)
+    assert runner.statistics().run_here == pool.statistics().run_here == 1
+
+
 def test_a_batch_without_a_task_to_run_is_none_that_a_full_pool_ran(
     log: Log, gate: Gate, minutes: list[float]
 ) -> None:
@@ -385,7 +396,7 @@ def test_a_pool_that_can_start_no_thread_runs_batches_in_close(
 class Many:
     """A batch that others want to join the ledger of while its tasks are counted."""
 
-    succeeded = failed = discarded = 0
+    succeeded = failed = discarded = run_here = 0
     is_running = True
 
     def __init__(self, ledger: Ledger) -> None:

@@ -51,6 +51,7 @@ class Batch:
     :ivar succeeded: how many tasks have returned.
     :ivar failed: how many have raised.
     :ivar discarded: how many will not run.
+    :ivar run_here: how many a pool without room began to run on the server's thread.
     """
 
     __slots__ = (
@@ -75,6 +76,7 @@ class Batch:
         "is_kept",
         "not_before",
         "response_complete",
+        "run_here",
         "sends",
         "succeeded",
     )
@@ -91,7 +93,7 @@ class Batch:
         self.sends = False
         self.not_before = 0.0
         self.is_kept = False
-        self.succeeded = self.failed = self.discarded = 0
+        self.succeeded = self.failed = self.discarded = self.run_here = 0
         self._of = tasks
         # How many tasks are claimed, and not yet dropped.
         self._passed_over = 0
