@@ -14,10 +14,8 @@ import re
 import sys
 from collections.abc import Iterable
 from functools import lru_cache
-from io import StringIO
 from typing import TYPE_CHECKING, Any, NamedTuple
 from wsgiref.util import FileWrapper
-from wsgiref.validate import ErrorWrapper
 
 from .exceptions import UnsupportedServerError
 
@@ -161,9 +159,9 @@ def is_test_client(environ: WSGIEnvironment) -> bool:
     # own does.
     return "RAW_URI" in environ or (
         # setup_testing_defaults() of wsgiref. Small servers write 0 for False as well, but
-        # do not throw away their errors and have a client.
+        # do not throw away their errors (wsgiref.validate wraps them) and have a client.
         all(type(flag) is int for flag in flags)
-        and type(environ.get("wsgi.errors")) in (StringIO, ErrorWrapper)
+        and type(environ.get("wsgi.errors")).__name__ in ("StringIO", "ErrorWrapper")
         and environ.get("SERVER_NAME") == "127.0.0.1"
         and "REMOTE_ADDR" not in environ
     )
