@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import bottle
@@ -125,6 +127,43 @@ def test_each_argument_is_named_by_its_parameter_or_its_position(log: Log) -> No
 def test_a_function_that_does_not_tell_its_parameters_has_positions(log: Log) -> None:
     add(dict, FileStorage())
     assert "dict has an argument of the request: positional argument 1 is" in log.warnings[0]
+
+
+def test_arguments_in_a_partial_are_looked_at_by_their_places_in_the_call(log: Log) -> None:
+    add(partial(partial(store, FileStorage()), "name"), flask.request, key=FileStorage())
+    (message,) = log.warnings
+    assert message.startswith(f"{STORE}argument 'upload' is an uploaded file")
+    assert "; positional argument 3 is a proxy" in message
+    assert "; argument 'key' is an uploaded file" in message
+
+
+def test_an_argument_that_the_call_overrides_in_a_partial_is_no_matter(log: Log) -> None:
+    add(partial(store, upload=FileStorage()), upload="text")
+    assert log.warnings == []
+
+
+def test_a_method_of_an_object_of_the_request_is_warned_of(log: Log, tmp_path: Path) -> None:
+    add(FileStorage(io.BytesIO(b"secret")).save, tmp_path / "copy")
+    add(partial(FileStorage(io.BytesIO(b"secret")).close))
+    assert [message.partition(" is an uploaded file")[0] for message in log.warnings] == [
+        "background task werkzeug.datastructures.file_storage.FileStorage."
+        f"{name} has an argument of the request: the object of the method"
+        for name in ("save", "close")
+    ]
+
+
+class Unhashable(type):
+    """A class that compares, and so cannot be hashed."""
+
+    def __eq__(cls, other: object) -> bool:
+        return False
+
+
+def test_a_class_that_cannot_be_hashed_is_no_matter(log: Log) -> None:
+    seen: list[object] = []
+    add(seen.append, Unhashable("Class", (), {})())
+    assert len(seen) == 1
+    assert log.warnings == log.errors == []
 
 
 class Unhappy(type):

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from contextvars import ContextVar, copy_context
+from contextvars import Context, ContextVar, copy_context
 from queue import SimpleQueue
+from typing import ClassVar
 
 import pytest
 from asgiref.local import Local
-from asgiref.sync import ThreadSensitiveContext, async_to_sync, sync_to_async
+from asgiref.sync import (
+    AsyncToSync,
+    SyncToAsync,
+    ThreadSensitiveContext,
+    async_to_sync,
+    sync_to_async,
+)
 from flask import Flask
 
 from tests import client
 from tests.support import TIMEOUT, run_python, waitress
-from wsgi_bg import BackgroundTask, BackgroundTasks, background_tasks
+from wsgi_bg import BackgroundTask, BackgroundTasks, asgiref_state, background_tasks
 from wsgi_bg.flask import Background
 
 local = Local()
@@ -182,6 +189,48 @@ def test_the_event_loop_that_a_call_by_hand_goes_on_in_sees_local_state() -> Non
         return BackgroundTask(look)()
 
     assert copy_context().run(call) == "the caller's"
+
+
+@pytest.fixture
+def other_version() -> Iterator[None]:
+    """Another version of asgiref, which the test makes."""
+    asgiref_state._asgiref.cache_clear()
+    yield
+    asgiref_state._asgiref.cache_clear()
+
+
+@pytest.mark.usefixtures("other_version")
+def test_the_executors_of_asgiref_3_9_0_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a ``Local`` has a context variable for each of its attributes."""
+    executor: ContextVar[str] = ContextVar("current")
+
+    class Executors:
+        class _storage:  # noqa: N801
+            _data: ClassVar = {"current": executor}
+
+    def view() -> Context:
+        executor.set("the view's")
+        variable.set("the view's")
+        return copy_context()
+
+    monkeypatch.setattr(AsyncToSync, "executors", Executors)
+    context = asgiref_state.detached(copy_context().run(view))
+    assert executor not in context
+    assert context[variable] == "the view's"
+
+
+@pytest.mark.usefixtures("other_version")
+def test_a_version_without_a_name_that_is_private_to_asgiref_stops_no_task(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(AsyncToSync, "executors")
+    monkeypatch.delattr(SyncToAsync, "deadlock_context")
+    monkeypatch.delattr(SyncToAsync, "thread_sensitive_context")
+    seen: list[str] = []
+    tasks = BackgroundTasks()
+    tasks.add_task(seen.append, "ran")
+    tasks()
+    assert seen == ["ran"]
 
 
 def test_asgiref_is_not_imported_for_tasks() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import unittest
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import Context, copy_context
 from typing import Any
 
@@ -23,6 +23,7 @@ from tests.conftest import Log
 from tests.django_support import Order, settings
 from tests.support import TIMEOUT, run_python
 from wsgi_bg import BackgroundTasks, background_tasks, get_background_tasks, inject
+from wsgi_bg.context import current
 from wsgi_bg.django import get_wsgi_application
 
 Enter = Callable[[Any], object]
@@ -71,6 +72,16 @@ class Run:
     @property
     def count(self) -> int:
         return len(self.threads)
+
+
+@pytest.fixture(autouse=True)
+def no_request_left() -> Iterator[None]:
+    """The last request lasts until the next one, for the callbacks of ``on_commit``."""
+    yield
+    left: Any = current.get(None)
+    if left is not None:
+        left._request.leave()
+    assert current.get(None) is None
 
 
 @pytest.fixture

@@ -343,11 +343,34 @@ def test_a_setting_overrides_an_option() -> None:
     assert seen == []
 
 
+@pytest.mark.parametrize("by_setting", [False, True])
+def test_failed_from_is_an_option_and_a_setting(by_setting: bool, log: Log) -> None:
+    pool, seen = PoolRunner(), list[str]()
+
+    def add() -> None:
+        background_tasks.add_task(seen.append, "never")
+        background_tasks.using(failed_from=404).add_task(seen.append, "ran")
+
+    serve_views(add)
+    settings = {"WSGI_BG_FAILED_FROM": 200} if by_setting else {}
+    option = None if by_setting else 200
+    with override_settings(**settings):
+        application = get_wsgi_application(pool, failed_from=option)
+    with waitress(application) as port:
+        client.ask(port)
+    assert pool.drain(TIMEOUT) == []
+    assert seen == ["ran"]
+    assert "the request failed with 200" in log.warnings[0]
+    get_wsgi_application()
+
+
 @pytest.mark.parametrize(
     ("kwargs", "settings", "message"),
     [
         ({"run_on": "failure"}, {}, "^run_on must be"),
         ({}, {"WSGI_BG_RUN_ON": "failure"}, "^WSGI_BG_RUN_ON must be"),
+        ({"failed_from": 99}, {}, "^failed_from must be"),
+        ({}, {"WSGI_BG_FAILED_FROM": 601}, "^WSGI_BG_FAILED_FROM must be"),
     ],
 )
 def test_a_wrong_option_is_named(

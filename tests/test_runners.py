@@ -180,6 +180,17 @@ def test_tasks_of_a_full_pool_are_counted_as_they_begin_and_each_kind_warns_by_i
     assert runner.statistics().run_here == 3
 
 
+def test_the_inline_runner_counts_what_the_pool_ran_on_the_servers_thread(
+    monkeypatch: pytest.MonkeyPatch, gate: Gate
+) -> None:
+    pool, runner = PoolRunner(threads=1, max_pending=0), InlineRunner()
+    monkeypatch.setattr("wsgi_bg.runners.inline.shared_pool", pool)
+    for _ in range(10):
+        submit(runner, gate.task, complete=False)
+    submit(runner, int, complete=False)
+    assert runner.statistics().run_here == pool.statistics().run_here == 1
+
+
 def test_a_batch_without_a_task_to_run_is_none_that_a_full_pool_ran(
     log: Log, gate: Gate, minutes: list[float]
 ) -> None:
@@ -191,6 +202,15 @@ def test_a_batch_without_a_task_to_run_is_none_that_a_full_pool_ran(
     assert runner.statistics().run_here == 0
 
 
+def test_the_record_on_a_full_pool_is_short_however_many_tasks_there_are(
+    log: Log, gate: Gate, minutes: list[float]
+) -> None:
+    runner = PoolRunner(threads=1, max_pending=1)
+    support.submit(runner, gate.task)
+    support.submit(runner, *[int] * 12)
+    assert log.warnings[0].endswith(f"<Batch [{'builtins.int, ' * 10}2 others]>")
+
+
 def test_the_warning_comes_again_from_each_pool(
     log: Log, gate: Gate, minutes: list[float]
 ) -> None:
@@ -198,6 +218,42 @@ def test_the_warning_comes_again_from_each_pool(
         submit(runner, int)
         submit(runner, int)
     assert len(log.warnings) == 2
+
+
+def test_two_threads_at_the_same_event_log_one_record(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second thread counts and logs when the first one has just looked at the clock."""
+    warning = repeated.RepeatedWarning("%d events")
+
+    class Now(float):
+        def __lt__(self, other: float) -> bool:
+            monkeypatch.setattr(repeated, "clock", lambda: 0.0)
+            warning.count()
+            return False
+
+    monkeypatch.setattr(repeated, "clock", Now)
+    warning.count()
+    assert log.warnings == ["2 events"]
+
+
+def test_an_event_while_another_thread_logs_is_counted_only(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warning = repeated.RepeatedWarning("%d events")
+    times = 0
+
+    def clock() -> float:
+        nonlocal times
+        times += 1
+        if times == 2:  # the first thread has its turn
+            warning.count()
+        return 60.0 * (times > 3)
+
+    monkeypatch.setattr(repeated, "clock", clock)
+    warning.count()
+    warning.count()
+    assert log.warnings == ["1 events", "2 events"]
 
 
 def test_beyond_max_pending_an_incomplete_batch_is_still_taken(log: Log, gate: Gate) -> None:
@@ -340,7 +396,7 @@ def test_a_pool_that_can_start_no_thread_runs_batches_in_close(
 class Many:
     """A batch that others want to join the ledger of while its tasks are counted."""
 
-    succeeded = failed = discarded = 0
+    succeeded = failed = discarded = run_here = 0
     is_running = True
 
     def __init__(self, ledger: Ledger) -> None:

@@ -243,7 +243,8 @@ def test_a_wait_that_is_interrupted_names_the_tasks() -> None:
         """
     )
     assert (done.returncode, done.stdout) == (3, "")
-    assert done.stderr.startswith("background task __main__.stuck was not finished when its")
+    # A garbage collection may free the response first, and a WARNING says so.
+    assert "background task __main__.stuck was not finished when its" in done.stderr
 
 
 def test_an_async_handler_waits_without_blocking_its_loop() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from wsgiref.handlers import BaseCGIHandler
 from wsgiref.util import FileWrapper
 
+import falcon.testing
 import pytest
 from flask import Flask
 from webob import Request
@@ -129,7 +130,14 @@ def via_django(app: Any) -> None:
     Server().run(app, RequestFactory()._base_environ())
 
 
-CLIENTS = [via_werkzeug, via_flask, via_webtest, via_setup_testing_defaults, via_django]
+def via_falcon(app: Any) -> None:
+    falcon.testing.TestClient(app).simulate_get("/")
+
+
+CLIENTS = [
+    *(via_werkzeug, via_flask, via_webtest, via_setup_testing_defaults, via_django),
+    via_falcon,
+]
 
 
 @pytest.mark.parametrize("status", ["200 OK", "204 NO CONTENT", "500 OOPS"])
@@ -142,8 +150,9 @@ def test_in_a_test_client_everything_runs_inline(
     def add(environ: Environ) -> None:
         background_tasks.add_task(lambda: threads.append(threading.get_ident()))
 
+    headers = [] if status[:3] == "204" else [("Content-Type", "text/plain")]
     app = BackgroundTasksMiddleware(
-        app_that(add, status=status, headers=[("Content-Type", "text/plain")]), run_on="always"
+        app_that(add, status=status, headers=headers), run_on="always"
     )
     if client is via_webtest and status[0] == "5":
         with pytest.raises(Exception, match="500 OOPS"):
@@ -201,9 +210,18 @@ GATEWAYS: dict[str, Environ] = {
     },
     "FastCGI, the URI as sent too": {"GATEWAY_INTERFACE": "CGI/1.1", "RAW_URI": "/"},
     "SCGI, all that nginx sends": {"SCGI": "1", "REMOTE_ADDR": "192.0.2.1", "REQUEST_URI": "/"},
+    "SCGI, the URI as sent too": {"SCGI": "1", "RAW_URI": "/"},
     "SCGI, the least": {"SCGI": "1", "CONTENT_LENGTH": "0"},
     "AJP": {"REMOTE_ADDR": "192.0.2.1", "REMOTE_HOST": "client"},
     "CGI": {"GATEWAY_INTERFACE": "CGI/1.1", "wsgi.run_once": True},
+    "a small server, which writes 0 for False": {
+        "wsgi.multithread": 0,
+        "wsgi.multiprocess": 0,
+        "wsgi.run_once": 0,
+        "SERVER_NAME": "127.0.0.1",
+        "SERVER_PROTOCOL": "HTTP/1.0",
+    },
+    "a server that writes no name": {"RAW_URI": "/", "REMOTE_PORT": "50000"},
     "AWS Lambda": {"serverless.event": {}, "REMOTE_ADDR": "192.0.2.1"},
 }
 
@@ -242,6 +260,13 @@ def test_pythons_cgi_handler_is_no_test_client(multithread: bool) -> None:
 def test_a_request_within_the_application_is_no_test_clients() -> None:
     """WebOb's ``Request.blank`` calls applications in production too."""
     assert not servers.is_test_client(Request.blank("/").environ)
+
+
+def test_falcons_client_is_told_from_the_gunicorn_that_it_names_itself_after() -> None:
+    environ = falcon.testing.create_environ()
+    assert servers.describe(environ) == "a test client"
+    assert servers.describe({**environ, "gunicorn.socket": object()}) == "gunicorn"
+    assert servers.describe({**environ, "SERVER_SOFTWARE": "gunicorn/25.1.0"}) == "gunicorn"
 
 
 def test_an_environ_that_does_not_say_is_not_a_test_clients() -> None:

@@ -15,7 +15,7 @@ import sys
 from contextvars import Context, ContextVar, copy_context
 from typing import Any, NamedTuple
 
-# The name of the context variable of every Local, in all versions.
+# The name of the context variable of every Local, in all versions but 3.9.0.
 _LOCAL = "asgiref.local"
 
 # Django's connections to caches, and the backends of its own tasks, are Locals too.
@@ -29,6 +29,8 @@ class _Asgiref(NamedTuple):
 
     of_a_call: frozenset[_Variable]
     """The variables that describe calls and blocks in progress."""
+    executors: Any
+    """The ``Local`` that does the same."""
     rehome: Any
     """Makes a ``Local``'s storage one of the current thread; a copy up to asgiref 3.11."""
 
@@ -39,23 +41,25 @@ def _asgiref() -> _Asgiref:
     # may be in the middle of the first import.
     from asgiref import local, sync
 
+    # No version has to have any of these names.
     return _Asgiref(
         frozenset(
             {
-                _variable_of(sync.AsyncToSync.executors),
                 getattr(sync.AsyncToSync, "async_single_thread_context", None),  # 3.10 on
-                sync.SyncToAsync.deadlock_context,
-                sync.SyncToAsync.thread_sensitive_context,
+                getattr(sync.SyncToAsync, "deadlock_context", None),
+                getattr(sync.SyncToAsync, "thread_sensitive_context", None),
             }
         ),
+        getattr(sync.AsyncToSync, "executors", None),
         getattr(local, "_rehome", copy.copy),
     )
 
 
-def _variable_of(local: Any) -> _Variable:
-    """The context variable of a ``Local``; asgiref has no public name for it."""
-    variable: _Variable = getattr(getattr(local, "_storage", None), "_data", None)
-    return variable
+def _variables_of(local: Any) -> tuple[_Variable, ...]:
+    """The context variables of a ``Local``; asgiref has no public name for them."""
+    data = getattr(getattr(local, "_storage", None), "_data", None)
+    # asgiref 3.9.0 makes a variable for each attribute.
+    return tuple(data.values()) if isinstance(data, dict) else (data,)
 
 
 def detached(context: Context) -> Context:
@@ -79,14 +83,13 @@ def _fill_from(context: Context) -> None:
     asgiref = _asgiref()
     # Looked up each time: Django's tests replace them.
     handlers = [getattr(sys.modules.get(module), name, None) for module, name in _CONNECTIONS]
-    of_a_thread = [_variable_of(getattr(each, "_connections", None)) for each in handlers]
+    locals_left_out = [getattr(each, "_connections", None) for each in handlers]
+    left_out = asgiref.of_a_call.union(
+        *map(_variables_of, (asgiref.executors, *locals_left_out))
+    )
     for variable, value in context.items():
-        if variable.name == _LOCAL:
-            if variable in asgiref.of_a_call or variable in of_a_thread:
-                continue
-            variable.set(asgiref.rehome(value))
-        elif variable not in asgiref.of_a_call:
-            variable.set(value)
+        if variable not in left_out:
+            variable.set(asgiref.rehome(value) if variable.name == _LOCAL else value)
 
 
 def move_here(context: Context) -> None:

@@ -25,6 +25,8 @@ from .tasks import ENDED, BackgroundTasks
 
 _NOT_RUN = "it returned a generator that no one runs: nothing was done"
 
+_SHOWN = 10  # tasks of a batch in its repr, which is logged on a server's thread
+
 _CANCEL_TIMEOUT = 1.0
 """How long a stopped worker waits for the cancelled async task, in seconds."""
 
@@ -50,6 +52,7 @@ class Batch:
     :ivar succeeded: how many tasks have returned.
     :ivar failed: how many have raised.
     :ivar discarded: how many will not run.
+    :ivar run_here: how many a pool without room began to run on the server's thread.
     """
 
     __slots__ = (
@@ -74,6 +77,7 @@ class Batch:
         "is_kept",
         "not_before",
         "response_complete",
+        "run_here",
         "sends",
         "succeeded",
     )
@@ -90,7 +94,7 @@ class Batch:
         self.sends = False
         self.not_before = 0.0
         self.is_kept = False
-        self.succeeded = self.failed = self.discarded = 0
+        self.succeeded = self.failed = self.discarded = self.run_here = 0
         self._of = tasks
         # How many tasks are claimed, and not yet dropped.
         self._passed_over = 0
@@ -542,8 +546,10 @@ class Batch:
         self._tell_if_ended()
 
     def __repr__(self) -> str:
-        names = ", ".join(task.name for task in self.tasks)
-        return f"<{type(self).__name__} [{names}]>"
+        tasks = self.tasks
+        names = [task.name for task in tasks[:_SHOWN]]
+        names += [f"{len(tasks) - _SHOWN} others"] * (len(tasks) > _SHOWN)
+        return f"<{type(self).__name__} [{', '.join(names)}]>"
 
 
 def _run_in(context: Context, func: Callable[..., object], *args: Any) -> None:

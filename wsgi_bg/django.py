@@ -68,11 +68,11 @@ def get_wsgi_application(
     a connection only for ``CONN_MAX_AGE`` seconds, by default not at all.
 
     The options are those of :class:`~wsgi_bg.BackgroundTasksMiddleware`. Django's settings
-    override them: ``WSGI_BG_RUNNER``, ``WSGI_BG_RUN_ON``, ``WSGI_BG_ON_ERROR``,
-    ``WSGI_BG_STOP_ON_ERROR`` and ``WSGI_BG_HOOKS``.
+    override them: ``WSGI_BG_RUNNER``, ``WSGI_BG_RUN_ON``, ``WSGI_BG_FAILED_FROM``,
+    ``WSGI_BG_ON_ERROR``, ``WSGI_BG_STOP_ON_ERROR`` and ``WSGI_BG_HOOKS``.
 
     :raises TypeError: if an option is of the wrong type.
-    :raises ValueError: if an option is a word that is not known.
+    :raises ValueError: if an option is a word that is not known, or a number out of range.
     """
     application = wsgi.get_wsgi_application()
     _options.update(

@@ -42,7 +42,10 @@ class RepeatedWarning:
         except IndexError:  # another thread logs
             return
         try:
-            self._not_before = clock() + INTERVAL
+            now = clock()
+            if now < self._not_before:  # another thread has logged meanwhile
+                return
+            self._not_before = now + INTERVAL
             new, self._logged = events - self._logged, events
             log.warning(self._message, new, *args)
         finally:

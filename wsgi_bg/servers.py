@@ -64,6 +64,9 @@ _VERSION = "[0-9][A-Za-z0-9.+!_-]*"
 # it by their file wrapper.
 _AMBIGUOUS = ("WSGIServer/0.2", "WSGIServer")  # the second from Python 3.15 on
 
+# Servers and gateways set some of these; SCGI is in each request of that protocol.
+_OF_GATEWAYS = ("SERVER_SOFTWARE", "GATEWAY_INTERFACE", "REMOTE_PORT", "SCGI")
+
 _FLAGS = ("multithread", "multiprocess", "run_once")
 
 # "unable to send websocket binary message" is another one.
@@ -127,11 +130,11 @@ def _by_software(software: str) -> Server | None:
 
 def describe(environ: WSGIEnvironment) -> str:
     """The server's name for a log."""
+    if is_test_client(environ):
+        return "a test client"
     server = recognise(environ)
     if server is not None:
         return server.name
-    if is_test_client(environ):
-        return "a test client"
     return str(environ.get("SERVER_SOFTWARE", "a server that does not name itself"))
 
 
@@ -143,9 +146,9 @@ def is_test_client(environ: WSGIEnvironment) -> bool:
     payload = type(environ.get("wsgi.input"))
     if payload.__name__ == "FakePayload" and payload.__module__.startswith("django."):
         return True
-    if "paste.testing" in environ:  # WebTest
+    if "paste.testing" in environ or _is_falcons_client(environ):  # the first is WebTest's
         return True
-    if "SERVER_SOFTWARE" in environ or "GATEWAY_INTERFACE" in environ:
+    if any(key in environ for key in _OF_GATEWAYS):
         return False
     if recognise(environ) is not None:
         return False
@@ -153,8 +156,27 @@ def is_test_client(environ: WSGIEnvironment) -> bool:
     if any(flags):
         return False
     # werkzeug's client, and so Flask's, sets RAW_URI, as no server without a name of its
-    # own does. setup_testing_defaults() writes 0 for False.
-    return "RAW_URI" in environ or all(type(flag) is int for flag in flags)
+    # own does.
+    return "RAW_URI" in environ or (
+        # setup_testing_defaults() of wsgiref. Small servers write 0 for False as well, but
+        # do not throw away their errors (wsgiref.validate wraps them) and have a client.
+        all(type(flag) is int for flag in flags)
+        and type(environ.get("wsgi.errors")).__name__ in ("StringIO", "ErrorWrapper")
+        and environ.get("SERVER_NAME") == "127.0.0.1"
+        and "REMOTE_ADDR" not in environ
+    )
+
+
+def _is_falcons_client(environ: WSGIEnvironment) -> bool:
+    """Whether Falcon's test client made ``environ``, in the name of a gunicorn of 2012.
+
+    gunicorn itself puts its socket into each environ.
+    """
+    return (
+        environ.get("SERVER_SOFTWARE") == "gunicorn/0.17.0"
+        and "RAW_URI" in environ
+        and "gunicorn.socket" not in environ
+    )
 
 
 def is_written(

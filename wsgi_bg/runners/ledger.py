@@ -31,11 +31,9 @@ class Ledger:
         self.pid = os.getpid()
         self._handed_over: dict[Batch, None] = {}
         self._run_here: dict[Batch, None] = {}
-        # Succeeded, failed and discarded tasks of batches that have ended, by the thread that
-        # ended them: no two threads add to the same numbers.
+        # Tasks of batches that have ended, by the thread that ended them: no two threads add to
+        # the same numbers. Succeeded, failed, discarded, run on the server's thread.
         self._counts: dict[int, list[int]] = {}
-        # Tasks that were to run on the server's thread for want of room; one number a thread.
-        self._run_here_counts: dict[int, int] = {}
         self._waiters: list[threading.Event] = []
         self.is_draining = False
         self._on_done = self.remove  # one object for all batches
@@ -63,17 +61,13 @@ class Ledger:
         was_here = self._run_here.pop(batch, self) is None or was_here
         if not was_here:
             return
-        counts = self._counts.setdefault(threading.get_ident(), [0, 0, 0])
+        counts = self._counts.setdefault(threading.get_ident(), [0, 0, 0, 0])
         counts[0] += batch.succeeded
         counts[1] += batch.failed
         counts[2] += batch.discarded
+        counts[3] += batch.run_here
         for waiter in list(self._waiters):
             waiter.set()
-
-    def count_run_here(self, batch: Batch) -> None:
-        """Count the tasks of a batch that is to run on the server's thread."""
-        thread, counts = threading.get_ident(), self._run_here_counts
-        counts[thread] = counts.get(thread, 0) + batch.length
 
     @property
     def batches(self) -> list[Batch]:
@@ -124,7 +118,7 @@ class Ledger:
             succeeded=sum(each[0] for each in ended) + sum(b.succeeded for b in batches),
             failed=sum(each[1] for each in ended) + sum(b.failed for b in batches),
             discarded=sum(each[2] for each in ended) + sum(b.discarded for b in batches),
-            run_here=sum(list(self._run_here_counts.values())),
+            run_here=sum(each[3] for each in ended) + sum(b.run_here for b in batches),
         )
 
 

@@ -83,13 +83,13 @@ class PoolRunner:
         if is_exiting() or crew.ledger.is_draining:
             batch.run()
         elif not has_room:
-            self._run_here(batch, crew, crew.full if is_complete else crew.too_full)
+            self._run_here(batch, crew.full if is_complete else crew.too_full)
         elif not crew.submit(batch):
-            self._run_here(batch, crew, crew.no_thread)
+            self._run_here(batch, crew.no_thread)
 
-    def _run_here(self, batch: Batch, crew: _Crew, warning: RepeatedWarning) -> None:
+    def _run_here(self, batch: Batch, warning: RepeatedWarning) -> None:
         if batch.tasks:  # else nothing but its end is to come
-            crew.ledger.count_run_here(batch)
+            batch.run_here = batch.length
             warning.count(self, batch)
         batch.run()
 
