@@ -268,6 +268,20 @@ def test_an_async_handler_waits_without_blocking_its_loop() -> None:
     assert seen == ["the loop runs meanwhile"]
 
 
+def test_an_async_handler_that_a_plain_decorator_hides_is_awaited() -> None:
+    """Many decorators of handlers are plain functions that return the coroutine."""
+    seen: list[str] = []
+
+    async def handler() -> bytes:
+        return bytes(invoke(adding(lambda: seen.append("ran"), runner="pool")))
+
+    def hiding() -> Any:
+        return handler()
+
+    assert asyncio.run(finish_tasks(hiding)()) == b"ok"
+    assert seen == ["ran"]
+
+
 class Mine:
     """A runner of a user's own, which knows no more than ``submit``."""
 
@@ -390,6 +404,14 @@ def test_a_timeout_that_is_none_is_refused(timeout: Any, error: type[Exception])
 def test_a_handler_that_is_none_is_refused() -> None:
     with pytest.raises(TypeError, match=r"handler must be a function: handler\(event, context"):
         finish_tasks(5)  # type: ignore[call-overload]
+
+
+def test_a_generator_function_is_refused_since_its_body_runs_later() -> None:
+    def handler(event: object, context: object) -> Iterator[bytes]:
+        yield b""
+
+    with pytest.raises(TypeError, match="handler must be a function that returns a response"):
+        finish_tasks(handler)
 
 
 @pytest.mark.parametrize("raises", [False, True])
