@@ -220,6 +220,21 @@ def test_a_timeout_is_a_number_of_seconds(
         function(timeout)
 
 
+@pytest.mark.parametrize("function", [wsgi_bg.wait, shutdown.drain])
+def test_a_timeout_may_be_larger_than_any_float(
+    function: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[float] = []
+
+    def finish(*, limit: float) -> list[BackgroundTask]:
+        limits.append(limit)
+        return []
+
+    monkeypatch.setattr(shutdown, "finish", finish)
+    assert function(10**400) == []
+    assert limits in ([], [math.inf])
+
+
 # drain()
 
 SETUP = """
