@@ -47,7 +47,8 @@ def finish_tasks(
     :param timeout: how long to wait for the tasks at most, in seconds; never longer than
         Lambda's ``context.get_remaining_time_in_millis()`` less half a second. None waits as
         long as that, or 30 seconds if no argument of the handler has such a method.
-    :raises TypeError: if ``handler`` is not callable, is a generator function, or ``timeout`` is no number.
+    :raises TypeError: if ``handler`` is not callable, or is a generator function; if
+        ``timeout`` is no number.
     :raises ValueError: if ``timeout`` is negative.
     """
     if timeout is not None:
