@@ -274,7 +274,9 @@ def test_a_users_runner_with_a_mistake_keeps_no_other_from_being_drained(body: s
             def statistics(self): return Statistics(0, 0, 0, 0, 0)
             {body}
 
-        request(Mine(), lambda: print("ran first"))
+        has_run = threading.Event()
+        request(Mine(), lambda: (print("ran first"), has_run.set()))
+        assert has_run.wait(10)
         request(PoolRunner(), lambda: (leaving.wait(10), print("ran last")))
         main_thread_ends()
         """

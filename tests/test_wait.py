@@ -494,6 +494,24 @@ def test_one_warning_names_the_tasks_of_all_runners() -> None:
     ]
 
 
+def test_a_warning_says_how_long_the_most_patient_runner_waits() -> None:
+    lines = run(
+        """
+        class EndTask(logging.Handler):
+            def emit(self, record):
+                gate.set()
+
+        logging.getLogger("wsgi_bg").addHandler(EndTask())
+        runners = [PoolRunner(drain_timeout=seconds) for seconds in (20, 90)]
+        for runner in runners:
+            submit(runner, stuck)
+        """
+    )
+    assert [line.partition(": ")[2] for line in lines] == [
+        "for 89 s more at most; Ctrl-C ends the wait"
+    ]
+
+
 def test_a_thread_that_serves_on_is_waited_beside_with_a_warning() -> None:
     assert run(
         """

@@ -230,18 +230,19 @@ def finish(
     waiting = [runner for entry, runner in _registered() if not entry.was_drained]
     batches = batches_under_way()
     limits = {id(runner): _limit_of(runner, limit) for runner in waiting}
+    latest = began + max(limits.values(), default=0.0)
     reasons: dict[int, str] = {}
     all_done = True
     otherwise = "by the end of the process"
     try:
         for runner in waiting:
             seconds = limits[id(runner)]
-            reason = _drain(runner, seconds, began + seconds, notice)
+            reason = _drain(runner, seconds, began + seconds, notice, latest)
             all_done = all_done and reason is None
             reasons[id(runner)] = reason or _time_is_up(seconds)
         if waiting and all_done:
             # A user's runner may return nothing and have batches that have not ended.
-            wait_for(batches, began + max(limits.values()), notice)
+            wait_for(batches, latest, notice)
     except BaseException as exc:
         otherwise = _interruption(exc)
         raise
@@ -255,8 +256,13 @@ def _interruption(exc: BaseException) -> str:
     return f"before the wait for it was interrupted ({type(exc).__name__})"
 
 
-def _drain(runner: Runner, seconds: float, deadline: float, notice: Notice) -> str | None:
-    """Drain one runner; return why the tasks that it leaves are not finished, if it does."""
+def _drain(
+    runner: Runner, seconds: float, deadline: float, notice: Notice, latest: float
+) -> str | None:
+    """Drain one runner; return why the tasks that it leaves are not finished, if it does.
+
+    :param latest: when the last of all runners is given up, by :func:`time.monotonic`.
+    """
     while True:
         until = min(deadline, notice.due)
         try:
@@ -273,7 +279,7 @@ def _drain(runner: Runner, seconds: float, deadline: float, notice: Notice) -> s
             return _time_is_up(seconds)
         if now < until - _EARLY:
             return "when the drain of its runner had ended"
-        notice.log_if_due(deadline, runner=runner)
+        notice.log_if_due(latest, runner=runner)
 
 
 def _time_is_up(seconds: float) -> str:
