@@ -225,6 +225,17 @@ def test_a_mock_of_the_context_sets_no_limit(log: Log) -> None:
     assert log.errors == []
 
 
+def test_a_context_that_raises_sets_no_limit() -> None:
+    class Context:
+        def get_remaining_time_in_millis(self) -> float:
+            raise RuntimeError("mock")
+
+    seen: list[str] = []
+    app = adding(lambda: seen.append("ran"), runner="pool")
+    assert finish_tasks(lambda event, context: invoke(app))(None, Context()) == b"ok"
+    assert seen == ["ran"]
+
+
 def test_a_wait_that_is_interrupted_names_the_tasks() -> None:
     done = run_python(
         """

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import inspect
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, ParamSpec, TypeVar, overload
 
 from .callables import is_coroutine_callable, kind_of
@@ -117,8 +118,7 @@ def _limit(timeout: float | None, *arguments: Any) -> float:
     """How long tasks may take from now on, in seconds."""
     limits = [] if timeout is None else [timeout]
     for argument in arguments:
-        remaining = getattr(argument, "get_remaining_time_in_millis", None)
-        left = remaining() if callable(remaining) else None
-        if isinstance(left, (int, float)):  # a mock of the context has no number
-            limits.append(max(0.0, left / 1000 - MARGIN))
+        with suppress(Exception):  # no context; a mock has no number, or raises
+            left = argument.get_remaining_time_in_millis() / 1000 - MARGIN
+            limits.append(max(0.0, left))
     return min(limits, default=DEFAULT_TIMEOUT)
