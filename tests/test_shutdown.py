@@ -284,6 +284,25 @@ def test_a_users_runner_with_a_mistake_keeps_no_other_from_being_drained(body: s
     assert (code, lines.count("ran first"), lines.count("ran last")) == (0, 1, 1), lines
 
 
+def test_a_stop_that_comes_while_tasks_are_named_is_not_the_runners_error() -> None:
+    assert run(
+        """
+        import wsgi_bg
+
+        class Interrupted(InlineRunner):
+            def abandon(self): raise KeyboardInterrupt
+
+        runner = Interrupted()
+        request(runner, int)
+        try:
+            wsgi_bg.drain()
+        except KeyboardInterrupt:
+            print("goes through")
+        Interrupted.abandon = InlineRunner.abandon
+        """
+    ) == (0, ["goes through"])
+
+
 def test_what_a_users_runner_does_not_return_is_waited_for() -> None:
     assert run(
         """
