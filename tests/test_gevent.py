@@ -312,3 +312,24 @@ def test_a_process_that_eventlet_has_patched_is_refused() -> None:
         "wsgi_bg does not work with eventlet; serve with gevent, waitress or gunicorn's "
         "gthread worker\n"
     ), done.stderr
+
+
+@pytest.mark.parametrize("start", ["patched", "patched after the import"])
+def test_the_process_ends_after_a_task_that_used_sync_to_async(start: str) -> None:
+    """asgiref's own executor has a greenlet of the loop's thread, which ends earlier."""
+    pytest.importorskip("asgiref")
+    lines = run(
+        start,
+        """
+        from asgiref.sync import sync_to_async
+
+        async def use_sync_code():
+            names = [await sync_to_async(threading.current_thread)() for _ in range(2)]
+            passed.append(names[0] is names[1])
+
+        ask(serve([use_sync_code], PoolRunner()))
+        until(lambda: passed)
+        print(passed)
+        """,
+    )
+    assert lines == ["[True]"]

@@ -198,3 +198,27 @@ print("not reached")
     assert ended.stdout == "goes on\n", ended.stderr
     assert ended.returncode == 0
     assert UNFINISHED in ended.stderr
+
+
+def test_the_warning_says_how_long_gunicorn_waits_and_what_ends_the_wait() -> None:
+    ended = run_python(
+        WORKER
+        + """
+import logging
+
+class EndTask(logging.Handler):
+    def emit(self, record):
+        print(record.getMessage())
+        never.set()
+
+logging.getLogger("wsgi_bg").addHandler(EndTask())
+worker = begin(Worker(12, handler=lambda *_: None))
+submit(pool, wait_for_ever)
+signal.raise_signal(signal.SIGTERM)
+end(worker)
+"""
+    )
+    assert ended.stdout == (
+        "the process ends, and waits for 1 background task (1 __main__.wait_for_ever): "
+        "for 10 s more at most; SIGQUIT ends the wait\n"
+    ), ended.stderr

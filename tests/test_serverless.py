@@ -225,6 +225,17 @@ def test_a_mock_of_the_context_sets_no_limit(log: Log) -> None:
     assert log.errors == []
 
 
+def test_a_context_that_raises_sets_no_limit() -> None:
+    class Context:
+        def get_remaining_time_in_millis(self) -> float:
+            raise RuntimeError("mock")
+
+    seen: list[str] = []
+    app = adding(lambda: seen.append("ran"), runner="pool")
+    assert finish_tasks(lambda event, context: invoke(app))(None, Context()) == b"ok"
+    assert seen == ["ran"]
+
+
 def test_a_wait_that_is_interrupted_names_the_tasks() -> None:
     done = run_python(
         """
@@ -267,6 +278,20 @@ def test_an_async_handler_waits_without_blocking_its_loop() -> None:
 
     assert asyncio.run(main()) == b"ok"
     assert seen == ["the loop runs meanwhile"]
+
+
+def test_an_async_handler_that_a_plain_decorator_hides_is_awaited() -> None:
+    """Many decorators of handlers are plain functions that return the coroutine."""
+    seen: list[str] = []
+
+    async def handler() -> bytes:
+        return bytes(invoke(adding(lambda: seen.append("ran"), runner="pool")))
+
+    def hiding() -> Any:
+        return handler()
+
+    assert asyncio.run(finish_tasks(hiding)()) == b"ok"
+    assert seen == ["ran"]
 
 
 class Mine:
@@ -391,6 +416,14 @@ def test_a_timeout_that_is_none_is_refused(timeout: Any, error: type[Exception])
 def test_a_handler_that_is_none_is_refused() -> None:
     with pytest.raises(TypeError, match=r"handler must be a function: handler\(event, context"):
         finish_tasks(5)  # type: ignore[call-overload]
+
+
+def test_a_generator_function_is_refused_since_its_body_runs_later() -> None:
+    def handler(event: object, context: object) -> Iterator[bytes]:
+        yield b""
+
+    with pytest.raises(TypeError, match="handler must be a function that returns a response"):
+        finish_tasks(handler)
 
 
 @pytest.mark.parametrize("raises", [False, True])

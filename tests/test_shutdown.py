@@ -247,6 +247,121 @@ def test_a_runner_that_cannot_be_drained_is_complained_of_once() -> None:
     assert [line for line in lines if line.startswith("OSError")] == ["OSError: no broker"]
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "drain_timeout = None",
+        "drain_timeout = math.nan",
+        "drain_timeout = property(lambda self: 1 / 0)",
+        "def drain(self, timeout): raise asyncio.CancelledError",
+        "def drain(self, timeout): raise SystemExit",
+        "def drain(self, timeout): return None",
+        "def drain(self, timeout): return ['shop.task']",
+        "def abandon(self): raise asyncio.CancelledError",
+        "abandon = property(lambda self: 1 / 0)",
+        "def abandon(self): return None",
+    ],
+)
+def test_a_users_runner_with_a_mistake_keeps_no_other_from_being_drained(body: str) -> None:
+    code, lines = run(
+        f"""
+        import math
+        from wsgi_bg.runners import Statistics
+
+        class Mine:
+            def submit(self, batch): threading.Thread(target=batch.run, daemon=True).start()
+            def drain(self, timeout): return []
+            def statistics(self): return Statistics(0, 0, 0, 0, 0)
+            {body}
+
+        has_run = threading.Event()
+        request(Mine(), lambda: (print("ran first"), has_run.set()))
+        assert has_run.wait(10)
+        request(PoolRunner(), lambda: (leaving.wait(10), print("ran last")))
+        main_thread_ends()
+        """
+    )
+    assert (code, lines.count("ran first"), lines.count("ran last")) == (0, 1, 1), lines
+
+
+def test_a_stop_that_comes_while_tasks_are_named_is_not_the_runners_error() -> None:
+    assert run(
+        """
+        import wsgi_bg
+
+        class Interrupted(InlineRunner):
+            def abandon(self): raise KeyboardInterrupt
+
+        runner = Interrupted()
+        request(runner, int)
+        try:
+            wsgi_bg.drain()
+        except KeyboardInterrupt:
+            print("goes through")
+        Interrupted.abandon = InlineRunner.abandon
+        """
+    ) == (0, ["goes through"])
+
+
+def test_what_a_users_runner_does_not_return_is_waited_for() -> None:
+    assert run(
+        """
+        from wsgi_bg.runners import Statistics
+
+        class Mine:
+            def submit(self, batch): threading.Thread(target=batch.run, daemon=True).start()
+            def drain(self, timeout): return []
+            def statistics(self): return Statistics(0, 0, 0, 0, 0)
+
+        request(Mine(), lambda: (leaving.wait(10), print("ran")))
+        main_thread_ends()
+        """
+    ) == (0, ["ran"])
+
+
+def test_what_a_users_runner_does_not_return_is_named_when_the_time_is_up() -> None:
+    assert run(
+        """
+        from wsgi_bg.runners import Statistics
+
+        class Mine:
+            drain_timeout = 0.1
+            def submit(self, batch): pass
+            def drain(self, timeout): return []
+            def statistics(self): return Statistics(0, 0, 0, 0, 0)
+
+        def forgotten(): pass
+
+        import wsgi_bg
+        request(Mine(), forgotten)
+        print([task.name for task in wsgi_bg.drain(0.1)])
+        """
+    ) == (
+        0,
+        [
+            "ERROR background task __main__.forgotten was not finished by the end of the "
+            "process: the process ends without it",
+            "['__main__.forgotten']",
+        ],
+    )
+
+
+def test_a_child_is_drained_though_its_parent_was_before_the_fork() -> None:
+    assert run(
+        """
+        import os, wsgi_bg
+
+        request("pool", int)
+        assert wsgi_bg.drain() == []
+        if os.fork() == 0:
+            request("pool", lambda: (leaving.wait(10), print("ran", flush=True)))
+            main_thread_ends()
+            sys.exit()
+        os.wait()
+        """
+    ) == (0, ["ran"])
+
+
 def test_a_runner_that_cannot_say_what_it_left_keeps_no_other_from_it() -> None:
     code, lines = run(
         """

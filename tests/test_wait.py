@@ -220,6 +220,21 @@ def test_a_timeout_is_a_number_of_seconds(
         function(timeout)
 
 
+@pytest.mark.parametrize("function", [wsgi_bg.wait, shutdown.drain])
+def test_a_timeout_may_be_larger_than_any_float(
+    function: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[float] = []
+
+    def finish(*, limit: float) -> list[BackgroundTask]:
+        limits.append(limit)
+        return []
+
+    monkeypatch.setattr(shutdown, "finish", finish)
+    assert function(10**400) == []
+    assert limits in ([], [math.inf])
+
+
 # drain()
 
 SETUP = """
@@ -476,6 +491,24 @@ def test_one_warning_names_the_tasks_of_all_runners() -> None:
         "runs on wsgi_bg-pool-0",
         "[]",
         "[True]",
+    ]
+
+
+def test_a_warning_says_how_long_the_most_patient_runner_waits() -> None:
+    lines = run(
+        """
+        class EndTask(logging.Handler):
+            def emit(self, record):
+                gate.set()
+
+        logging.getLogger("wsgi_bg").addHandler(EndTask())
+        runners = [PoolRunner(drain_timeout=seconds) for seconds in (20, 90)]
+        for runner in runners:
+            submit(runner, stuck)
+        """
+    )
+    assert [line.partition(": ")[2] for line in lines] == [
+        "for 89 s more at most; Ctrl-C ends the wait"
     ]
 
 

@@ -9,9 +9,11 @@ the server's thread; from 3.12 on a ``Local`` is empty on any other thread.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import functools
 import sys
+from contextlib import suppress
 from contextvars import Context, ContextVar, copy_context
 from typing import Any, NamedTuple
 
@@ -53,6 +55,19 @@ def _asgiref() -> _Asgiref:
         getattr(sync.AsyncToSync, "executors", None),
         getattr(local, "_rehome", copy.copy),
     )
+
+
+def use_for_sync_code(executor: Any) -> None:
+    """Have ``sync_to_async`` use ``executor`` on the running loop, if asgiref is installed.
+
+    It has one executor for the process. Under gevent the threads of that are greenlets of
+    the thread that first needs one, and Python's exit would wait for them on another thread
+    for ever.
+    """
+    with suppress(ImportError):
+        from asgiref.sync import AsyncToSync
+
+        AsyncToSync.loop_thread_executors[asyncio.get_running_loop()] = executor
 
 
 def _variables_of(local: Any) -> tuple[_Variable, ...]:

@@ -21,9 +21,9 @@ _Call = tuple[Future[Any], Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 class LoopExecutor(ThreadPoolExecutor):
     """Daemon threads behind the one interface that asyncio takes for a default executor."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int = min(32, (os.cpu_count() or 1) + 4)) -> None:
         super().__init__(max_workers=1)  # which starts none before its own submit()
-        self._workers = Workers(_make, min(32, (os.cpu_count() or 1) + 4), "wsgi_bg-loop")
+        self._workers = Workers(_make, threads, "wsgi_bg-loop")
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Call ``fn(*args, **kwargs)`` on a thread; where there is none, right here."""

@@ -21,11 +21,15 @@ from types import FrameType
 from typing import Any
 
 from . import shutdown
+from .waiting import Notice
 
 __all__ = ["post_fork", "worker_exit"]
 
 # How long before gunicorn's SIGKILL a drain ends, in seconds: what is left is named then.
 _MARGIN = 1.0
+
+# For each worker class, at the worker and at the arbiter.
+_ENDS_DRAIN = "SIGQUIT"
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
@@ -73,6 +77,7 @@ class _Exit:
         self._previous: dict[int, Any] = {}
         # When a drain has to be over, by time.monotonic(): known once a signal has come.
         self._ends_at = math.inf
+        self._notice: Notice | None = None
         self._is_draining = False
         config = getattr(worker, "config", None)
         if config is not None and hasattr(config, "timeout_notify"):  # uvicorn's
@@ -91,6 +96,7 @@ class _Exit:
 
     def drain(self) -> None:
         """Drain all runners; see :func:`worker_exit`."""
+        self._notice = Notice(ended_by=_ENDS_DRAIN)
         self._is_draining = True
         self.watch_signals()  # an event loop that was closed has taken its handlers away
         signal.signal(signal.SIGALRM, _end_drain)
@@ -99,7 +105,7 @@ class _Exit:
         alive_until = min(time.monotonic() + shutdown.longest_limit(), self._ends_at)
         os.utime(self._heartbeat, (alive_until, alive_until))
         try:
-            shutdown.finish()
+            shutdown.finish(notice=self._notice)
         except BaseException:  # the alarm's, which may have come before the drain
             shutdown.name_all("before gunicorn ends the worker")
             raise
@@ -110,6 +116,8 @@ class _Exit:
     def _set_alarm(self) -> None:
         """End the drain in time; each runner has its own limit besides."""
         if self._ends_at < math.inf:
+            assert self._notice is not None
+            self._notice.latest = self._ends_at
             left = self._ends_at - time.monotonic()
             # Again and again: a wait that is about to begin misses a signal. 0 would be none.
             signal.setitimer(signal.ITIMER_REAL, max(left, 0.001), 0.1)

@@ -16,8 +16,9 @@ import anyio
 from anyio.from_thread import BlockingPortal
 
 from . import log
+from .asgiref_state import use_for_sync_code
 from .executor import LoopExecutor
-from .greenlets import start_real_thread
+from .greenlets import are_threads, start_real_thread
 
 Work = Callable[[Any], Coroutine[Any, Any, None]]
 GoesOn = Callable[[Any], object]
@@ -89,6 +90,8 @@ class PortalThread:
         async with BlockingPortal() as portal:
             self._loop = asyncio.get_running_loop()
             self._loop.set_default_executor(LoopExecutor())
+            if are_threads():
+                use_for_sync_code(LoopExecutor(threads=1))
             self._end = self._loop.create_future()
             ready.set_result(portal)
             try:

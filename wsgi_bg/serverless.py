@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, ParamSpec, TypeVar, overload
 
-from .callables import is_coroutine_callable
+from .callables import is_coroutine_callable, kind_of
 from .exceptions import OptionTypeError, OptionValueError
 from .invocation import Invocation
 
@@ -46,7 +48,8 @@ def finish_tasks(
     :param timeout: how long to wait for the tasks at most, in seconds; never longer than
         Lambda's ``context.get_remaining_time_in_millis()`` less half a second. None waits as
         long as that, or 30 seconds if no argument of the handler has such a method.
-    :raises TypeError: if ``handler`` is not callable or ``timeout`` is no number.
+    :raises TypeError: if ``handler`` is not callable, or is a generator function; if
+        ``timeout`` is no number.
     :raises ValueError: if ``timeout`` is negative.
     """
     if timeout is not None:
@@ -63,19 +66,16 @@ def _decorate(handler: Callable[..., Any], *, timeout: float | None) -> Callable
     if not callable(handler):
         raise OptionTypeError("handler", handler, "a function: handler(event, context)")
 
+    try:
+        kind_of(handler)
+    except TypeError as exc:  # its body would run after the invocation
+        raise OptionTypeError("handler", handler, "a function that returns a response") from exc
+
     if is_coroutine_callable(handler):
 
         @functools.wraps(handler)
         async def call_async(*args: Any, **kwargs: Any) -> Any:
-            failed = True
-            with Invocation() as invocation:
-                try:
-                    response = await handler(*args, **kwargs)
-                    failed = False
-                    return response
-                finally:
-                    limit = _limit(timeout, *args, *kwargs.values())
-                    await asyncio.to_thread(invocation.finish, limit, failed=failed)
+            return await _finish_async(lambda: handler(*args, **kwargs), timeout, args, kwargs)
 
         return call_async
 
@@ -86,20 +86,39 @@ def _decorate(handler: Callable[..., Any], *, timeout: float | None) -> Callable
             try:
                 response = handler(*args, **kwargs)
                 failed = False
-                return response
             finally:
                 limit = _limit(timeout, *args, *kwargs.values())
                 invocation.finish(limit, failed=failed)
+        if inspect.isawaitable(response):  # of an ``async def`` that was decorated before
+            return _finish_async(lambda: response, timeout, args, kwargs)
+        return response
 
     return call
+
+
+async def _finish_async(
+    make: Callable[[], Awaitable[Any]],
+    given: float | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Await what ``make()`` returns, and the tasks of the requests in it."""
+    failed = True
+    with Invocation() as invocation:
+        try:
+            response = await make()
+            failed = False
+            return response
+        finally:
+            limit = _limit(given, *args, *kwargs.values())
+            await asyncio.to_thread(invocation.finish, limit, failed=failed)
 
 
 def _limit(timeout: float | None, *arguments: Any) -> float:
     """How long tasks may take from now on, in seconds."""
     limits = [] if timeout is None else [timeout]
     for argument in arguments:
-        remaining = getattr(argument, "get_remaining_time_in_millis", None)
-        left = remaining() if callable(remaining) else None
-        if isinstance(left, (int, float)):  # a mock of the context has no number
-            limits.append(max(0.0, left / 1000 - MARGIN))
+        with suppress(Exception):  # no context; a mock has no number, or raises
+            left = argument.get_remaining_time_in_millis() / 1000 - MARGIN
+            limits.append(max(0.0, left))
     return min(limits, default=DEFAULT_TIMEOUT)

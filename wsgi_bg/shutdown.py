@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from types import NoneType
 from typing import TYPE_CHECKING
@@ -17,19 +17,23 @@ from . import log, portal, report, uwsgi
 from .context import current
 from .ending import call_at_exit
 from .exceptions import InsideTaskError, OptionTypeError, OptionValueError
+from .interrupts import goes_through
+from .task import BackgroundTask
 from .tasks import CLOSED
 from .waiting import Notice, batches_under_way, wait_for
 
 if TYPE_CHECKING:
     from .batch import Batch
     from .runners.base import Runner
-    from .task import BackgroundTask
 
 DRAIN_TIMEOUT = 30.0
 """How long exit waits for a runner that has no ``drain_timeout``, in seconds."""
 
 # How long the portal's thread may take to end once its tasks are cancelled, in seconds.
 _PORTAL_TIMEOUT = 0.5
+
+# Seconds; the clock can be added to them.
+_FOR_EVER = 1e300
 
 # A runner's drain() that returns tasks so many seconds before its time is up has given up.
 _EARLY = 0.05
@@ -51,11 +55,12 @@ class _Registered:
     The package's own runners are not kept alive: a batch that has not ended holds its
     runner, and they have no other work. A user's runner may have.
 
-    :ivar was_drained: true once the runner was given its time.
+    :ivar drained_in: the process in which the runner was given its time; a forked child
+        gives it again.
     """
 
     def __init__(self, runner: Runner) -> None:
-        self.was_drained = False
+        self.drained_in: int | None = None
         self._runner: Callable[[], Runner | None] = lambda: runner
         if getattr(runner, "work_is_in_ledgers", False):
             self._runner = ref(runner, partial(self._forget, id(runner)))
@@ -63,6 +68,10 @@ class _Registered:
     def _forget(self, key: int, _: object) -> None:
         if _runners.get(key) is self:
             del _runners[key]
+
+    @property
+    def was_drained(self) -> bool:
+        return self.drained_in == os.getpid()
 
     @property
     def runner(self) -> Runner | None:
@@ -114,8 +123,8 @@ def wait(timeout: float | None = None) -> list[BackgroundTask]:
     :raises TypeError: if ``timeout`` is no number.
     :raises ValueError: if ``timeout`` is negative.
     """
-    _check("wait", timeout)
-    deadline = time.monotonic() + (math.inf if timeout is None else timeout)
+    seconds = _check("wait", timeout)
+    deadline = time.monotonic() + (math.inf if seconds is None else seconds)
     _flush()
     return wait_for(batches_under_way(), deadline, Notice(first=math.inf))
 
@@ -135,9 +144,9 @@ def drain(timeout: float | None = None) -> list[BackgroundTask]:
     :raises ValueError: if ``timeout`` is negative.
     :raises KeyboardInterrupt: if that ends the wait; the tasks are named all the same.
     """
-    _check("drain", timeout)
+    limit = _check("drain", timeout)
     _flush()
-    return finish(limit=timeout)
+    return finish(limit=limit)
 
 
 def leave(*, limit: float | None = None, began: float | None = None) -> list[BackgroundTask]:
@@ -154,7 +163,7 @@ def leave(*, limit: float | None = None, began: float | None = None) -> list[Bac
     return finish(limit=limit, began=began)
 
 
-def _check(name: str, timeout: float | None) -> None:
+def _check(name: str, timeout: float | None) -> float | None:
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float, NoneType)):
         raise OptionTypeError("timeout", timeout, "a number of seconds or None")
     if timeout is not None and not timeout >= 0:
@@ -163,6 +172,8 @@ def _check(name: str, timeout: float | None) -> None:
     is_in_task = tasks is not None and tasks._phase == CLOSED
     if is_in_task or (loop is not None and loop.is_current):
         raise InsideTaskError(name)
+    # An int may be larger than any float.
+    return math.inf if timeout is not None and timeout > _FOR_EVER else timeout
 
 
 @contextmanager
@@ -217,12 +228,21 @@ def finish(
     if notice is None:
         notice = Notice()
     waiting = [runner for entry, runner in _registered() if not entry.was_drained]
+    batches = batches_under_way()
+    limits = {id(runner): _limit_of(runner, limit) for runner in waiting}
+    latest = began + max(limits.values(), default=0.0)
     reasons: dict[int, str] = {}
+    all_done = True
     otherwise = "by the end of the process"
     try:
         for runner in waiting:
-            seconds = _limit_of(runner, limit)
-            reasons[id(runner)] = _drain(runner, seconds, began + seconds, notice)
+            seconds = limits[id(runner)]
+            reason = _drain(runner, seconds, began + seconds, notice, latest)
+            all_done = all_done and reason is None
+            reasons[id(runner)] = reason or _time_is_up(seconds)
+        if waiting and all_done:
+            # A user's runner may return nothing and have batches that have not ended.
+            wait_for(batches, latest, notice)
     except BaseException as exc:
         otherwise = _interruption(exc)
         raise
@@ -236,21 +256,45 @@ def _interruption(exc: BaseException) -> str:
     return f"before the wait for it was interrupted ({type(exc).__name__})"
 
 
-def _drain(runner: Runner, seconds: float, deadline: float, notice: Notice) -> str:
-    """Drain one runner; return why the tasks that it leaves are not finished."""
+def _drain(
+    runner: Runner, seconds: float, deadline: float, notice: Notice, latest: float
+) -> str | None:
+    """Drain one runner; return why the tasks that it leaves are not finished, if it does.
+
+    :param latest: when the last of all runners is given up, by :func:`time.monotonic`.
+    """
     while True:
         until = min(deadline, notice.due)
         try:
             left = runner.drain(max(0.0, until - time.monotonic()))
-        except Exception as exc:  # a user's runner; the others have tasks too
+        except BaseException as exc:  # a user's runner; the others have tasks too
+            if _is_interruption(exc, runner):
+                raise
             log.error("%s could not be drained", runner, exc_info=exc)
             return "since its runner could not be drained"
+        if not left:
+            return None
         now = time.monotonic()
-        if now >= deadline or not left:
-            return f"within the drain time of {seconds:g} seconds"
+        if now >= deadline:
+            return _time_is_up(seconds)
         if now < until - _EARLY:
             return "when the drain of its runner had ended"
-        notice.log_if_due(deadline, runner=runner)
+        notice.log_if_due(latest, runner=runner)
+
+
+def _time_is_up(seconds: float) -> str:
+    return f"within the drain time of {seconds:g} seconds"
+
+
+def _is_interruption(exc: BaseException, runner: Runner) -> bool:
+    """Whether ``exc``, which left a method of ``runner``, is to end the wait for all runners.
+
+    The package's own runners raise nothing themselves. A user's may let an
+    ``asyncio.CancelledError`` out, for instance.
+    """
+    if isinstance(exc, Exception):
+        return False
+    return getattr(runner, "work_is_in_ledgers", False) or goes_through(exc)
 
 
 def name_all(reason: str) -> None:
@@ -267,8 +311,12 @@ def _name_left(
     """
     named = []
     for entry, runner in _registered():
-        entry.was_drained = True
+        entry.drained_in = os.getpid()
         named += _name(_left_of(runner), reasons.get(id(runner), otherwise))
+    # Those that a user's runner has taken and did not return.
+    named += _name(
+        [task for batch in batches_under_way() for task in batch.abandon()], otherwise
+    )
     return named + (_name(_unfinished_requests(), otherwise) if names_requests else [])
 
 
@@ -292,17 +340,30 @@ def longest_limit() -> float:
 
 
 def _left_of(runner: Runner) -> list[BackgroundTask]:
-    abandon: Callable[[], list[BackgroundTask]] | None = getattr(runner, "abandon", None)
-    if abandon is not None:
-        try:
-            return abandon()
-        except Exception as exc:  # as in _drain()
+    can_abandon = False
+    try:
+        can_abandon = hasattr(runner, "abandon")
+        left = runner.abandon() if can_abandon else runner.drain(0.0)  # type: ignore[attr-defined]
+        return (
+            [] if left is None else [task for task in left if isinstance(task, BackgroundTask)]
+        )
+    except BaseException as exc:  # as in _drain()
+        if _is_interruption(exc, runner):
+            raise
+        if can_abandon:  # else that it cannot be drained was logged
             log.error("%s could not say what it left undone", runner, exc_info=exc)
-            return []
-    with suppress(Exception):  # that it cannot be drained was said
-        return runner.drain(0.0)
-    return []
+        return []
 
 
 def _limit_of(runner: Runner, limit: float | None = None) -> float:
-    return float(getattr(runner, "drain_timeout", DRAIN_TIMEOUT)) if limit is None else limit
+    if limit is not None:
+        return limit
+    try:
+        given = float(getattr(runner, "drain_timeout", DRAIN_TIMEOUT))
+        if given >= 0:
+            return given
+        error: Exception = ValueError(f"{given:g} seconds")
+    except Exception as exc:  # a user's runner
+        error = exc
+    log.error("%s has no number of seconds as its drain_timeout", runner, exc_info=error)
+    return DRAIN_TIMEOUT

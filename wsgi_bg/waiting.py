@@ -68,10 +68,12 @@ class Notice:
 
     :param ended_by: the signal that ends the wait; None finds out.
     :param first: seconds before the first WARNING.
+    :ivar latest: when something else ends the wait, by :func:`time.monotonic`.
     """
 
     def __init__(self, ended_by: str | None = None, first: float = FIRST) -> None:
         self.due = time.monotonic() + first
+        self.latest = math.inf
         self._ended_by = _interrupting_signal() if ended_by is None else ended_by
 
     def log_if_due(self, deadline: float, requests: int = 0, runner: object = None) -> None:
@@ -100,7 +102,7 @@ class Notice:
             )
         if not waits_for:
             waits_for.append(log.safe_repr(runner))
-        limit = deadline - now
+        limit = min(deadline, self.latest) - now
         how_long = "without a limit" if limit == math.inf else f"for {limit:.0f} s more at most"
         log.warning(
             "the process ends, and waits for %s: %s%s",

@@ -64,7 +64,8 @@ class Runner(Protocol):
         """Take no more work in, wait ``timeout`` seconds at most, return what is not done.
 
         Exit calls it several times with parts of the time, until nothing is left, the time is
-        up, or it returns tasks before ``timeout`` is over.
+        up, or it returns tasks before ``timeout`` is over. Exit then waits for batches that it
+        has left out.
         """
 
     def statistics(self) -> Statistics:
