@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from asyncio import CancelledError
 from collections import defaultdict
 from collections.abc import Callable
 from contextvars import Context, copy_context
@@ -376,6 +374,8 @@ class Batch:
         ``asyncio.current_task()``. All these hold a reference to the asyncio task, which can
         be counted. See :meth:`goes_on_async`.
         """
+        import asyncio  # the loop that this runs on has loaded it
+
         this = asyncio.current_task()  # perhaps None, if a library has replaced asyncio's
         references = getrefcount(this)
         try:
@@ -411,7 +411,7 @@ class Batch:
                 except BaseException as exc:
                     if self._is_in_child:
                         process.end_child(exc)
-                    cancelled = isinstance(exc, CancelledError)
+                    cancelled = isinstance(exc, asyncio.CancelledError)
                     if cancelled and (self._abandoned or self._is_stopping):
                         raise
                     cause = self._cause if cancelled else None

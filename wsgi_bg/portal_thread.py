@@ -1,8 +1,11 @@
-"""The thread of the portal: an event loop that takes work in without making anyone wait."""
+"""The thread of the portal: an event loop that takes work in without making anyone wait.
+
+asyncio and anyio are imported on that thread. The exception of a signal handler, which comes
+on the main thread only, would leave asyncio half imported, and the next import would fail.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -10,21 +13,19 @@ from concurrent.futures import Future
 from contextlib import suppress
 from contextvars import Context
 from functools import partial
-from typing import Any
-
-import anyio
-from anyio.from_thread import BlockingPortal
+from typing import TYPE_CHECKING, Any
 
 from . import log
-from .executor import LoopExecutor
 from .greenlets import start_real_thread
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from anyio.from_thread import BlockingPortal
 
 Work = Callable[[Any], Coroutine[Any, Any, None]]
 GoesOn = Callable[[Any], object]
 OnDone = Callable[[Any], object]
-
-# The class as it was when this package was imported: libraries replace asyncio's.
-_Task = asyncio.Task
 
 
 class PortalThread:
@@ -43,6 +44,8 @@ class PortalThread:
         self._under_way: dict[asyncio.Task[None], tuple[Any, Work, GoesOn, OnDone]] = {}
         self._context = Context()  # of the callbacks: empty, and no copy for each of them
         self._loop: asyncio.AbstractEventLoop
+        # The class as it was when the loop was made: libraries replace asyncio's.
+        self._task_class: type[asyncio.Task[None]]
         self._end: asyncio.Future[None]
         self._thread_has_ended = threading.Event()
         ready: Future[BlockingPortal] = Future()
@@ -63,6 +66,8 @@ class PortalThread:
     @property
     def is_current(self) -> bool:
         """Whether this code runs on the loop."""
+        import asyncio
+
         try:
             return asyncio.get_running_loop() is self._loop
         except RuntimeError:
@@ -70,6 +75,8 @@ class PortalThread:
 
     def _run(self, ready: Future[BlockingPortal]) -> None:
         try:
+            import anyio
+
             anyio.run(self._serve, ready, backend="asyncio")
         except BaseException as exc:
             if not ready.done():
@@ -85,7 +92,14 @@ class PortalThread:
             self._thread_has_ended.set()
 
     async def _serve(self, ready: Future[BlockingPortal]) -> None:
+        import asyncio
+
+        from anyio.from_thread import BlockingPortal
+
+        from .executor import LoopExecutor
+
         async with BlockingPortal() as portal:
+            self._task_class = asyncio.Task
             self._loop = asyncio.get_running_loop()
             self._loop.set_default_executor(LoopExecutor())
             self._end = self._loop.create_future()
@@ -123,7 +137,7 @@ class PortalThread:
         try:
             task = self._loop.create_task(work(subject), name="wsgi_bg")
         except Exception:  # of a task factory that some task has set
-            task = _Task(work(subject), loop=self._loop, name="wsgi_bg")
+            task = self._task_class(work(subject), loop=self._loop, name="wsgi_bg")
         self._under_way[task] = subject, work, goes_on, on_done  # the loop holds no task
         task.add_done_callback(self._finish, context=self._context)
 

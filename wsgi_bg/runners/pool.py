@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from math import inf
 from typing import TYPE_CHECKING
@@ -183,5 +182,7 @@ class _Crew:
 
 
 async def _run_late(batch: Batch) -> None:
+    import asyncio  # the loop that this runs on has loaded it
+
     await asyncio.sleep(batch.not_before - time.monotonic())
     await batch.run_async()
