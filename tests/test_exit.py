@@ -163,6 +163,8 @@ def test_a_task_may_use_executors_while_the_exit_waits_for_it(
     with serving_with(PROGRAMS[server], tmp_path) as command:
         assert command.ask("/executors").read() == b"ok\n"
         assert lines(command, 1) == ["task begins"]
+        # Behind the first response's close(), which gunicorn's SIGQUIT would break off.
+        assert command.ask("/answer").read() == b"ok\n"
         command.send(number)
         assert lines(command, 1) == ["main thread ends"]
         command.open_gate()

@@ -467,7 +467,7 @@ class Batch:
                     return task
                 self._discard(task)
             self._running = None
-            self._passed_over -= 1
+            self._passed_over = max(0, self._passed_over - 1)  # or it was claimed elsewhere
             of._drop(task)
         if self._abandoned:
             of._end()  # again: abandon() may have come between a look and a mark of _first()
