@@ -121,6 +121,7 @@ class Batch:
             self._of, response_complete=False, raised=self._raised, status=self._status
         )
         batch._passed_over = self._passed_over
+        batch.when_done(lambda batch: self._tell())
         return batch
 
     def give_back(self) -> None:
