@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
-from . import successors
+from . import engine_options, successors
 from .callables import is_coroutine_callable
 from .calls import Around, Calls
-from .celery_options import for_one_call
 from .checks import whole_number
 from .exceptions import OptionTypeError, OptionValueError
 from .hooks import HOOKS, Hooks
@@ -157,7 +156,7 @@ class Options:
             self.runner if runner is None else runner,
             self._hooks if hooks is None else _as_tuple(hooks),
             self._around if around is None else around,
-            self.celery if celery is None else for_one_call(celery),
+            self.celery if celery is None else engine_options.for_one_call("celery", celery),
             self.runner_yields and runner is None,
             self.failed_from if failed_from is None else failed_from,
         )
