@@ -83,11 +83,13 @@ class Batch:
         raised: bool = False,
         status: int = 200,
     ) -> None:
-        self.response_complete = response_complete
-        self.sends = False
-        self.not_before = 0.0
-        self.is_kept = False
-        self.succeeded = self.failed = self.discarded = 0
+        self.response_complete: bool = response_complete
+        self.sends: bool = False
+        self.not_before: float = 0.0
+        self.is_kept: bool = False
+        self.succeeded: int = 0
+        self.failed: int = 0
+        self.discarded: int = 0
         self._of = tasks
         # How many tasks are claimed, and not yet dropped.
         self._passed_over = 0

@@ -28,8 +28,8 @@ from .workers import Workers
 
 try:
     from celery import Celery
-except ImportError as exc:
-    raise ExtraMissingError("celery", "wsgi_bg.celery") from exc
+except ImportError as _exc:
+    raise ExtraMissingError("celery", "wsgi_bg.celery") from _exc
 
 from . import celery_worker
 from .publishing import Message, Publisher

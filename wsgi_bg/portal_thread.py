@@ -52,7 +52,7 @@ class PortalThread:
         # Not a greenlet: with a loop on the thread of the application's greenlets,
         # asyncio.run() would fail for all of them.
         start_real_thread(partial(self._run, ready), "wsgi_bg-portal")
-        self.portal = ready.result(threading.TIMEOUT_MAX)  # see _Trip.make()
+        self.portal: BlockingPortal = ready.result(threading.TIMEOUT_MAX)  # see _Trip.make()
 
     @property
     def has_ended(self) -> bool:

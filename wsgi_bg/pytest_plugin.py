@@ -15,8 +15,8 @@ from .exceptions import ExtraMissingError
 
 try:
     import pytest
-except ModuleNotFoundError as exc:
-    raise ExtraMissingError("pytest", "wsgi_bg.pytest_plugin") from exc
+except ModuleNotFoundError as _exc:
+    raise ExtraMissingError("pytest", "wsgi_bg.pytest_plugin") from _exc
 
 from .testing import Mode
 

@@ -71,7 +71,7 @@ class Notice:
     """
 
     def __init__(self, ended_by: str | None = None, first: float = FIRST) -> None:
-        self.due = time.monotonic() + first
+        self.due: float = time.monotonic() + first
         self._ended_by = _interrupting_signal() if ended_by is None else ended_by
 
     def log_if_due(self, deadline: float, requests: int = 0, runner: object = None) -> None:

@@ -28,7 +28,7 @@ class Ledger:
     """
 
     def __init__(self) -> None:
-        self.pid = os.getpid()
+        self.pid: int = os.getpid()
         self._handed_over: dict[Batch, None] = {}
         self._run_here: dict[Batch, None] = {}
         # Succeeded, failed and discarded tasks of batches that have ended, by the thread that
@@ -37,7 +37,7 @@ class Ledger:
         # Tasks that were to run on the server's thread for want of room; one number a thread.
         self._run_here_counts: dict[int, int] = {}
         self._waiters: list[threading.Event] = []
-        self.is_draining = False
+        self.is_draining: bool = False
         self._on_done = self.remove  # one object for all batches
         watch(self)
 

@@ -117,7 +117,7 @@ class PoolRunner:
         )
 
 
-shared_pool = PoolRunner()
+shared_pool: PoolRunner = PoolRunner()
 """The process's shared runner of the name ``"pool"``."""
 register(shared_pool)  # other runners hand over to it, and it may not be anyone's option
 

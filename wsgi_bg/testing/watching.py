@@ -68,7 +68,7 @@ class Watch:
         self._closed: list[Visit] = []  # those that have tasks, in the order of closing
         self._to_run: list[Batch] = []
         self._streams: list[Stream] = []
-        self.failures = Failures()
+        self.failures: Failures = Failures()
 
     @contextmanager
     def active(self) -> Iterator[None]:
