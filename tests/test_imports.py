@@ -114,7 +114,7 @@ threading.Thread(target=serve).start()
 def test_drain_may_be_used_first_at_the_exit() -> None:
     done = run_python(
         """
-        import atexit
+        import atexit, threading
         import wsgi_bg
         atexit.register(lambda: print(wsgi_bg.drain()))
         """
