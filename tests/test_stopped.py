@@ -34,7 +34,6 @@ from tests.support import (
 )
 from wsgi_bg import (
     BackgroundTask,
-    BackgroundTasks,
     BackgroundTasksMiddleware,
     InlineRunner,
     PoolRunner,
@@ -199,14 +198,6 @@ def test_what_is_said_in_a_context_that_is_in_use_is_said_outside_of_it() -> Non
     context, seen = copy_context(), list[int]()
     context.run(batch._run_in, context, seen.append, 1)
     assert seen == [1]
-
-
-def test_only_the_first_task_is_dropped() -> None:
-    tasks = BackgroundTasks([BackgroundTask(int), BackgroundTask(str)])
-    _, second = tasks.tasks
-    assert tasks._first() is not None
-    tasks._drop(second)
-    assert [task.func for task in tasks.tasks] == [int, str]
 
 
 def test_a_response_whose_making_was_stopped_is_freed_without_an_error(

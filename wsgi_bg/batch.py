@@ -8,16 +8,17 @@ from contextvars import Context, copy_context
 from functools import partial
 from inspect import GEN_CREATED, getgeneratorstate, isawaitable, isgenerator
 from sys import getrefcount
+from threading import current_thread, main_thread
 from types import CoroutineType
 from typing import Any
 
 from . import log, portal, process, report, steps
 from .asgiref_state import move_here
-from .calls import Calls
+from .calls import RESULT, Calls
 from .interrupts import goes_through, is_from_signal_handler
 from .options import Options
 from .steps import DONE, RestOf, as_coroutine
-from .task import BackgroundTask
+from .task import CLAIMED, BackgroundTask
 from .tasks import ENDED, BackgroundTasks
 
 _NOT_RUN = "it returned a generator that no one runs: nothing was done"
@@ -98,16 +99,15 @@ class Batch:
         self._let_run: Options | None = None  # the last options that were asked and did
         self._generation = process.generation
         self._has_started = self._stopped = False
-        # No further task begins: since the tasks left were named, or since the exception of a
-        # signal handler is about to have them named.
-        self._abandoned = self._is_stopping = False
+        # No further task begins, since the exception of a signal handler came, or since the
+        # tasks that are left were claimed to name them.
+        self._is_stopping = self._abandoned = False
         # The task that runs, from before it is claimed until its call or its log record is
         # through.
         self._running: BackgroundTask | None = None
-        # The result of the running plain task, by that task. The dictionary makes the call
-        # itself and keeps the result: no bytecode, and so no signal handler, comes between.
-        # In the same way it gets the key SAID when the log names the task.
-        self._done: defaultdict[Any, Any] = defaultdict()
+        # On the main thread: what has come of the running task. It gets the key RESULT with
+        # the end of the task's call, and the key SAID with a record in the log.
+        self._done: defaultdict[Any, Any] | None = None
         # The task whose plain function has returned an awaitable, for the portal.
         self._begun: tuple[BackgroundTask, Context, Any] | None = None
         # Why the async task that runs is cancelled.
@@ -129,8 +129,8 @@ class Batch:
     def give_back(self) -> None:
         """Let another batch discard the task that an exception kept from being named."""
         task = self._running
-        if task is not None and not task._unclaimed and log.SAID not in self._done:
-            task._unclaimed.append(None)
+        if task is not None and not task._unclaimed and log.SAID not in (self._done or ()):
+            task._unclaimed = [None]
 
     @property
     def tasks(self) -> list[BackgroundTask]:
@@ -250,7 +250,7 @@ class Batch:
         context = task._context or copy_context()
         try:
             if calls is None or not context.run(calls.send, task):
-                task._unclaimed.append(None)  # by the thread that has claimed it
+                task._unclaimed = [None]  # by the thread that has claimed it
                 return
         except BaseException as exc:
             if goes_through(exc):
@@ -275,49 +275,54 @@ class Batch:
         return self._has_started
 
     def _run_plain_tasks(self) -> bool:
-        done = self._done
-        while (task := self._next(is_async=False)) is not None:
-            context = self._of._context_of(task)
+        of, done = self._of, None
+        if current_thread() is main_thread():  # signal handlers run here
+            done = self._done = defaultdict()
+        while (task := self._next(False)) is not None:
+            context = of._context_of(task)
             calls = task._options.calls
-            error: BaseException | None = None
             try:
-                if calls is None:
-                    done.default_factory = partial(
-                        context.run, task.func, *task.args, **task.kwargs
-                    )
-                    result = done[task]
-                else:
+                if calls is not None:
                     result = context.run(self._make_of(calls), task, done)
+                elif done is None:
+                    result = context.run(task.func, *task.args, **task.kwargs)
+                else:  # as calls.call() does; an empty ** costs 0.1 us
+                    done.default_factory = (
+                        partial(context.run, task.func, *task.args, **task.kwargs)
+                        if task.kwargs
+                        else partial(context.run, task.func, *task.args)
+                    )
+                    result = done[RESULT]
                 if result is not None:
                     if isawaitable(result):
                         self._begun = task, context, result
-                        done.clear()
-                        done.default_factory = None
+                        self._done = None
                         return True
                     if isgenerator(result) and getgeneratorstate(result) == GEN_CREATED:
-                        error = TypeError(_NOT_RUN)
+                        raise TypeError(_NOT_RUN)
             except BaseException as exc:
-                if (
-                    goes_through(exc)
-                    or (task in done and is_from_signal_handler(exc))
-                    or self._is_in_child
-                ):
+                if goes_through(exc) or self._is_in_child:
                     raise
-                error = exc
-            if process.generation != self._generation:  # self._is_in_child, without the call
-                return False
-            done.default_factory = None
-            if error is None:
+                if done is not None:
+                    if is_from_signal_handler(exc) and done:
+                        raise
+                    done.clear()
+                self._fail(task, context, exc)
+            else:
+                if process.generation != self._generation:  # a child, forked by the task
+                    return False
                 self._running = None
-                done.clear()
+                if done is not None:
+                    done.clear()
                 self.succeeded += 1
                 if calls is not None:
                     _run_in(context, calls.finished, task)
+            front = of._front
+            if front:
+                front.pop()
             else:
-                done.clear()
-                self._fail(task, context, error)
-                error = None  # or it holds itself, by this frame
-            self._of._drop(task)
+                of._drop(task)
+        self._done = None
         return not self.has_ended
 
     @property
@@ -350,7 +355,7 @@ class Batch:
     def _fail_next(self, exc: Exception) -> None:
         """Without a loop: the task that should have run on it has failed."""
         # Abandoned by a drain whose time was up, and which named the tasks?
-        task = None if self._abandoned else self._running or self._next(is_async=True)
+        task = None if self._abandoned else self._running or self._next(True)
         if task is None:
             return
         context = self._of._context_of(task)
@@ -379,6 +384,7 @@ class Batch:
         """
         import asyncio  # the loop that this runs on has loaded it
 
+        of = self._of
         this = asyncio.current_task()  # perhaps None, if a library has replaced asyncio's
         references = getrefcount(this)
         try:
@@ -391,11 +397,11 @@ class Batch:
                     self._begun = None
                     move_here(context)
                 else:
-                    task = self._next(is_async=True)
+                    task = self._next(True)
                     if task is None:
                         return
                     awaitable = None
-                    context = self._of._context_of(task)
+                    context = of._context_of(task)
                 calls = task._options.calls
                 cancelled = False
                 try:
@@ -404,7 +410,7 @@ class Batch:
                             awaitable = context.run(task.func, *task.args, **task.kwargs)
                         else:
                             make = self._make_of(calls)
-                            awaitable = context.run(make, task, defaultdict())
+                            awaitable = context.run(make, task, None)
                     if type(awaitable) is not CoroutineType:
                         awaitable = as_coroutine(awaitable)
                     # The first step, and for a coroutine that waits for nothing the last.
@@ -415,7 +421,7 @@ class Batch:
                     if self._is_in_child:
                         process.end_child(exc)
                     cancelled = isinstance(exc, asyncio.CancelledError)
-                    if cancelled and (self._abandoned or self._is_stopping):
+                    if cancelled and self._is_stopping:
                         raise
                     cause = self._cause if cancelled else None
                     self._cause = None if cancelled else self._cause
@@ -428,7 +434,7 @@ class Batch:
                     self.succeeded += 1
                     if calls is not None:
                         _run_in(context, calls.finished, task)
-                self._of._drop(task)
+                of._drop(task)
                 del awaitable
                 if this is not None and (
                     cancelled or getrefcount(this) > references or steps.is_cancelled(this)
@@ -440,7 +446,7 @@ class Batch:
     def abandon(self) -> list[BackgroundTask]:
         """Begin no further task; claim and return those left undone, the running one first."""
         was_abandoned = self._abandoned
-        self._abandoned = True
+        self._abandoned = self._is_stopping = True
         self._of._end()
         running = None if was_abandoned else self._running
         if running is not None:
@@ -448,11 +454,12 @@ class Batch:
         left = [task for task in self._of._left() if task._claim()]
         return left if running is None else [running, *left]
 
-    def _next(self, *, is_async: bool) -> BackgroundTask | None:
+    def _next(self, is_async: bool) -> BackgroundTask | None:
         """Claim the next task, if it is of this kind; if there is none, end the batch."""
         of = self._of
-        while not (self._abandoned or self._is_stopping):
-            task = of._first()
+        while not self._is_stopping:
+            front = of._front
+            task = front[-1] if front else of._first()
             if task is None:
                 return None
             runs = not self._stopped and (
@@ -467,6 +474,8 @@ class Batch:
                 pass
             else:
                 if runs:
+                    if is_async:  # it may wait for long
+                        task._unclaimed = CLAIMED
                     return task
                 self._discard(task)
             self._running = None
@@ -510,8 +519,8 @@ class Batch:
     def _settle(self) -> None:
         """Note that the log has named the task that ran, or was to run."""
         self._running = None
-        self._done.clear()
-        self._done.default_factory = None
+        if self._done is not None:
+            self._done.clear()
 
     def stop_for(self, exc: BaseException) -> None:
         """Begin no further task, since ``exc`` stops the worker, and name those left."""
@@ -519,10 +528,11 @@ class Batch:
             return
         running = self._running
         has_begun = running is not None and not running._unclaimed
-        if log.SAID in self._done:
+        done: dict[Any, Any] = self._done or {}
+        if log.SAID in done:
             self._running = None  # the log has named it
-        elif running is not None and running in self._done:
-            result = self._done[running]
+        elif RESULT in done:
+            result = done[RESULT]
             if isawaitable(result):
                 steps.drop(copy_context(), result)
             else:

@@ -17,15 +17,31 @@ from . import log
 from .hooks import Hooks, TaskRecord
 from .interrupts import is_from_signal_handler
 from .steps import AwaitedIn
-from .successors import observing
+from .successors import observe
 
 if TYPE_CHECKING:
     from .task import BackgroundTask
     from .tasks import BackgroundTasks
 
-Done = defaultdict["BackgroundTask", Any]
+Done = defaultdict[Any, Any] | None
 Send = Callable[["BackgroundTask"], bool]
 Around = Callable[[], AbstractContextManager[Any]]
+
+
+RESULT = "result"
+
+
+def call(task: BackgroundTask, done: Done) -> Any:
+    """Make the call of ``task`` in the current context and return its result.
+
+    :param done: on a thread that signal handlers run on, makes the call and keeps the result
+        under RESULT. No bytecode, and so no handler, comes between.
+    :raises BaseException: what the call raises.
+    """
+    if done is None:
+        return task.func(*task.args, **task.kwargs)
+    done.default_factory = partial(task.func, *task.args, **task.kwargs)
+    return done[RESULT]
 
 
 class Calls:
@@ -86,18 +102,16 @@ class Calls:
     def make(self, task: BackgroundTask, done: Done) -> Any:
         """Call the task's function in the current context and return its result.
 
-        :param done: makes the call: see :class:`~wsgi_bg.batch.Batch`.
+        :param done: see :func:`call`.
         :raises BaseException: what the call raises.
         """
         self._started(task)
         if self._around is None:
-            done.default_factory = partial(task.func, *task.args, **task.kwargs)
-            return done[task]
+            return call(task, done)
         inside = self._around()
         inside.__enter__()  # an ExitStack for all would take as long again as Flask's
-        done.default_factory = partial(task.func, *task.args, **task.kwargs)
         try:
-            result = done[task]
+            result = call(task, done)
         except BaseException as exc:
             self._exit(inside, task, exc)
             raise
@@ -114,11 +128,10 @@ class Calls:
         task: BackgroundTask,
         exc: BaseException | None,
     ) -> None:
-        with observing(task):
-            if exc is None:
-                inside.__exit__(None, None, None)
-            else:
-                inside.__exit__(type(exc), exc, exc.__traceback__)
+        if exc is None:
+            observe(task, inside.__exit__, None, None, None)
+        else:
+            observe(task, inside.__exit__, type(exc), exc, exc.__traceback__)
 
     def _exit_of_stack(
         self,
@@ -169,8 +182,7 @@ class Calls:
     def _tell(self, hook: str, record: TaskRecord) -> None:
         for hooks in self._hooks:
             try:
-                with observing(record.task):
-                    getattr(hooks, hook)(record)
+                observe(record.task, getattr(hooks, hook), record)
             except BaseException as exc:
                 if is_from_signal_handler(exc):
                     raise

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import log
 from .interrupts import is_from_signal_handler
-from .successors import observing
+from .successors import observe
 
 if TYPE_CHECKING:
     from .task import BackgroundTask
@@ -30,9 +30,9 @@ def failure(
 
 def tell_failure(task: BackgroundTask, exc: BaseException) -> None:
     """Tell the hooks of the task and its ``on_error``, in the task's context."""
-    observe = observer  # once: another thread may end the test meanwhile
-    if observe is not None:
-        observe(task, exc)
+    of_test = observer  # once: another thread may end the test meanwhile
+    if of_test is not None:
+        of_test(task, exc)
     calls = task._options.calls
     if calls is not None:
         calls.failed(task, exc)
@@ -40,8 +40,7 @@ def tell_failure(task: BackgroundTask, exc: BaseException) -> None:
     if on_error is None:
         return
     try:
-        with observing(task):
-            on_error(task, exc)
+        observe(task, on_error, task, exc)
     except BaseException as second:
         if is_from_signal_handler(second):
             raise

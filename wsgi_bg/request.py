@@ -112,8 +112,9 @@ class RequestTasks(BackgroundTasks):
     def _context_of(self, task: BackgroundTask) -> Context:
         context = super()._context_of(task)
         inside = context.get(current)
-        if inside is None or inside._root is not self:  # added in a stream, another thread
-            context.run(current.set, self)
+        if inside is self or (inside is not None and inside._root is self):
+            return context
+        context.run(current.set, self)  # it was added in a stream, or on another thread
         return context
 
     def end_if_empty(self) -> bool:

@@ -6,43 +6,47 @@ task's own code adding another. Each of these tasks knows in which generation it
 
 from __future__ import annotations
 
-from contextvars import ContextVar
-from typing import TYPE_CHECKING
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from .exceptions import EndlessTasksError
 
 if TYPE_CHECKING:
-    from contextvars import Token
-
     from .task import BackgroundTask
     from .tasks import BackgroundTasks
 
 MAX_GENERATIONS = 100
 """How many tasks in a row may have been added because the task before has ended."""
 
-_generation: ContextVar[int] = ContextVar("wsgi_bg.generation", default=0)
 
+class _Thread(threading.local):
+    """What the calling thread is about.
 
-class observing:  # noqa: N801  # used as a function
-    """While entered, tasks that this context adds are added because ``task`` ends.
-
-    A class, and not a generator function, which takes three times as long.
+    :ivar generation: that of a task that is added now.
     """
 
-    __slots__ = ("_generation", "_token")
+    generation = 0
 
-    _token: Token[int]
 
-    def __init__(self, task: BackgroundTask) -> None:
-        self._generation = getattr(task, "_generation", 0) + 1
+_thread = _Thread()
 
-    def __enter__(self) -> None:
-        self._token = _generation.set(self._generation)
 
-    def __exit__(self, kind: object, exc: BaseException | None, traceback: object) -> bool:
-        _generation.reset(self._token)
-        # One error says all: the view may have added many tasks, each with such a row.
-        return isinstance(exc, EndlessTasksError) and not exc.is_first
+def observe(task: BackgroundTask, observer: Callable[..., Any], *args: Any) -> None:
+    """Call ``observer(*args)``; tasks that it adds are added because ``task`` ends.
+
+    :raises BaseException: what the observer raises. One error says that a row of tasks has no
+        end, however many such rows a request has: the others are suppressed.
+    """
+    before = _thread.generation
+    _thread.generation = getattr(task, "_generation", 0) + 1
+    try:
+        observer(*args)
+    except EndlessTasksError as exc:
+        if exc.is_first:
+            raise
+    finally:
+        _thread.generation = before
 
 
 def admit(task: BackgroundTask, batch: BackgroundTasks) -> None:
@@ -50,12 +54,10 @@ def admit(task: BackgroundTask, batch: BackgroundTasks) -> None:
 
     :raises RuntimeError: naming the function, if its generation is beyond the limit.
     """
-    generation = _generation.get()
-    if generation > MAX_GENERATIONS:
-        is_first = not getattr(batch, "_is_endless", False)
-        batch._is_endless = True
-        raise EndlessTasksError(task.name, generation, is_first=is_first)
+    generation = _thread.generation
     if generation:
+        if generation > MAX_GENERATIONS:
+            is_first = not getattr(batch, "_is_endless", False)
+            batch._is_endless = True
+            raise EndlessTasksError(task.name, generation, is_first=is_first)
         task._generation = generation
-        assert task._context is not None
-        task._context.run(_generation.set, 0)  # its own code is free to add what it wants

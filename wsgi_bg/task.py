@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections import defaultdict
 from collections.abc import Callable
 from contextvars import Context, copy_context
 from inspect import CO_COROUTINE
@@ -20,6 +19,9 @@ if TYPE_CHECKING:
     from .hooks import TaskRecord
 
 P = ParamSpec("P")
+
+CLAIMED: list[None] = []
+"""What each claimed task has for ``_unclaimed``; empty for ever."""
 
 
 class BackgroundTask:
@@ -115,7 +117,7 @@ class BackgroundTask:
         if calls is None:
             return self._finish(context, context.run(self.func, *self.args, **self.kwargs))
         try:
-            result = self._finish(context, context.run(calls.make, self, defaultdict()))
+            result = self._finish(context, context.run(calls.make, self, None))
         except BaseException as exc:
             if goes_through(exc):  # the loop may be in this context still
                 calls.discarded(self, f"{type(exc).__name__} stopped its worker")
@@ -144,6 +146,7 @@ class BackgroundTask:
             self._unclaimed.pop()
         except IndexError:
             return False
+        self._unclaimed = CLAIMED  # frees the list
         return True
 
     def _owned(self, options: Options) -> BackgroundTask:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import Context, copy_context
+from sys import modules
 from typing import Any, ParamSpec
 
 from . import process, report
@@ -20,6 +21,8 @@ P = ParamSpec("P")
 # The phases of a batch: its request goes on; its request is over, its tasks are to run or
 # running and may add others; no task will run any more.
 OPEN, CLOSED, ENDED = range(3)
+
+_LONG = 50  # tasks
 
 _new_task = BackgroundTask.__new__
 
@@ -64,7 +67,7 @@ class BackgroundTasks:
         one batch only. Once the request is over it is a new list.
         """
         tasks = self._begin() if self._list is None else self._list
-        return self._root._left() if self._root._front is not None else tasks
+        return self._root._left() if self._root._front else tasks
 
     def add_task(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
         """Add a call of ``func``, to run after those added before it.
@@ -111,9 +114,9 @@ class BackgroundTasks:
         """Make the list, if ``__init__`` has not."""
         raise NotImplementedError
 
-    # The run of the tasks, for wsgi_bg.batch. The batch takes all tasks out of the list at
-    # once and drops each task when it is done, so that a task that adds its successor for
-    # days keeps no more than that one.
+    # The run of the tasks, for wsgi_bg.batch. The batch drops each task when it is done, so
+    # that a task that adds its successor for days keeps no more than that one. It takes the
+    # tasks of a long list out at once: to delete the first of many moves all others.
 
     def _may_start(self) -> bool:
         """Whether the tasks may be run: True once."""
@@ -124,22 +127,20 @@ class BackgroundTasks:
 
     def _first(self) -> BackgroundTask | None:
         """The first task that is not done; None, and the batch ends, if there is none."""
-        if not self._front and not self._take():
+        if self._front:
+            return self._front[-1]
+        tasks = self._list
+        if not tasks:
             self._phase = ENDED  # and look again: see add_task
-            if not self._take():
+            if not tasks:
                 return None
             self._phase = CLOSED
-        assert self._front
-        return self._front[-1]
-
-    def _take(self) -> bool:
-        """Take what was added out of the list; False if nothing was."""
-        if not self._list:
-            return False
-        # In this order: for a moment a task is in both, and at no moment in neither.
-        self._front = front = self._list[::-1]
-        del self._list[: len(front)]
-        return True
+        if len(tasks) > _LONG:
+            # In this order: for a moment a task is in both, and at no moment in neither.
+            self._front = front = tasks[::-1]
+            del tasks[: len(front)]
+            return front[-1]
+        return tasks[0]
 
     def _left(self) -> list[BackgroundTask]:
         """The tasks that are not done; on any thread."""
@@ -152,13 +153,17 @@ class BackgroundTasks:
 
     def _drop(self, task: BackgroundTask) -> None:
         """Let go of the first task, which is done; on the thread that runs the tasks."""
-        if self._front and self._front[-1] is task:
-            self._front.pop()
+        front = self._front
+        if front:
+            front.pop()
+        else:
+            self._remove(task)
 
     def _remove(self, task: BackgroundTask) -> None:
         """Let go of a task that was run by hand or refused; on any thread."""
+        assert self._list is not None
         with suppress(ValueError):  # the batch has taken it, and skips it
-            (self._list or []).remove(task)
+            self._list.remove(task)
 
     def _end(self) -> None:
         """Run no further task: a later ``add_task`` raises."""
@@ -232,9 +237,10 @@ class BackgroundTasks:
         """
         context = task._context
         if context is None:
-            return detached(copy_context())
-        task._context = None
-        return detached(context)
+            context = copy_context()
+        else:
+            task._context = None
+        return detached(context) if "asgiref.sync" in modules else context
 
     def __repr__(self) -> str:
         names = ", ".join(task.name for task in self.tasks)
