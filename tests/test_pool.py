@@ -267,7 +267,7 @@ def test_an_incomplete_responses_batch_is_put_off(
     clock, runner, (ran, other_ran) = Clock(), PoolRunner(), events(2)
     time = SimpleNamespace(monotonic=lambda: 100.0, sleep=clock.sleep)
     monkeypatch.setattr(pool, "time", time)
-    monkeypatch.setattr(pool, "asyncio", SimpleNamespace(sleep=clock.sleep_on_loop))
+    monkeypatch.setattr(asyncio, "sleep", clock.sleep_on_loop)
 
     async def run() -> None:
         ran.set()

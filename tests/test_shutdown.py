@@ -588,16 +588,6 @@ def test_a_task_added_while_the_interpreter_exits_runs() -> None:
     ) == (0, ["async", "plain"])
 
 
-def test_importing_the_package_imports_no_extra() -> None:
-    done = run_python(
-        """
-        import sys, wsgi_bg
-        print(sys.modules.keys() & {"flask", "celery", "waitress", "pytest"})
-        """
-    )
-    assert done.stdout == "set()\n", done.stderr
-
-
 def test_tasks_are_named_without_a_wait_when_there_is_no_time(
     monkeypatch: pytest.MonkeyPatch, log: Log
 ) -> None:

@@ -2,17 +2,16 @@
 
 Add a function while you handle a request; it runs after the response, and no response
 waits for its own tasks, whatever the server.
+
+Each name is imported on first use. pytest imports this package for its plugin, and runs that
+do not use the plugin should not pay for Werkzeug.
 """
 
-from .context import ENVIRON_KEY, background_tasks, get_background_tasks
-from .injection import inject
-from .middleware import BackgroundTasksMiddleware
-from .registry import registered_task
-from .runners import InlineRunner, PoolRunner
-from .serving import serve
-from .shutdown import drain, wait
-from .task import BackgroundTask
-from .tasks import BackgroundTasks
+# Now, as this module cannot be imported any more when the main thread has ended, and the
+# names may be used for the first time on another thread after that.
+import concurrent.futures.thread as _futures  # noqa: F401
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
 
 __all__ = [
     "ENVIRON_KEY",
@@ -32,3 +31,48 @@ __all__ = [
 ]
 
 __version__ = "0.2.0"
+
+# The module that each name comes from.
+_HOMES = {
+    "ENVIRON_KEY": "context",
+    "BackgroundTask": "task",
+    "BackgroundTasks": "tasks",
+    "BackgroundTasksMiddleware": "middleware",
+    "InlineRunner": "runners",
+    "PoolRunner": "runners",
+    "background_tasks": "context",
+    "drain": "shutdown",
+    "get_background_tasks": "context",
+    "inject": "injection",
+    "registered_task": "registry",
+    "serve": "serving",
+    "wait": "shutdown",
+}
+
+# Modules that 0.2 had imported with the package: ``import wsgi_bg`` is enough to use them.
+_MODULES = {"exceptions", "hooks", "runners", "shutdown"}
+
+if TYPE_CHECKING:
+    from .context import ENVIRON_KEY, background_tasks, get_background_tasks
+    from .injection import inject
+    from .middleware import BackgroundTasksMiddleware
+    from .registry import registered_task
+    from .runners import InlineRunner, PoolRunner
+    from .serving import serve
+    from .shutdown import drain, wait
+    from .task import BackgroundTask
+    from .tasks import BackgroundTasks
+else:  # hidden: a type checker would take any name for one of the package's
+
+    def __getattr__(name: str) -> object:
+        if name in _MODULES:
+            return _import_module(f".{name}", __name__)
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(_import_module(f".{_HOMES[name]}", __name__), name)
+        globals()[name] = value  # for the next use
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

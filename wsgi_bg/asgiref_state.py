@@ -9,7 +9,6 @@ the server's thread; from 3.12 on a ``Local`` is empty on any other thread.
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import functools
 import sys
@@ -64,6 +63,8 @@ def use_for_sync_code(executor: Any) -> None:
     the thread that first needs one, and Python's exit would wait for them on another thread
     for ever.
     """
+    import asyncio  # the loop that this runs on has loaded it
+
     with suppress(ImportError):
         from asgiref.sync import AsyncToSync
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from asyncio import CancelledError
 from collections import defaultdict
 from collections.abc import Callable
 from contextvars import Context, copy_context
@@ -90,11 +88,14 @@ class Batch:
         raised: bool = False,
         status: int = 200,
     ) -> None:
-        self.response_complete = response_complete
-        self.sends = False
-        self.not_before = 0.0
-        self.is_kept = False
-        self.succeeded = self.failed = self.discarded = self.run_here = 0
+        self.response_complete: bool = response_complete
+        self.sends: bool = False
+        self.not_before: float = 0.0
+        self.is_kept: bool = False
+        self.succeeded: int = 0
+        self.failed: int = 0
+        self.discarded: int = 0
+        self.run_here: int = 0
         self._of = tasks
         # How many tasks are claimed, and not yet dropped.
         self._passed_over = 0
@@ -386,6 +387,8 @@ class Batch:
         ``asyncio.current_task()``. All these hold a reference to the asyncio task, which can
         be counted. See :meth:`goes_on_async`.
         """
+        import asyncio  # the loop that this runs on has loaded it
+
         this = asyncio.current_task()  # perhaps None, if a library has replaced asyncio's
         references = getrefcount(this)
         try:
@@ -421,7 +424,7 @@ class Batch:
                 except BaseException as exc:
                     if self._is_in_child:
                         process.end_child(exc)
-                    cancelled = isinstance(exc, CancelledError)
+                    cancelled = isinstance(exc, asyncio.CancelledError)
                     if cancelled and self._is_stopping:
                         raise
                     if cancelled and self._cause is not None:

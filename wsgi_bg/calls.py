@@ -5,7 +5,6 @@ Most layers have none of these: their tasks are called as they are, and nothing 
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -95,6 +94,8 @@ class Calls:
         return None if self.send(task) else self.make(task, done)
 
     async def _send_or_make_async(self, task: BackgroundTask, done: Done) -> Any:
+        import asyncio  # the loop that this runs on has loaded it
+
         is_sent = await asyncio.to_thread(self.send, task)  # not on the loop: it blocks
         return None if is_sent else await self.make(task, done)
 

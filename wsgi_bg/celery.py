@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from . import celery_headers, log, registry
 from .celery_headers import correlation_id, traceparent
+from .celery_options import NO_OPTIONS
 from .checks import seconds
 from .encoding import encode
 from .exceptions import (
@@ -27,8 +28,8 @@ from .workers import Workers
 
 try:
     from celery import Celery
-except ImportError as exc:
-    raise ExtraMissingError("celery", "wsgi_bg.celery") from exc
+except ImportError as _exc:
+    raise ExtraMissingError("celery", "wsgi_bg.celery") from _exc
 
 from . import celery_worker
 from .publishing import Message, Publisher
@@ -121,7 +122,7 @@ class CeleryRunner:
         if not celery_worker.is_served(self._app.tasks.get(name)):
             raise NameTakenError(name, f"a task of {self._app!r}")
         text = encode(name, registration.signature, task.args, task.kwargs)
-        options = {**registration.celery.message, **given}
+        options = {**(registration.celery or NO_OPTIONS).message, **given}
         task._encoded = Message(name, text, celery_headers.current(), options)
 
     def may_send(self, task: BackgroundTask) -> bool:

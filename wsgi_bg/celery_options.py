@@ -70,23 +70,25 @@ class CeleryOptions:
     task: Mapping[str, Any] = field(default_factory=dict)
     message: Mapping[str, Any] = field(default_factory=dict)
 
-    @classmethod
-    def of_function(cls, given: Mapping[str, Any] | None) -> CeleryOptions:
-        """What ``registered_task(celery=...)`` was given.
 
-        :raises TypeError: if a value is of the wrong type.
-        :raises ValueError: if an option is not known, or a number is infinite or NaN.
-        """
-        given = _mapping(given or {})
-        for name, value in given.items():
-            if name not in _OF_TASK and name not in _OF_MESSAGE:
-                known = ", ".join(sorted({*_OF_TASK, *_OF_MESSAGE}))
-                raise OptionValueError("celery", name, f"a dict with keys of {known}")
-            _look_at(name, value)
-        return cls(
-            {name: given[name] for name in given if name in _OF_TASK},
-            {name: given[name] for name in given if name in _OF_MESSAGE},
-        )
+NO_OPTIONS = CeleryOptions()
+
+
+def for_function(given: Mapping[str, Any]) -> CeleryOptions:
+    """What ``registered_task(celery=...)`` was given.
+
+    :raises TypeError: if a value is of the wrong type.
+    :raises ValueError: if an option is not known, or a number is infinite or NaN.
+    """
+    for name, value in _mapping(given).items():
+        if name not in _OF_TASK and name not in _OF_MESSAGE:
+            known = ", ".join(sorted({*_OF_TASK, *_OF_MESSAGE}))
+            raise OptionValueError("celery", name, f"a dict with keys of {known}")
+        _look_at(name, value)
+    return CeleryOptions(
+        {name: given[name] for name in given if name in _OF_TASK},
+        {name: given[name] for name in given if name in _OF_MESSAGE},
+    )
 
 
 def for_one_call(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from celery import Celery
 
 from . import celery_headers, registry
+from .celery_options import NO_OPTIONS
 from .decoding import decode
 from .exceptions import MessageError, OptionValueError, UnsafeCeleryError
 from .registry import Registration
@@ -59,7 +60,7 @@ def is_served(task: Any) -> bool:
 
 
 def _add(app: Celery, registration: Registration) -> None:
-    options = dict(registration.celery.task)
+    options = dict((registration.celery or NO_OPTIONS).task)
     # To try again would not make such a message any better.
     options["dont_autoretry_for"] = (*options.get("dont_autoretry_for", ()), MessageError)
     options.setdefault("ignore_result", True)

@@ -37,7 +37,9 @@ def current_background_tasks() -> BackgroundTasks:
         ) from None
 
 
-background_tasks = cast("BackgroundTasks", LocalProxy(current_background_tasks))
+background_tasks: BackgroundTasks = cast(
+    "BackgroundTasks", LocalProxy(current_background_tasks)
+)
 """The current request's :class:`BackgroundTasks`, from anywhere in the call of the
 application and in its tasks; elsewhere any use of it raises a ``RuntimeError``."""
 

@@ -30,8 +30,8 @@ try:
     from django.core.cache import caches
     from django.db import close_old_connections, connections
     from django.http.response import HttpResponseBase
-except ModuleNotFoundError as exc:
-    raise ExtraMissingError("django", "wsgi_bg.django") from exc
+except ModuleNotFoundError as _exc:
+    raise ExtraMissingError("django", "wsgi_bg.django") from _exc
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -15,8 +15,8 @@ from .middleware import BackgroundTasksMiddleware
 
 try:
     from flask import Flask
-except ModuleNotFoundError as exc:
-    raise ExtraMissingError("flask", "wsgi_bg.flask") from exc
+except ModuleNotFoundError as _exc:
+    raise ExtraMissingError("flask", "wsgi_bg.flask") from _exc
 
 from .flask_views import grant_wishes
 

@@ -37,9 +37,9 @@ class TaskRecord:
     )
 
     def __init__(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
-        self.task = task
-        self.batch = batch
-        self.added_at = time.monotonic()
+        self.task: BackgroundTask = task
+        self.batch: BackgroundTasks = batch
+        self.added_at: float = time.monotonic()
         self.started_at: float | None = None
         self.ended_at: float | None = None
         self.error: BaseException | None = None

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .request import RequestTasks
     from .task import BackgroundTask
 
-freezes = "AWS_LAMBDA_RUNTIME_API" in os.environ
+freezes: bool = "AWS_LAMBDA_RUNTIME_API" in os.environ
 """True on AWS Lambda and on other platforms that speak its Runtime API."""
 
 running: set[Invocation] = set()

@@ -19,7 +19,7 @@ from typing import Any
 
 from .interrupts import goes_through, is_from_signal_handler
 
-logger = logging.getLogger("wsgi_bg")
+logger: logging.Logger = logging.getLogger("wsgi_bg")
 
 SAID = "said"
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
-from . import successors
+from . import engine_options, successors
 from .callables import is_coroutine_callable
 from .calls import Around, Calls
-from .celery_options import for_one_call
 from .checks import whole_number
 from .exceptions import OptionTypeError, OptionValueError
 from .hooks import HOOKS, Hooks
@@ -72,23 +71,25 @@ class Options:
         failed_from: int = 500,
     ) -> None:
         self.run_on = run_on
-        self.failed_from = failed_from
-        self.on_error = on_error
-        self.stop_on_error = stop_on_error
-        self.runner = runner
-        self.celery = celery
-        self.runner_yields = runner_yields
+        self.failed_from: int = failed_from
+        self.on_error: OnError | None = on_error
+        self.stop_on_error: bool = stop_on_error
+        self.runner: Runner | None = runner
+        self.celery: Mapping[str, Any] | None = celery
+        self.runner_yields: bool = runner_yields
         # Whether a task runs: [False] after a request that succeeded, [True] that failed.
         self._runs_after = (run_on != "error", run_on != "success")
         self._hooks = hooks
         self._around = around
         send = getattr(runner, "send", None)
         may_send = getattr(runner, "may_send", None)
-        self.calls = Calls(hooks, around, send, may_send) if hooks or around or send else None
+        self.calls: Calls | None = None
+        if hooks or around or send:
+            self.calls = Calls(hooks, around, send, may_send)
         self._check: Callable[[BackgroundTask], None] | None = getattr(runner, "check", None)
         # What puts something around tasks may note where each was added.
         self._added: Callable[[BackgroundTask], None] | None = getattr(around, "added", None)
-        self.is_watched = bool(hooks or self._check or around or on_error)
+        self.is_watched: bool = bool(hooks or self._check or around or on_error)
 
     def admit(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
         """Let the runner look at a task that is to join ``batch``, and tell the hooks.
@@ -157,7 +158,7 @@ class Options:
             self.runner if runner is None else runner,
             self._hooks if hooks is None else _as_tuple(hooks),
             self._around if around is None else around,
-            self.celery if celery is None else for_one_call(celery),
+            self.celery if celery is None else engine_options.for_one_call("celery", celery),
             self.runner_yields and runner is None,
             self.failed_from if failed_from is None else failed_from,
         )

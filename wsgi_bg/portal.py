@@ -2,25 +2,26 @@
 
 All requests and runners share it, so that a client or a database pool that one async
 task has opened serves the next. It is made on first use and left at interpreter exit.
+
+asyncio and anyio take 20 ms to import, so they are imported on first use too.
 """
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from contextvars import Context
-from typing import Any, Generic, TypeVar
-
-import anyio
-from anyio.from_thread import BlockingPortal
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from . import steps
 from .asgiref_state import move_here
 from .greenlets import event
 from .portal_thread import PortalThread
 from .process import PerProcess
+
+if TYPE_CHECKING:
+    from anyio.from_thread import BlockingPortal
 
 T = TypeVar("T")
 
@@ -120,6 +121,8 @@ class PortalCall(Generic[T]):
             try:
                 thread = _thread()
             except RuntimeError:
+                import anyio
+
                 return anyio.run(self._run_here, backend="asyncio")
             if thread.is_current:
                 raise RuntimeError("this cannot be called from the event loop thread")
@@ -137,15 +140,18 @@ class PortalCall(Generic[T]):
         self._arrived.set()
 
     async def _run_here(self) -> T:
+        import asyncio
+
         while (result := await asyncio.ensure_future(self._func(*self._args))) is AGAIN:
             pass
         return result
 
     async def _run(self) -> None:
         self._goes_on = False
+        if self._is_cancelled:
+            self._outcome.set_exception(RuntimeError("the portal call was cancelled"))
+            return
         try:
-            if self._is_cancelled:
-                raise asyncio.CancelledError
             result = await self._func(*self._args)
             if result is AGAIN:
                 self._goes_on = True

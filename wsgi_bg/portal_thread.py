@@ -1,8 +1,11 @@
-"""The thread of the portal: an event loop that takes work in without making anyone wait."""
+"""The thread of the portal: an event loop that takes work in without making anyone wait.
+
+asyncio and anyio are imported on that thread. The exception of a signal handler, which comes
+on the main thread only, would leave asyncio half imported, and the next import would fail.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -10,22 +13,20 @@ from concurrent.futures import Future
 from contextlib import suppress
 from contextvars import Context
 from functools import partial
-from typing import Any
-
-import anyio
-from anyio.from_thread import BlockingPortal
+from typing import TYPE_CHECKING, Any
 
 from . import log
 from .asgiref_state import use_for_sync_code
-from .executor import LoopExecutor
 from .greenlets import are_threads, start_real_thread
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from anyio.from_thread import BlockingPortal
 
 Work = Callable[[Any], Coroutine[Any, Any, None]]
 GoesOn = Callable[[Any], object]
 OnDone = Callable[[Any], object]
-
-# The class as it was when this package was imported: libraries replace asyncio's.
-_Task = asyncio.Task
 
 
 class PortalThread:
@@ -45,13 +46,15 @@ class PortalThread:
         self._context = Context()  # of the callbacks: empty, and no copy for each of them
         self._on_finish = self._finish  # one object for all asyncio tasks
         self._loop: asyncio.AbstractEventLoop
+        # The class as it was when the loop was made: libraries replace asyncio's.
+        self._task_class: type[asyncio.Task[None]]
         self._end: asyncio.Future[None]
         self._thread_has_ended = threading.Event()
         ready: Future[BlockingPortal] = Future()
         # Not a greenlet: with a loop on the thread of the application's greenlets,
         # asyncio.run() would fail for all of them.
         start_real_thread(partial(self._run, ready), "wsgi_bg-portal")
-        self.portal = ready.result(threading.TIMEOUT_MAX)  # see _Trip.make()
+        self.portal: BlockingPortal = ready.result(threading.TIMEOUT_MAX)  # see _Trip.make()
 
     @property
     def has_ended(self) -> bool:
@@ -65,6 +68,8 @@ class PortalThread:
     @property
     def is_current(self) -> bool:
         """Whether this code runs on the loop."""
+        import asyncio
+
         try:
             return asyncio.get_running_loop() is self._loop
         except RuntimeError:
@@ -72,6 +77,8 @@ class PortalThread:
 
     def _run(self, ready: Future[BlockingPortal]) -> None:
         try:
+            import anyio
+
             anyio.run(self._serve, ready, backend="asyncio")
         except BaseException as exc:
             if not ready.done():
@@ -87,7 +94,14 @@ class PortalThread:
             self._thread_has_ended.set()
 
     async def _serve(self, ready: Future[BlockingPortal]) -> None:
+        import asyncio
+
+        from anyio.from_thread import BlockingPortal
+
+        from .executor import LoopExecutor
+
         async with BlockingPortal() as portal:
+            self._task_class = asyncio.Task
             self._loop = asyncio.get_running_loop()
             self._loop.set_default_executor(LoopExecutor())
             if are_threads():
@@ -127,7 +141,7 @@ class PortalThread:
         try:
             task = self._loop.create_task(work(subject), name="wsgi_bg")
         except Exception:  # of a task factory that some task has set
-            task = _Task(work(subject), loop=self._loop, name="wsgi_bg")
+            task = self._task_class(work(subject), loop=self._loop, name="wsgi_bg")
         self._under_way[task] = subject, work, goes_on, on_done  # the loop holds no task
         task.add_done_callback(self._on_finish, context=self._context)
 

@@ -15,7 +15,7 @@ from typing import Generic, NoReturn, TypeVar
 
 T = TypeVar("T")
 
-generation = 0
+generation: int = 0
 """How many forks led to this process; a task that forks returns in its child with another."""
 
 

@@ -32,10 +32,10 @@ class Message:
     def __init__(
         self, name: str, text: str, headers: Mapping[str, str], options: Mapping[str, Any]
     ) -> None:
-        self.name = name
-        self.text = text
-        self.headers = headers
-        self.options = options
+        self.name: str = name
+        self.text: str = text
+        self.headers: Mapping[str, str] = headers
+        self.options: Mapping[str, Any] = options
 
 
 class Publisher:

@@ -2,22 +2,35 @@
 
 pytest loads it by its entry point; ``-p no:wsgi_bg`` turns it off. To annotate the fixture
 import :class:`TaskRecorder` from here.
+
+Each run of pytest imports this module, so tests with the fixture import what it needs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from .exceptions import ExtraMissingError
 
 try:
     import pytest
-except ModuleNotFoundError as exc:
-    raise ExtraMissingError("pytest", "wsgi_bg.pytest_plugin") from exc
+except ModuleNotFoundError as _exc:
+    raise ExtraMissingError("pytest", "wsgi_bg.pytest_plugin") from _exc
 
-from .testing.recording import RecordedTask, TaskRecorder, format_call
-from .testing.watching import Mode
+from .testing import Mode
+
+if TYPE_CHECKING:
+    from .testing.recording import RecordedTask, TaskRecorder
+else:
+
+    def __getattr__(name: str) -> object:
+        if name not in {"RecordedTask", "TaskRecorder"}:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from .testing import recording
+
+        return getattr(recording, name)
+
 
 __all__ = ["RecordedTask", "TaskRecorder", "background_tasks"]
 
@@ -53,6 +66,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             # the parameters of one function share theirs.
             others = [name for name in names if name != _FIXTURE]
             item.fixturenames = [_FIXTURE, *others]  # type: ignore[attr-defined]
+        if _FIXTURE in getattr(item, "fixturenames", []):
+            # Now, as some tests stop the time or replace parts of the standard library.
+            from .testing import recording  # noqa: F401
 
 
 def _mode_of(item: pytest.Item) -> Mode:
@@ -66,6 +82,8 @@ def _mode_of(item: pytest.Item) -> Mode:
         return ini
     mode: Mode = marker.kwargs.get("mode", ini)
     if marker.args or marker.kwargs.keys() - {"mode"} or mode not in _MODES:
+        from .testing.recording import format_call
+
         given = format_call(_MARKER, marker.args, marker.kwargs)
         raise pytest.UsageError(
             f"{item.nodeid}: write @pytest.mark.{_MARKER}(mode=...) with {_WORDS}; got {given}"
@@ -83,6 +101,8 @@ def background_tasks(request: pytest.FixtureRequest) -> Iterator[TaskRecorder]:
     .join(timeout). Test clients' responses are closed for you. An error of a task that the
     test does not look at (.errors) fails it in its teardown.
     """
+    from .testing.recording import TaskRecorder
+
     recorder = TaskRecorder(_mode_of(request.node))
     with recorder._watch.active():
         yield recorder

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from types import FunctionType, MethodType
 from typing import Any, TypeVar, overload
 
+from . import engine_options
 from .callables import kind_of, name_of
-from .celery_options import CeleryOptions
 from .exceptions import NameTakenError, OptionTypeError, OptionValueError, RegistrationError
 from .log import type_name
 
@@ -28,13 +28,13 @@ class Registration:
     :ivar name: what messages call it.
     :ivar func: the function.
     :ivar signature: of the function itself, and not of what it wraps.
-    :ivar celery: how Celery is to treat it.
+    :ivar celery: options for Celery, opaque to all but its runner; None if there are none.
     """
 
     name: str
     func: Callable[..., Any]
     signature: inspect.Signature
-    celery: CeleryOptions
+    celery: Any
 
 
 # Guards all below. It can be taken again: a listener may import a module that registers.
@@ -82,7 +82,7 @@ def registered_task(
         raise OptionTypeError("name", name, "a str")
     if name == "":
         raise OptionValueError("name", name, "a str that is not empty")
-    options = CeleryOptions.of_function(celery)
+    options = None if celery is None else engine_options.for_function("celery", celery)
     if func is not _NOT_GIVEN:
         return _register(func, name, options)
     return lambda func: _register(func, name, options)
@@ -106,7 +106,7 @@ def subscribe(listener: Callable[[Registration], object]) -> None:
             listener(registration)
 
 
-def _register(func: Any, name: str | None, options: CeleryOptions) -> Any:
+def _register(func: Any, name: str | None, options: Any) -> Any:
     reason = _why_not(func, name)
     if reason:
         raise RegistrationError(f"{_shown(func)} cannot be registered: {reason}", func)

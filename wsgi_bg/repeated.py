@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from itertools import count
 from typing import Any
 
@@ -11,7 +12,7 @@ from . import log
 INTERVAL = 60.0
 """The least time between two records of one warning, in seconds."""
 
-clock = time.monotonic
+clock: Callable[[], float] = time.monotonic
 """Tells the time, in seconds; tests replace it."""
 
 

@@ -71,7 +71,7 @@ class RequestTasks(BackgroundTasks):
     _start_response: Any  # dropped in the end: a server's holds the environ
     _status: str
 
-    __init__ = object.__init__  # so that to make one calls no Python function
+    __init__: Any = object.__init__  # so that to make one calls no Python function
 
     def start_response(
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None

@@ -69,7 +69,7 @@ class AwaitedIn(Coroutine[Any, Any, Any]):
     def __init__(self, stack: ExitStack, awaitable: Awaitable[Any]) -> None:
         self._stack = stack
         self._awaitable = awaitable
-        self.has_begun = False
+        self.has_begun: bool = False
 
     def __await__(self) -> Generator[Any, Any, Any]:
         self.has_begun = True

@@ -45,13 +45,13 @@ class _Collections:
     how one has ended does not show then.
     """
 
-    are_running = False
+    are_running: bool = False
 
     def note(self, phase: str, info: object) -> None:
         self.are_running = phase == "start"
 
 
-collections = _Collections()
+collections: _Collections = _Collections()
 
 
 class Collector:
@@ -63,7 +63,7 @@ class Collector:
         # The requests whose tasks nobody has begun to run, by their id, with the list of
         # these tasks. Whoever pops a request runs or names its tasks.
         self.unfinished: dict[int, tuple[RequestTasks, list[BackgroundTask]]] = {}
-        self.has_warned = False
+        self.has_warned: bool = False
         self._has_thread = False
         gc.callbacks.append(collections.note)
         shutdown.arm(self.flush, self.abandon)
@@ -134,4 +134,4 @@ class Collector:
         return left
 
 
-collectors = PerProcess(Collector)
+collectors: PerProcess[Collector] = PerProcess(Collector)

@@ -72,8 +72,8 @@ class Notice:
     """
 
     def __init__(self, ended_by: str | None = None, first: float = FIRST) -> None:
-        self.due = time.monotonic() + first
-        self.latest = math.inf
+        self.due: float = time.monotonic() + first
+        self.latest: float = math.inf
         self._ended_by = _interrupting_signal() if ended_by is None else ended_by
 
     def log_if_due(self, deadline: float, requests: int = 0, runner: object = None) -> None:

@@ -28,14 +28,14 @@ class Ledger:
     """
 
     def __init__(self) -> None:
-        self.pid = os.getpid()
+        self.pid: int = os.getpid()
         self._handed_over: dict[Batch, None] = {}
         self._run_here: dict[Batch, None] = {}
         # Tasks of batches that have ended, by the thread that ended them: no two threads add to
         # the same numbers. Succeeded, failed, discarded, run on the server's thread.
         self._counts: dict[int, list[int]] = {}
         self._waiters: list[threading.Event] = []
-        self.is_draining = False
+        self.is_draining: bool = False
         self._on_done = self.remove  # one object for all batches
         watch(self)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from math import inf
 from typing import TYPE_CHECKING
@@ -118,7 +117,7 @@ class PoolRunner:
         )
 
 
-shared_pool = PoolRunner()
+shared_pool: PoolRunner = PoolRunner()
 """The process's shared runner of the name ``"pool"``."""
 register(shared_pool)  # other runners hand over to it, and it may not be anyone's option
 
@@ -183,5 +182,7 @@ class _Crew:
 
 
 async def _run_late(batch: Batch) -> None:
+    import asyncio  # the loop that this runs on has loaded it
+
     await asyncio.sleep(batch.not_before - time.monotonic())
     await batch.run_async()

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 from wsgi_bg.callables import name_of
 
-from .watching import TEARDOWN_TIMEOUT, Mode, Watch
+from . import Mode
+from .watching import TEARDOWN_TIMEOUT, Watch
 
 if TYPE_CHECKING:
     from wsgi_bg.task import BackgroundTask

@@ -40,7 +40,9 @@ class Visit:
 
     def __init__(self, environ: WSGIEnvironment) -> None:
         path = f"{environ.get('SCRIPT_NAME', '')}{environ.get('PATH_INFO', '')}"
-        self.path = path.encode("latin-1").decode("utf-8", "replace")  # PEP 3333, "Unicode"
+        self.path: str = path.encode("latin-1").decode(
+            "utf-8", "replace"
+        )  # PEP 3333, "Unicode"
         self.batch: Batch | None = None
         self.is_done = False
         self._environ: WSGIEnvironment | None = environ

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from threading import Condition
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 from unittest.mock import patch
 
 from wsgi_bg import report, request
@@ -21,6 +21,7 @@ from wsgi_bg.runners.pool import shared_pool
 from wsgi_bg.servers import is_test_client
 from wsgi_bg.tasks import BackgroundTasks
 
+from . import Mode
 from .failures import Failures
 from .streams import Stream, is_finite, read
 from .visits import TaskList, Visit
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from wsgi_bg.batch import Batch
     from wsgi_bg.runners import Runner
     from wsgi_bg.task import BackgroundTask
-
-Mode = Literal["record", "run", "real"]
 
 TEARDOWN_TIMEOUT = 10.0
 """How long the end of a test waits for tasks that are not done, in seconds."""
@@ -69,7 +68,7 @@ class Watch:
         self._closed: list[Visit] = []  # those that have tasks, in the order of closing
         self._to_run: list[Batch] = []
         self._streams: list[Stream] = []
-        self.failures = Failures()
+        self.failures: Failures = Failures()
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -1,0 +1,26 @@
+"""Options of engines such as Celery: the engine's own module checks them, none else reads them.
+
+The modules are imported by name with the first such option. So the core imports no engine, and
+a mistake shows at the line that makes it, also if another runner ignores the options.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_CHECKED_BY = {"celery": ".celery_options"}
+
+
+def for_function(engine: str, given: Any) -> Any:
+    """Check options of ``registered_task`` and sort them, for the engine's runner.
+
+    :raises TypeError: if a value is of the wrong type.
+    :raises ValueError: if an option is not known, or a value is out of range.
+    """
+    return import_module(_CHECKED_BY[engine], __package__).for_function(given)
+
+
+def for_one_call(engine: str, given: Any) -> Any:
+    """Check options of ``using``; raises as :func:`for_function` does."""
+    return import_module(_CHECKED_BY[engine], __package__).for_one_call(given)
