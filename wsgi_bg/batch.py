@@ -16,7 +16,7 @@ from typing import Any
 from . import log, portal, process, report, steps
 from .asgiref_state import move_here
 from .calls import Calls
-from .interrupts import goes_through, is_from_signal_handler
+from .interrupts import goes_through, is_from_signal_handler, is_raised_here
 from .options import Options
 from .steps import DONE, RestOf, as_coroutine
 from .task import BackgroundTask
@@ -158,10 +158,8 @@ class Batch:
     @property
     def next_is_async(self) -> bool | None:
         """Whether the next task is for the portal; None if there is none."""
-        for task in self._of._left():
-            if task._unclaimed:
-                return task.is_async
-        return None
+        task = self._of._next_unclaimed()
+        return None if task is None else task.is_async
 
     def when_done(self, tell: Callable[[Any], None]) -> None:
         """Call ``tell(batch)``, perhaps more than once, when the last task is done."""
@@ -184,6 +182,8 @@ class Batch:
                     self._discard(task)
                     self._passed_over += 1
                 self._running = None
+                if self._is_in_child:
+                    return
 
     def run(self) -> None:
         """Run the tasks in order, what they add included; blocks until all are done.
@@ -266,6 +266,8 @@ class Batch:
         It is not if the tasks were named since a signal handler stopped their hand-over,
         perhaps after it had come to another thread.
         """
+        if self._is_in_child:
+            return False
         if self._has_started:
             return True
         self._has_started = self._of._may_start()
@@ -317,11 +319,11 @@ class Batch:
                 self._fail(task, context, error)
                 error = None  # or it holds itself, by this frame
             self._of._drop(task)
-        return not self.has_ended
+        return not (self.has_ended or self._is_in_child)
 
     @property
     def _is_in_child(self) -> bool:
-        """Whether this is a child that a task has forked: the tasks are its parent's."""
+        """Whether a task, or what watches it, has forked this child of the tasks' process."""
         return process.generation != self._generation
 
     def _make_of(self, calls: Calls) -> Callable[..., Any]:
@@ -410,7 +412,7 @@ class Batch:
                         await RestOf(context, awaitable, waits_for)
                 except BaseException as exc:
                     if self._is_in_child:
-                        process.end_child(exc)
+                        raise
                     cancelled = isinstance(exc, CancelledError)
                     if cancelled and (self._abandoned or self._is_stopping):
                         raise
@@ -420,7 +422,7 @@ class Batch:
                     del cause
                 else:
                     if process.generation != self._generation:
-                        process.end_child(None)
+                        return
                     self._running = None
                     self.succeeded += 1
                     if calls is not None:
@@ -431,7 +433,13 @@ class Batch:
                     cancelled or getrefcount(this) > references or steps.is_cancelled(this)
                 ):
                     return
+        except BaseException as exc:
+            if self._is_in_child:
+                process.end_child(exc)
+            raise
         finally:
+            if self._is_in_child:
+                process.end_child(None)
             self._tell_if_ended()
 
     def abandon(self) -> list[BackgroundTask]:
@@ -448,7 +456,9 @@ class Batch:
     def _next(self, *, is_async: bool) -> BackgroundTask | None:
         """Claim the next task, if it is of this kind; if there is none, end the batch."""
         of = self._of
-        while not (self._abandoned or self._is_stopping):
+        while not (
+            self._abandoned or self._is_stopping or process.generation != self._generation
+        ):
             task = of._first()
             if task is None:
                 return None
@@ -460,8 +470,9 @@ class Batch:
             self._running = task  # first, so that a signal finds its name
             try:
                 task._unclaimed.pop()  # task._claim(), without the call
-            except IndexError:
-                pass
+            except IndexError as exc:
+                if not is_raised_here(exc):
+                    raise
             else:
                 if runs:
                     return task
@@ -527,6 +538,8 @@ class Batch:
                 self.succeeded += 1
         left = self.abandon()
         for task in left:
+            if process.generation != self._generation:  # a hook has forked
+                return
             self.discarded += 1
             report.stopped(task, exc, began=has_begun and task is running)
         self._running = None
@@ -541,5 +554,7 @@ def _run_in(context: Context, func: Callable[..., object], *args: Any) -> None:
     """Call ``func(*args)`` in ``context``, or outside if a task runs in that context."""
     try:
         context.run(func, *args)
-    except RuntimeError:
+    except RuntimeError as exc:
+        if not is_raised_here(exc):  # func has begun
+            raise
         func(*args)
