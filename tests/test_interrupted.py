@@ -451,7 +451,8 @@ def test_each_task_runs_or_is_named_once_wherever_an_exception_comes(
     ("layer", "runner", "response", "tasks"),
     [
         ("middleware", "inline", "list", "mixed"),
-        ("hooks", "pool", "raises", "mixed"),
+        ("middleware", "pool", "list", "plain"),
+        pytest.param("hooks", "pool", "raises", "mixed", marks=pytest.mark.slow),
         pytest.param("hooks", "inline", "generator", "async", marks=pytest.mark.slow),
         pytest.param("flask", "inline", "list", "mixed", marks=pytest.mark.slow),
         pytest.param("middleware", "shared pool", "unclosed", "plain", marks=pytest.mark.slow),

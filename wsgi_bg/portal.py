@@ -19,6 +19,7 @@ from anyio.from_thread import BlockingPortal
 from . import steps
 from .asgiref_state import move_here
 from .greenlets import event
+from .interrupts import is_from_signal_handler
 from .portal_thread import PortalThread
 from .process import PerProcess
 
@@ -119,7 +120,9 @@ class PortalCall(Generic[T]):
         while not self._outcome.done():  # the loop may be ended before the call has begun
             try:
                 thread = _thread()
-            except RuntimeError:
+            except RuntimeError as exc:
+                if is_from_signal_handler(exc):
+                    raise
                 return anyio.run(self._run_here, backend="asyncio")
             if thread.is_current:
                 raise RuntimeError("this cannot be called from the event loop thread")

@@ -18,6 +18,7 @@ from anyio.from_thread import BlockingPortal
 from . import log
 from .executor import LoopExecutor
 from .greenlets import start_real_thread
+from .interrupts import is_from_signal_handler
 
 Work = Callable[[Any], Coroutine[Any, Any, None]]
 GoesOn = Callable[[Any], object]
@@ -111,8 +112,11 @@ class PortalThread:
             self._return_inbox()
 
     def _wake(self) -> None:
-        with suppress(RuntimeError):  # closed
+        try:
             self._loop.call_soon_threadsafe(self._begin, context=self._context)
+        except RuntimeError as exc:  # closed
+            if is_from_signal_handler(exc):
+                raise
 
     def _begin(self) -> None:
         self._is_woken = False
