@@ -18,6 +18,7 @@ from django.test import Client, RequestFactory, TestCase
 from django.test.utils import override_settings
 from django.urls import path
 
+from tests.command import ROOT
 from tests.conftest import Log
 from tests.django_support import Order, settings
 from tests.support import TIMEOUT, run_python
@@ -374,7 +375,10 @@ def test_nothing_is_left_of_a_test_case(database: dict[str, Any], task: Run) -> 
 # The pytest fixture
 
 
-def test_the_pytest_fixture_has_the_tasks(pytester: pytest.Pytester) -> None:
+def test_the_pytest_fixture_has_the_tasks(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", ROOT)  # for this module
     pytester.makepyfile(
         """
         import pytest

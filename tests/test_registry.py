@@ -48,8 +48,8 @@ def test_calling_a_registered_function_still_just_calls_it() -> None:
 def test_a_registered_function_can_be_added_under_any_runner() -> None:
     tasks = BackgroundTasks()
     tasks.add_task(plain, 1)
-    tasks()
     assert tasks.tasks[0].func is plain
+    tasks()
 
 
 def local_function() -> Callable[[], None]:
@@ -218,7 +218,8 @@ def test_a_runner_without_celery_ignores_its_options() -> None:
     view = tasks.using(celery=options)
     options.clear()
     view.add_task(ran.append, 1)
+    (task,) = tasks.tasks
     tasks()
     assert ran == [1]
-    assert tasks.tasks[0]._options.celery == {"queue": "slow"}
+    assert task._options.celery == {"queue": "slow"}
     assert view.using(run_on="always")._options.celery == {"queue": "slow"}

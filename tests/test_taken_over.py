@@ -65,6 +65,7 @@ def test_a_websocket_under_gunicorn_is_a_success(worker: str, tmp_path: Path) ->
     with gunicorn(worker, "sock", log) as port:
         assert exchange(port) == "hello"
         assert wait_until(lambda: SUCCESS in text_of(log)), text_of(log)
+        assert wait_until(lambda: NOT_RUN in text_of(log)), text_of(log)
     assert text_of(log).count(NOT_RUN) == 1
     assert "Traceback" not in text_of(log)
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import queue
 import threading
+from collections import deque
 from functools import partial
 from typing import Any
 
 import pytest
 
-from tests.support import (
-    TIMEOUT,
-    Gate,
-    Subject,
-    submit,
-)
+from tests.conftest import Log
+from tests.support import TIMEOUT, Gate, Subject, no_threads, submit
 from wsgi_bg import (
     PoolRunner,
     workers,
@@ -101,3 +99,192 @@ def test_an_idle_thread_holds_no_request() -> None:
     submit(runner, subject.touch)
     del subject
     assert freed.wait(TIMEOUT)
+
+
+def start_nothing(*args: Any) -> None:
+    raise KeyboardInterrupt
+
+
+class Noted:
+    """Workers whose jobs are noted, with the states in which threads may find them."""
+
+    def __init__(self, limit: float = 1) -> None:
+        self.done: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.workers: workers.Workers[str] = workers.Workers(self.done.put, limit, "noted")
+
+    def next(self) -> str:
+        return self.done.get(timeout=TIMEOUT)
+
+
+def test_a_worker_that_another_submit_has_woken_first_is_not_counted_on() -> None:
+    class Emptied(list[Any]):
+        def __bool__(self) -> bool:
+            return True  # as it was before the other thread came
+
+    noted = Noted()
+    noted.workers._idle = Emptied()
+    assert noted.workers.submit("job")
+    assert noted.next() == "job"
+
+
+def test_two_threads_that_start_the_last_worker_start_one() -> None:
+    class Crowded(dict[Any, None]):
+        def __setitem__(self, worker: Any, value: None) -> None:
+            super().__setitem__("the other thread's", None)
+            super().__setitem__(worker, value)
+
+    noted = Noted()
+    noted.workers._alive = Crowded()
+    assert noted.workers.submit("job")  # to the other thread's
+    assert list(noted.workers._alive) == ["the other thread's"]
+    assert list(noted.workers._backlog) == ["job"]
+
+
+def test_a_start_that_a_signal_handler_stops_takes_no_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    noted = Noted()
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "start_daemon", start_nothing)
+        with pytest.raises(KeyboardInterrupt):
+            noted.workers.submit("first")
+    assert noted.workers.submit("second")
+    assert [noted.next(), noted.next()] == ["first", "second"]
+
+
+def test_a_job_that_a_thread_does_before_it_ends_is_not_taken_back() -> None:
+    class Done(deque[str]):
+        def remove(self, job: str) -> None:
+            super().remove(job)
+            super().remove(job)  # a second time, which raises
+
+    noted = Noted()
+    noted.workers._backlog = Done()
+    with no_threads():
+        assert noted.workers.submit("job")
+
+
+def test_a_worker_that_finds_nothing_waits_again() -> None:
+    class Vanishing(deque[str]):
+        looks = 0
+
+        def __len__(self) -> int:
+            self.looks += 1
+            return 1 if self.looks == 1 else super().__len__()
+
+    noted = Noted()
+    assert noted.workers.submit("first")
+    assert noted.next() == "first"
+    noted.workers._backlog = Vanishing()
+    assert noted.workers._wake() or noted.workers.submit("wakes")
+    assert noted.workers.submit("second")
+    while noted.next() != "second":
+        pass
+
+
+def test_what_a_worker_does_not_expect_does_not_end_it(log: Log) -> None:
+    class Stop(BaseException):
+        pass
+
+    def work(job: str) -> None:
+        if job == "first":
+            raise Stop
+        done.put(job)
+
+    done: queue.SimpleQueue[str] = queue.SimpleQueue()
+    some: workers.Workers[str] = workers.Workers(work, 1, "some")
+    assert some.submit("first")
+    assert some.submit("second")
+    assert done.get(timeout=TIMEOUT) == "second"
+    assert log.errors == ["some was stopped"]
+
+
+def test_a_worker_that_is_not_known_any_more_ends() -> None:
+    """A signal handler has stopped its start, which did not see the thread begin."""
+    noted, threads = Noted(), list[threading.Thread]()
+    noted.workers._work = lambda job: threads.append(threading.current_thread())
+    noted.workers._alive = Forgetful()
+    assert noted.workers.submit("job")
+    while not threads:
+        threading.Event().wait(0.001)
+    threads[0].join(TIMEOUT)
+    assert not threads[0].is_alive()
+
+
+class Forgetful(dict[Any, None]):
+    """Knows a worker when it looks for its first job, and not afterwards."""
+
+    def __init__(self) -> None:
+        self.asked: list[object] = []
+
+    def __contains__(self, worker: object) -> bool:
+        self.asked.append(worker)
+        return self.asked.count(worker) == 1
+
+
+def test_a_job_that_comes_as_the_last_worker_ends_gets_another() -> None:
+    class Late(deque[str]):
+        """Gets a job from another thread as the worker ends."""
+
+        def __bool__(self) -> bool:
+            if not noted.workers._alive and not self.came:
+                self.came = True
+                self.append("late")
+            return super().__len__() > 0
+
+        came = False
+
+    noted = Noted()
+    late = Late()
+    noted.workers._backlog = late
+    noted.workers._alive = Forgetful()
+    late.append("first")
+    assert noted.workers._start()
+    assert noted.next() == "first"
+    assert noted.next() == "late"
+
+
+def test_a_worker_that_is_chosen_as_its_time_is_up_works_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Chosen(list[Any]):
+        """The first time that a worker withdraws, a submit() has chosen it."""
+
+        was_chosen = False
+
+        def remove(self, wake: Any) -> None:
+            super().remove(wake)
+            if not self.was_chosen:
+                self.was_chosen = True
+                monkeypatch.setattr(workers, "IDLE_TIMEOUT", TIMEOUT)
+                waits.set()
+                raise ValueError
+
+    waits = threading.Event()
+    monkeypatch.setattr(workers, "IDLE_TIMEOUT", 0.01)
+    noted = Noted()
+    noted.workers._idle = Chosen()
+    assert noted.workers.submit("first")
+    assert waits.wait(TIMEOUT)
+    assert noted.workers.submit("second")
+    assert [noted.next(), noted.next()] == ["first", "second"]
+
+
+def test_a_worker_looks_again_when_it_is_among_the_idle_ones() -> None:
+    class Late(deque[str]):
+        """Gets a job between the two looks of a worker."""
+
+        def __bool__(self) -> bool:
+            if was_empty := super().__len__() == 0:
+                self.looks += 1
+                if self.looks == 2:
+                    self.append("late")
+                    was_empty = False
+            return not was_empty
+
+        looks = 0
+
+    noted = Noted()
+    noted.workers._backlog = Late()
+    assert noted.workers.submit("first")
+    assert [noted.next(), noted.next()] == ["first", "late"]

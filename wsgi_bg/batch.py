@@ -123,6 +123,7 @@ class Batch:
             self._of, response_complete=False, raised=self._raised, status=self._status
         )
         batch._passed_over = self._passed_over
+        batch.when_done(lambda batch: self._tell())
         return batch
 
     def give_back(self) -> None:
@@ -478,7 +479,7 @@ class Batch:
                     return task
                 self._discard(task)
             self._running = None
-            self._passed_over -= 1
+            self._passed_over = max(0, self._passed_over - 1)  # or it was claimed elsewhere
             of._drop(task)
         if self._abandoned:
             of._end()  # again: abandon() may have come between a look and a mark of _first()

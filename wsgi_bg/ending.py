@@ -46,8 +46,9 @@ def call_at_exit(drain: Callable[[bool], object], wait: Callable[[], object]) ->
         return  # during atexit, which may not call what is registered now
     _armed.add(pid)
     # Now, since a module that is imported later would close its executors earlier. It
-    # cannot be imported where multiprocessing does not work, nor if the main thread ended.
-    with suppress(ImportError, RuntimeError):
+    # cannot be imported where multiprocessing does not work, if the main thread has ended, or
+    # without a free file descriptor.
+    with suppress(Exception):
         import concurrent.futures.process  # noqa: F401
     try:
         threading._register_atexit(_main_thread_ends, pid, drain, wait)  # type: ignore[attr-defined]

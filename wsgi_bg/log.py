@@ -25,16 +25,6 @@ logger = logging.getLogger("wsgi_bg")
 SAID = "said"
 
 
-def debug(message: str, *args: Any) -> None:
-    """Log at DEBUG; see :func:`error`."""
-    _log(logging.DEBUG, message, args)
-
-
-def info(message: str, *args: Any) -> None:
-    """Log at INFO; see :func:`error`."""
-    _log(logging.INFO, message, args)
-
-
 def warning(
     message: str,
     *args: Any,
@@ -60,7 +50,7 @@ def error(
     :raises KeyboardInterrupt: or another exception that stops the server's worker; nothing
         else.
     """
-    _log(logging.ERROR, message, args, exc_info)
+    _log(logging.ERROR, message, args, exc_info, said)
 
 
 def _log(  # %r of a str adds quotes: placeholders are %s, %d and %g

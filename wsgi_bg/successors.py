@@ -57,5 +57,5 @@ def admit(task: BackgroundTask, batch: BackgroundTasks) -> None:
         raise EndlessTasksError(task.name, generation, is_first=is_first)
     if generation:
         task._generation = generation
-        if task._context is not None:  # its own code is free to add what it wants
-            task._context.run(_generation.set, 0)
+        assert task._context is not None
+        task._context.run(_generation.set, 0)  # its own code is free to add what it wants

@@ -1,0 +1,405 @@
+"""Single places at which a signal handler stops the server's thread.
+
+tests/test_interrupted.py has all places, under a tracer that hides them from coverage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import copy_context
+from functools import partial
+from inspect import isawaitable
+from typing import Any
+
+import pytest
+
+from tests.conftest import Log
+from tests.support import (
+    TIMEOUT,
+    Gate,
+    Server,
+    app_that,
+    make_server_environ,
+    no_threads,
+    respond,
+    submit,
+)
+from wsgi_bg import (
+    BackgroundTask,
+    BackgroundTasks,
+    BackgroundTasksMiddleware,
+    InlineRunner,
+    PoolRunner,
+    background_tasks,
+    batch,
+    log,
+    repeated,
+    report,
+    unclosed,
+    wait,
+    workers,
+)
+from wsgi_bg.body import Body
+
+
+class TimeLimitError(Exception):
+    """What a handler of SIGALRM may raise."""
+
+
+@contextmanager
+def handler(exc: type[BaseException]) -> Iterator[Callable[..., Any]]:
+    """A function that raises ``exc`` from a signal handler, at its first call only."""
+
+    def raise_it(number: int, frame: object) -> None:
+        raise exc
+
+    def stop(*args: Any) -> Any:
+        if not calls:
+            calls.append(args)
+            signal.raise_signal(signal.SIGUSR1)
+
+    calls: list[Any] = []
+    before = signal.signal(signal.SIGUSR1, raise_it)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def first_stopped(stop: Callable[..., Any], function: Callable[..., Any]) -> Any:
+    """``function``, whose first call is stopped before it begins."""
+
+    def stopped(*args: Any, **kwargs: Any) -> Any:
+        stop()
+        return function(*args, **kwargs)
+
+    return stopped
+
+
+def test_a_time_limit_in_the_hand_over_hands_the_tasks_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+    with handler(TimeLimitError) as stop, monkeypatch.context() as patch:
+        patch.setattr(workers.Workers, "submit", first_stopped(stop, workers.Workers.submit))
+        with pytest.raises(TimeLimitError):
+            submit(PoolRunner(), partial(seen.append, 1))
+    assert wait(TIMEOUT) == []
+    assert seen == [1]
+
+
+def test_a_task_that_was_to_be_discarded_is_named_in_spite_of_a_time_limit(
+    monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    def add(environ: object) -> None:
+        background_tasks.using(run_on="error").add_task(int)
+
+    app = BackgroundTasksMiddleware(app_that(add), runner=PoolRunner())
+    with handler(TimeLimitError) as stop, monkeypatch.context() as patch:
+        patch.setattr(report, "not_run", first_stopped(stop, report.not_run))
+        with pytest.raises(TimeLimitError):
+            Server().run(app, make_server_environ())
+    assert wait(TIMEOUT) == []
+    assert log.warnings == [
+        "background task builtins.int was not run: the request succeeded with 200, and run_on "
+        "is 'error'"
+    ]
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_time_limit_while_an_async_task_runs_is_that_tasks_error(
+    ends: bool, monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    """A task that does not end when it is cancelled stops the batch."""
+    monkeypatch.setattr(batch, "_CANCEL_TIMEOUT", TIMEOUT if ends else 0.01)
+    seen, gate = list[str](), Gate()
+
+    async def slow() -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        try:
+            await asyncio.sleep(TIMEOUT)
+        except asyncio.CancelledError:
+            if ends:
+                raise
+            gate.task()  # blocks the loop
+
+    def add(environ: object) -> None:
+        background_tasks.add_task(slow)
+        background_tasks.add_task(seen.append, "ran")
+
+    app = BackgroundTasksMiddleware(app_that(add), runner=InlineRunner())
+    with handler(TimeLimitError) as stop:
+        signal.signal(signal.SIGUSR1, lambda *_: raises(stop))
+        with suppress(TimeLimitError):
+            respond(app)
+            assert ends
+    gate.open()
+    named = [*log.warnings, *log.errors]
+    if ends:
+        assert seen == ["ran"]
+        assert [message.rpartition(" ")[2] for message in named] == ["TimeLimitError"]
+    else:
+        assert seen == []
+        assert len(named) == 2
+        assert all("TimeLimitError stopped its worker" in message for message in named)
+
+
+def raises(stop: object) -> None:
+    raise TimeLimitError
+
+
+def awaits() -> Any:
+    return asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("function", [lambda: "result", awaits])
+def test_a_stop_behind_the_call_of_a_task_names_it_only_if_it_waits(
+    function: Any, monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    def add(environ: object) -> None:
+        background_tasks.add_task(function)
+        background_tasks.add_task(int)
+
+    app = BackgroundTasksMiddleware(app_that(add), runner=InlineRunner())
+    with handler(KeyboardInterrupt) as stop, monkeypatch.context() as patch:
+        patch.setattr(batch, "isawaitable", first_stopped(stop, isawaitable))
+        with pytest.raises(KeyboardInterrupt):
+            respond(app)
+    assert len(log.warnings) == (2 if function is awaits else 1)
+    assert "builtins.int" in log.warnings[-1]
+
+
+def test_a_stop_behind_the_record_of_a_failed_task_does_not_name_it_again(
+    monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    def add(environ: object) -> None:
+        background_tasks.add_task(int, "one")
+        background_tasks.add_task(int)
+
+    app = BackgroundTasksMiddleware(app_that(add), runner=InlineRunner())
+    with handler(KeyboardInterrupt) as stop, monkeypatch.context() as patch:
+        patch.setattr(batch.Batch, "_settle", first_stopped(stop, batch.Batch._settle))
+        with pytest.raises(KeyboardInterrupt):
+            respond(app)
+    assert log.errors == ["background task builtins.int raised ValueError"]
+    assert log.warnings == [
+        "background task builtins.int was not run: KeyboardInterrupt stopped its worker"
+    ]
+
+
+def test_what_is_said_in_a_context_that_is_in_use_is_said_outside_of_it() -> None:
+    context, seen = copy_context(), list[int]()
+    context.run(batch._run_in, context, seen.append, 1)
+    assert seen == [1]
+
+
+def test_only_the_first_task_is_dropped() -> None:
+    tasks = BackgroundTasks([BackgroundTask(int), BackgroundTask(str)])
+    _, second = tasks.tasks
+    assert tasks._first() is not None
+    tasks._drop(second)
+    assert [task.func for task in tasks.tasks] == [int, str]
+
+
+def test_a_response_whose_making_was_stopped_is_freed_without_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    raised: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", raised.append)
+    Body()
+    gc.collect()
+    assert raised == []
+
+
+def test_a_name_that_a_signal_handler_stops_is_not_replaced() -> None:
+    class Stopping:
+        def __getattr__(self, name: str) -> str:
+            for stop in stops:
+                stop()
+            raise AttributeError(name)
+
+        def __call__(self) -> None: ...
+
+    stops: list[Callable[..., Any]] = []
+    task = BackgroundTask(Stopping())
+    with handler(TimeLimitError) as stop:
+        stops.append(stop)
+        with pytest.raises(TimeLimitError):
+            task.name  # noqa: B018
+
+
+def test_without_a_loops_thread_a_leftover_does_not_hit_the_next_task(no_loop: None) -> None:
+    seen: list[str] = []
+    kept: list[Any] = []
+
+    async def keep() -> None:
+        kept.append(asyncio.current_task())
+
+    async def then() -> None:
+        kept[0].cancel()
+        await asyncio.sleep(0)
+        seen.append("ran")
+
+    def add(environ: object) -> None:
+        background_tasks.add_task(keep)
+        background_tasks.add_task(then)
+
+    with no_threads():
+        respond(BackgroundTasksMiddleware(app_that(add)))
+    assert seen == ["ran"]
+
+
+def test_a_runner_that_raises_when_it_has_run_the_batch_is_logged(log: Log) -> None:
+    class Odd(InlineRunner):
+        def submit(self, batch: Any) -> None:
+            super().submit(batch)
+            raise ValueError
+
+    seen: list[int] = []
+    submit(Odd(), partial(seen.append, 1))
+    assert seen == [1]
+    assert log.errors == ["Odd() raised in submit()"]
+
+
+def test_two_threads_do_not_log_one_warning_at_a_time(log: Log) -> None:
+    warning = repeated.RepeatedWarning("%d")
+    warning._turn.pop()  # by another thread, which logs
+    warning.count()
+    assert log.warnings == []
+    warning._turn.append(None)
+    warning.count()
+    assert log.warnings == ["2"]
+
+
+def test_the_thread_for_unclosed_responses_survives_what_it_does_not_expect(log: Log) -> None:
+    collector = unclosed.Collector()
+    collector.start()
+    unexpected: Any = object()
+    collector.queue.put(unexpected)
+    collector.flush()
+    assert log.errors == ["the thread for unclosed responses raised"]
+
+
+def test_a_thread_for_unclosed_responses_that_is_killed_is_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    greenlet = pytest.importorskip("greenlet")
+    collector, ended = unclosed.Collector(), threading.Event()
+
+    def kill(item: object) -> None:
+        raise greenlet.GreenletExit
+
+    work = collector._work
+
+    def work_to_the_end() -> None:
+        with suppress(greenlet.GreenletExit):
+            work()
+        ended.set()
+
+    monkeypatch.setattr(collector, "_take", kill)
+    monkeypatch.setattr(collector, "_work", work_to_the_end)
+    collector.start()
+    collector.queue.put(threading.Event())
+    assert ended.wait(TIMEOUT)
+    assert not collector._has_thread
+
+
+class Said(defaultdict[Any, Any]):
+    """The record is made, and then something raises."""
+
+    def __getitem__(self, key: Any) -> Any:
+        super().__getitem__(key)
+        raise ValueError
+
+
+def test_a_record_that_was_made_is_not_made_again(
+    log: Log, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from wsgi_bg import log as logs
+
+    logs.warning("said", said=Said())
+    assert log.warnings == ["said"]
+    assert capsys.readouterr().err == ""
+
+
+class Silent(Exception):  # noqa: N818
+    def __str__(self) -> str:
+        raise ValueError
+
+
+def test_an_error_without_a_text_is_logged_by_its_type(log: Log) -> None:
+    from wsgi_bg import log as logs
+
+    logs.error("%s", Silent())
+    assert log.errors == ["Silent"]
+
+
+class Raising(logging.Filter):
+    def __init__(self, exc: BaseException) -> None:
+        super().__init__()
+        self.exc = exc
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        raise self.exc
+
+
+@contextmanager
+def filtered(exc: BaseException) -> Iterator[None]:
+    raising = Raising(exc)
+    log.logger.addFilter(raising)
+    try:
+        yield
+    finally:
+        log.logger.removeFilter(raising)
+
+
+def test_a_record_that_cannot_be_logged_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with filtered(ValueError("no id")):
+        log.error("said %s", "so", exc_info=KeyError("key"))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "ERROR wsgi_bg: said so"
+    assert "KeyError: 'key'" in lines
+    assert lines[-1] == "ValueError: no id"
+
+
+def test_a_record_that_can_be_neither_logged_nor_printed_harms_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.stderr", None)
+    with filtered(ValueError()):
+        log.error("said")
+
+
+class Closing:
+    def write(self, text: str) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("place", ["filter", "printing", "text", "repr"])
+def test_a_ctrl_c_while_something_is_said_goes_through(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(Exception):  # noqa: N818
+        def __str__(self) -> str:
+            raise KeyboardInterrupt
+
+        __repr__ = __str__
+
+    if place == "printing":
+        monkeypatch.setattr("sys.stderr", Closing())
+    exc = KeyboardInterrupt() if place == "filter" else ValueError()
+    given: Any = "so"
+    if place == "text":
+        given = Interrupted()
+    elif place == "repr":
+        given = [Interrupted()]
+    with filtered(exc), pytest.raises(KeyboardInterrupt):
+        log.error("said %s", given)
