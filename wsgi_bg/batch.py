@@ -174,8 +174,11 @@ class Batch:
         for tell in self._when_done:
             tell(self)
 
-    def discard_excluded(self) -> None:
-        """Discard the tasks that the outcome of the request keeps from running."""
+    def discard_excluded(self) -> bool:
+        """Discard the tasks that the outcome of the request keeps from running.
+
+        :return: False in a child that a hook has forked meanwhile.
+        """
         for task in self._of._left():
             if not (task._options is self._let_run or self._lets_run(task)):
                 self._running = task
@@ -184,7 +187,8 @@ class Batch:
                     self._passed_over += 1
                 self._running = None
                 if self._is_in_child:
-                    return
+                    return False
+        return True
 
     def run(self) -> None:
         """Run the tasks in order, what they add included; blocks until all are done.
@@ -267,8 +271,6 @@ class Batch:
         It is not if the tasks were named since a signal handler stopped their hand-over,
         perhaps after it had come to another thread.
         """
-        if self._is_in_child:
-            return False
         if self._has_started:
             return True
         self._has_started = self._of._may_start()
@@ -320,7 +322,7 @@ class Batch:
                 self._fail(task, context, error)
                 error = None  # or it holds itself, by this frame
             self._of._drop(task)
-        return not (self.has_ended or self._is_in_child)
+        return not (self.has_ended or process.generation != self._generation)
 
     @property
     def _is_in_child(self) -> bool:

@@ -143,9 +143,8 @@ class RequestTasks(BackgroundTasks):
             if invocation.freezes and self._invocation is None:
                 invocation.warn_of_freezing(environ)
             batch = self._make_batch(environ, outcome, closed)
-            batch.discard_excluded()
-            if self._pid != os.getpid():
-                return  # in a child that a hook has forked
+            if not batch.discard_excluded():
+                return
             self._submit(batch)
             self._is_handed_over = True
         except BaseException as exc:
