@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,6 +27,7 @@ from wsgi_bg import (
     BackgroundTask,
     BackgroundTasks,
     BackgroundTasksMiddleware,
+    InlineRunner,
     PoolRunner,
     background_tasks,
     portal,
@@ -232,3 +234,27 @@ def test_what_would_block_the_loop_for_ever_fails(log: Log) -> None:
     assert runner.drain(TIMEOUT) == []
     assert seen == ["plain"]
     assert [type(error) for error in log.tracebacks] == [RuntimeError] * 3
+
+
+@pytest.mark.parametrize("runner", [PoolRunner, InlineRunner])
+def test_to_go_to_and_fro_between_kinds_of_tasks_looks_at_no_task_that_waits(
+    monkeypatch: pytest.MonkeyPatch, runner: Callable[[], Any]
+) -> None:
+    """Else 200,000 tasks take minutes. To put a task into a dict or a set asks for its hash."""
+    count = 400
+    looks = itertools.count()
+
+    def look(self: BackgroundTask) -> int:
+        next(looks)
+        return object.__hash__(self)
+
+    monkeypatch.setattr(BackgroundTask, "__hash__", look)
+    own, seen = runner(), list[int]()
+
+    async def run_async() -> None:
+        seen.append(1)
+
+    submit(own, *[run_async, lambda: seen.append(1), lambda: run_async()] * count)
+    assert own.drain(TIMEOUT) == []
+    assert len(seen) == 3 * count
+    assert next(looks) < 30 * count

@@ -270,3 +270,95 @@ def test_a_child_of_a_pools_task_is_not_seen_by_a_real_servers_clients(end: str)
         ]
     )
     assert [line for line in done.logged if "fork" not in line] == []
+
+
+WATCHERS = {
+    "task_started": "hooks=Watch('task_started')",
+    "task_finished": "hooks=Watch('task_finished')",
+    "task_failed": "hooks=Watch('task_failed')",
+    "task_discarded": "hooks=Watch('task_discarded')",
+    "on_error": "on_error=lambda task, error: fork_once()",
+    "entered": "around=Around('__enter__')",
+    "left": "around=Around('__exit__')",
+}
+"""Code that is called because of a task, and forks when it is called first."""
+
+WATCHING = """
+from wsgi_bg.hooks import Hooks
+
+def fork_once():
+    if not children:
+        fork()
+
+class Watch(Hooks):
+    def __init__(self, name):
+        setattr(self, name, lambda record: fork_once())
+
+class Around:
+    def __init__(self, name):
+        self.name = name
+    def __call__(self):
+        return self
+    def __enter__(self):
+        if self.name == "__enter__":
+            fork_once()
+    def __exit__(self, *error):
+        if self.name == "__exit__":
+            fork_once()
+
+class Middleware(BackgroundTasksMiddleware):
+    def __init__(self, *args, around=None, **options):
+        self._around = around
+        super().__init__(*args, **options)
+
+def watched_request(runner, *functions, **options):
+    def add(environ):
+        background_tasks.using(run_on="error").add_task(functions[0])
+        for func in functions:
+            background_tasks.add_task(func)
+    app = Middleware(app_that(add), runner=runner, **options)
+    Server().run(app, make_server_environ())
+
+def fails():
+    say("fails")
+    raise ValueError
+
+async def fails_async():
+    await asyncio.sleep(0)
+    fails()
+"""
+
+WATCHED = ["parent fails", *PARENTS]
+
+
+@pytest.mark.parametrize("end", ["return", "exit"])
+@pytest.mark.parametrize("task", ["fails", "fails_async"])
+@pytest.mark.parametrize("runner", ["InlineRunner()", "PoolRunner()"])
+@pytest.mark.parametrize("watcher", WATCHERS)
+def test_a_child_of_what_watches_a_task_ends_and_runs_nothing(
+    watcher: str, runner: str, task: str, end: str
+) -> None:
+    done = run(
+        end,
+        WATCHING
+        + textwrap.dedent(
+            f"""
+            watched_request({runner}, {task}, plain, coroutine, plain, {WATCHERS[watcher]})
+            say("goes on")
+            look_after_the_child()
+            """
+        ),
+    )
+    (saw,) = [word for word in done.said if word.startswith("parent saw")]
+    said = [word for word in done.said if word == "child goes on"]
+    assert done.said == sorted(["parent goes on", "child was forked", saw, *said, *WATCHED])
+    assert done.status == 0
+    # A task_discarded comes from close(), and the task that finishes first is a plain one.
+    runs_here = runner == "InlineRunner()" and (task == "fails" or watcher == "task_finished")
+    if runs_here or watcher == "task_discarded":
+        raises = watcher == "left" and end == "return"  # the task's error goes on there
+        assert said == (["child goes on"] if end == "return" and not raises else [])
+        assert saw == f"parent saw status {1 if raises else 0 if end == 'return' else 3}"
+    else:
+        assert said == []
+        assert saw != "parent saw goes on for ever"

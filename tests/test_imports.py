@@ -170,7 +170,8 @@ def test_a_run_of_pytest_without_the_fixture_loads_the_plugin_only(
         def test():
             loaded = {name for name in sys.modules if name.startswith("wsgi_bg")}
             assert loaded == {"wsgi_bg", "wsgi_bg.exceptions", "wsgi_bg.interrupts",
-                              "wsgi_bg.log", "wsgi_bg.pytest_plugin", "wsgi_bg.testing"}
+                              "wsgi_bg.log", "wsgi_bg.process", "wsgi_bg.pytest_plugin",
+                      "wsgi_bg.testing"}
             assert "werkzeug" not in sys.modules
         """
     )

@@ -60,12 +60,20 @@ class TimeLimit(Exception):  # noqa: N818
     """An ordinary exception, such as a handler of SIGALRM raises."""
 
 
+class UsualLimit(IndexError, KeyError, RuntimeError, ValueError):  # noqa: N818
+    """Such an exception, of classes that the package catches for reasons of its own."""
+
+
 def exit_for(number: int, frame: object) -> None:
     sys.exit(1)
 
 
 def limit_for(number: int, frame: object) -> None:
     raise TimeLimit
+
+
+def usual_limit_for(number: int, frame: object) -> None:
+    raise UsualLimit
 
 
 @contextmanager
@@ -75,6 +83,7 @@ def handler_of(kind: str) -> Iterator[Callable[[], object]]:
         "KeyboardInterrupt": signal.default_int_handler,
         "SystemExit": exit_for,
         "TimeLimit": limit_for,
+        "UsualLimit": usual_limit_for,
     }
     previous = signal.signal(signal.SIGUSR1, handlers[kind])
     try:
@@ -435,4 +444,22 @@ def test_each_task_runs_or_is_named_once_wherever_an_exception_comes(
     names: Names, layer: str, runner: str, response: str, tasks: str, order: str
 ) -> None:
     kinds = ORDERS[order]
+    check(names, layer=layer, response=response, runner=runner, tasks=tasks, kinds=kinds)
+
+
+@pytest.mark.parametrize(
+    ("layer", "runner", "response", "tasks"),
+    [
+        ("middleware", "inline", "list", "mixed"),
+        ("middleware", "pool", "list", "plain"),
+        pytest.param("hooks", "pool", "raises", "mixed", marks=pytest.mark.slow),
+        pytest.param("hooks", "inline", "generator", "async", marks=pytest.mark.slow),
+        pytest.param("flask", "inline", "list", "mixed", marks=pytest.mark.slow),
+        pytest.param("middleware", "shared pool", "unclosed", "plain", marks=pytest.mark.slow),
+    ],
+)
+def test_each_task_runs_or_is_named_once_although_the_package_catches_such_exceptions(
+    names: Names, layer: str, runner: str, response: str, tasks: str
+) -> None:
+    kinds = ["UsualLimit"]
     check(names, layer=layer, response=response, runner=runner, tasks=tasks, kinds=kinds)

@@ -325,6 +325,14 @@ class OfMeta(Odd, metaclass=Meta):
     pass
 
 
+class Nameless(Exception, metaclass=Meta):  # noqa: N818
+    pass
+
+
+def fail_namelessly() -> None:
+    raise Nameless
+
+
 NAMELESS: dict[str, Callable[[], Any]] = {
     "a method of a str": lambda: "x".__mul__,
     "a method of a list": lambda: [].pop,
@@ -372,7 +380,7 @@ def check_four_requests(runner: str, failing: Callable[[], Any], options: Any) -
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
-@pytest.mark.parametrize("failing", [fail, fail_async])
+@pytest.mark.parametrize("failing", [fail, fail_async, fail_namelessly])
 @pytest.mark.parametrize("breaker", BREAKERS)
 def test_following_tasks_and_requests_run_although_users_code_raises(
     breaker: str, failing: Callable[[], Any], runner: str, capsys: pytest.CaptureFixture[str]

@@ -15,7 +15,7 @@ from typing import Any
 from . import log, portal, process, report, steps
 from .asgiref_state import move_here
 from .calls import RESULT, Calls
-from .interrupts import goes_through, is_from_signal_handler
+from .interrupts import goes_through, is_from_signal_handler, is_raised_here
 from .options import Options
 from .steps import DONE, RestOf, as_coroutine
 from .task import CLAIMED, BackgroundTask
@@ -164,10 +164,8 @@ class Batch:
     @property
     def next_is_async(self) -> bool | None:
         """Whether the next task is for the portal; None if there is none."""
-        for task in self._of._left():
-            if task._unclaimed:
-                return task.is_async
-        return None
+        task = self._of._next_unclaimed()
+        return None if task is None else task.is_async
 
     def when_done(self, tell: Callable[[Any], None]) -> None:
         """Call ``tell(batch)``, perhaps more than once, when the last task is done."""
@@ -181,8 +179,11 @@ class Batch:
         for tell in self._when_done:
             tell(self)
 
-    def discard_excluded(self) -> None:
-        """Discard the tasks that the outcome of the request keeps from running."""
+    def discard_excluded(self) -> bool:
+        """Discard the tasks that the outcome of the request keeps from running.
+
+        :return: False in a child that a hook has forked meanwhile.
+        """
         for task in self._of._left():
             if not (task._options is self._let_run or self._lets_run(task)):
                 self._running = task
@@ -190,6 +191,9 @@ class Batch:
                     self._discard(task)
                     self._passed_over += 1
                 self._running = None
+                if self._is_in_child:
+                    return False
+        return True
 
     def run(self) -> None:
         """Run the tasks in order, what they add included; blocks until all are done.
@@ -313,6 +317,8 @@ class Batch:
                         raise
                     done.clear()
                 self._fail(task, context, exc)
+                if process.generation != self._generation:
+                    return False
             else:
                 if process.generation != self._generation:  # a child, forked by the task
                     return False
@@ -322,17 +328,19 @@ class Batch:
                 self.succeeded += 1
                 if calls is not None:
                     _run_in(context, calls.finished, task)
+                    if process.generation != self._generation:
+                        return False
             front = of._front
             if front:
                 front.pop()
             else:
                 of._drop(task)
         self._done = None
-        return not self.has_ended
+        return not (self.has_ended or self._is_in_child)
 
     @property
     def _is_in_child(self) -> bool:
-        """Whether this is a child that a task has forked: the tasks are its parent's."""
+        """Whether a task, or what watches it, has forked this child of the tasks' process."""
         return process.generation != self._generation
 
     def _make_of(self, calls: Calls) -> Callable[..., Any]:
@@ -423,7 +431,7 @@ class Batch:
                         await RestOf(context, awaitable, waits_for)
                 except BaseException as exc:
                     if self._is_in_child:
-                        process.end_child(exc)
+                        raise
                     cancelled = isinstance(exc, asyncio.CancelledError)
                     if cancelled and self._is_stopping:
                         raise
@@ -432,18 +440,26 @@ class Batch:
                     self._fail(task, context, exc)
                 else:
                     if process.generation != self._generation:
-                        process.end_child(None)
+                        return
                     self._running = None
                     self.succeeded += 1
                     if calls is not None:
                         _run_in(context, calls.finished, task)
+                if process.generation != self._generation:
+                    return
                 self._of._drop(task)
                 del awaitable
                 if this is not None and (
                     cancelled or getrefcount(this) > references or steps.is_cancelled(this)
                 ):
                     return
+        except BaseException as exc:
+            if self._is_in_child:
+                process.end_child(exc)
+            raise
         finally:
+            if self._is_in_child:
+                process.end_child(None)
             self._tell_if_ended()
 
     def abandon(self) -> list[BackgroundTask]:
@@ -473,14 +489,17 @@ class Batch:
             self._running = task  # first, so that a signal finds its name
             try:
                 task._unclaimed.pop()  # task._claim(), without the call
-            except IndexError:
-                pass
+            except IndexError as exc:
+                if not is_raised_here(exc):
+                    raise
             else:
                 if runs:
                     if is_async:  # it may wait for long
                         task._unclaimed = CLAIMED
                     return task
                 self._discard(task)
+                if self._is_in_child:
+                    return None
             self._running = None
             self._passed_over = max(0, self._passed_over - 1)  # or it was claimed elsewhere
             of._drop(task)
@@ -543,6 +562,8 @@ class Batch:
                 self.succeeded += 1
         left = self.abandon()
         for task in left:
+            if process.generation != self._generation:  # a hook has forked
+                return
             self.discarded += 1
             report.stopped(task, exc, began=has_begun and task is running)
         self._running = None
@@ -559,5 +580,7 @@ def _run_in(context: Context, func: Callable[..., object], *args: Any) -> None:
     """Call ``func(*args)`` in ``context``, or outside if a task runs in that context."""
     try:
         context.run(func, *args)
-    except RuntimeError:
+    except RuntimeError as exc:
+        if not is_raised_here(exc):  # func has begun
+            raise
         func(*args)

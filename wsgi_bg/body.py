@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from .interrupts import is_raised_here
 from .request import LEFT, RAISED, USED_UP, Outcome, RequestTasks
 from .tasks import ENDED
 from .unclosed import Unclosed, collections
@@ -56,7 +57,9 @@ class Body:
         """
         try:
             self._open.pop()  # one atomic step, whatever threads this is called on
-        except IndexError:
+        except IndexError as exc:
+            if not is_raised_here(exc):
+                raise
             return
         outcome = self._outcome
         if outcome is LEFT:

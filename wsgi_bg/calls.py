@@ -13,7 +13,7 @@ from functools import partial
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any
 
-from . import log
+from . import log, process
 from .hooks import Hooks, TaskRecord
 from .interrupts import is_from_signal_handler
 from .steps import AwaitedIn
@@ -105,11 +105,17 @@ class Calls:
         :param done: see :func:`call`.
         :raises BaseException: what the call raises.
         """
+        generation = process.generation
         self._started(task)
+        if process.generation != generation:  # a hook has forked: the call is the parent's
+            return None
         if self._around is None:
             return call(task, done)
         inside = self._around()
         inside.__enter__()  # an ExitStack for all would take as long again as Flask's
+        if process.generation != generation:
+            self._exit(inside, task, None)
+            return None
         try:
             result = call(task, done)
         except BaseException as exc:
@@ -180,11 +186,12 @@ class Calls:
         self._tell(hook, record)
 
     def _tell(self, hook: str, record: TaskRecord) -> None:
+        generation = process.generation
         for hooks in self._hooks:
             try:
                 observe(record.task, getattr(hooks, hook), record)
             except BaseException as exc:
-                if is_from_signal_handler(exc):
+                if is_from_signal_handler(exc) or process.generation != generation:
                     raise
                 log.error(
                     "%s.%s raised for background task %s",

@@ -38,6 +38,14 @@ def is_from_signal_handler(exc: BaseException) -> bool:
     return _passes_a_handler(exc.__traceback__)
 
 
+def is_raised_here(exc: BaseException) -> bool:
+    """Whether the frame that catches ``exc`` has raised it, by a call of a function in C.
+
+    If not, a Python function that this frame has called did: a signal handler, perhaps.
+    """
+    return exc.__traceback__ is None or exc.__traceback__.tb_next is None
+
+
 def _is_greenlet_kill(exc: BaseException) -> bool:
     # Without the import no greenlet exists, and none can be killed.
     greenlet = sys.modules.get("greenlet")

@@ -17,6 +17,7 @@ from collections import defaultdict
 from functools import partial
 from typing import Any
 
+from . import process
 from .interrupts import goes_through, is_from_signal_handler
 
 logger: logging.Logger = logging.getLogger("wsgi_bg")
@@ -60,6 +61,7 @@ def _log(  # %r of a str adds quotes: placeholders are %s, %d and %g
     said: defaultdict[Any, Any] | None = None,
 ) -> None:
     said = defaultdict() if said is None else said
+    generation = process.generation
     try:
         logger.disabled = False
         if not logger.isEnabledFor(level):
@@ -74,7 +76,7 @@ def _log(  # %r of a str adds quotes: placeholders are %s, %d and %g
         )
         said[SAID]  # no bytecode comes between the record and the key
     except BaseException as exc:
-        if goes_through(exc):
+        if goes_through(exc) or process.generation != generation:  # a handler has forked
             raise
         if SAID not in said:
             _print_instead(level, message, args, exc_info, exc)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from . import steps
 from .asgiref_state import move_here
 from .greenlets import event
+from .interrupts import is_from_signal_handler
 from .portal_thread import PortalThread
 from .process import PerProcess
 
@@ -120,7 +121,9 @@ class PortalCall(Generic[T]):
         while not self._outcome.done():  # the loop may be ended before the call has begun
             try:
                 thread = _thread()
-            except RuntimeError:
+            except RuntimeError as exc:
+                if is_from_signal_handler(exc):
+                    raise
                 import anyio
 
                 return anyio.run(self._run_here, backend="asyncio")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from . import log
 from .asgiref_state import use_for_sync_code
 from .greenlets import are_threads, start_real_thread
+from .interrupts import is_from_signal_handler
 
 if TYPE_CHECKING:
     import asyncio
@@ -129,8 +130,11 @@ class PortalThread:
             self._return_inbox()
 
     def _wake(self) -> None:
-        with suppress(RuntimeError):  # closed
+        try:
             self._loop.call_soon_threadsafe(self._begin, context=self._context)
+        except RuntimeError as exc:  # closed
+            if is_from_signal_handler(exc):
+                raise
 
     def _begin(self) -> None:
         self._is_woken = False

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from . import log
+from . import log, process
 from .interrupts import is_from_signal_handler
 from .successors import observe
 
@@ -24,12 +24,13 @@ def failure(
 
     Called in the task's context, so that log records carry its correlation ids.
     """
-    kind = type(exc).__name__
+    kind = _kind_of(exc)
     log.error("background task %s raised %s", task.name, kind, exc_info=exc, said=said)
 
 
 def tell_failure(task: BackgroundTask, exc: BaseException) -> None:
     """Tell the hooks of the task and its ``on_error``, in the task's context."""
+    generation = process.generation
     of_test = observer  # once: another thread may end the test meanwhile
     if of_test is not None:
         of_test(task, exc)
@@ -37,12 +38,12 @@ def tell_failure(task: BackgroundTask, exc: BaseException) -> None:
     if calls is not None:
         calls.failed(task, exc)
     on_error = task._options.on_error
-    if on_error is None:
+    if on_error is None or process.generation != generation:
         return
     try:
         observe(task, on_error, task, exc)
     except BaseException as second:
-        if is_from_signal_handler(second):
+        if is_from_signal_handler(second) or process.generation != generation:
             raise
         log.error("on_error raised for background task %s", task.name, exc_info=second)
 
@@ -55,7 +56,7 @@ def not_run(task: BackgroundTask, reason: str, said: defaultdict[Any, Any]) -> N
 def stopped(task: BackgroundTask, exc: BaseException, *, began: bool) -> None:
     """Name a task that was left undone when ``exc`` stopped its worker."""
     end = " to its end" if began else ""
-    reason = f"{type(exc).__name__} stopped its worker"
+    reason = f"{_kind_of(exc)} stopped its worker"
     log.warning("background task %s was not run%s: %s", task.name, end, reason)
     discarded(task, reason)
 
@@ -75,3 +76,8 @@ def discarded(task: BackgroundTask, reason: str) -> None:
     calls = task._options.calls
     if calls is not None:
         calls.discarded(task, reason)
+
+
+def _kind_of(exc: BaseException) -> str:
+    """The name of the class of ``exc``, without asking the class, whose metaclass may raise."""
+    return str(type.__dict__["__name__"].__get__(type(exc)))

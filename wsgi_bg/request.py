@@ -141,7 +141,8 @@ class RequestTasks(BackgroundTasks):
             if invocation.freezes and self._invocation is None:
                 invocation.warn_of_freezing(environ)
             batch = self._make_batch(environ, outcome, closed)
-            batch.discard_excluded()
+            if not batch.discard_excluded():
+                return
             self._submit(batch)
             self._is_handed_over = True
         except BaseException as exc:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 from . import portal
 from .asgiref_state import detached
 from .callables import NOT_PLAIN, kind_of, name_of
-from .interrupts import goes_through
+from .interrupts import goes_through, is_raised_here
 from .options import DEFAULTS, Options
 
 if TYPE_CHECKING:
@@ -144,7 +144,9 @@ class BackgroundTask:
         """
         try:
             self._unclaimed.pop()
-        except IndexError:
+        except IndexError as exc:
+            if not is_raised_here(exc):
+                raise
             return False
         self._unclaimed = CLAIMED  # frees the list
         return True

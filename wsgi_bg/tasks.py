@@ -144,8 +144,21 @@ class BackgroundTasks:
 
     def _left(self) -> list[BackgroundTask]:
         """The tasks that are not done; on any thread."""
+        # In this order: see _take(), which may be called on another thread meanwhile.
+        added = [*(self._list or ())]
         front = self._front or ()
-        return list(dict.fromkeys([*front[::-1], *(self._list or ())]))
+        return list(dict.fromkeys([*front[::-1], *added]))
+
+    def _next_unclaimed(self) -> BackgroundTask | None:
+        """The first task that is not claimed; on the thread that runs the tasks.
+
+        Unlike :meth:`_left` it makes no list: a batch asks after each run of async tasks.
+        """
+        for tasks in (reversed(self._front or ()), self._list or ()):
+            for task in tasks:
+                if task._unclaimed:
+                    return task
+        return None
 
     def _length(self) -> int:
         """About how many tasks are not done; on any thread."""

@@ -20,6 +20,7 @@ from operator import call
 from typing import Generic, TypeVar
 
 from . import log, process
+from .interrupts import is_raised_here
 from .threads import start_daemon
 
 Job = TypeVar("Job")
@@ -69,7 +70,9 @@ class Workers(Generic[Job]):
         try:
             # In one step: a worker that is idle for nobody would never be woken.
             next(map(call, iter(self._idle.pop, None), (None,)))
-        except IndexError:
+        except IndexError as exc:
+            if not is_raised_here(exc):  # there may be a worker to wake
+                raise
             return False
         return True
 
