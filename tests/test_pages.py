@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 from pathlib import Path, PurePosixPath
@@ -88,3 +89,29 @@ def test_the_architecture_has_a_room_for_each_module() -> None:
     assert sorted(named) == sorted(
         name for name in modules if name == "__init__" or not name.endswith("__init__")
     )
+
+
+def logged_messages() -> set[str]:
+    """The messages of all calls that log, with their placeholders."""
+    found = set()
+    for path in ROOT.glob("wsgi_bg/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                "log.error",
+                "log.warning",
+                "RepeatedWarning",
+            ):
+                literals = ast.walk(node.args[0])
+                found |= {
+                    str(literal.value)
+                    for literal in literals
+                    if isinstance(literal, ast.Constant) and isinstance(literal.value, str)
+                }
+    return found
+
+
+@pytest.mark.parametrize("message", sorted(logged_messages()))
+def test_the_page_about_log_records_has_each_message(message: str) -> None:
+    page = Page("docs/reference/log-records.md").text
+    fixed = re.split(r"%\.?\d*[a-z]", message)
+    assert all(part in page for part in fixed)
