@@ -91,6 +91,15 @@ def test_the_architecture_has_a_room_for_each_module() -> None:
     )
 
 
+def test_contributors_find_the_files_and_benchmarks_that_they_are_told_of() -> None:
+    paths = re.findall(r"(?:tests|wsgi_bg|docs|\.ci)/[\w/-]+(?:\.\w+)?", CONTRIBUTING.text)
+    benchmarks = re.findall(r"-m (benchmarks\.\w+)", CONTRIBUTING.text)
+    files = [*paths, *(f"{name.replace('.', '/')}.py" for name in benchmarks)]
+    assert [name for name in files if not (ROOT / name).exists()] == []
+    assert len(paths) > 10
+    assert len(benchmarks) > 3
+
+
 def logged_messages() -> set[str]:
     """The messages of all calls that log, with their placeholders."""
     found = set()
