@@ -3,7 +3,7 @@
 Flask on waitress with four threads hands the task to each runner, and to Flask-Executor;
 FastAPI on uvicorn to its ``BackgroundTasks``. Each server runs in a process of its own,
 anew in every round, and is kept busy on all connections for some seconds. Prints the
-medians of the rounds as the README's table.
+medians of the rounds as the table of docs/explanation/performance.md.
 
 *left* is what was added and not completed when the load ended, *drained* how long that
 took then.

@@ -122,7 +122,7 @@ def redis_server(folder: Path) -> Iterator[RedisServer]:
 
 
 class Worker:
-    """A Celery worker as a reader of the README starts it."""
+    """A Celery worker as a reader of the page about Celery starts it."""
 
     def __init__(
         self, broker: Broker, folder: Path, *arguments: str, module: str = MODULE

@@ -1,8 +1,8 @@
-"""One site, made with each framework of the README's table.
+"""One site, made with each framework of the table in docs/how-to/other-frameworks.md.
 
 The views of its pages all do the same first. Then ``/`` answers, ``/missing`` answers 404
 in the framework's own way, ``/broken`` raises, and ``/stream`` streams rows. What installs
-the middleware and what finds the tasks is written here as it is in the README.
+the middleware and what finds the tasks is written here as it is on that page.
 """
 
 # ruff: noqa: RET504

@@ -10,7 +10,7 @@ from wsgi_bg import BackgroundTasksMiddleware, background_tasks
 
 
 def test_the_inline_runner_holds_the_servers_thread() -> None:
-    """The honest limit that the README states; also shows that ``close()`` runs it."""
+    """The honest limit that the pages state; also shows that ``close()`` runs it."""
     names: list[str] = []
     done = threading.Event()
 

@@ -1,4 +1,4 @@
-"""The README's chapter for users of FastAPI: both programs, and what differs."""
+"""The page for users of FastAPI: both programs, and their differences."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from flask import Flask, abort
 from werkzeug.test import Client
 
 from tests.conftest import Log
-from tests.test_readme import blocks, section
+from tests.pages import Page
 from wsgi_bg import BackgroundTasks
 from wsgi_bg.flask import Background
 
-FASTAPI, OURS = blocks("python", section("Coming from FastAPI"))
+FASTAPI, OURS = Page("docs/how-to/coming-from-fastapi.md").blocks("python")
 
 
 def post(app: Any, path: str) -> int:

@@ -1,4 +1,4 @@
-"""docs/django.md shows a project, and the tests of that project pass."""
+"""The page about Django shows a project, and the tests of that project pass."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-PAGE = (Path(__file__).parent.parent / "docs/django.md").read_text(encoding="utf-8")
+from tests.pages import Page
+
+PAGE = Page("docs/how-to/django.md").text
 
 
 def manage(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:

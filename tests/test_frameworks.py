@@ -24,8 +24,8 @@ from tests.frameworks import (
     via_webtest,
     via_werkzeug,
 )
+from tests.pages import Page
 from tests.support import Gate, waitress
-from tests.test_readme import README
 from wsgi_bg import (
     BackgroundTasks,
     BackgroundTasksMiddleware,
@@ -35,7 +35,7 @@ from wsgi_bg import (
 
 
 class Framework(NamedTuple):
-    """A row of the README's table, and how it is tested."""
+    """A row of the page's table, and how it is tested."""
 
     name: str
     make: Callable[[Site], Any]
@@ -204,17 +204,17 @@ def test_pyramids_dummy_request_has_no_tasks() -> None:
         get_background_tasks(request.environ)
 
 
-# The README
+# The page about other frameworks
 
 
 def table_rows() -> list[list[str]]:
-    """The rows of the README's table, each a list of its cells."""
-    _, _, below = README.partition("\n## Other frameworks\n")
-    rows = re.findall(r"^\| (\w.*) \|$", below.split("\n#")[0], re.MULTILINE)
+    """The rows of the page's table, each a list of its cells."""
+    text = Page("docs/how-to/other-frameworks.md").section("Other frameworks")
+    rows = re.findall(r"^\| (\w.*) \|$", text, re.MULTILINE)
     return [row.split(" | ") for row in rows]
 
 
-def test_each_framework_here_has_a_row_in_the_readmes_table() -> None:
+def test_each_framework_here_has_a_row_in_the_table() -> None:
     assert [row[0] for row in table_rows()] == [framework.name for framework in FRAMEWORKS]
 
 

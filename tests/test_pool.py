@@ -280,7 +280,7 @@ def test_an_incomplete_responses_batch_is_put_off(
     clock.over.set()
     assert ran.wait(TIMEOUT)
     assert runner.drain(TIMEOUT) == []
-    assert clock.asked == [pytest.approx(0.005)]  # as the README says, and no longer
+    assert clock.asked == [pytest.approx(0.005)]  # as rule 8 says, and no longer
 
 
 def test_a_batch_whose_put_off_is_over_begins_at_once(

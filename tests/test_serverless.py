@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from tests.celery_shop import note
 from tests.celery_support import filesystem, messages
 from tests.conftest import Log
 from tests.lambda_process import EVENT, HANDLERS
-from tests.servers import docs
+from tests.pages import Page
 from tests.support import (
     TIMEOUT,
     App,
@@ -49,8 +48,9 @@ from wsgi_bg.serverless import finish_tasks
 WARNING = "background tasks may be frozen in the middle"
 
 
-BLOCKS = re.findall(r"(?ms)^```python\n(.*?)^```$", docs.section("AWS Lambda"))
-ROWS = docs.rows("AWS Lambda")
+PAGE = Page("docs/how-to/serverless.md")
+BLOCKS = PAGE.blocks("python")
+ROWS = PAGE.rows("AWS Lambda")
 CLOSES = 0
 """The column of the table."""
 
@@ -482,6 +482,6 @@ def test_each_python_block_on_lambda_waits_for_tasks(
     app = BackgroundTasksMiddleware(app_that(add), runner="pool")
     monkeypatch.setitem(sys.modules, "myproject", SimpleNamespace(application=app))
     namespace: dict[str, Any] = {}
-    exec(compile(block, "docs/servers.md", "exec"), namespace)
+    exec(compile(block, PAGE.path, "exec"), namespace)
     assert namespace["handler"](EVENT, None)["statusCode"] == 200
     assert seen == ["done"]

@@ -1,4 +1,4 @@
-"""docs/servers.md has every set-up, and says of it what the suite has seen."""
+"""The page about servers has every set-up, with the results of this suite."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ def parts(server: Server) -> set[str]:
 
 
 def test_the_promise_is_made_for_every_kind_of_response() -> None:
-    assert set(KINDS) <= in_code(docs.section("The promise"))
+    assert set(KINDS) <= in_code(docs.PAGE.section("The promise"))
 
 
 @pytest.mark.parametrize("title", ["The set-ups", "SIGTERM"])
 def test_the_tables_have_the_set_ups(title: str) -> None:
-    assert list(docs.rows(title)) == list(MISSING)
+    assert list(docs.PAGE.rows(title)) == list(MISSING)
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
 def test_the_table_says_how_a_server_is_known(setup: Setup) -> None:
-    cell = in_code(docs.rows("The set-ups")[setup.name][KNOWN_BY])
+    cell = in_code(docs.PAGE.rows("The set-ups")[setup.name][KNOWN_BY])
     assert cell <= (parts(MARKS[setup.mark]) if setup.mark else set())
     assert bool(cell) == bool(setup.mark)
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
 def test_the_table_says_what_a_server_answers_instead(setup: Setup) -> None:
-    cell = docs.rows("The set-ups")[setup.name][INSTEAD]
+    cell = docs.PAGE.rows("The set-ups")[setup.name][INSTEAD]
     assert in_code(cell) == set(setup.instead)
     assert ("never answers" in cell) == (SILENT in setup.instead.values())
 
 
 @pytest.mark.parametrize("server", SERVERS, ids=lambda server: server.name)
 def test_the_page_names_every_mark(server: Server) -> None:
-    assert parts(server) <= in_code(docs.TEXT.replace("\n", " "))
+    assert parts(server) <= in_code(docs.PAGE.text.replace("\n", " "))
 
 
 def test_the_hooks_are_found() -> None:
-    titles = {docs.title_of(row[1]) for row in docs.rows("SIGTERM").values() if row[1]}
-    with_code = {title for title in titles if docs.block(title, "python")}
+    titles = {docs.title_of(row[1]) for row in docs.PAGE.rows("SIGTERM").values() if row[1]}
+    with_code = {title for title in titles if docs.code_of(title)}
     assert titles - with_code == {"uWSGI", "bjoern"}

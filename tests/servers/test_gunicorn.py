@@ -1,4 +1,4 @@
-"""The hooks of ``wsgi_bg.gunicorn``, as docs/servers.md has them, with each worker class."""
+"""The hooks of ``wsgi_bg.gunicorn``, as the page about servers shows them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.servers.fleet import start
 from tests.servers.process import PATIENT, Process
 from tests.servers.setups import HERE, Setup
 
-HOOKS, OWN_HOOKS = docs.blocks("gunicorn", "python")
+HOOKS, OWN_HOOKS = docs.PAGE.blocks("python", "gunicorn")
 
 SETUPS = [s for s in HERE if s.name.startswith("gunicorn") and not s.forks]
 

@@ -1,4 +1,4 @@
-"""SIGTERM: which servers wait for the tasks, and that what docs/servers.md adds does.
+"""SIGTERM: which servers wait for the tasks, by themselves or with the page's additions.
 
 A task waits at the gate while its server is asked to stop, and is let through once the
 server has come to drain its runners.
@@ -24,7 +24,7 @@ from tests.support import TIMEOUT
 ALONE, HOOK, _ = range(3)
 """The columns of the table "SIGTERM"."""
 
-ROWS = docs.rows("SIGTERM")
+ROWS = docs.PAGE.rows("SIGTERM")
 
 # What takes the place of the adapter in the code for uvicorn.
 ADAPTERS = {
@@ -49,7 +49,7 @@ def start_with_hook(stack: ExitStack, setup: Setup, control: Control, drain: str
     code, options = "", []
     if hook:
         title = docs.title_of(hook)
-        code = docs.block(title, "python")
+        code = docs.code_of(title)
         options = docs.uwsgi_options() if title == "uWSGI" and setup.forks else []
         if title == "gunicorn":
             options = ["-c", "python:configuration"]
