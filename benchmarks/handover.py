@@ -119,7 +119,9 @@ def idle() -> None:
 
 def idle_async() -> None:
     with peers.portal() as others:
-        compare("hand over an async task", Requests(), others, telling_async, "no worse than before")
+        compare(
+            "hand over an async task", Requests(), others, telling_async, "no worse than before"
+        )
         what = "the same, of a stream"
         compare(what, Requests(sized=False), others, telling_async, "", late=True)
 

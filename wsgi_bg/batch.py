@@ -110,8 +110,9 @@ class Batch:
         # The task that runs, from before it is claimed until its call or its log record is
         # through.
         self._running: BackgroundTask | None = None
-        # On the main thread: what has come of the running task. It gets the key RESULT with
-        # the end of the task's call, and the key SAID with a record in the log.
+        # On the main thread, which runs signal handlers, the progress of the running task. The
+        # dictionary gets the key RESULT with the end of the task's call, and the key SAID with
+        # a record in the log: no bytecode comes between.
         self._done: defaultdict[Any, Any] | None = None
         # The task whose plain function has returned an awaitable, for the portal.
         self._begun: tuple[BackgroundTask, Context, Any] | None = None
@@ -184,6 +185,7 @@ class Batch:
 
         :return: False in a child that a hook has forked meanwhile.
         """
+        self._done = _done_here()
         for task in self._of._left():
             if not (task._options is self._let_run or self._lets_run(task)):
                 self._running = task
@@ -193,6 +195,7 @@ class Batch:
                 self._running = None
                 if self._is_in_child:
                     return False
+        self._done = None
         return True
 
     def run(self) -> None:
@@ -206,6 +209,7 @@ class Batch:
             task's own error.
         """
         try:
+            self._done = _done_here()
             if self._start():
                 while self._run_plain_tasks():
                     self._run_async_tasks()
@@ -239,6 +243,7 @@ class Batch:
         try:
             if not self._start():
                 return
+            self._done = _done_here()
             for task in self.tasks:
                 if self._stopped or self._abandoned:
                     break
@@ -284,9 +289,7 @@ class Batch:
         return self._has_started
 
     def _run_plain_tasks(self) -> bool:
-        of, done = self._of, None
-        if current_thread() is main_thread():  # signal handlers run here
-            done = self._done = defaultdict()
+        of, done = self._of, self._done
         while (task := self._next(False)) is not None:
             context = of._context_of(task)
             calls = task._options.calls
@@ -305,7 +308,8 @@ class Batch:
                 if result is not None:
                     if isawaitable(result):
                         self._begun = task, context, result
-                        self._done = None
+                        if done is not None:
+                            done.clear()
                         return True
                     if isgenerator(result) and getgeneratorstate(result) == GEN_CREATED:
                         raise TypeError(_NOT_RUN)
@@ -335,7 +339,8 @@ class Batch:
                 front.pop()
             else:
                 of._drop(task)
-        self._done = None
+        if done is not None:
+            done.default_factory = None  # and so the arguments of the last task
         return not (self.has_ended or self._is_in_child)
 
     @property
@@ -574,6 +579,11 @@ class Batch:
         names = [task.name for task in tasks[:_SHOWN]]
         names += [f"{len(tasks) - _SHOWN} others"] * (len(tasks) > _SHOWN)
         return f"<{type(self).__name__} [{', '.join(names)}]>"
+
+
+def _done_here() -> defaultdict[Any, Any] | None:
+    """A new dictionary for :attr:`Batch._done`, on the thread that signal handlers run on."""
+    return defaultdict() if current_thread() is main_thread() else None
 
 
 def _run_in(context: Context, func: Callable[..., object], *args: Any) -> None:
