@@ -185,16 +185,22 @@ class Batch:
 
         :return: False in a child that a hook has forked meanwhile.
         """
+        excluded = [
+            task
+            for task in list(self._of._list or ())
+            if not (task._options is self._let_run or self._lets_run(task))
+        ]
+        if not excluded:
+            return True
         self._done = _done_here()
-        for task in self._of._left():
-            if not (task._options is self._let_run or self._lets_run(task)):
-                self._running = task
-                if task._claim():
-                    self._discard(task)
-                    self._passed_over += 1
-                self._running = None
-                if self._is_in_child:
-                    return False
+        for task in excluded:
+            self._running = task
+            if task._claim():
+                self._discard(task)
+                self._passed_over += 1
+            self._running = None
+            if self._is_in_child:
+                return False
         self._done = None
         return True
 
