@@ -29,6 +29,8 @@ PUT_OFF = 0.005
 
 options.tasks = 10_000
 
+GOAL = "no worse than before"
+
 
 def one_by_one(
     begin: Callable[[Func], HandOver], func: Callable[..., Func], calls: int, block: bool
@@ -112,16 +114,14 @@ def compare(
 def idle() -> None:
     with peers.plain() as plain, peers.portal() as portal:
         everyone = {**plain, "start_task_soon": portal["start_task_soon"]}
-        compare("hand over a plain task", Requests(), everyone, telling, "no worse than before")
+        compare("hand over a plain task", Requests(), everyone, telling, GOAL)
         few = {name: plain[name] for name in ("ThreadPoolExecutor", "SimpleQueue")}
         compare("the same, of a stream", Requests(sized=False), few, telling, "", late=True)
 
 
 def idle_async() -> None:
     with peers.portal() as others:
-        compare(
-            "hand over an async task", Requests(), others, telling_async, "no worse than before"
-        )
+        compare("hand over an async task", Requests(), others, telling_async, GOAL)
         what = "the same, of a stream"
         compare(what, Requests(sized=False), others, telling_async, "", late=True)
 
@@ -211,8 +211,8 @@ ROWS: dict[str, Callable[[], None]] = {
     "plain": idle,
     "async": idle_async,
     "blocked": blocked,
-    "rate": partial(rate, 1, "no worse than before"),
-    "rate-ten": partial(rate, 10, "no worse than before"),
+    "rate": partial(rate, 1, GOAL),
+    "rate-ten": partial(rate, 10, GOAL),
     "async-many": waiting_async,
     "plain-many": sleeping,
 }
