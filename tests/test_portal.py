@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import Log
 from tests.support import TIMEOUT, Gate, app_that, nothing, respond, run_python
 from wsgi_bg import BackgroundTask, BackgroundTasksMiddleware, background_tasks, portal
-from wsgi_bg.portal_thread import PortalThread
+from wsgi_bg.portal_thread import LoopJob, PortalThread
 from wsgi_bg.process import PerProcess
 
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
@@ -250,7 +250,7 @@ def test_what_is_given_to_a_loop_that_has_ended_comes_back() -> None:
         raise AssertionError
 
     thread.stop(TIMEOUT)
-    thread.start("subject", never, bool, back.append)
+    thread.start("subject", LoopJob(never, bool, back.append))
     assert back == ["subject"]
 
 
@@ -265,7 +265,7 @@ def test_stop_waits_for_what_a_cancelled_task_still_does() -> None:
             await asyncio.sleep(0.01)
             seen.append(subject)
 
-    thread.start("cleaned up", clean_up, bool, id)
+    thread.start("cleaned up", LoopJob(clean_up, bool, id))
     assert begun.wait(TIMEOUT)
     thread.stop(TIMEOUT)
     assert seen == ["cleaned up"]
@@ -371,7 +371,7 @@ def test_a_signal_handlers_exception_before_the_coroutine_has_begun_keeps_it_fro
     async def begin() -> None:
         begun.append("begun")
 
-    portal.start(None, lambda _: block(), bool, id)
+    portal.start(None, LoopJob(lambda _: block(), bool, id))
     assert gate.begun.wait(TIMEOUT)  # the loop is busy
     before = signal.signal(signal.SIGUSR1, handler)
     try:

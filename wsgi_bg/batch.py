@@ -432,8 +432,7 @@ class Batch:
                         if calls is None:
                             awaitable = context.run(task.func, *task.args, **task.kwargs)
                         else:
-                            make = self._make_of(calls)
-                            awaitable = context.run(make, task, None)
+                            awaitable = context.run(self._make_of(calls), task, None)
                     if type(awaitable) is not CoroutineType:
                         awaitable = as_coroutine(awaitable)
                     # The first step, and for a coroutine that waits for nothing the last.

@@ -18,7 +18,7 @@ from . import steps
 from .asgiref_state import move_here
 from .greenlets import event
 from .interrupts import is_from_signal_handler
-from .portal_thread import PortalThread
+from .portal_thread import LoopJob, PortalThread
 from .process import PerProcess
 
 if TYPE_CHECKING:
@@ -54,22 +54,12 @@ def peek() -> PortalThread | None:
     return None if running is None or running.has_ended else running
 
 
-def start(
-    subject: T,
-    work: Callable[[T], Coroutine[Any, Any, None]],
-    goes_on: Callable[[T], object],
-    on_done: Callable[[T], object],
-) -> None:
-    """Run ``work(subject)`` on the loop; does not wait for the loop, however busy.
+def start(subject: Any, job: LoopJob) -> None:
+    """Run ``job`` for ``subject`` on the loop; does not wait for the loop, however busy.
 
-    :param work: lets nothing out but a cancellation.
-    :param goes_on: if ``goes_on(subject)`` is true afterwards, ``work`` is called once more,
-        in another asyncio task; called on the portal's thread.
-    :param on_done: ``on_done(subject)`` is called on the portal's thread when that is done,
-        or on any thread if the loop was ended before it could begin.
     :raises Exception: what keeps a portal from being made, if there is none.
     """
-    _thread().start(subject, work, goes_on, on_done)
+    _thread().start(subject, job)
 
 
 def run(func: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T:
@@ -131,7 +121,7 @@ class PortalCall(Generic[T]):
                 raise RuntimeError("this cannot be called from the event loop thread")
             self._arrived = event()
             self._thread = thread
-            thread.start(self, PortalCall._run, PortalCall._has_to_go_on, PortalCall._arrive)
+            thread.start(self, _CALL)
             # With a limit: without one gevent takes it for a dead lock if all else is idle.
             self._arrived.wait(threading.TIMEOUT_MAX)
         return self._outcome.result()
@@ -176,6 +166,9 @@ class PortalCall(Generic[T]):
             self._thread.cancel(self)
             self._arrived.wait(timeout)
         return not self.is_pending
+
+
+_CALL = LoopJob(PortalCall._run, PortalCall._has_to_go_on, PortalCall._arrive)
 
 
 def wait_for(context: Context, awaitable: Awaitable[Any]) -> tuple[Any, BaseException | None]:

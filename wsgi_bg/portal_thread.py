@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from contextvars import Context
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import log
 from .asgiref_state import use_for_sync_code
@@ -25,9 +25,17 @@ if TYPE_CHECKING:
 
     from anyio.from_thread import BlockingPortal
 
-Work = Callable[[Any], Coroutine[Any, Any, None]]
-GoesOn = Callable[[Any], object]
-OnDone = Callable[[Any], object]
+
+class LoopJob(NamedTuple):
+    """A kind of work for the loop; one object serves all subjects of that kind."""
+
+    work: Callable[[Any], Coroutine[Any, Any, None]]
+    """Runs on the loop with the subject; lets nothing out but a cancellation."""
+    goes_on: Callable[[Any], object]
+    """If true for the subject after that, ``work`` is called again, in another asyncio task."""
+    on_done: Callable[[Any], object]
+    """Called with the subject when the work is done, on the portal's thread, or on any thread
+    if the loop was ended before the work could begin."""
 
 
 class PortalThread:
@@ -41,9 +49,9 @@ class PortalThread:
     def __init__(self) -> None:
         self._was_stopped = False
         # What start() was given and the loop has not begun, and whether the loop knows.
-        self._inbox: deque[tuple[Any, Work, GoesOn, OnDone]] = deque()
+        self._inbox: deque[tuple[Any, LoopJob]] = deque()
         self._is_woken = False
-        self._under_way: dict[asyncio.Task[None], tuple[Any, Work, GoesOn, OnDone]] = {}
+        self._under_way: dict[asyncio.Task[None], tuple[Any, LoopJob]] = {}
         self._context = Context()  # of the callbacks: empty, and no copy for each of them
         self._on_finish = self._finish  # one object for all asyncio tasks
         self._loop: asyncio.AbstractEventLoop
@@ -114,11 +122,11 @@ class PortalThread:
             finally:
                 self._return_inbox()
 
-    def start(self, subject: Any, work: Work, goes_on: GoesOn, on_done: OnDone) -> None:
+    def start(self, subject: Any, job: LoopJob) -> None:
         """See :func:`wsgi_bg.portal.start`."""
         # Append first and look then, as the loop marks first and looks for more then: one
         # wake of it is enough for all that comes before it has looked.
-        self._inbox.append((subject, work, goes_on, on_done))
+        self._inbox.append((subject, job))
         if not self._is_woken:
             try:
                 self._is_woken = True
@@ -141,26 +149,26 @@ class PortalThread:
         while self._inbox and not self.has_ended:
             self._create_task(*self._inbox.popleft())
 
-    def _create_task(self, subject: Any, work: Work, goes_on: GoesOn, on_done: OnDone) -> None:
+    def _create_task(self, subject: Any, job: LoopJob) -> None:
         try:
-            task = self._loop.create_task(work(subject), name="wsgi_bg")
+            task = self._loop.create_task(job.work(subject), name="wsgi_bg")
         except Exception:  # of a task factory that some task has set
-            task = self._task_class(work(subject), loop=self._loop, name="wsgi_bg")
-        self._under_way[task] = subject, work, goes_on, on_done  # the loop holds no task
+            task = self._task_class(job.work(subject), loop=self._loop, name="wsgi_bg")
+        self._under_way[task] = subject, job  # the loop holds no task
         task.add_done_callback(self._on_finish, context=self._context)
 
     def _finish(self, task: asyncio.Task[None]) -> None:
-        subject, work, goes_on, on_done = self._under_way.pop(task)
-        if goes_on(subject) and not self.has_ended:
-            self._create_task(subject, work, goes_on, on_done)
+        subject, job = self._under_way.pop(task)
+        if job.goes_on(subject) and not self.has_ended:
+            self._create_task(subject, job)
         else:
-            on_done(subject)
+            job.on_done(subject)
 
     def _return_inbox(self) -> None:
         with suppress(IndexError):
             while True:
-                subject, _, _, on_done = self._inbox.popleft()
-                on_done(subject)
+                subject, job = self._inbox.popleft()
+                job.on_done(subject)
 
     def cancel(self, subject: Any) -> None:
         """Cancel the asyncio task of ``subject``, begun or not; from any thread."""
@@ -168,7 +176,7 @@ class PortalThread:
             self._loop.call_soon_threadsafe(self._cancel, subject, context=self._context)
 
     def _cancel(self, subject: Any) -> None:
-        for task, (each, *_) in list(self._under_way.items()):
+        for task, (each, _) in list(self._under_way.items()):
             if each is subject:
                 task.cancel()
 

@@ -10,6 +10,7 @@ from wsgi_bg import greenlets, portal
 from wsgi_bg.batch import Batch
 from wsgi_bg.checks import seconds, whole_number
 from wsgi_bg.ending import is_exiting
+from wsgi_bg.portal_thread import LoopJob
 from wsgi_bg.process import PerProcess
 from wsgi_bg.repeated import RepeatedWarning
 from wsgi_bg.shutdown import register
@@ -135,7 +136,8 @@ class _Crew:
         self._starter = Workers(self._work, 1, "wsgi_bg-start")
         # Greenlets, which are cheap to hold; see _work().
         self._waiting = Workers(Batch.run, inf, "wsgi_bg-wait")
-        self._on_done = self._pass_on  # one object for all batches
+        self._job = LoopJob(Batch.run_async, Batch.goes_on_async, self._pass_on)
+        self._late_job = self._job._replace(work=_run_late)
         self.full = RepeatedWarning(_RAN_HERE + "max_pending of %s is reached; the last was %s")
         self.too_full = RepeatedWarning(
             _RAN_HERE + "ten times max_pending of %s is reached, the responses are incomplete "
@@ -155,8 +157,7 @@ class _Crew:
             # To make it takes longer than close() may, and plain functions may have all
             # the workers for long.
             return self._starter.submit(batch)
-        work = _run_late if batch.not_before else Batch.run_async
-        thread.start(batch, work, Batch.goes_on_async, self._on_done)
+        thread.start(batch, self._late_job if batch.not_before else self._job)
         return True
 
     def _work(self, batch: Batch) -> None:
@@ -171,7 +172,7 @@ class _Crew:
             self._waiting.submit(batch)
             return
         try:
-            portal.start(batch, Batch.run_async, Batch.goes_on_async, self._on_done)
+            portal.start(batch, self._job)
         except Exception:  # no portal to be had
             batch.run()
 
