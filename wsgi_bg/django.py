@@ -288,7 +288,7 @@ def _on_exception(request: Any, **_: object) -> None:
 
 
 def _on_finished(sender: Any, **_: object) -> None:
-    if sender is not None:  # a server's handler: its responses have the middleware
+    if sender is not None:  # sent by a server's handler, whose responses have the middleware
         return
     # The signal does not carry the response, but the response's own method sends the signal.
     frame = inspect.currentframe()

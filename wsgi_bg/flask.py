@@ -33,7 +33,7 @@ _NAME = "wsgi_bg"
 
 
 class Background:
-    """Background tasks for a Flask application; it needs no other middleware or setup.
+    """Background tasks for a Flask application, without further middleware or setup.
 
     A view parameter annotated ``BackgroundTasks`` receives the request's object, whatever
     the parameter's name. A task runs in a fresh application context: ``current_app`` works,
