@@ -152,7 +152,7 @@ class CeleryRunner:
         return True
 
     def submit(self, batch: Batch) -> None:
-        """Send the registered tasks of a batch, then submit the batch to ``local``.
+        """Send the registered tasks of a batch; submit the remaining tasks to ``local``.
 
         If the response is complete, this blocks while sending; else a runner thread sends.
 

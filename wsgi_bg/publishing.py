@@ -83,7 +83,7 @@ class Publisher:
         producer = None
         try:
             producer = self._take_idle() or self._connect()
-            # Receivers of Celery's signals read the publisher's context: a span, an id.
+            # Receivers of Celery's signals read the context of add_task(): a span, an id.
             job.context.run(self._send, producer, job.message)
         except BaseException as exc:
             job.error = exc
