@@ -1,1 +1,1 @@
-"""Programs that measure; never tests: absolute times differ from machine to machine."""
+"""Benchmark programs, and no tests: absolute times differ from machine to machine."""

@@ -1,12 +1,12 @@
-"""A task of 10 ms a request, end to end: ``python -m benchmarks.end_to_end``.
+"""Measures requests with a task of 10 ms, end to end: ``python -m benchmarks.end_to_end``.
 
-Flask on waitress with four threads hands the task to each runner, and to Flask-Executor;
-FastAPI on uvicorn to its ``BackgroundTasks``. Each server runs in a process of its own,
-anew in every round, and is kept busy on all connections for some seconds. Prints the
-medians of the rounds as the table of docs/explanation/performance.md.
+Flask on waitress with four threads submits the task to each runner, and to Flask-Executor;
+FastAPI on uvicorn adds the task to its ``BackgroundTasks``. Each server runs in a separate
+process, started anew in every round, and is kept busy on all connections for some seconds.
+The program prints the medians of the rounds as the table of docs/explanation/performance.md.
 
-*left* is what was added and not completed when the load ended, *drained* how long that
-took then.
+*left* counts the tasks that were added and not completed when the load ended; *drained* is
+the time that these tasks then took.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COLUMNS = ("requests/s", "p50 ms", "p99 ms", "completed/s", "left", "drained s")
 
 
 class Figures(NamedTuple):
-    """One round of one subject."""
+    """The results of a subject in one round."""
 
     rate: float
     p50: float
@@ -103,7 +103,7 @@ SUBJECTS: dict[str, tuple[Callable[[], None], str]] = {
     "Flask, Flask-Executor of 40 threads": (partial(flask_executor, 40), "flask_executor"),
     "FastAPI on uvicorn": (fastapi, "fastapi"),
 }
-"""How each is served, and the package that it needs."""
+"""For each subject, the function that serves the application, and the required package."""
 
 
 def measure(subject: str, seconds: int, connections: int) -> Figures:

@@ -1,12 +1,12 @@
-"""More tasks than can be done, for some seconds: ``python -m benchmarks.flood``.
+"""Adds tasks faster than the pool runs them, for some seconds: ``python -m benchmarks.flood``.
 
-A waitress in a process of its own is kept busy with requests, each of which adds one task
-with an argument of 5 kB, faster than the pool runs them. ``max_pending`` bounds what is
-handed over and not finished, and with it the memory; beyond it responses that are
-complete wait for their own tasks, so that the server slows down. For streams, which must
-not wait, the bound is ten times as high. The peer is a ThreadPoolExecutor.
+A waitress in a separate process is kept busy with requests, each of which adds a task with an
+argument of 5 kB. ``max_pending`` bounds the number of submitted and unfinished tasks, and so
+the memory; above the bound complete responses wait for their tasks, so that the server slows
+down. For streams, which must not wait, the bound is ten times as high. The peer is a
+ThreadPoolExecutor.
 
-Ends with 1 if there was more than the bound, or if memory grew once it had been reached.
+The exit status is 1 if the tasks exceeded the bound, or memory grew at the bound.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ GROWTH = 0.05
 
 
 class Subject(NamedTuple):
-    """An application to serve, and the most tasks that may be in hand."""
+    """An application to serve, and the bound of its unfinished tasks."""
 
     serve: Callable[[], None]
     bound: int | None
@@ -60,11 +60,11 @@ def serve_pool(func: Callable[[bytes], Any], max_pending: int, *, sized: bool = 
         get_background_tasks(environ).add_task(func, bytes(5000))
         return answer(start_response, sized=sized)
 
-    def in_hand() -> int:  # tasks, but each batch has one
+    def in_hand() -> int:  # counts tasks: each batch has a single task
         numbers = runner.statistics()
         return numbers.pending + numbers.running
 
-    logging.getLogger("wsgi_bg").setLevel(logging.ERROR)  # it warns of each stream that waits
+    logging.getLogger("wsgi_bg").setLevel(logging.ERROR)  # no warning for each late stream
     serve_waitress(BackgroundTasksMiddleware(app, runner=runner), {"in hand": in_hand})
 
 
@@ -86,11 +86,11 @@ SUBJECTS = {
     "tasks of streams": Subject(partial(serve_pool, plain, 100, sized=False), 1000 + THREADS),
     "ThreadPoolExecutor": Subject(serve_executor, None),
 }
-"""A batch that runs in ``close()``, on one of the server's threads, is in hand as well."""
+"""The bounds include batches that run in ``close()``, on the server's threads."""
 
 
 def flood(name: str, bound: int | None, seconds: int) -> bool:
-    """Put the load on; print what is in hand and the memory; whether both are bounded."""
+    """Load a server; print its unfinished tasks and memory; True if both are bounded."""
     in_hand, memory = [], []
     with ServerProcess("benchmarks.flood", name) as server:
         client = Thread(target=load.put_load, args=(server.port, seconds, CONNECTIONS))

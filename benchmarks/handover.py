@@ -1,12 +1,12 @@
-"""What handing tasks over costs, and how fast they then run: ``python -m benchmarks.handover``.
+"""Times submitting tasks, and how fast the tasks run: ``python -m benchmarks.handover``.
 
-What is timed of a single hand-over is the ``close()`` that the server calls, through the
-middleware, and of a peer its own call, with the same request before it. Both come after a
-short pause, so that the threads and the loop are asleep: to wake them is most of the cost.
+For a single task the time is that of the ``close()`` that the server calls, through the
+middleware; for a peer, that of the peer's call, after the same request. Both calls follow a
+short pause, so that the threads and the loop are asleep: most of the cost is to wake them.
 
-Where many tasks are handed over, this package's side is whole requests through the
-middleware, a peer's the bare calls. Each wait ends when the last task says so. Memory is
-what tracemalloc counts: Python's objects. ``--tasks`` shortens these rows, ``--rounds`` all.
+For many tasks this package makes whole requests through the middleware, and a peer makes bare
+calls. Each wait ends when the last task reports its end. Memory is the size of Python's
+objects, by tracemalloc. ``--tasks`` shortens these rows, ``--rounds`` all rows.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ GOAL = "no worse than before"
 def one_by_one(
     begin: Callable[[Func], HandOver], func: Callable[..., Func], calls: int, block: bool
 ) -> Callable[[], float]:
-    """How long a single call takes, made when the task before it is done.
+    """Time single calls, each made after the previous call's task is done.
 
-    :param begin: makes a request, and returns the call that hands its argument over.
+    :param begin: makes a request, and returns the call that submits a function.
     """
     finished: SimpleQueue[None] = SimpleQueue()
     blocked: SimpleQueue[None] = SimpleQueue()
@@ -45,7 +45,7 @@ def one_by_one(
 
     async def block_loop() -> None:
         blocked.put(None)
-        time.sleep(BLOCKED)  # noqa: ASYNC251  # what a user's task should not do
+        time.sleep(BLOCKED)  # noqa: ASYNC251  # a user's task should not block the loop
 
     def measured() -> float:
         taken = []
@@ -95,8 +95,8 @@ def compare(
 ) -> None:
     """Print a row for each of ``others``.
 
-    :param late: our tasks are put off, so those of the peers take as long: after a longer
-        pause, with the processor's caches cold, a call costs some times more.
+    :param late: True if our tasks start with a delay; then the tasks of the peers take as
+        long, as a call costs some times more after a longer pause, with cold CPU caches.
     """
     calls = 3 if block else 50
     their_func = partial(func, after=PUT_OFF) if late else func
@@ -133,7 +133,7 @@ def blocked() -> None:
 
 
 def all_of_them(hand_over: HandOver, func: Callable[[Countdown], Func], size: int) -> float:
-    """Seconds until ``options.tasks`` tasks are done, handed over ``size`` at a time."""
+    """Seconds until ``options.tasks`` tasks are done, submitted ``size`` at a time."""
     countdown = Countdown(options.tasks // size * size)
     functions = (func(countdown),) * size
     began = time.perf_counter()
@@ -164,7 +164,7 @@ def rate(size: int, goal: str) -> None:
 
 
 def waiting_async() -> None:
-    seconds = options.tasks / 10_000  # less for fewer, so that a short run is short
+    seconds = options.tasks / 10_000  # shorter for fewer tasks, to keep short runs short
     with peers.portal() as portal:
         handing = {"wsgi_bg": Requests().make, **portal}
 
@@ -178,7 +178,7 @@ def waiting_async() -> None:
             return {**ours_and_portals, "anyio task group": group}
 
         took = in_turns(*subjects(seconds).values(), rounds=min(options.rounds, 3))
-        # Traced, to hand over takes longer: all of them are to wait at the same time.
+        # Tracing slows submitting: longer tasks make sure that all tasks wait together.
         sizes = [peak_memory(each) / options.tasks for each in subjects(4 * seconds).values()]
     what = f"{options.tasks} async tasks of {seconds:g} s"
     for name, peer, size in zip(

@@ -1,6 +1,6 @@
-"""What the middleware costs a request that adds no task: ``python -m benchmarks.idle``.
+"""Times the middleware for requests that add no task: ``python -m benchmarks.idle``.
 
-Each request is made as a server makes it: call the application, take the length of every
+Each request does the steps of a server: call the application, take the length of every
 chunk, close. The peer is werkzeug's ``ClosingIterator``, the usual way to get a callback
 at the end of a response.
 """
@@ -65,7 +65,7 @@ class Iterated:
 
 
 class BareClosingIterator:
-    """A middleware that has a function called at the end of each response, and no more."""
+    """A middleware that only calls a function at the end of each response."""
 
     def __init__(self, app: App) -> None:
         self.app = app
@@ -75,10 +75,10 @@ class BareClosingIterator:
 
 
 class TasksByHand:
-    """The same feature with ``ClosingIterator``: tasks of a request that has not failed.
+    """Background tasks written with ``ClosingIterator``: run unless the request failed.
 
-    Without the proxy, without knowing whether the client has its response, and without a
-    care for errors in the body or a ``close()`` that is called twice or never.
+    The class has no proxy, does not know whether the client has its response, and ignores
+    errors in the body and a ``close()`` that is called twice or never.
     """
 
     def __init__(self, app: App) -> None:
@@ -160,7 +160,7 @@ def flask_cost() -> None:
 
 
 def extension_cost() -> None:
-    """What the extension adds to the middleware where a view asks for nothing."""
+    """Time the Flask extension beside the middleware, for views without parameters."""
     plain, extended = Flask(__name__), Flask(__name__)
     for app in (plain, extended):
         app.add_url_rule("/", view_func=lambda: "ok", endpoint="index")

@@ -1,7 +1,7 @@
-"""Load for a server: wrk where it is installed (Debian's package), else a client in Python.
+"""Loads a server with wrk if installed (Debian's package), else with a client in Python.
 
-``python -m benchmarks.load PORT SECONDS CONNECTIONS`` is that client, started in a process
-of its own. It takes more of the machine than wrk, so compare only what one of them measured.
+``python -m benchmarks.load PORT SECONDS CONNECTIONS`` starts the Python client, in a separate
+process. The Python client uses more CPU than wrk, so do not compare their figures.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.measure import quantile
 
 
 class Load(NamedTuple):
-    """What a client saw: requests a second, and milliseconds."""
+    """A client's figures: requests a second, and latencies in milliseconds."""
 
     rate: float
     p50: float
@@ -33,7 +33,7 @@ _MILLISECONDS = {"us": 0.001, "ms": 1.0, "s": 1000.0, "m": 60_000.0}
 
 
 def put_load(port: int, seconds: int, connections: int) -> Load:
-    """Ask for ``/`` on as many connections, each with one request after the other.
+    """Request ``/`` on all connections at once, without a pause on any connection.
 
     :raises RuntimeError: if a response says that something failed.
     """
@@ -47,7 +47,7 @@ def put_load(port: int, seconds: int, connections: int) -> Load:
         return Load(*json.loads(said))
     if "Non-2xx" in said:
         raise RuntimeError(said)
-    if errors := re.search(r"Socket errors: .*", said):  # too slow, most probably
+    if errors := re.search(r"Socket errors: .*", said):  # probably a slow server
         print(errors[0], file=sys.stderr)
     rate = re.search(r"Requests/sec:\s+([\d.]+)", said)
     parts = dict(re.findall(r"^ +(50|99)% +([\d.]+[a-z]+) *$", said, re.MULTILINE))

@@ -1,4 +1,4 @@
-"""Times several callables in turns, so that what slows the machine down slows all of them."""
+"""Times several callables in turns, so that a slow machine slows all of them equally."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEADERS = [("Content-Length", "2")]
 
 
 class Options(argparse.Namespace):
-    """What the command line says: numbers, each with its default until it is read."""
+    """The command line's numbers; defaults until the command line is parsed."""
 
     rounds: int
     tasks: int
@@ -30,14 +30,14 @@ options = Options(rounds=36)
 
 
 def in_turns(*subjects: Callable[[], float], rounds: int | None = None) -> list[float]:
-    """The median of what each subject says it took."""
+    """Return the median of the times that each subject returns."""
     taken: list[list[float]] = [[] for _ in subjects]
     gc.disable()
     try:
         for turn in range(rounds or options.rounds):
             gc.collect()
             for place in range(len(subjects)):
-                # Whoever comes first after the collection finds the caches cold.
+                # Rotate: the first subject after the collection finds cold caches.
                 number = (turn + place) % len(subjects)
                 taken[number].append(subjects[number]())
     finally:
@@ -46,14 +46,14 @@ def in_turns(*subjects: Callable[[], float], rounds: int | None = None) -> list[
 
 
 def interleave(*subjects: Callable[[], object], calls: int) -> list[float]:
-    """The median time of one call of each subject, in microseconds."""
+    """Return the median time of a call for each subject, in microseconds."""
     for subject in subjects:
         subject()
     return in_turns(*[timed(subject, calls) for subject in subjects])
 
 
 def timed(subject: Callable[[], object], calls: int) -> Callable[[], float]:
-    """A function that makes ``calls`` calls and returns the time of one in microseconds."""
+    """Return a function that makes ``calls`` calls and returns microseconds per call."""
 
     def measured() -> float:
         began = time.perf_counter()
@@ -65,7 +65,7 @@ def timed(subject: Callable[[], object], calls: int) -> Callable[[], float]:
 
 
 def peak_memory(subject: Callable[[], object]) -> float:
-    """The kB of Python objects that a call has made at the worst moment."""
+    """Return the peak size of the Python objects that a call makes, in kB."""
     gc.collect()
     tracemalloc.start()
     try:
@@ -81,10 +81,10 @@ def quantile(values: list[float], part: float) -> float:
 
 
 def alone(function: F) -> F:
-    """A copy of a function whose code the interpreter adapts for this copy alone.
+    """Copy a function, so that the interpreter specialises the copy's code separately.
 
-    From Python 3.11 on the interpreter specialises each call in place. A process serves one
-    application behind one middleware; subjects that share code would spoil it for each other.
+    From Python 3.11 on the interpreter specialises code in place. A process usually serves a
+    single application; subjects that share code would undo each other's specialisation.
     """
     assert isinstance(function, FunctionType)
     copy = FunctionType(
@@ -98,11 +98,11 @@ def alone(function: F) -> F:
 
 
 def start_response(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> None:
-    """A server's, reduced to nothing."""
+    """A server's ``start_response`` that does nothing."""
 
 
 def request(app: App, environ: dict[str, Any] | None = None) -> Callable[[], int]:
-    """A request as a server makes it: call the application, take the chunks, close."""
+    """Return a request with a server's steps: call the application, take chunks, close."""
     template = environ or {"REQUEST_METHOD": "GET"}
 
     def serve() -> int:
@@ -121,14 +121,14 @@ def request(app: App, environ: dict[str, Any] | None = None) -> Callable[[], int
 
 
 def row(what: str, ours: str, peer: str, ratio: str, goal: str) -> None:
-    """Print one line of the table."""
+    """Print a row of the table."""
     print(f"{what:<40} {ours:>8} {peer:>34} {ratio:>18}   {goal}", flush=True)
 
 
 def run(
     title: str, measurements: Mapping[str, Callable[[], None]], unit: str = "microseconds"
 ) -> None:
-    """The program: take all measurements, or the one that is named on the command line."""
+    """Take all measurements, or only the measurement named on the command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("name", nargs="?", choices=list(measurements))
     for option, default in vars(options).items():

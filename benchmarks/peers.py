@@ -1,4 +1,4 @@
-"""What :mod:`benchmarks.handover` hands tasks over to: this package and its peers."""
+"""The subjects of :mod:`benchmarks.handover`: this package and its peers."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from wsgi_bg import ENVIRON_KEY, BackgroundTasksMiddleware, PoolRunner
 
 Func = Callable[[], Any]
 HandOver = Callable[..., Any]
-"""Takes the functions to run, and returns when they are handed over."""
+"""Submits the functions that are its arguments, and returns."""
 
 THREADS = 40
 
 
 class Countdown:
-    """Lets one wait until a number of tasks have been run, whatever their threads."""
+    """Waits until a number of tasks have run, on any threads."""
 
     def __init__(self, tasks: int) -> None:
         self._tasks = tasks
-        self._numbers = count(1)  # next() is one step of the interpreter
+        self._numbers = count(1)  # next() is atomic
         self._done = threading.Event()
 
     def tick(self) -> None:
@@ -62,7 +62,7 @@ def sleeping(countdown: Countdown) -> Func:
 
 
 def waiting(countdown: Countdown, seconds: float) -> Func:
-    """An async task that waits."""
+    """An async task that sleeps."""
 
     async def wait() -> None:
         await asyncio.sleep(seconds)
@@ -72,9 +72,9 @@ def waiting(countdown: Countdown, seconds: float) -> Func:
 
 
 class Requests:
-    """Requests through the middleware, whose application only adds the given functions.
+    """Requests through the middleware to an application that only adds given functions.
 
-    :param sized: whether the responses have a declared length, and are complete.
+    :param sized: True if the responses have a declared length, and so are complete.
     """
 
     def __init__(self, *, sized: bool = True) -> None:
@@ -94,7 +94,7 @@ class Requests:
         environ: dict[str, Any] = {
             "REQUEST_METHOD": "GET",
             "SERVER_PROTOCOL": "HTTP/1.1",
-            "waitress.client_disconnected": None,  # a server that is known
+            "waitress.client_disconnected": None,  # the middleware recognises waitress
             "functions": functions,
         }
         body: Any = self._app(environ, cast("Any", start_response))
@@ -107,7 +107,7 @@ class Requests:
 
 
 def beside_request(hand_over: HandOver) -> Callable[[Func], HandOver]:
-    """The same for a peer: a request to a bare application, then the peer's own call."""
+    """For a peer: make a request to a bare application; return the peer's own call."""
 
     def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
         start_response("200 OK", HEADERS)
@@ -124,7 +124,7 @@ def beside_request(hand_over: HandOver) -> Callable[[Func], HandOver]:
 
 @contextmanager
 def plain() -> Iterator[dict[str, HandOver]]:
-    """What runs plain functions on threads."""
+    """Yield the subjects that run plain functions on threads."""
     with ExitStack() as stack:
         executor = stack.enter_context(ThreadPoolExecutor(THREADS))
         handing = {"ThreadPoolExecutor": executor.submit}
@@ -147,7 +147,7 @@ def plain() -> Iterator[dict[str, HandOver]]:
 
 @contextmanager
 def portal() -> Iterator[dict[str, HandOver]]:
-    """What runs coroutine functions, or plain ones, on an event loop in another thread."""
+    """Yield the subjects that run functions on an event loop in a separate thread."""
     with start_blocking_portal() as blocking:
         loop = blocking.call(asyncio.get_running_loop)
         yield {
@@ -159,10 +159,10 @@ def portal() -> Iterator[dict[str, HandOver]]:
 
 
 def starlette(tasks: int, size: int) -> float:
-    """Seconds for ``tasks`` plain tasks, ``size`` a response, on a loop that runs.
+    """Seconds for ``tasks`` plain tasks, ``size`` a response, on a running loop.
 
-    A response awaits its tasks when it has been sent, in the asyncio task of its request.
-    Here that are 16 at a time: the peer is slower with one, and with all at once.
+    After sending a response Starlette awaits its tasks, in the asyncio task of the request.
+    Here 16 requests run at a time: Starlette is slower with a single request, and with all.
     """
     countdown = Countdown(tasks)
     responses = iter(range(tasks // size))

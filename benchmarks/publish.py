@@ -1,9 +1,9 @@
-"""What it costs to send a task to Celery: ``python -m benchmarks.publish``.
+"""Times sending a task to Celery: ``python -m benchmarks.publish``.
 
-The peer is Celery's own ``task.delay()``, in the same process, to the same broker: a Redis
-that this starts where ``redis-server`` is installed, and the memory of the process, which
-costs nothing. Timed is what holds the server's thread: ``close()``, and the whole request.
-No worker takes the messages.
+The peer is Celery's own ``task.delay()``, in the same process, to the same broker. Brokers
+are Redis, which the program starts if ``redis-server`` is installed, and the memory of the
+process, which costs nothing. The times are those for which the server's thread is busy:
+``close()``, and the whole request. No worker runs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CALLS = 50
 
 @registered_task(name="benchmark.send_mail")
 def send_mail(recipient: str, order: int, *, lines: list[str]) -> None:
-    """What is not called here."""
+    """A registered function; only a worker would call it."""
 
 
 ARGUMENTS = ("ada@example.com", 4711)
@@ -38,7 +38,7 @@ LINES = ["tea", "sugar", "milk"]
 
 @contextmanager
 def redis() -> Iterator[str | None]:
-    """The URL of a Redis, if there is one to start."""
+    """Start a Redis and yield its URL; None if Redis is not installed."""
     program = shutil.which("redis-server")
     if program is None:
         print("redis-server is not installed: left out")
@@ -79,7 +79,7 @@ def begin(app: Any) -> Callable[[], None]:
     environ: dict[str, Any] = {
         "REQUEST_METHOD": "GET",
         "SERVER_PROTOCOL": "HTTP/1.1",
-        "waitress.client_disconnected": None,  # a server that is known
+        "waitress.client_disconnected": None,  # the middleware recognises waitress
     }
     body = app(environ, cast("Any", start_response))
     for _ in body:
@@ -119,7 +119,7 @@ def celerys(url: str) -> Callable[[], float]:
 def compare(name: str, url: str) -> None:
     subjects = (ours(url, whole=False), ours(url, whole=True), celerys(url))
     for subject in subjects:
-        subject()  # the connections are made
+        subject()  # opens the connections
     close, whole, bare = in_turns(*subjects)
     for what, mine in (("close()", close), ("the whole request", whole)):
         row(

@@ -1,12 +1,12 @@
-"""Who is first, the client or the task: ``python -m benchmarks.put_off``.
+"""Times a task's start beside the response's end: ``python -m benchmarks.put_off``.
 
 waitress and cheroot write the end of a stream only after they have called ``close()``. A
-task that starts at once and holds the interpreter for 20 ms may keep them from it. Here a
-client in a process of its own asks for such a stream, and both sides note the time, of a
-clock that they share: when the response was complete, and when the task began.
+task that starts at once and holds the interpreter for 20 ms may delay this write. Here a
+client in a separate process requests such a stream. By a shared clock the client notes when
+the response was complete, and the server notes when the task began.
 
-Lateness is the time of the whole request, less that of the same request without a task,
-which is made in turns with it. ``at once`` is a runner that puts nothing off.
+Lateness is the time of the whole request, less that of the same request without a task;
+both requests are made in turns. ``at once`` is a runner that starts tasks without a delay.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SERVERS = {"waitress": serve_waitress, "cheroot": serve_cheroot}
 
 
 class AtOnceRunner:
-    """Gives the batch to a thread that waits for it."""
+    """Submits each batch to a waiting thread, without a delay."""
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[Batch] = SimpleQueue()
@@ -83,7 +83,7 @@ class HoldingTask:
         self._began.put(began)
 
     def began(self) -> float:
-        """When the next task began, once it is done."""
+        """Wait for the next task to be done; return the time when the task began."""
         return self._began.get(timeout=TIMEOUT)
 
 
@@ -107,7 +107,7 @@ def serve(server: str, runner: Any) -> None:
 
 
 def fetch(port: int, path: str) -> tuple[float, float]:
-    """When the request was sent, and when its response was complete by its framing."""
+    """Return the times when the request was sent and the response's framing complete."""
     client = h11.Connection(h11.CLIENT)
     head = client.send(h11.Request(method="GET", target=path, headers=[("Host", "test")]))
     client.send(h11.EndOfMessage())
@@ -125,7 +125,7 @@ def fetch(port: int, path: str) -> tuple[float, float]:
 def measure(server: str, runner: str, requests: int) -> None:
     first, with_task, without = 0, [], []
     with ServerProcess("benchmarks.put_off", f"{server},{runner}") as process:
-        for path in ("/", "/task"):  # what is made with the first request
+        for path in ("/", "/task"):  # warm up: the first request makes threads and caches
             fetch(process.port, path)
         process.ask("began")
         for _ in range(requests):

@@ -1,7 +1,7 @@
-"""Servers in processes of their own, for the programs that need a socket.
+"""Servers in separate processes, for benchmarks that need a socket.
 
-A program that measures starts itself again with ``--serve SUBJECT``. That process writes
-its port as the first line of its output, and answers a line of its input with one of JSON.
+A benchmark starts itself again with ``--serve SUBJECT``. The new process writes its port as
+the first line of its output, and answers each line of its input with a line of JSON.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from benchmarks.measure import App
 
 TIMEOUT = 120.0
 THREADS = 4
-"""Of waitress, its default."""
+"""The number of waitress's threads, which is its default."""
 
 Answers = Mapping[str, Callable[[], object]]
 
 
 @final
 class ServerProcess:
-    """A server, seen from the program that measures.
+    """A server process, controlled by the benchmark.
 
     :param module: the module to start with ``-m``.
-    :param subject: which of its applications to serve.
-    :param log: where its standard error goes.
+    :param subject: the module's application to serve.
+    :param log: the file for the server's standard error.
     """
 
     def __init__(self, module: str, subject: str, log: IO[str] | None = None) -> None:
@@ -49,7 +49,7 @@ class ServerProcess:
         self.port = int(self._read_line())
 
     def ask(self, question: str) -> Any:
-        """The server process's answer to ``question``."""
+        """Return the server process's answer to ``question``."""
         assert self.process.stdin is not None
         self.process.stdin.write(question + "\n")
         return json.loads(self._read_line())
@@ -67,7 +67,7 @@ class ServerProcess:
         return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
     def terminate(self) -> float:
-        """Send SIGTERM; the seconds until the process has ended."""
+        """Send SIGTERM; return the seconds until the process has ended."""
         began = time.monotonic()
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(TIMEOUT)
@@ -82,17 +82,17 @@ class ServerProcess:
 
 
 def connect(port: int, timeout: float = TIMEOUT) -> socket.socket:
-    """A connection that sends at once what it is given."""
+    """Open a connection that sends without delay (``TCP_NODELAY``)."""
     connection = socket.create_connection(("127.0.0.1", port), timeout=timeout)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return connection
 
 
 def serve_waitress(app: App, answers: Answers) -> None:
-    """Serve until the process is ended."""
+    """Serve a WSGI application until the process is ended."""
     from waitress.server import create_server
 
-    # It warns of each request that has to wait for a thread.
+    # This logger warns of each request that waits for a thread.
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     server = create_server(app, host="127.0.0.1", port=0, threads=THREADS)
     _announce(int(server.effective_port), answers)
@@ -119,24 +119,24 @@ def serve_uvicorn(app: Any, answers: Answers) -> None:
 
 
 def _announce(port: int, answers: Answers) -> None:
-    """Write the port, and from now on the answers, on a thread of its own.
+    """Write the port, and start a thread that writes the answers.
 
-    The descriptors are used directly: a thread that waits in ``sys.stdin`` holds a lock
-    that interpreter exit wants.
+    The thread uses the descriptors directly: a thread that waits in ``sys.stdin`` holds a
+    lock that interpreter exit needs.
     """
 
     def answer() -> None:
         while question := os.read(0, 1024):
             reply = answers[question.decode().strip()]()
             os.write(1, json.dumps(reply).encode() + b"\n")
-        os._exit(1)  # the program that measures is gone
+        os._exit(1)  # the benchmark is gone
 
     os.write(1, b"%d\n" % port)
     threading.Thread(target=answer, daemon=True).start()
 
 
 class Counters:
-    """The tasks of a server process: how many it was given, how many it has finished."""
+    """Counts the added and the finished tasks of a server process."""
 
     def __init__(self) -> None:
         self.added = self.completed = 0
@@ -157,7 +157,7 @@ class Counters:
             return {"added": self.added, "completed": self.completed}
 
     def drained(self) -> dict[str, int]:
-        """The same, once all tasks are finished; blocks."""
+        """Wait until all tasks are finished; return :meth:`report`."""
         with self._changed:
             self._changed.wait_for(lambda: self.completed == self.added, TIMEOUT)
             return self.report()

@@ -1,14 +1,15 @@
-"""100,000 requests, and each of their tasks run once: ``python -m benchmarks.soak``.
+"""Checks that the tasks of 100,000 requests each run once: ``python -m benchmarks.soak``.
 
-Eight clients ask a waitress in a process of its own for all kinds of responses and tasks,
-of the inline runner and of the pool. Some leave in the middle of a long stream, some tasks
-raise. Half way the server gets SIGTERM, drains and ends, and a second one takes its place.
-Before each SIGTERM come two tasks that never end, in a runner with a short drain time.
+Eight clients request all kinds of responses and tasks from a waitress in a separate process,
+with the inline runner and with the pool. Some clients leave in the middle of a long stream,
+some tasks raise. Half way the server gets SIGTERM, drains and exits, and a second server
+takes its place. Before each SIGTERM two tasks that never end are added, to a runner with a
+short drain timeout.
 
-In the end the journal of the servers is compared with their logs: each task that was added
-has begun once and ended, or is named in the log; none was run twice, none is lost. The
-memory of each server, read along the way, must not grow. Takes some minutes; ends with 1 if
-something is wrong.
+At the end the program compares the servers' journal with their logs: each added task has
+begun once and ended, or is named in the log; no task has run twice, no task is lost. The
+memory of each server, read meanwhile, must not grow. The program takes some minutes; its exit
+status is 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from benchmarks.soak_server import DRAIN_TIMEOUT, LENGTHS, RUNNERS, STRICT, STUC
 
 CLIENTS = 8
 READINGS = 20
-"""Of a server's memory."""
+"""The number of readings of a server's memory."""
 LONG_RUN = 20_000
-"""Requests from which on a growing memory is wrong: it takes some thousand to settle."""
+"""Number of requests from which memory must not grow: the first thousands let it settle."""
 RESPONSES = ["length"] * 10 + ["empty"] * 5 + ["stream"] * 5 + ["long"]
 
 
 class Soak:
-    """The servers, one after the other, and how far the clients are."""
+    """The current server, and the progress of the clients."""
 
     def __init__(self, requests: int, folder: Path) -> None:
         self.left = self.broken = 0
@@ -46,7 +47,7 @@ class Soak:
         self._folder = folder
         self._half = requests // 2
         self._done = 0
-        self._lock = threading.Lock()  # guards the numbers
+        self._lock = threading.Lock()  # guards the counters
         self._is_up = threading.Event()
         self._stack = ExitStack()
         self.server: ServerProcess
@@ -60,7 +61,7 @@ class Soak:
         self._is_up.set()
 
     def stop_server(self) -> tuple[float, int]:
-        """How long the server took to end after SIGTERM, and its exit status."""
+        """Send SIGTERM; return the seconds until the exit, and the exit status."""
         with closing(http.client.HTTPConnection("127.0.0.1", self.server.port)) as connection:
             for tasks in STUCK:
                 fetch(connection, f"/{STRICT}/length/{tasks}", LENGTHS["length"])
@@ -71,19 +72,19 @@ class Soak:
         return took, self.server.process.returncode
 
     def wait_for_server(self) -> int:
-        """Wait until a server is up; its port."""
+        """Wait until a server is up; return its port."""
         self._is_up.wait()
         return self.server.port
 
     def failed(self, port: int, exc: BaseException) -> None:
-        """Note a connection that broke; for all but a server that ends that is wrong."""
+        """Count a broken connection; it is a failure unless the server is stopping."""
         with self._lock:
             self.broken += 1
             if self._is_up.is_set() and port == self.server.port:
                 self.failures.append(exc)
 
     def finish(self, *, left: bool) -> None:
-        """Note a request that is over."""
+        """Count a finished request."""
         with self._lock:
             self._done += 1
             self.left += left
@@ -124,7 +125,7 @@ def fetch(
     length: int,
     leaves: Random | None = None,
 ) -> None:
-    """Make a request and read its body, or a part of it, and leave."""
+    """Make a request, read all or a part of the body, and leave."""
     connection.request("GET", path)
     response = connection.getresponse()
     if leaves is not None:

@@ -1,4 +1,4 @@
-"""What came of the tasks of :mod:`benchmarks.soak`: the journal compared with the logs."""
+"""Compares the journal of :mod:`benchmarks.soak` with the logs, to find lost tasks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 GROWTH = 0.05
-"""What a server's memory may grow in the last third of its life, beside the second."""
+"""How much memory may grow, as a fraction, from the second third of a server's life to the
+last."""
 _NOT_RUN = re.compile(
     r"^\w+ background task \S*?(\w+) was not (?:run|finished)\b", re.MULTILINE
 )
@@ -45,7 +46,7 @@ class Account:
                     self.in_hand.append(len(self.added) - len(self.ended))
 
     def report(self) -> list[str]:
-        """Print the figures; what is wrong with them."""
+        """Print the figures; return the failed checks."""
         unfinished = Counter(
             name for number, name in self.added.items() if number not in self.ended
         )
@@ -62,7 +63,7 @@ class Account:
         if unfinished != self.named:
             wrong.append(f"unfinished: {dict(unfinished)}, named: {dict(self.named)}")
         stuck = sum(times for name, times in self.named.items() if name.startswith("stuck"))
-        if self.named.total() != 2 * stuck:  # each has one task behind it
+        if self.named.total() != 2 * stuck:  # a further task waits behind each stuck task
             wrong.append(f"more is named than what is stuck: {dict(self.named)}")
         if twice:
             wrong.append(f"run twice: {len(twice)} tasks")
@@ -74,7 +75,7 @@ class Account:
 
 
 def memory_line(readings: list[float], *, judge: bool) -> list[str]:
-    """Print a server's memory in MB; what is wrong with it."""
+    """Print a server's memory in MB; return the failed checks."""
     print("    MB:", *(f"{reading:.1f}" for reading in readings))
     third = len(readings) // 3
     if not third:

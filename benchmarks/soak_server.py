@@ -1,10 +1,11 @@
 """The server process of :mod:`benchmarks.soak`: an application with tasks of all kinds.
 
-``/RUNNER/RESPONSE/TASKS`` says what is asked for. Each task has a number of its own and
-writes to the journal, a file that all processes append to, one write a line:
+The path ``/RUNNER/RESPONSE/TASKS`` selects the runner, the response and the tasks. Each task
+has a unique number and writes to the journal, a file to which all processes append, with one
+write for each line:
 
-- ``added NAME NUMBER`` once ``add_task`` has taken it,
-- ``begun NUMBER`` and ``ended NUMBER`` when it runs, ``failed NUMBER`` if it then raises.
+- ``added NAME NUMBER`` after ``add_task`` has returned,
+- ``begun NUMBER`` and ``ended NUMBER`` when the task runs, ``failed NUMBER`` if it then raises.
 
 SIGTERM ends the server's loop as Ctrl-C does; interpreter exit drains.
 """
@@ -39,7 +40,7 @@ LONGEST = 0.01
 CHUNK = b"x" * 8192
 
 journal = -1
-"""The descriptor; of no file in the process that only reads these names."""
+"""The journal's descriptor; -1 in the process that only imports this module's names."""
 numbers = itertools.count(os.getpid() * 10_000_000)
 Add = Callable[[BackgroundTasks], None]
 
@@ -159,7 +160,8 @@ LENGTHS = {"length": len(CHUNK), "empty": 0, "stream": 8 * len(CHUNK), "long": 4
 RUNNERS: dict[str, Runner | Literal["inline", "pool"]] = {"inline": "inline", "pool": "pool"}
 STRICT = "strict"
 DRAIN_TIMEOUT = 2.0
-"""Of the runner of that name, which gets what is stuck: named when the process ends."""
+"""The drain timeout of the runner "strict", in seconds. The runner gets the stuck tasks,
+which the log names when the process exits."""
 
 
 def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:

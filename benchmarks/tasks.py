@@ -1,7 +1,7 @@
-"""What adding and running tasks costs: ``python -m benchmarks.tasks``.
+"""Times adding and running tasks: ``python -m benchmarks.tasks``.
 
-The peer is Starlette's ``BackgroundTasks``, in an event loop that already runs, as it is
-used there.
+The peer is Starlette's ``BackgroundTasks``, in an event loop that already runs, as in a
+Starlette application.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def add_only(tasks: int) -> Callable[[], None]:
 def starlette(
     func: Callable[..., object], loop: asyncio.AbstractEventLoop
 ) -> Callable[[], None]:
-    """Starlette's tasks one after another, on a loop as it is used there."""
+    """Run Starlette's tasks in sequence, on an event loop as in Starlette."""
 
     async def run_all() -> None:
         for _ in range(BATCH):
@@ -102,7 +102,7 @@ def plain() -> None:
 
 
 def within(options: Options) -> Callable[[], None]:
-    """Tasks of a layer that has more to do for each."""
+    """Run tasks of a middleware layer whose options need more work for each task."""
 
     def run() -> None:
         background = BackgroundTasks()

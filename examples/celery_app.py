@@ -4,8 +4,8 @@
     celery -A examples.celery_app:queue worker
     curl -X POST http://127.0.0.1:8080/reports/ada@example.com
 
-./log.txt soon has a mail, and once there is a worker, now or later, the report. Messages are
-files in ./queue, for trying only; BROKER=redis://localhost for both commands has Redis.
+./log.txt soon has a mail, and the report once a worker runs, now or later. Messages are files
+in ./queue, for trying only; set BROKER=redis://localhost for both commands to use Redis.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""A Django view that answers at once; log.txt has its mail two seconds after the answer.
+"""A Django view that answers at once and sends its mail two seconds later, to log.txt.
 
 python examples/django_app.py [PORT]
 curl -d email=ada@example.com http://127.0.0.1:8080/subscribe
@@ -15,7 +15,7 @@ from waitress import create_server
 from wsgi_bg import background_tasks
 from wsgi_bg.django import get_wsgi_application
 
-DELAY = float(os.environ.get("DELAY", "2"))  # seconds, a slow mail server's
+DELAY = float(os.environ.get("DELAY", "2"))  # seconds that a slow mail server takes
 
 
 def send_mail(recipient: str) -> None:

@@ -16,7 +16,7 @@ from waitress import create_server
 from wsgi_bg import BackgroundTasks
 from wsgi_bg.flask import Background
 
-DELAY = float(os.environ.get("DELAY", "2"))  # seconds, a slow mail server's
+DELAY = float(os.environ.get("DELAY", "2"))  # seconds that a slow mail server takes
 app = Flask(__name__)
 Background(app, runner="pool")
 

@@ -16,7 +16,7 @@ from waitress import create_server
 
 from wsgi_bg import BackgroundTasksMiddleware, get_background_tasks
 
-DELAY = float(os.environ.get("DELAY", "2"))  # seconds, a slow database's
+DELAY = float(os.environ.get("DELAY", "2"))  # seconds that a slow database takes
 
 
 async def record(path: str) -> None:

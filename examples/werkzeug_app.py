@@ -15,7 +15,7 @@ from werkzeug import Request, Response
 
 from wsgi_bg import BackgroundTasksMiddleware, background_tasks
 
-DELAY = float(os.environ.get("DELAY", "2"))  # seconds, a slow mail server's
+DELAY = float(os.environ.get("DELAY", "2"))  # seconds that a slow mail server takes
 
 
 def welcome(name: str) -> None:

@@ -1,4 +1,4 @@
-"""``CeleryRunner``: registered tasks go to Celery's workers, all others stay here."""
+"""``CeleryRunner``: sends registered tasks to Celery's workers; all others run here."""
 
 from __future__ import annotations
 
@@ -46,31 +46,31 @@ _CREW = 4  # threads for the batches of responses that must not wait for the bro
 
 
 class CeleryRunner:
-    """Sends each task whose function is registered to Celery; the others run on ``local``.
+    """Sends each task whose function is registered to Celery; other tasks run on ``local``.
 
-    The functions are tasks of ``celery_app`` under their names, those registered later
-    too, once the module that makes the runner is imported. So the worker loads that module:
-    ``celery -A module worker``.
+    Registered functions are tasks of ``celery_app`` under their registered names, also if
+    they are registered after the runner was made. So the worker loads the module that makes
+    the runner: ``celery -A module worker``.
 
-    The arguments are encoded when a task is added: one that a worker would not get back as
-    it is raises ``TypeError`` there, and what changes later is not seen. The tasks are sent
-    when the response is closed, on the server's thread if the response is complete, and on
-    a thread of the runner if not: no client waits for the broker. A batch's registered
-    tasks are sent in order before its others run; workers keep no order. A task that
-    was sent counts as succeeded, and what becomes of it is for the worker to tell.
+    ``add_task`` encodes the arguments. An argument that a worker would not get back unchanged
+    raises ``TypeError`` there, and later changes to an argument have no effect. The tasks are
+    sent when the response is closed: on the server's thread if the response is complete, else
+    on a thread of the runner, so no client waits for the broker. A batch's registered tasks
+    are sent in order before its local tasks run; workers keep no order. A sent task counts as
+    succeeded; only the worker knows how the task ends.
 
     :param celery_app: the Celery application; its messages are JSON.
-    :param local: the runner for what is not sent, or its name; the shared pool without.
-    :param publish_timeout: how long a task waits for the broker, in seconds. When that time
-        is up the broker is left alone for as long again, and tasks are treated as below.
-    :param on_publish_error: what becomes of a task that could not be sent, or perhaps was:
-        ``"local"`` runs it on ``local``, so that it may run twice; ``"discard"`` gives it
-        up with an ERROR, and ``on_error`` is told.
-    :param drain_timeout: how long interpreter exit waits for tasks to be sent, and for
-        those that are not, in seconds.
-    :raises ValueError: if a message could make a worker of ``celery_app`` run any code,
-        pickle being accepted for one; if an option is out of range.
-    :raises TypeError: if an option is of the wrong type.
+    :param local: the runner for tasks that are not sent, or its name; default: shared pool.
+    :param publish_timeout: seconds for which a task waits for the broker. After a timeout no
+        task is sent for the same time again, and ``on_publish_error`` applies to each.
+    :param on_publish_error: for a task that was not sent, or only perhaps: ``"local"`` runs
+        the task on ``local``, so the task may run twice; ``"discard"`` drops the task with an
+        ERROR record and calls ``on_error``.
+    :param drain_timeout: seconds for which interpreter exit waits until all tasks are sent
+        and the local tasks are done.
+    :raises ValueError: if a message could make a worker of ``celery_app`` run any code, for
+        example because pickle is accepted; if an option is out of range.
+    :raises TypeError: if an option has the wrong type.
     """
 
     work_is_in_ledgers = True
@@ -86,7 +86,7 @@ class CeleryRunner:
     ) -> None:
         if not isinstance(celery_app, Celery):
             raise OptionTypeError("celery_app", celery_app, "a celery.Celery application")
-        # A socket is given twice as long.
+        # The timeout of a socket is twice publish_timeout.
         limit = threading.TIMEOUT_MAX / 2
         seconds("publish_timeout", publish_timeout, above_zero=True, most=limit)
         seconds("drain_timeout", drain_timeout)
@@ -102,11 +102,11 @@ class CeleryRunner:
         celery_worker.serve(celery_app)
 
     def check(self, task: BackgroundTask) -> None:
-        """Encode the arguments of a task that is added, if its function is registered.
+        """Encode the arguments of an added task if the task's function is registered.
 
-        :raises TypeError: if they cannot be sent, or options of Celery were given for a
+        :raises TypeError: if an argument cannot be sent, or Celery options were given for a
             function that is not registered.
-        :raises ValueError: if a task of Celery's own has the name.
+        :raises ValueError: if ``celery_app`` has its own task of the same name.
         """
         registration = registry.find(task.func)
         given: Mapping[str, Any] = task._options.celery or {}
@@ -126,21 +126,21 @@ class CeleryRunner:
         task._encoded = Message(name, text, celery_headers.current(), options)
 
     def may_send(self, task: BackgroundTask) -> bool:
-        """Whether :meth:`send` has anything to do for a task; does not block."""
+        """True if :meth:`send` may send ``task``; does not block."""
         return hasattr(task, "_encoded")
 
     def send(self, task: BackgroundTask) -> bool:
-        """Send a task to the broker; blocks for ``publish_timeout`` at most.
+        """Send a task to the broker; blocks for ``publish_timeout`` seconds at most.
 
-        :return: False if it is to run here.
-        :raises PublishError: if it was not sent and is to be given up.
+        :return: False if the task is to run in this process.
+        :raises PublishError: if the task was not sent and is to be discarded.
         """
         try:
             message: Message = task._encoded
-            del task._encoded  # sent once, and kept no longer
+            del task._encoded  # send once, then free the message
         except AttributeError:
             return False
-        if self._app.conf.task_always_eager:  # Celery's way to run without a broker
+        if self._app.conf.task_always_eager:  # Celery's setting to run without a broker
             return False
         try:
             self._crews.get().publisher.publish(message)
@@ -152,11 +152,11 @@ class CeleryRunner:
         return True
 
     def submit(self, batch: Batch) -> None:
-        """Send the registered tasks of a batch and give the others to ``local``.
+        """Send the registered tasks of a batch; submit the remaining tasks to ``local``.
 
-        Blocks while it sends if the response is complete; if not, a thread does that.
+        If the response is complete, this blocks while sending; else a runner thread sends.
 
-        :raises KeyboardInterrupt: or what else stops the server's worker.
+        :raises KeyboardInterrupt: or another exception that stops the server's worker.
         """
         crew = self._crews.get()
         takes_more = crew.ledger.add(batch)
@@ -168,38 +168,38 @@ class CeleryRunner:
             return
         batch.not_before = time.monotonic() + PUT_OFF
         if not crew.threads.submit(batch):
-            self._local.submit(batch)  # which sends each task at its turn
+            self._local.submit(batch)  # local sends each task at its turn
 
     def _send_now(self, batch: Batch) -> None:
         batch.send()
         if batch.next_is_async is None:
-            batch.run()  # nothing but its end
+            batch.run()  # all tasks are sent: only finish the batch
         else:
             self._local.submit(batch)
 
     def _send_later(self, batch: Batch) -> None:
-        """On a thread of the runner."""
+        """Send a batch that was put off; runs on a thread of the runner."""
         time.sleep(max(0.0, batch.not_before - time.monotonic()))
         try:
             self._send_now(batch)
-        except Exception as exc:  # of a user's runner
+        except Exception as exc:  # raised by a user's runner
             log.error("%s did not take %s, which runs here", self._local, batch, exc_info=exc)
             batch.run()
 
     def drain(self, timeout: float) -> list[BackgroundTask]:
-        """Wait until all is sent and what runs here is done; blocks.
+        """Wait until all tasks are sent or, on ``local``, done; blocks.
 
         :param timeout: seconds to wait at most.
-        :return: the tasks that were not finished by then. They go on.
+        :return: the tasks that are unfinished after ``timeout``; they continue.
         """
         return self._crews.get().ledger.drain(timeout)
 
     def abandon(self) -> list[BackgroundTask]:
-        """Let no batch begin another task; return the tasks left undone. Does not block."""
+        """Let no batch begin a further task; return the unfinished tasks. Does not block."""
         return self._crews.get().ledger.abandon()
 
     def statistics(self) -> Statistics:
-        """Numbers of tasks, those on ``local`` included; one that was sent has succeeded."""
+        """Count the tasks, including those on ``local``; a sent task counts as succeeded."""
         return self._crews.get().ledger.statistics()
 
     def __repr__(self) -> str:
@@ -207,7 +207,7 @@ class CeleryRunner:
 
 
 class _Crew:
-    """What a runner has in one process."""
+    """A runner's ledger, publisher and threads in one process."""
 
     def __init__(self, runner: CeleryRunner) -> None:
         self.ledger = Ledger()

@@ -1,6 +1,6 @@
-"""What travels beside the arguments of a task: a correlation id and the trace context.
+"""The headers of a task's message: a correlation id and the trace context.
 
-Other context variables stay in the process that set them.
+No other context variable is sent to a worker.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from types import NoneType
 from .exceptions import OptionTypeError
 
 correlation_id: ContextVar[str | None] = ContextVar("wsgi_bg.correlation_id", default=None)
-"""Set it while a request is handled, and the registered tasks that are added find it on the
-worker."""
+"""The correlation id. A view sets the variable; on the worker, registered tasks that the
+request adds read the same value."""
 
 traceparent: ContextVar[str | None] = ContextVar("wsgi_bg.traceparent", default=None)
-"""The trace context as W3C writes it. Where OpenTelemetry is imported and has a span, that
-is what travels; else what is set here."""
+"""The trace context in W3C's format. If OpenTelemetry is imported and has a current span,
+the message carries the span's context; else the value of this variable."""
 
 _HEADERS = {"x-correlation-id": correlation_id, "traceparent": traceparent}
 
 
 def current() -> dict[str, str]:
-    """The headers for a task that is added here and now.
+    """Return the headers for a task that is added in the current context.
 
-    :raises TypeError: if a variable was set to what no header can be.
+    :raises TypeError: if a variable's value is neither a ``str`` nor None.
     """
     found = {name: variable.get() for name, variable in _HEADERS.items()}
     found.update(_from_opentelemetry())
@@ -37,9 +37,9 @@ def current() -> dict[str, str]:
 
 
 def restore(context: Context, header: Callable[[str], object]) -> None:
-    """Set the variables in ``context`` as they were where the task was added.
+    """Give the variables in ``context`` the values that they had in ``add_task``.
 
-    :param header: what the message has under a name, or None.
+    :param header: returns the message's header of a name, or None.
     """
     for name, variable in _HEADERS.items():
         value = header(name)

@@ -1,7 +1,7 @@
-"""The options of Celery that a registered function and ``using(celery=...)`` may have.
+"""The Celery options that ``registered_task`` and ``using(celery=...)`` accept.
 
-They are sorted and looked at without Celery, so that a mistake shows where it was made,
-also in a process in which another runner ignores them.
+The options are checked without Celery, so that a mistake raises in the call that made the
+mistake, even in a process whose runner ignores the options.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ _OF_MESSAGE: dict[str, tuple[Any, str]] = {
 
 @dataclass(frozen=True)
 class CeleryOptions:
-    """Options by the place that they go to.
+    """Celery options, split by the Celery function that takes them.
 
-    :ivar task: for ``app.task``.
-    :ivar message: for ``apply_async``.
+    :ivar task: options for ``app.task``.
+    :ivar message: options for ``apply_async``.
     """
 
     task: Mapping[str, Any] = field(default_factory=dict)
@@ -75,10 +75,10 @@ NO_OPTIONS = CeleryOptions()
 
 
 def for_function(given: Mapping[str, Any]) -> CeleryOptions:
-    """What ``registered_task(celery=...)`` was given.
+    """Check and split the options of ``registered_task(celery=...)``.
 
-    :raises TypeError: if a value is of the wrong type.
-    :raises ValueError: if an option is not known, or a number is infinite or NaN.
+    :raises TypeError: if a value has the wrong type.
+    :raises ValueError: if an option is unknown, or a number is infinite or NaN.
     """
     for name, value in _mapping(given).items():
         if name not in _OF_TASK and name not in _OF_MESSAGE:
@@ -92,11 +92,11 @@ def for_function(given: Mapping[str, Any]) -> CeleryOptions:
 
 
 def for_one_call(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``using(celery=...)`` was given; a copy.
+    """Check and copy the options of ``using(celery=...)``.
 
-    :raises TypeError: if a value is of the wrong type.
-    :raises ValueError: if an option is not known, or one of the function, or a number is
-        infinite or NaN.
+    :raises TypeError: if a value has the wrong type.
+    :raises ValueError: if an option is unknown or only for ``registered_task``, or if a
+        number is infinite or NaN.
     """
     for name, value in _mapping(given).items():
         if name in _OF_TASK:

@@ -16,16 +16,16 @@ from .registry import Registration
 from .task import BackgroundTask
 
 HIDDEN = "(...)"
-"""What Celery's logs and headers show in place of arguments, which are data."""
+"""Celery's logs and headers show this text in place of arguments, which are data."""
 
-# By id, and held: those that have the registered functions.
+# The applications that have the registered functions, by id; held, so that no id is reused.
 _served: dict[int, Celery] = {}
 
 
 def check_settings(app: Celery) -> None:
-    """See that no message can make a worker of ``app`` run what is not registered.
+    """Check that messages can make a worker of ``app`` run registered functions only.
 
-    :raises ValueError: naming the setting by which one could.
+    :raises ValueError: if a setting allows more; the message names the setting.
     """
     conf = app.conf
     for setting in ("task_serializer", "result_serializer", "event_serializer"):
@@ -38,7 +38,7 @@ def check_settings(app: Celery) -> None:
     accepted = conf.accept_content
     if not {"json", "application/json"} & {str(each) for each in accepted or ()}:
         raise OptionValueError("accept_content of celery_app", accepted, "a list with 'json'")
-    if conf.worker_pool_restarts:  # a control message then names modules to import
+    if conf.worker_pool_restarts:  # else control messages name modules to import
         raise UnsafeCeleryError("worker_pool_restarts", True, "False")
 
 
@@ -48,20 +48,20 @@ def _is_unsafe(serializer: object) -> bool:
 
 
 def serve(app: Celery) -> None:
-    """Make each registered function a task of ``app``, those registered later too."""
+    """Make each registered function a task of ``app``, also if registered later."""
     if id(app) not in _served:
         _served[id(app)] = app
         registry.subscribe(partial(_add, app))
 
 
 def is_served(task: Any) -> bool:
-    """Whether a task of Celery is one that :func:`serve` has made."""
+    """True if :func:`serve` has made this Celery task."""
     return hasattr(task, "_is_of_wsgi_bg")
 
 
 def _add(app: Celery, registration: Registration) -> None:
     options = dict((registration.celery or NO_OPTIONS).task)
-    # To try again would not make such a message any better.
+    # A retry would read the same broken message.
     options["dont_autoretry_for"] = (*options.get("dont_autoretry_for", ()), MessageError)
     options.setdefault("ignore_result", True)
     app.task(
@@ -74,14 +74,14 @@ def _add(app: Celery, registration: Registration) -> None:
 
 
 def _run(self: Any, *message: Any, **others: Any) -> Any:
-    """What a worker calls; ``self`` is Celery's task."""
+    """Decode the message and call the function, on a worker; ``self`` is Celery's task."""
     registration = registry.get(self.name)
     if registration is None or others or len(message) != 1:
         raise MessageError("the arguments are not wsgi_bg's: not one text")
     args, kwargs = decode(message[0])
     context = copy_context()
     celery_headers.restore(context, self.request.get)
-    # Called by hand, it blocks this thread, and awaits on the loop of the process.
+    # Calling the task blocks this thread; an async task runs on the process's event loop.
     task = BackgroundTask(registration.func, *args, **kwargs)
     task._context = context
     result = task()
@@ -89,14 +89,14 @@ def _run(self: Any, *message: Any, **others: Any) -> Any:
 
 
 def _base(app: Celery) -> type:
-    """The application's own class for tasks (Flask's enters a context), and the hiding."""
+    """Subclass ``app.Task`` (Flask's enters a context) to hide the arguments."""
 
     class RegisteredTask(app.Task):  # type: ignore[misc]
         abstract = True
         _is_of_wsgi_bg = True
 
         def apply_async(self, *args: Any, **options: Any) -> Any:
-            # Also when Celery sends a task again: it would show what it does not know.
+            # Celery's retry comes here too; without these options it would show arguments.
             return super().apply_async(
                 *args, **{**options, "argsrepr": HIDDEN, "kwargsrepr": HIDDEN}
             )

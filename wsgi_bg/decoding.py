@@ -1,6 +1,7 @@
-"""Reads what :mod:`wsgi_bg.encoding` has written: on a worker, and perhaps a forged text.
+"""Decodes, on a worker, the text that :mod:`wsgi_bg.encoding` has written.
 
-It yields plain data only, whoever wrote the text, and what is not exactly right is refused.
+The text may be forged, so the decoder returns plain data only, and refuses any text that the
+encoder cannot have written.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from zoneinfo import ZoneInfo
 from .encoding import MARK, MICROSECOND, VERSION
 from .exceptions import MessageError
 
-# What the readers below raise for what they cannot read.
+# The errors of the functions below for malformed text.
 _UNREADABLE = (
     ArithmeticError,
     AttributeError,
@@ -30,7 +31,7 @@ _UNREADABLE = (
 
 
 def decode(text: object) -> tuple[list[Any], dict[str, Any]]:
-    """The positional and the keyword arguments in ``text``.
+    """Return the positional and the keyword arguments in ``text``.
 
     :raises ValueError: if :func:`encode` cannot have written it.
     """

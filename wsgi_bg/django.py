@@ -1,8 +1,8 @@
 """``get_wsgi_application()``: Django's application, with background tasks.
 
-It replaces Django's function of that name in ``wsgi.py``. Django's test client calls no WSGI
-application: importing this module, or ``"wsgi_bg.django"`` in ``INSTALLED_APPS``, gives tasks
-to the requests of that client too.
+The function replaces Django's function of the same name in ``wsgi.py``. Django's test client
+calls no WSGI application. To give its requests background tasks too, import this module or
+put ``"wsgi_bg.django"`` into ``INSTALLED_APPS``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 
-# The options of the application that was made last; the test client's requests have them too.
+# The options of the latest application; requests of the test client have the same options.
 _options: dict[str, Any] = dict.fromkeys(
     ("runner", "run_on", "failed_from", "on_error", "stop_on_error", "hooks")
 )
@@ -60,9 +60,9 @@ def get_wsgi_application(
     stop_on_error: bool | None = None,
     hooks: Hooks | Sequence[Hooks] | None = None,
 ) -> BackgroundTasksMiddleware:
-    """Django's WSGI application inside the middleware; calls ``django.setup()``.
+    """Call ``django.setup()``; return Django's WSGI application inside the middleware.
 
-    A task has the language and the time zone of the place that added it. Django's
+    A task has the language and the time zone of the code that added the task. Django's
     ``close_old_connections()`` is called before and after each task, on the thread that runs
     the task, and for an ``async def`` task on the thread of ``sync_to_async``. A thread keeps
     a connection only for ``CONN_MAX_AGE`` seconds, by default not at all.
@@ -71,8 +71,8 @@ def get_wsgi_application(
     override them: ``WSGI_BG_RUNNER``, ``WSGI_BG_RUN_ON``, ``WSGI_BG_FAILED_FROM``,
     ``WSGI_BG_ON_ERROR``, ``WSGI_BG_STOP_ON_ERROR`` and ``WSGI_BG_HOOKS``.
 
-    :raises TypeError: if an option is of the wrong type.
-    :raises ValueError: if an option is a word that is not known, or a number out of range.
+    :raises TypeError: if an option has the wrong type.
+    :raises ValueError: if an option is an unknown word, or a number out of range.
     """
     application = wsgi.get_wsgi_application()
     _options.update(
@@ -89,7 +89,7 @@ def get_wsgi_application(
 def _configured(
     kind: type[BackgroundTasksMiddleware], application: Any, **overrides: Any
 ) -> BackgroundTasksMiddleware:
-    """A middleware with the options of the last application, the settings and ``overrides``."""
+    """Make a middleware: ``overrides`` win over the settings, these over ``_options``."""
     keys = {option: f"WSGI_BG_{option.upper()}" for option in _options}
     from_settings = {
         option: value
@@ -105,11 +105,11 @@ def _configured(
 
 
 class _Around:
-    """Around each task: closes database connections of the thread that runs the task."""
+    """Closes database connections before and after each task, on the task's thread."""
 
     @staticmethod
     def added(task: BackgroundTask) -> None:
-        """Separate the task's language from the view's, which asgiref 3.8 lets it share."""
+        """Separate the task's language from the view's, which asgiref 3.8 shares."""
         task._context = detached(copy_context())
 
     def __enter__(self) -> None:
@@ -117,7 +117,7 @@ class _Around:
 
     def __exit__(self, *exc_info: object) -> None:
         self._close_connections()
-        _call_safely(caches.close_all)  # the task's own
+        _call_safely(caches.close_all)  # the task's own caches
 
     def _close_connections(self) -> None:
         if _is_on_a_loop():
@@ -127,7 +127,7 @@ class _Around:
 
 
 class _AroundInTests(_Around):
-    """The same for the test client, whose thread keeps its transaction and its database."""
+    """For the test client: the test's thread keeps its connections and transaction."""
 
     def _close_connections(self) -> None:
         if _is_on_a_loop():
@@ -143,9 +143,9 @@ def _is_on_a_loop() -> bool:
 
 
 def _call_on_asgirefs_thread(close: Callable[[], object]) -> None:
-    """Call ``close`` before or after the queries of an async task; does not wait for that.
+    """Queue ``close`` before or after the queries of an async task; does not block.
 
-    ``sync_to_async`` makes them on that thread, which makes its calls in order.
+    ``sync_to_async`` makes the queries on asgiref's thread, which makes its calls in order.
     """
     with suppress(RuntimeError):  # the interpreter exits, and the thread has ended
         SyncToAsync.single_thread_executor.submit(_call_safely, close)
@@ -164,8 +164,8 @@ class _Middleware(BackgroundTasksMiddleware):
     _around = _Around
 
 
-# The test client. It makes an environ, sends request_started and request_finished as a server
-# would, and calls Django's handler itself. Between the two signals a request of ours is open.
+# The test client makes an environ, sends request_started and request_finished as a server
+# would, and calls Django's handler itself. Between the two signals a _Visit is open.
 
 
 class _MiddlewareInTests(BackgroundTasksMiddleware):
@@ -177,8 +177,9 @@ class _MiddlewareInTests(BackgroundTasksMiddleware):
 class _ClientTasks(View):
     """The tasks of a request of the test client.
 
-    ``TestCase.captureOnCommitCallbacks(execute=True)`` makes the calls of ``on_commit`` when
-    the response has been closed and the tasks have run. A task added then runs at once.
+    ``TestCase.captureOnCommitCallbacks(execute=True)`` calls the ``on_commit`` callbacks
+    after the response has been closed and the tasks have run. A task that such a callback
+    adds runs at once.
     """
 
     __slots__ = ("_request",)
@@ -204,14 +205,14 @@ class _ClientTasks(View):
 class _ClientRequest:
     """A request to a middleware whose application is Django's test client.
 
-    :param environ: the test client's.
-    :param enter: called with the tasks, in the application.
+    :param environ: the test client's environ.
+    :param enter: the application calls it with the request's tasks.
     """
 
     def __init__(
         self, environ: WSGIEnvironment, enter: Callable[[BackgroundTasks], object]
     ) -> None:
-        # A response to HEAD may be closed before it was read; this one must stay open.
+        # A response to HEAD may be closed before it is read, but this response must stay open.
         self.environ = {**environ, "REQUEST_METHOD": "GET"}
         self.environ.pop(ENVIRON_KEY, None)
         self._enter = enter
@@ -228,7 +229,7 @@ class _ClientRequest:
         yield b""
 
     def finish(self, status: str) -> None:
-        """End the request: its tasks run here, on the thread of the test."""
+        """End the request and run its tasks on this thread, which is the test's."""
         self._status = status
         try:
             for _ in self._body:
@@ -259,14 +260,14 @@ class _Visit(_ClientRequest):
         super().finish(status)
 
     def leave(self) -> None:
-        """Let ``background_tasks`` have the value that it had before the request."""
+        """Give ``background_tasks`` the value from before the request."""
         if current.get(None) is self.tasks:
             with suppress(ValueError):  # the response was closed in a copied context
                 current.reset(self._token)
 
 
 def _awaits_commit() -> bool:
-    """True if the current transaction has callbacks for its end."""
+    """True if the current transaction has ``on_commit`` callbacks."""
     return any(each.run_on_commit for each in connections.all(initialized_only=True))
 
 
@@ -282,14 +283,14 @@ def _on_started(sender: Any, environ: WSGIEnvironment | None = None, **_: object
 
 
 def _on_exception(request: Any, **_: object) -> None:
-    if settings.DEBUG_PROPAGATE_EXCEPTIONS:  # else there is a response, which is closed
+    if settings.DEBUG_PROPAGATE_EXCEPTIONS:  # else Django makes a response and closes it
         _finish(request, "500 Internal Server Error")
 
 
 def _on_finished(sender: Any, **_: object) -> None:
-    if sender is not None:  # a server's handler: its responses have the middleware
+    if sender is not None:  # sent by a server's handler, whose responses have the middleware
         return
-    # The signal does not have the response. It is sent by the response's own method.
+    # The signal does not carry the response, but the response's own method sends the signal.
     frame = inspect.currentframe()
     while frame is not None:
         response = frame.f_locals.get("self")
@@ -307,7 +308,8 @@ def _finish(request: Any, status: str) -> None:
     try:
         visit.finish(status)
     except BaseException:  # an error that the pytest fixture raises
-        # The test client has disconnected this, and connects it after a close() that returns.
+        # The test client disconnects this receiver and connects it again after close(), unless
+        # close() raises.
         signals.request_finished.connect(close_old_connections)
         raise
 

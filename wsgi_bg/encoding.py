@@ -1,11 +1,11 @@
-"""The arguments of a registered function as text, for a worker to read.
+"""Encodes the arguments of a registered function as text for a worker.
 
-JSON, with ``{"$bytes": ...}`` and the like for what JSON has not. A worker gets back the
-same values of the same types (:mod:`wsgi_bg.decoding`); what would come back as something
-else is refused when it is written.
+The text is JSON, with ``{"$bytes": ...}`` and the like for types that JSON lacks. A worker
+gets back equal values of the same types (:mod:`wsgi_bg.decoding`). The encoder refuses a
+value that would change on the way.
 
-The text is one string in Celery's message, since kombu would turn a dictionary that looks
-like its own mark for a special type (``__type__``) into that type.
+Celery's message carries the text as one string, since kombu would turn a dictionary with its
+own mark for special types (``__type__``) into an object of such a type.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from zoneinfo import ZoneInfo
 from .exceptions import ArgumentError
 
 VERSION = 1
-"""Stands first in each text; a worker refuses one that it does not know."""
+"""The first item of each text; a worker refuses a text of an unknown version."""
 
 MAX_DEPTH = 100
-"""How deep lists and dictionaries may be nested."""
+"""The greatest nesting depth of lists and dictionaries."""
 
 MARK = "$"
-"""How the keys begin that say the type of a value that JSON has not."""
+"""The first character of keys that name a type that JSON lacks."""
 
 _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
-_SMALL = 2**63  # what is larger goes as hexadecimal: Python limits the digits of decimals
+_SMALL = 2**63  # larger numbers are sent in hexadecimal: Python limits decimal digits
 MICROSECOND = timedelta(microseconds=1)
 _dumps = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
 
 class _RefusedError(Exception):
-    """A value cannot be sent; ``path`` is where it stands, from the argument on."""
+    """A value cannot be sent; ``path`` leads from the argument to the value."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -50,10 +50,10 @@ class _RefusedError(Exception):
 def encode(
     name: str, signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> str:
-    """The arguments of one call as text, in ASCII.
+    """Encode the arguments of one call as ASCII text.
 
-    :raises TypeError: if the function cannot be called so, or an argument cannot be sent;
-        says which and why, and never what is in it.
+    :raises TypeError: if the function does not accept the arguments, or an argument cannot
+        be sent. The message names the argument and the reason, never the value.
     """
     try:
         signature.bind(*args, **kwargs)
@@ -63,7 +63,7 @@ def encode(
     named: dict[str, Any] = {}
     argument: int | str = 0
     try:
-        for argument, value in enumerate(args):  # noqa: B007  # it names what is refused
+        for argument, value in enumerate(args):  # noqa: B007  # for the error below
             packed.append(_pack(value))
         for argument, value in kwargs.items():
             named[_text(argument)] = _pack(value)
@@ -74,7 +74,7 @@ def encode(
 
 
 def _positional(signature: Signature, index: int) -> str:
-    """The parameter that takes the positional argument: there is one, or bind() fails."""
+    """Name the parameter of a positional argument; bind() has checked that it exists."""
     parameters = signature.parameters.values()
     names = [each.name for each in parameters if each.kind in _POSITIONAL]
     if index < len(names):
@@ -116,7 +116,7 @@ def _pack_list(values: list[Any], depth: int) -> list[Any]:
     packed: list[Any] = []
     try:
         for value in values:
-            packed.append(_pack(value, depth + 1))  # its length is the path
+            packed.append(_pack(value, depth + 1))  # len(packed) is the index in the path
     except _RefusedError as exc:
         exc.path = f"[{len(packed)}]{exc.path}"
         raise
@@ -139,7 +139,7 @@ def _pack_dict(values: dict[Any, Any], depth: int) -> dict[str, Any]:
 
 
 def _escape(packed: dict[str, Any]) -> dict[str, Any]:
-    """A dictionary that cannot be taken for one of the special types."""
+    """Return a dictionary that the decoder cannot mistake for a special type."""
     if any(key.startswith(MARK) for key in packed):
         return {"$dict": [[key, value] for key, value in packed.items()]}
     return packed
@@ -168,7 +168,7 @@ def _pack_zone(zone: Any) -> str | int | None:
         return zone.key
     if type(zone) is timezone:
         offset = zone.utcoffset(None)
-        if repr(zone) == repr(timezone(offset)):  # or it has a name of its own
+        if repr(zone) == repr(timezone(offset)):  # else the zone has a name
             return offset // MICROSECOND
     raise _RefusedError(
         "its time zone is neither a ZoneInfo with a key nor a timezone without a name"

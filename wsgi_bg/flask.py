@@ -1,7 +1,8 @@
 """``Background``: the Flask extension.
 
-It wraps ``app.wsgi_app`` in the middleware, hands the request's ``BackgroundTasks`` to the
-views that ask for it, and runs each task in an application context of its own.
+``Background`` wraps ``app.wsgi_app`` in the middleware, injects the request's
+``BackgroundTasks`` into the views that ask for it, and runs each task in a fresh application
+context.
 """
 
 from __future__ import annotations
@@ -27,25 +28,26 @@ if TYPE_CHECKING:
     from .options import OnError, RunOn
     from .runners import Runner
 
-# The name in app.extensions.
+# The extension's key in app.extensions.
 _NAME = "wsgi_bg"
 
 
 class Background:
-    """Background tasks for a Flask application: nothing else is to be installed.
+    """Background tasks for a Flask application, without further middleware or setup.
 
-    A view with a parameter annotated ``BackgroundTasks`` gets the request's object, whatever
+    A view parameter annotated ``BackgroundTasks`` receives the request's object, whatever
     the parameter's name. A task runs in a fresh application context: ``current_app`` works,
-    ``g`` is the task's own, and ``teardown_appcontext`` functions are called when it ends,
-    on the thread that runs it.
+    ``g`` is the task's own, and ``teardown_appcontext`` functions are called when the task
+    ends, on the thread that runs the task.
 
     The options are those of :class:`~wsgi_bg.BackgroundTasksMiddleware`. :meth:`init_app`
-    reads each of them from ``app.config`` too, under its name in capitals with ``WSGI_BG_``
-    before it: ``WSGI_BG_RUNNER``, ``WSGI_BG_RUN_ON``. The configuration wins over the code.
+    also reads each option from ``app.config``, under the option's name in capitals with the
+    prefix ``WSGI_BG_``: ``WSGI_BG_RUNNER``, ``WSGI_BG_RUN_ON``. The configuration overrides
+    the code.
 
-    :param app: the application; without it call :meth:`init_app`, for as many as you like.
-    :raises TypeError: if ``app`` is no Flask application, or an option of the wrong type.
-    :raises ValueError: if an option is a word that is not known, or a number out of range.
+    :param app: the application; if omitted, call :meth:`init_app` for each application.
+    :raises TypeError: if ``app`` is no Flask application, or an option has the wrong type.
+    :raises ValueError: if an option is an unknown word, or a number out of range.
     :raises RuntimeError: if ``app`` has the extension already.
     """
 
@@ -72,9 +74,9 @@ class Background:
             self.init_app(app)
 
     def init_app(self, app: Flask) -> None:
-        """Install the middleware around ``app.wsgi_app``; before the first request.
+        """Install the middleware around ``app.wsgi_app``; call it before the first request.
 
-        What wraps ``app.wsgi_app`` later is further out: see the README on that.
+        Middleware that wraps ``app.wsgi_app`` later is further out: see the README.
 
         :raises TypeError: as the constructor does.
         :raises ValueError: as the constructor does.
@@ -96,7 +98,7 @@ class Background:
 
 
 class _Middleware(BackgroundTasksMiddleware):
-    """The middleware of one application, in whose contexts the tasks run."""
+    """The middleware of a Flask application; tasks run in the application's contexts."""
 
     def __init__(self, app: Flask, **options: Any) -> None:
         self._around = app.app_context
@@ -108,7 +110,7 @@ class _Middleware(BackgroundTasksMiddleware):
     def _handle_first(
         self, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
-        # Flask takes no more views once it has begun its first request.
+        # Flask accepts no more views after the first request has begun.
         with self._views_lock:
             if not self._views_are_ready:
                 grant_wishes(self._flask_app)

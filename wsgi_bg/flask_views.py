@@ -1,9 +1,9 @@
-"""What the views of a Flask application want, and how they get it.
+"""Injects the request's ``BackgroundTasks`` into the views of a Flask application.
 
-A view that asks for the request's ``BackgroundTasks`` is replaced in ``app.view_functions``
-by one that is given it; the others stay, and cost nothing. (One of Flask's URL value
-preprocessors could add the argument too. It adds 5 % to each request, and the object to
-``request.view_args``, where others find it.)
+A view that asks for the object is replaced in ``app.view_functions`` by a wrapper that
+injects the object. All other views stay as they are, and cost nothing. (A URL value
+preprocessor of Flask could inject the argument too, but costs each request 5 % and shows the
+object to all readers of ``request.view_args``.)
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from .exceptions import InjectionError
 from .injection import filling
 from .wishes import Wish, wishes_of
 
-# For what handles all methods: a function, or the dispatch_request of a class.
+# The key of a handler for all methods: a function, or the dispatch_request of a class.
 _ANY = ""
 
 
 def grant_wishes(app: Flask) -> None:
-    """Have all views of ``app`` given what they ask for; called once, when all are there.
+    """Wrap the views of ``app`` that have injected parameters.
 
-    A view that asks in a way that cannot be met raises :exc:`InjectionError` when it is
-    called.
+    Call this once, after all views are registered. A view whose parameter cannot be injected
+    raises :exc:`InjectionError` when it is called.
     """
     views: dict[str, Any] = app.view_functions
     of_urls: dict[str, set[str]] = {}
@@ -53,13 +53,13 @@ def grant_wishes(app: Flask) -> None:
 def _raising(view: Callable[..., Any], exc: InjectionError) -> Callable[..., Any]:
     @functools.wraps(view)
     def refused(**values: Any) -> Any:
-        raise exc.with_traceback(None)  # or each call would lengthen it
+        raise exc.with_traceback(None)  # else each call would lengthen the traceback
 
     return refused
 
 
 def _handlers_of(view: Any) -> dict[str, Callable[..., Any]]:
-    """The functions that have a view's parameters, by the method that they handle."""
+    """Return the functions that take a view's arguments, by the HTTP method they handle."""
     view_class = getattr(view, "view_class", None)
     if not isinstance(view_class, type) or not issubclass(view_class, View):
         return {_ANY: view}  # a mock has any attribute
@@ -107,15 +107,15 @@ def _wishes_of(
 
 
 def _reaches(handler: Callable[..., Any], view: Callable[..., Any], name: str) -> bool:
-    """Whether ``name`` gets through to a function: a decorator may give it its own."""
+    """True if the argument ``name`` reaches ``handler``: a decorator may not pass it on."""
     return _takes(view, name) and _takes(handler, name)
 
 
 def _takes(func: Callable[..., Any], name: str) -> bool:
-    """Whether ``func``, its decorators included, can be called with ``name``."""
+    """True if ``func``, including its decorators, can be called with ``name``."""
     try:
         parameters = inspect.signature(func, follow_wrapped=False).parameters
-    except (TypeError, ValueError):  # functools.cache, in C, does not say; what it wraps does
+    except (TypeError, ValueError):  # functools.cache, in C, has no signature
         return True
     return name in parameters or any(
         parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()

@@ -1,4 +1,4 @@
-"""Sends messages to Celery's broker, within a bounded time whatever its transport does."""
+"""Sends messages to Celery's broker; no caller waits longer than the publish timeout."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .exceptions import PublishError
 from .workers import Workers
 
 CONNECTIONS = 8
-"""How many messages are sent at the same time, each on a connection of its own."""
+"""The most messages that are sent at the same time, each on a separate connection."""
 
-# Once more on a new connection: that of an idle process may be dead. No more: there is
-# publish_timeout, and a retry may send a message twice.
+# Retry once, on a new connection, because an idle process's connection may be dead. Do not
+# retry more: publish_timeout limits the time, and a retry may send a message twice.
 _RETRY = {"max_retries": 1, "interval_start": 0, "interval_step": 0.05, "interval_max": 0.05}
 
 
 class Message:
-    """One call, as it was when the task was added."""
+    """A registered task's call, encoded when the task was added."""
 
     __slots__ = ("headers", "name", "options", "text")
 
@@ -39,33 +39,34 @@ class Message:
 
 
 class Publisher:
-    """The connections of one process to one broker.
+    """A process's connections to one broker.
 
-    Each message is sent on a daemon thread, which a transport may block for as long as it
-    likes: whoever waits for it does so for ``timeout`` seconds at most.
+    Each message is sent on a daemon thread, because a transport may block without a limit.
+    :meth:`publish` waits for that thread for ``timeout`` seconds at most.
     """
 
     def __init__(self, app: Celery, timeout: float) -> None:
         self._app = app
         self._timeout = timeout
         self._threads: Workers[_Job] = Workers(self._work, CONNECTIONS, "wsgi_bg-publish")
-        self._idle: list[Producer] = []  # the last one put back is the next one taken
+        self._idle: list[Producer] = []  # a stack: last in, first out
         self._silent_until = 0.0
 
     def publish(self, message: Message) -> None:
-        """Send it; blocks until the broker has it.
+        """Send a message; blocks until the broker has the message, or the timeout.
 
-        Where the broker did not answer in time, others are not made to wait for it as
-        well: for as long again it is not asked.
+        After a timeout, calls raise at once for another ``timeout`` seconds, so that not
+        every task waits for a silent broker.
 
-        :raises PublishError: if it was not sent, or perhaps was and no answer came.
+        :raises PublishError: if the message was not sent, or was perhaps sent but the broker
+            did not answer.
         """
         if monotonic() < self._silent_until:
             raise PublishError(message.name, "the broker has not answered others in time")
         job = _Job(message)
         if not self._threads.submit(job):
             raise PublishError(message.name, "no thread can be had")
-        # Where both come in one moment, the one that settles it first is right.
+        # If the answer and the timeout coincide, whichever calls settle() first wins.
         if not job.is_done.acquire(timeout=self._timeout) and job.settle():
             self._silent_until = monotonic() + self._timeout
             raise PublishError(
@@ -76,19 +77,19 @@ class Publisher:
             raise PublishError(message.name, reason) from job.error
 
     def _work(self, job: _Job) -> None:
-        """On a thread of its own: send one message."""
+        """Send the message of ``job``; runs on a thread of this publisher."""
         if job.is_settled:
             return
         producer = None
         try:
             producer = self._take_idle() or self._connect()
-            # Celery's signals see what is set where the task was added: a span, an id.
+            # Receivers of Celery's signals read the context of add_task(): a span, an id.
             job.context.run(self._send, producer, job.message)
         except BaseException as exc:
             job.error = exc
             job.settle()
             job.is_done.release()
-            del job  # or the error holds itself, by this frame
+            del job  # else the error would refer to itself through this frame
             if producer is not None:
                 with suppress(Exception):
                     producer.connection.release()
@@ -111,9 +112,9 @@ class Publisher:
 
     def _connect(self) -> Producer:
         app, timeout = self._app, self._timeout
-        # What the application has set itself comes last.
+        # The application's own options come last, so they win.
         options = {**_RETRY, "connect_retries_timeout": timeout}
-        # Twice as long: whoever waits is to learn first that there was no answer.
+        # Twice the timeout, so that publish() times out before the socket does.
         options |= _for_transport(app.connection_for_write().transport_cls, 2 * timeout)
         options |= app.conf.broker_transport_options
         connection = app.connection_for_write(transport_options=options, heartbeat=0)
@@ -133,7 +134,7 @@ class Publisher:
 
 
 class _Job:
-    """A message and the one who waits for it."""
+    """A message, its result, and the lock that :meth:`Publisher.publish` waits for."""
 
     __slots__ = ("_is_open", "context", "error", "is_done", "message")
 
@@ -146,7 +147,10 @@ class _Job:
         self.is_done.acquire()
 
     def settle(self) -> bool:
-        """Say how it ended, sent or left: True for who is first, as deleting is one step."""
+        """Decide whether the job was sent or timed out.
+
+        :return: True for the first caller only: deleting an attribute is atomic.
+        """
         try:
             del self._is_open
         except AttributeError:
@@ -159,10 +163,10 @@ class _Job:
 
 
 def _for_transport(name: str, timeout: float) -> dict[str, Any]:
-    """What frees a thread from a broker that does not answer, where that can be set."""
+    """Return a transport's timeout options, which free a thread from a silent broker."""
     if name in ("redis", "rediss", "sentinel"):
         return {"socket_timeout": timeout, "socket_connect_timeout": timeout}
     if name in ("amqp", "amqps", "pyamqp"):
-        # Without it RabbitMQ says nothing, and a message may be lost on the way.
+        # Without confirm_publish RabbitMQ does not answer, and messages may be lost.
         return {"confirm_publish": True, "read_timeout": timeout, "write_timeout": timeout}
     return {}

@@ -1,9 +1,10 @@
 """The pytest plugin: the fixture ``background_tasks``, its marker and its ini option.
 
-pytest loads it by its entry point; ``-p no:wsgi_bg`` turns it off. To annotate the fixture
-import :class:`TaskRecorder` from here.
+pytest loads the plugin by its entry point; ``-p no:wsgi_bg`` turns the plugin off. To
+annotate the fixture import :class:`TaskRecorder` from here.
 
-Each run of pytest imports this module, so tests with the fixture import what it needs.
+Every run of pytest imports this module, so it imports :mod:`wsgi_bg.testing.recording` only
+for tests that use the fixture.
 """
 
 from __future__ import annotations
@@ -55,26 +56,26 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"the ini option {_INI} must be {_WORDS}; got {mode!r}")
 
 
-@pytest.hookimpl(trylast=True)  # after what deselects tests
+@pytest.hookimpl(trylast=True)  # after hooks that deselect tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker(_MARKER) is not None:
-            if not hasattr(item.config, "workerinput"):  # xdist's crash then
-                _mode_of(item)  # now, for one error before the first test
+            if not hasattr(item.config, "workerinput"):  # a UsageError crashes xdist's workers
+                _mode_of(item)  # check now: one error before the first test
             names: list[str] = getattr(item, "fixturenames", [])
-            # First, for the requests of other fixtures and of setup_method(). A new list:
-            # the parameters of one function share theirs.
+            # The fixture comes first, to see requests of other fixtures and setup_method().
+            # A new list, since the variants of a parametrized test share the old list.
             others = [name for name in names if name != _FIXTURE]
             item.fixturenames = [_FIXTURE, *others]  # type: ignore[attr-defined]
         if _FIXTURE in getattr(item, "fixturenames", []):
-            # Now, as some tests stop the time or replace parts of the standard library.
+            # Import now: some tests freeze the time or patch the standard library.
             from .testing import recording  # noqa: F401
 
 
 def _mode_of(item: pytest.Item) -> Mode:
-    """The mode that the closest marker says, or the ini option.
+    """Return the mode of the closest marker, or else of the ini option.
 
-    :raises pytest.UsageError: if the marker was given anything but a mode.
+    :raises pytest.UsageError: if the marker's arguments are not just a valid mode.
     """
     ini: Mode = item.config.getini(_INI)
     marker = item.get_closest_marker(_MARKER)
@@ -95,11 +96,11 @@ def _mode_of(item: pytest.Item) -> Mode:
 def background_tasks(request: pytest.FixtureRequest) -> Iterator[TaskRecorder]:
     """The background tasks that the code under test adds to wsgi_bg.
 
-    Mode "record" runs none: see .tasks, .assert_added(func, *args, **kwargs),
-    .assert_none() and .run(). Mode "run" runs them when the response is closed and raises
-    their errors in the test. Mode "real" leaves them to the application's runner: see
-    .join(timeout). Test clients' responses are closed for you. An error of a task that the
-    test does not look at (.errors) fails it in its teardown.
+    Mode "record" runs no task: see .tasks, .assert_added(func, *args, **kwargs),
+    .assert_none() and .run(). Mode "run" runs the tasks when the response is closed and
+    raises their errors in the test. Mode "real" submits the tasks to the application's
+    runner: see .join(timeout). The fixture closes the responses of test clients. If a task
+    raises and the test does not read .errors, the test fails in its teardown.
     """
     from .testing.recording import TaskRecorder
 

@@ -1,6 +1,6 @@
-"""What stands behind the pytest plugin's fixture. Imports no pytest.
+"""The implementation of the pytest plugin's fixture. Imports no pytest.
 
-Each run of pytest imports this module; tests with the fixture import the others.
+Every run of pytest imports this module; only tests with the fixture import its submodules.
 """
 
 from typing import Literal

@@ -1,4 +1,4 @@
-"""What the tasks of one test have raised, and whether the test has looked at it."""
+"""Collects the errors of one test's tasks, and notes which errors the test has read."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class _Failure:
 
 
 class Failures:
-    """Errors in the order in which they came. From any thread; nothing blocks for long."""
+    """Errors in the order in which tasks raised them. For any thread; never blocks long."""
 
     def __init__(self) -> None:
         self._lock = Lock()
         self._failures: list[_Failure] = []
 
     def add(self, task: BackgroundTask, error: BaseException) -> None:
-        """The task has raised ``error``."""
+        """Note that ``task`` has raised ``error``."""
         with self._lock:
             self._failures.append(_Failure(task, error))
 
     def look(self) -> list[BaseException]:
-        """All errors so far; they have been looked at then."""
+        """Return all errors so far, and mark them as read by the test."""
         with self._lock:
             for failure in self._failures:
                 failure.is_seen = True
@@ -42,9 +42,9 @@ class Failures:
     def raise_first(
         self, is_meant: Callable[[BackgroundTask], bool] = lambda task: True
     ) -> None:
-        """Raise the first error that no one has looked at.
+        """Raise the first error that the test has not read.
 
-        :param is_meant: whether the errors of a task are; all are, without.
+        :param is_meant: returns True for tasks whose errors are to be raised; default: all.
         """
         __tracebackhide__ = True
         with self._lock:
@@ -54,15 +54,17 @@ class Failures:
                     raise failure.error
 
     def raise_all(self) -> None:
-        """Raise what no one has looked at: one error as it is, several by name.
+        """Raise the errors that the test has not read.
 
-        :raises RuntimeError: if there are several.
+        A single error is raised unchanged.
+
+        :raises RuntimeError: if there are several errors; the message names them.
         """
         __tracebackhide__ = True
         with self._lock:
             unseen = [failure for failure in self._failures if not failure.is_seen]
         if len(unseen) > 1:
-            # No ExceptionGroup: the log has each traceback already.
+            # No ExceptionGroup: the log already has each traceback.
             names = ", ".join(f"{each.task.name}: {each.error!r}" for each in unseen)
             raise RuntimeError(
                 f"{len(unseen)} background tasks raised what the test did not look at: {names}"

@@ -1,4 +1,4 @@
-"""``TaskRecorder``: what the pytest fixture ``background_tasks`` is. Imports no pytest."""
+"""``TaskRecorder``: the value of the fixture ``background_tasks``. Imports no pytest."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _short.maxstring = _short.maxother = 200
 class RecordedTask:
     """A task that the code under test has added.
 
-    :ivar func: what it calls.
-    :ivar args: its positional arguments.
-    :ivar kwargs: its keyword arguments.
-    :ivar path: the path of the request that has added it.
+    :ivar func: the function.
+    :ivar args: the positional arguments.
+    :ivar kwargs: the keyword arguments.
+    :ivar path: the path of the request that has added the task.
     :ivar name: ``module.qualname`` of the function.
     """
 
@@ -43,11 +43,11 @@ class RecordedTask:
 
 
 class TaskRecorder:
-    """The background tasks of one test: what the fixture ``background_tasks`` is.
+    """The background tasks of one test; the value of the fixture ``background_tasks``.
 
-    Tasks that the outcome of their request keeps from running (``run_on``) are not among
-    them. Each method and attribute first closes the streams that the test client has not
-    read to their end. All may be used from any thread.
+    Tasks that are skipped because of their request's outcome (``run_on``) do not count. Each
+    method and attribute first closes the streams that the test client has not read to their
+    end. All may be used from any thread.
 
     :ivar mode: ``"record"``, ``"run"`` or ``"real"``.
     """
@@ -58,13 +58,13 @@ class TaskRecorder:
 
     @property
     def tasks(self) -> list[RecordedTask]:
-        """The tasks, those that have run included; requests in the order of their end."""
+        """All tasks, including finished tasks, in the order in which their requests ended."""
         self._watch.close_streams()
         return [_recorded(task, path) for task, path in self._watch.added()]
 
     @property
     def errors(self) -> list[BaseException]:
-        """What the tasks have raised so far. To read it is to have looked at all of them."""
+        """The tasks' errors so far. Reading this attribute marks all these errors as read."""
         self._watch.close_streams()
         return self._watch.failures.look()
 
@@ -73,13 +73,13 @@ class TaskRecorder:
     ) -> None:
         """Check that ``add_task(func, *args, **kwargs)`` was called, with these arguments.
 
-        They are compared by ``==``: :data:`unittest.mock.ANY` stands for any one.
+        Arguments are compared by ``==``: :data:`unittest.mock.ANY` equals any argument.
 
-        :raises AssertionError: if it was not; the message has what was.
+        :raises AssertionError: if no such task was added; the message lists the added tasks.
         """
         __tracebackhide__ = True
         tasks = self.tasks
-        wanted = (func, args, kwargs)  # on the left, for an ANY in it to be asked first
+        wanted = (func, args, kwargs)  # on the left, so that ANY's == is tried first
         if not any(wanted == (task.func, task.args, task.kwargs) for task in tasks):
             call = format_call(name_of(func), args, kwargs)
             raise AssertionError(f"{call} was not added; {self._describe(tasks)}")
@@ -87,7 +87,7 @@ class TaskRecorder:
     def assert_none(self) -> None:
         """Check that no task was added.
 
-        :raises AssertionError: if one was; the message has them all.
+        :raises AssertionError: if a task was added; the message lists all added tasks.
         """
         __tracebackhide__ = True
         tasks = self.tasks
@@ -95,13 +95,13 @@ class TaskRecorder:
             raise AssertionError(f"no task was expected; {self._describe(tasks)}")
 
     def run(self) -> None:
-        """Run the recorded tasks that have not run, now, with what they add; blocks.
+        """Run the recorded tasks that have not run, and any tasks that they add; blocks.
 
-        In the order of :attr:`tasks`, each in the context variables of where it was added,
-        plain functions on the calling thread.
+        The tasks run in the order of :attr:`tasks`, each in the context of its ``add_task``
+        call; plain functions run on the calling thread.
 
-        :raises BaseException: the first error that no one has looked at, after all have
-            run. The others are logged, and are in :attr:`errors`.
+        :raises BaseException: after all tasks have run, the first error that the test has
+            not read. All errors are logged, and are in :attr:`errors`.
         """
         __tracebackhide__ = True
         self._watch.close_streams()
@@ -109,14 +109,15 @@ class TaskRecorder:
         self._watch.failures.raise_first()
 
     def join(self, timeout: float = TEARDOWN_TIMEOUT) -> None:
-        """Wait until each response was closed and its tasks have run; blocks.
+        """Wait until all responses are closed and their tasks have run; blocks.
 
-        On a server call it before you look at the tasks: a client may have its response
-        before the server closes that. In mode ``"record"`` it waits for no task.
+        With a real server call this method before you read the tasks: a client may have its
+        response before the server closes the response. In mode ``"record"`` this method
+        waits for responses only.
 
         :param timeout: seconds to wait at most.
-        :raises TimeoutError: if something was not finished by then; it is named.
-        :raises BaseException: else, the first error that no one has looked at.
+        :raises TimeoutError: if a response or task is unfinished; the message names each.
+        :raises BaseException: else, the first error that the test has not read.
         """
         __tracebackhide__ = True
         self._watch.close_streams()
@@ -144,7 +145,7 @@ def _lines(tasks: list[RecordedTask]) -> str:
 
 
 def format_call(name: str, args: Iterable[Any], kwargs: Mapping[str, Any]) -> str:
-    """A call as it is written, with long arguments shortened."""
+    """Format a call as in source code, with long arguments shortened."""
     given = [_short.repr(arg) for arg in args]
     given += [f"{key}={_short.repr(value)}" for key, value in kwargs.items()]
     return f"{name}({', '.join(given)})"

@@ -1,8 +1,8 @@
-"""The responses of test clients, which leave them open.
+"""Closes responses for test clients, which do not call ``close()``.
 
-Flask's and Werkzeug's clients call ``close()`` only if they are told to, and no task would
-run. So while the pytest fixture is in use, what ``BackgroundTasksMiddleware`` gives to a
-test client was read and closed before, or closes itself when it was read.
+Flask's and Werkzeug's clients call ``close()`` only on request, and without ``close()`` no
+task runs. So while the pytest fixture is in use, a test client gets a response that is
+already read and closed, or a :class:`Stream`, which closes itself at its end.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from wsgi_bg.servers import BODYLESS
 
 
 def is_finite(body: Body) -> bool:
-    """Whether a response may be read to its end before the client has asked for it."""
+    """True if a response may be read to its end before the client reads the response."""
     environ, tasks = body._environ, body._tasks
     if isinstance(body, SizedBody) or environ.get("REQUEST_METHOD") == "HEAD":
         return True
     if "paste.testing" in environ:
-        return True  # WebTest reads every response, and there drops a TypeError
+        return True  # WebTest reads every response, and drops a TypeError meanwhile
     if getattr(tasks, "_status", "").startswith(BODYLESS):
         return True
     return any(name.lower() == "content-length" for name, _ in getattr(tasks, "_headers", ()))
 
 
 def read(body: Body, chunks: Iterator[bytes]) -> tuple[Iterable[bytes], bool]:
-    """Read what is left of a response and close it.
+    """Read the remaining chunks of a response and close the response.
 
-    :param chunks: what the iteration over ``body`` has still to give.
-    :return: the chunks, and whether they are all: if the application has raised, they are
-        an iterator that raises the same at the same place.
-    :raises BaseException: what the application's ``close()`` raises.
+    :param chunks: the unfinished iteration over ``body``.
+    :return: the chunks and True; if the application raised, an iterator over the chunks that
+        raises the same error at the same place, and False.
+    :raises BaseException: the error of the application's ``close()``.
     """
     seen: list[bytes] = []
     try:
-        # No list(chunks): what came before an error is kept.
+        # Not list(chunks), which would lose the chunks before an error.
         for chunk in chunks:
             seen.append(chunk)
     except Exception as exc:
@@ -51,11 +51,11 @@ def _replay(chunks: list[bytes], exc: Exception) -> Iterator[bytes]:
 
 
 def _nothing() -> None:
-    """Nothing is to be told any more."""
+    """Do nothing: the callback of a stream that has already called its ``on_close``."""
 
 
 def _not_the_end(call: Callable[[], None]) -> None:
-    """Make a call within ``__next__``, where a task's ``StopIteration`` would be the end."""
+    """Make a call within ``__next__``: a task's ``StopIteration`` must not end the stream."""
     try:
         call()
     except StopIteration as exc:
@@ -66,8 +66,8 @@ class Stream:
     """A response of unknown length, which closes itself at its end.
 
     :param body: the response.
-    :param on_close: called after it was closed for its end or by the client, on that
-        thread; what it raises goes to the client.
+    :param on_close: called after the end of the stream, or the client, has closed the
+        stream, on the same thread; an error of ``on_close`` is raised to the client.
     """
 
     def __init__(self, body: Body, on_close: Callable[[], None]) -> None:
@@ -93,12 +93,12 @@ class Stream:
             _not_the_end(self.close)
             raise
         except BaseException:
-            self._on_close = _nothing  # the client gets this error, and no other after it
+            self._on_close = _nothing  # raise no second error to the client
             self._close()
             raise
 
     def _first(self) -> bytes:
-        """The first chunk, for which an application may at last call ``start_response``."""
+        """Return the first chunk, before which the application must call start_response."""
         self._chunks = iter(self._body)
         chunk = next(self)
         if is_finite(self._body):
@@ -111,9 +111,9 @@ class Stream:
         return chunk
 
     def close(self) -> None:
-        """The client closes it, or has read it.
+        """Close the stream; the client calls this, or the end of the stream.
 
-        :raises BaseException: what the application's ``close()`` raises, or ``on_close``.
+        :raises BaseException: the error of the application's ``close()``, or of ``on_close``.
         """
         on_close, self._on_close = self._on_close, _nothing  # once: a client closes twice
         self._close()
@@ -124,9 +124,9 @@ class Stream:
         self._body.close()
 
     def cut(self) -> None:
-        """Close it if the client has not; on any thread.
+        """Close the stream if the client has not; on any thread.
 
-        :raises BaseException: what the application's ``close()`` raises.
+        :raises BaseException: the error of the application's ``close()``.
         """
         self._is_cut = not self._is_over
         self._close()

@@ -1,4 +1,4 @@
-"""The requests of one test, as the pytest fixture sees them."""
+"""Records the requests of one test for the pytest fixture."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class TaskList(list["BackgroundTask"]):
     """The list of a request's tasks, which a batch empties.
 
-    :ivar everything: all tasks that were ever in it.
+    :ivar everything: all tasks that were ever in the list.
     """
 
     def __init__(self) -> None:
@@ -31,11 +31,11 @@ class TaskList(list["BackgroundTask"]):
 
 
 class Visit:
-    """One request that came while the fixture was in use.
+    """A request that began while the fixture was in use.
 
-    :ivar path: what its URL's path was, the part that the server has taken off included.
-    :ivar batch: its tasks, once its response was closed; None before, and where it had none.
-    :ivar is_done: whether the last task of the batch is done.
+    :ivar path: the path of the request's URL, including ``SCRIPT_NAME``.
+    :ivar batch: the request's batch; None before its response is closed, or without tasks.
+    :ivar is_done: True if the last task of the batch is done.
     """
 
     def __init__(self, environ: WSGIEnvironment) -> None:
@@ -50,38 +50,38 @@ class Visit:
 
     @property
     def tasks(self) -> BackgroundTasks | None:
-        """The request's object; None before it is made."""
+        """The request's ``BackgroundTasks``; None before the middleware makes the object."""
         if self._environ is None:
             return self._tasks
         tasks = self._environ.get(ENVIRON_KEY)
         return tasks._root if isinstance(tasks, BackgroundTasks) else None
 
     def leave(self) -> None:
-        """The application has returned or raised."""
+        """Drop the environ, after the application has returned or raised."""
         self._tasks = self.tasks
         self._environ = None
 
     def take(self, batch: Batch) -> None:
-        """The response was closed and its tasks are to run."""
+        """Note the batch of the request, after its response was closed."""
         self.batch = batch
         self._outcome = batch._raised, batch._status
         self._to_run = batch.tasks
         self._length = len(self._list)
 
     def added(self) -> list[BackgroundTask]:
-        """The tasks that the request's outcome lets run, those that they added included."""
+        """Return the tasks that are not skipped, including tasks that these tasks added."""
         later = self._list[self._length :]
         return self._to_run + [task for task in later if self._runs(task)]
 
     def not_to_run(self) -> list[BackgroundTask]:
-        """The tasks that the request's outcome keeps from running."""
+        """Return the tasks that are skipped because of the request's outcome."""
         return [task for task in self._list if not self._runs(task)]
 
     def _runs(self, task: BackgroundTask) -> bool:
         return task._options.lets_run(*self._outcome)
 
     def has(self, task: BackgroundTask) -> bool:
-        """Whether this request, or a task of it, has added ``task``; on any thread."""
+        """True if this request, or a task of this request, added ``task``; on any thread."""
         return any(task is each for each in self._list)
 
     @property
@@ -91,13 +91,13 @@ class Visit:
 
     @property
     def waits(self) -> bool:
-        """Whether there are tasks that are not done; on any thread."""
+        """True if the request has unfinished tasks; on any thread."""
         return bool(self._list) and not self.is_over(recorded=False)
 
     def is_over(self, *, recorded: bool) -> bool:
-        """Whether nothing more is to come of this request; on any thread.
+        """True if the response is closed and all tasks are done; on any thread.
 
-        :param recorded: whether tasks that are not run count as done.
+        :param recorded: True if recorded tasks that have not run count as done.
         """
         if self.batch is not None:
             return recorded or self.is_done
@@ -105,16 +105,16 @@ class Visit:
         return self._environ is None and (tasks is None or tasks._phase == ENDED)
 
     def describe(self) -> str:
-        """What is left of it."""
+        """Name the unclosed response or the unfinished tasks."""
         if self.batch is None:
             return f"the response of {self.path}, which was not closed"
         return ", ".join(task.name for task in self.batch.tasks) or f"tasks of {self.path}"
 
     def drop(self) -> None:
-        """Let no further task of this request begin, nor be added; on any thread."""
+        """Let no further task of this request begin or be added; on any thread."""
         tasks = self.tasks
         if tasks is not None:
-            tasks._phase = ENDED  # and look then: no task is added any more
+            tasks._phase = ENDED  # before the loop: from now on no task is added
             for task in self._list:
                 if task._claim():
                     discarded(task, "the test is over")

@@ -1,6 +1,6 @@
-"""Between the middleware and the runners, while a test uses the pytest plugin's fixture.
+"""Intercepts requests and batches while a test uses the pytest plugin's fixture.
 
-The middleware, ``request.stand_in`` and ``report.observer`` are as before once it is over.
+After the test the middleware, ``request.stand_in`` and ``report.observer`` are restored.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from wsgi_bg.task import BackgroundTask
 
 TEARDOWN_TIMEOUT = 10.0
-"""How long the end of a test waits for tasks that are not done, in seconds."""
+"""Seconds for which the end of a test waits for unfinished tasks."""
 
-_POLL = 0.01  # seconds: a server that closes a response without tasks tells no one
+_POLL = 0.01  # seconds; closing a response without tasks does not notify _changed
 
 
 class _StandIn:
-    """A request's runner, as the middleware sees it."""
+    """A runner override: passes each batch and the request's runner to the watch."""
 
     def __init__(self, submit: Callable[[Batch, Runner], None], runner: Runner) -> None:
         self._submit = submit
@@ -54,34 +54,34 @@ class _StandIn:
 
 
 class Watch:
-    """The requests of one test, their tasks and errors; every method on any thread."""
+    """The requests of one test, their tasks and errors; for any thread."""
 
-    # Kept here, where what stops the time for a test (freezegun) does not find it.
+    # A class attribute, because freezegun replaces only module attributes.
     _now = staticmethod(time.monotonic)
 
     def __init__(self, mode: Mode) -> None:
         self._mode = mode
-        # Its lock guards what is below; its notification says that a batch is done. No
-        # code of the application runs with it held.
+        # The condition's lock guards the lists below; a finished batch notifies the
+        # condition. No code of the application runs while the lock is held.
         self._changed = Condition()
         self._visits: list[Visit] = []
-        self._closed: list[Visit] = []  # those that have tasks, in the order of closing
+        self._closed: list[Visit] = []  # those with tasks, in the order of closing
         self._to_run: list[Batch] = []
         self._streams: list[Stream] = []
         self.failures: Failures = Failures()
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Have all requests and batches come here, and end the test's at the end.
+        """Intercept all requests and batches; on leaving, finish or drop the test's tasks.
 
-        :raises TimeoutError: at the end, if tasks were not done in time.
-        :raises BaseException: at the end, the error that no one has looked at.
+        :raises TimeoutError: on leaving, if tasks are not done in time.
+        :raises BaseException: on leaving, the error that the test has not read.
         """
         __tracebackhide__ = True
         watch = self
         handle = BackgroundTasksMiddleware.__call__
 
-        # "self", for Falcon's test client counts arguments, and takes three for ASGI.
+        # With "self": Falcon's test client takes a callable of three arguments for ASGI.
         def call(
             self: BackgroundTasksMiddleware,
             environ: WSGIEnvironment,
@@ -104,10 +104,10 @@ class Watch:
     def _handle(
         self, app: WSGIApplication, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
-        """Handle a request; a test client's response is closed for it."""
+        """Handle a request, and close the response if a test client made the request."""
         outer = environ.get(ENVIRON_KEY)
         if isinstance(outer, BackgroundTasks) and outer._is_open:
-            return app(environ, start_response)  # an inner layer's part in a request
+            return app(environ, start_response)  # an inner middleware of a recorded request
         visit = Visit(environ)
         with self._changed:
             self._visits.append(visit)
@@ -119,7 +119,7 @@ class Watch:
             return body
         if is_finite(body):
             chunks, is_whole = read(body, iter(body))
-            if is_whole:  # else its own error is what the client gets
+            if is_whole:  # else the client gets the application's error
                 self._raise_errors_of(visit)
             return chunks
         stream = Stream(body, partial(self._raise_errors_of, visit))
@@ -132,18 +132,18 @@ class Watch:
             self.failures.raise_first(visit.has)
 
     def _submit(self, batch: Batch, runner: Runner) -> None:
-        """What the runner's ``submit`` is in this test."""
+        """Record, run or submit a batch, as the mode says."""
         visit = next((v for v in self._visits[::-1] if v.tasks is batch._of), None)
         is_real = visit is None or self._mode == "real"
         batch.sends = is_real and hasattr(runner, "send")
         if visit is not None:
             self._take(batch, visit)
-        if is_real:  # visit is None: left by an earlier test, which had it run there
+        if is_real:  # visit is None: the batch belongs to an earlier test
             runner.submit(batch)
         elif self._mode == "run":
             if batch.response_complete:
                 batch.run()
-            else:  # a server's client would wait
+            else:  # running here would keep the client waiting
                 shared_pool.submit(batch)
 
     def _take(self, batch: Batch, visit: Visit) -> None:
@@ -160,21 +160,21 @@ class Watch:
                 self._to_run.append(batch)
 
     def _observe(self, task: BackgroundTask, exc: BaseException) -> None:
-        if any(visit.has(task) for visit in self._visits):  # else an earlier test's
+        if any(visit.has(task) for visit in self._visits):  # else the task is an earlier test's
             self.failures.add(task, exc)
 
     def added(self) -> list[tuple[BackgroundTask, str]]:
-        """The tasks that are to run, or have run, and the paths of their requests."""
+        """Return the tasks that are not skipped, with the paths of their requests."""
         with self._changed:
             return [(task, visit.path) for visit in self._closed for task in visit.added()]
 
     def not_to_run(self) -> list[tuple[BackgroundTask, str]]:
-        """The same of those that their request's outcome keeps from running."""
+        """Return the tasks that are skipped, with the paths of their requests."""
         with self._changed:
             return [(task, visit.path) for visit in self._closed for task in visit.not_to_run()]
 
     def run(self) -> None:
-        """Run what is recorded and was not run; blocks."""
+        """Run the recorded batches that have not run; blocks."""
         while True:
             with self._changed:
                 if not self._to_run:
@@ -183,9 +183,9 @@ class Watch:
             batch.run()
 
     def join(self, timeout: float) -> None:
-        """Wait until no response is open and, unless they are recorded, no task is left.
+        """Wait until all responses are closed and, except in mode "record", all tasks done.
 
-        :raises TimeoutError: if that takes longer; what is left is named.
+        :raises TimeoutError: after ``timeout`` seconds, naming open responses and tasks.
         """
         __tracebackhide__ = True
         recorded = self._mode == "record"
@@ -203,17 +203,17 @@ class Watch:
                 self._changed.wait(min(remaining, _POLL))
 
     def close_streams(self) -> None:
-        """Close what the client has not read to its end."""
+        """Close the streams that the client has not read to their end."""
         with self._changed:
             streams, self._streams = self._streams, []
-        with ExitStack() as stack:  # closes all, whatever one raises
+        with ExitStack() as stack:  # closes all streams, even if a close() raises
             for stream in reversed(streams):
                 stack.callback(stream.cut)
 
     def _end(self) -> None:
-        """The test is over: wait for its tasks, or drop them; raise what no one has seen."""
+        """End the test: wait for its tasks or drop them; raise the errors left unread."""
         __tracebackhide__ = True
-        with ExitStack() as stack:  # does all, whatever one raises
+        with ExitStack() as stack:  # runs all callbacks, even if a callback raises
             if self._mode != "real":
                 for visit in self._visits:
                     stack.callback(visit.drop)
