@@ -173,7 +173,7 @@ class ExtraMissingError(WsgiBgError, ImportError):
 
 
 class RegistrationError(WsgiBgError, TypeError):
-    """``registered_task`` was called with a function that a second process could not import.
+    """``registered_task`` was called with a function that another process could not import.
 
     :ivar given: the object that was passed.
     """
@@ -195,7 +195,7 @@ class NameTakenError(WsgiBgError, ValueError):
 
 
 class ArgumentError(WsgiBgError, TypeError):
-    """An argument of a registered function cannot be sent to a second process.
+    """An argument of a registered function cannot be sent to another process.
 
     :ivar name: the registered name of the function.
     :ivar argument: the argument, and the place inside it: ``order['items'][2]``. Empty if

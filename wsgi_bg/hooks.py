@@ -72,7 +72,7 @@ class Hooks:
         """The task is about to be added; called on the thread of ``add_task``."""
 
     def task_sent(self, record: TaskRecord) -> None:
-        """The runner has sent the task to a second process; no hook is called for its end."""
+        """The runner has sent the task to another process; no hook is called for its end."""
 
     def task_started(self, record: TaskRecord) -> None:
         """The call is about to be made."""

@@ -72,7 +72,7 @@ class Invocation:
         self._open[tasks] = batch
 
     def _leave(self, tasks: RequestTasks, batch: Batch) -> None:
-        if self._open.get(tasks) is batch:  # else the tasks were submitted to a second runner
+        if self._open.get(tasks) is batch:  # else the tasks were submitted to another runner
             self._open.pop(tasks, None)
             self._changed.set()
 

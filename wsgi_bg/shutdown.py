@@ -43,7 +43,7 @@ _runners: dict[int, _Registered] = {}
 # Tasks logged as unfinished: serve() drains before interpreter exit drains, and no task is
 # logged twice.
 _named: WeakSet[BackgroundTask] = WeakSet()
-# Batches that the main thread waited for at its end, while a second thread went on serving.
+# Batches that the main thread waited for at its end, while another thread went on serving.
 _had_their_time: WeakSet[Batch] = WeakSet()
 # By process id: a function that hands over the responses freed without close(), and a function
 # that claims the tasks of all remaining requests.
@@ -201,7 +201,7 @@ def _drain_at_exit(is_last: bool) -> None:
 
 @_named_if_interrupted()
 def _wait_at_exit() -> None:
-    """Wait as long as a drain would, while a second thread may still serve requests."""
+    """Wait as long as a drain would, while another thread may still serve requests."""
     _flush()
     batches = batches_under_way()
     wait_for(batches, time.monotonic() + longest_limit(), Notice())

@@ -41,7 +41,7 @@ class Runner(Protocol):
     - ``check(task)``, called when a task is added, on the thread of ``add_task``; raises
       ``TypeError`` to refuse the task;
     - ``send(task)``, called when the task's turn has come, on a thread that ``send`` may
-      block: returns True if the task was sent to a second process, which then makes the
+      block: returns True if the task was sent to another process, which then makes the
       call, or False if the call is to be made here; raises to give the task up;
     - ``may_send(task)``, which must not block: returns False if an ``async def`` task stays
       here, so that the task needs no thread for ``send``;

@@ -24,7 +24,7 @@ class Ledger:
 
     A ledger holds no lock: the exception of a signal handler could leave the lock locked,
     and then no batch could end. A thread that publishes an object (a batch, the drain, a
-    waiter) checks afterwards if a second thread has published an object at the same time.
+    waiter) checks afterwards if another thread has published an object at the same time.
     """
 
     def __init__(self) -> None:
