@@ -1,14 +1,14 @@
 """FastAPI's ``BackgroundTasks`` for every WSGI application.
 
-Add a function while you handle a request; it runs after the response, and no response
-waits for its own tasks, whatever the server.
+Add a function while you handle a request. The function runs after the response, and no
+response waits for its own tasks on any server.
 
-Each name is imported on first use. pytest imports this package for its plugin, and runs that
-do not use the plugin should not pay for Werkzeug.
+Each name is imported on first use. pytest imports this package for its plugin, and test runs
+that do not use the plugin should not pay for Werkzeug.
 """
 
-# Now, as this module cannot be imported any more when the main thread has ended, and the
-# names may be used for the first time on another thread after that.
+# Imported here because concurrent.futures.thread cannot be imported after the main thread has
+# ended, and a thread may use one of the names below for the first time after that.
 import concurrent.futures.thread as _futures  # noqa: F401
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
@@ -32,7 +32,7 @@ __all__ = [
 
 __version__ = "0.2.0"
 
-# The module that each name comes from.
+# The module that defines each name.
 _HOMES = {
     "ENVIRON_KEY": "context",
     "BackgroundTask": "task",
@@ -49,7 +49,7 @@ _HOMES = {
     "wait": "shutdown",
 }
 
-# Modules that 0.2 had imported with the package: ``import wsgi_bg`` is enough to use them.
+# Modules that 0.2 imported with the package: ``import wsgi_bg`` is enough to use them.
 _MODULES = {"exceptions", "hooks", "runners", "shutdown"}
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from .shutdown import drain, wait
     from .task import BackgroundTask
     from .tasks import BackgroundTasks
-else:  # hidden: a type checker would take any name for one of the package's
+else:  # hidden: a type checker would accept any name as an attribute
 
     def __getattr__(name: str) -> object:
         if name in _MODULES:

@@ -1,4 +1,4 @@
-"""``python -m wsgi_bg`` is ``wsgi-bg``."""
+"""``python -m wsgi_bg`` runs the command ``wsgi-bg``."""
 
 from __future__ import annotations
 

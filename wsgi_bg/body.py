@@ -1,4 +1,4 @@
-"""The response iterable that the server gets where its end may have something to do."""
+"""The response iterable that the server gets if tasks were added or may still be added."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from .unclosed import Unclosed, collections
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
-# An iterator that has ended, and ends again each time it is asked.
+# An exhausted iterator; each call of next() raises StopIteration again.
 _NOTHING: Iterator[bytes] = iter(())
 
 
 class Body:
-    """The application's iterable, with the end of the request in its ``close()``.
+    """Wraps the application's iterable; ``close()`` ends the request.
 
-    It has no ``__next__``: the server iterates over an iterator that holds this object,
-    for there are adapters that keep nothing but the iterator. As with
-    :class:`~wsgi_bg.request.RequestTasks` the middleware fills its slots.
+    A body has no ``__next__``. The server iterates over an iterator that holds the body,
+    because some adapters keep only the iterator. The middleware sets the slots, as those of
+    :class:`~wsgi_bg.request.RequestTasks`.
     """
 
     __slots__ = ("_app_iter", "_environ", "_guard", "_open", "_outcome", "_tasks")
 
-    _app_iter: Any  # an Iterable[bytes]; each subclass knows of which type
+    _app_iter: Any  # an Iterable[bytes]; each subclass wraps a certain type
     _environ: WSGIEnvironment
     _guard: Guard  # only if the view has added a task
-    _open: list[None]  # emptied by the call of close() that counts
+    _open: list[None]  # emptied by the first call of close()
     _outcome: Outcome
     _tasks: RequestTasks
 
     def __iter__(self) -> Iterator[bytes]:
-        """The chunks, untouched."""
+        """The application's chunks, unchanged."""
         try:
-            # No "yield from": when the server lets go of this generator, that would call
-            # the iterable's own close(), which is for our close() to do, once.
+            # No "yield from": when the server drops this generator, "yield from" would call
+            # the close() of the iterable, which must be called once, by Body.close().
             for chunk in self._app_iter:  # noqa: UP028
                 yield chunk
-        except GeneratorExit:  # the server lets go of it: its client has left
+        except GeneratorExit:  # the server drops this generator: the client has left
             raise
         except BaseException:
             self._outcome = RAISED
@@ -50,13 +50,13 @@ class Body:
         self._outcome = USED_UP
 
     def close(self) -> None:
-        """Close the application's iterable, then end the request; only the first call does.
+        """Close the application's iterable, then end the request; later calls do nothing.
 
-        :raises BaseException: what the application's ``close()`` raises, after the tasks
-            were run or handed over.
+        :raises BaseException: the exception of the application's ``close()``, after the
+            tasks were run or handed over.
         """
         try:
-            self._open.pop()  # one atomic step, whatever threads this is called on
+            self._open.pop()  # one atomic step: close() may be called on several threads
         except IndexError as exc:
             if not is_raised_here(exc):
                 raise
@@ -74,15 +74,15 @@ class Body:
                 tasks.end(self._environ, outcome)
 
     def _look(self, *, is_freed: bool) -> Outcome:
-        """How the iteration has ended, if that did not show."""
+        """Find how the iteration has ended, if ``__iter__`` did not see the end."""
         return LEFT
 
     def __del__(self) -> None:
-        # Perhaps within a garbage collection: no more than a put on a SimpleQueue. close()
-        # may have been called, and interrupted by the exception of a signal handler.
+        # This may run within a garbage collection: put on a SimpleQueue and do no more. A
+        # call of close() may have been interrupted by the exception of a signal handler.
         try:
             tasks = self._tasks
-        except AttributeError:  # the making of this object was interrupted
+        except AttributeError:  # the construction of this body was interrupted
             return
         if tasks._phase != ENDED and not (tasks.end_if_empty() or tasks._is_handed_over):
             outcome = self._outcome
@@ -92,9 +92,9 @@ class Body:
 
 
 class Guard:
-    """Is freed after its :class:`Body`, and does what that one's finalizer may have missed.
+    """Is freed after its :class:`Body`, and ends the request if the body's finalizer failed.
 
-    A signal handler may raise in a finalizer, which Python then calls no second time.
+    A signal handler may raise in a finalizer, and Python calls no finalizer a second time.
     """
 
     __slots__ = ("_environ", "_tasks")
@@ -110,18 +110,18 @@ class Guard:
 
 
 class GeneratorBody(Body):
-    """A :class:`Body` around a generator, which can be watched without a step a chunk."""
+    """A :class:`Body` around a generator; no Python code of the body runs for each chunk."""
 
     __slots__ = ("_is_fresh",)
 
-    _is_fresh: bool  # until the first iter()
+    _is_fresh: bool  # True until the first iter()
 
     def __iter__(self) -> Iterator[bytes]:
-        """The chunks, untouched.
+        """The application's chunks, unchanged.
 
-        ``chain`` comes back here for what follows the generator once that has ended.
+        ``chain`` calls this again when the generator has ended.
         """
-        if self._is_fresh:  # to ask a generator that goes on for its frame makes an object
+        if self._is_fresh:  # reading gi_frame of an unfinished generator makes an object
             self._is_fresh = False
         elif self._app_iter.gi_frame is None:
             self._outcome = USED_UP
@@ -129,17 +129,17 @@ class GeneratorBody(Body):
         return chain(self._app_iter, self)
 
     def _look(self, *, is_freed: bool) -> Outcome:
-        # A generator that raised has no frame any more; one that was left has, until
-        # close() takes it away. A garbage collection that frees both may have called it.
+        # A generator that raised has no frame. An unfinished generator has a frame until its
+        # close() is called, which a garbage collection that frees body and generator may do.
         is_over = self._app_iter.gi_frame is None and not self._is_fresh
         return RAISED if is_over and not (is_freed and collections.are_running) else LEFT
 
 
 class SizedBody(Body):
-    """A :class:`Body` around a list or tuple, which keeps its length.
+    """A :class:`Body` around a list or tuple, with the same length.
 
-    Servers make a Content-Length of a sized body of one chunk. eventlet iterates over a
-    sized body twice, so nothing but what can be iterated again may have a length.
+    Servers derive a Content-Length from a sized body of one chunk. eventlet iterates over a
+    sized body twice, so only a body that can be iterated again may have a length.
     """
 
     __slots__ = ()

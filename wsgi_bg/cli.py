@@ -1,7 +1,7 @@
-"""``wsgi-bg MODULE:APP``: serves an application with waitress and drains when it stops.
+"""``wsgi-bg MODULE:APP``: serve an application with waitress and drain at the stop.
 
-What the user has to put right in the command is one line on standard error and status 2.
-An error inside the user's module keeps its traceback.
+For a wrong command the program prints a line on standard error and exits with status 2. An
+error inside the user's module keeps the traceback.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ exit status is then 0, or 1 if something was left, which is named. A second sign
 once.
 """
 
-# Options of waitress that are not to be given to it.
+# Options of waitress that are refused behind "--".
 _NOT_BEHIND = ("help", "host", "port", "threads", "sockets")
 
 
 class _UsageError(Exception):
-    """The command cannot be obeyed; says why in one line."""
+    """The command line is wrong; the message gives the reason in a line."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,9 +42,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status.
+    """Run the command and return the exit status.
 
-    :param arguments: those of the command line; None for the process's own.
+    :param arguments: the command-line arguments; None for the arguments of the process.
     """
     _open_standard_files()
     try:
@@ -58,9 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _open_standard_files() -> None:
-    """Open those of the file descriptors 0 to 2 that are closed, on the null device.
+    """Open the null device for each of the file descriptors 0 to 2 that is closed.
 
-    A socket would get the number, and would be written to as standard output.
+    Otherwise a socket could get the number 1, and standard output would go to that socket.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
@@ -68,7 +68,7 @@ def _open_standard_files() -> None:
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What stands before the first ``--``, and what stands behind it."""
+    """Split the arguments at the first ``--``."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     return list(arguments[:end]), list(arguments[end + 1 :])
 
@@ -114,7 +114,7 @@ def _prepare(given: argparse.Namespace, behind: list[str]) -> GracefulServer:
     except (ExtraMissingError, OptionError) as exc:
         raise _UsageError(exc) from exc
     of_waitress, is_factory = _parse_waitress(behind)
-    set_default(given.runner or "pool")  # before middleware is made in the user's module
+    set_default(given.runner or "pool")  # before the user's module makes a middleware
     app = _load(given.app, is_factory)
     options = serving.complete({**options, **of_waitress})
     try:
@@ -128,7 +128,7 @@ def _prepare(given: argparse.Namespace, behind: list[str]) -> GracefulServer:
 
 
 def _parse_waitress(arguments: list[str]) -> tuple[dict[str, str], bool]:
-    """The options of waitress, and whether APP has to be called to get the application."""
+    """Return the options of waitress, and True if APP is an application factory."""
     from waitress.adjustments import Adjustments
 
     try:
@@ -145,7 +145,7 @@ def _parse_waitress(arguments: list[str]) -> tuple[dict[str, str], bool]:
 
 
 def _load(target: str, is_factory: bool) -> Any:
-    """The application that ``target`` names, with the current directory to import from."""
+    """Import the application that ``target`` names, from the current directory first."""
     module_name, _, path = target.partition(":")
     if path.endswith("()"):
         factory = target.removesuffix("()")
@@ -153,7 +153,7 @@ def _load(target: str, is_factory: bool) -> Any:
     if not all(name.isidentifier() for name in f"{module_name}.{path}".split(".")):
         raise _UsageError(f"{target!r} is not MODULE:APP, for instance shop.wsgi:app")
     directory = os.getcwd()
-    if sys.path[:1] != [directory]:  # python -m has put it there
+    if sys.path[:1] != [directory]:  # with python -m it is the first already
         sys.path.insert(0, directory)
     app = _find(module_name, path)
     if is_factory and callable(app):
@@ -167,7 +167,7 @@ def _find(module_name: str, path: str) -> Any:
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as exc:
-        # One that the user's module imports is an error inside that module.
+        # If the user's module imports the missing module, the error is inside the user's code.
         if not f"{module_name}.".startswith(f"{exc.name}."):
             raise
         raise _UsageError(f"{exc} (looked for in {sys.path[0]} first)") from exc

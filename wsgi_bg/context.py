@@ -1,4 +1,4 @@
-"""Ways to the current request's ``BackgroundTasks``: the proxy and the environ."""
+"""Find the current request's ``BackgroundTasks``: by the proxy or by the environ."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from .tasks import BackgroundTasks
 
 ENVIRON_KEY = "wsgi_bg.background_tasks"
-"""Where the middleware puts the request's ``BackgroundTasks`` in the environ."""
+"""The environ key under which the middleware puts the request's ``BackgroundTasks``."""
 
-# Set while the application callable runs and in the contexts of its tasks. A streamed
-# body has no place where it could be set: each chunk is made in the server's context.
+# Set while the application callable runs and in the contexts of its tasks. The variable cannot
+# be set for a streamed body: each chunk is made in the server's context.
 current: ContextVar[BackgroundTasks] = ContextVar("wsgi_bg.current")
 
 
 def current_background_tasks() -> BackgroundTasks:
-    """The object behind the proxy.
+    """Return the object that the proxy ``background_tasks`` stands for.
 
-    :raises RuntimeError: where no application callable and no task is running.
+    :raises RuntimeError: if no application callable and no task is running.
     """
     try:
         return current.get()
@@ -40,12 +40,12 @@ def current_background_tasks() -> BackgroundTasks:
 background_tasks: BackgroundTasks = cast(
     "BackgroundTasks", LocalProxy(current_background_tasks)
 )
-"""The current request's :class:`BackgroundTasks`, from anywhere in the call of the
-application and in its tasks; elsewhere any use of it raises a ``RuntimeError``."""
+"""The current request's :class:`BackgroundTasks`, for use during the call of the application
+and in its tasks; any use outside of these raises a ``RuntimeError``."""
 
 
 def get_background_tasks(environ: Mapping[str, Any]) -> BackgroundTasks:
-    """The ``BackgroundTasks`` of the request that ``environ`` belongs to.
+    """Return the ``BackgroundTasks`` of the request that ``environ`` belongs to.
 
     Works on every thread and in streamed bodies; does not block.
 

@@ -1,7 +1,7 @@
 """The errors that the package raises on purpose.
 
-Each is a :class:`WsgiBgError` and also the builtin exception that callers already
-catch in its place, and carries as attributes what a handler may want to look at.
+Each error is a :class:`WsgiBgError` and also the builtin exception that callers would expect.
+Attributes carry the details for an exception handler.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ class WsgiBgError(Exception):
 
 
 class TaskTypeError(WsgiBgError, TypeError):
-    """What was given to ``add_task`` or ``BackgroundTask`` cannot run as a task.
+    """The object passed to ``add_task`` or ``BackgroundTask`` cannot run as a task.
 
-    :ivar given: the object that was given.
+    :ivar given: the object that was passed.
     """
 
     def __init__(self, message: str, given: object) -> None:
@@ -39,10 +39,10 @@ class BatchEndedError(WsgiBgError, RuntimeError):
 
 
 class EndlessTasksError(WsgiBgError, RuntimeError):
-    """A hook, an ``on_error`` or a teardown has added a task whenever a task has ended.
+    """A hook, an ``on_error`` or a teardown has added a task each time a task ended.
 
     :ivar name: the name of the function that was not added.
-    :ivar is_first: whether it is the first such error of its request; others are not logged.
+    :ivar is_first: True for the first such error of a request; later errors are not logged.
     """
 
     def __init__(self, name: str, generation: int, *, is_first: bool) -> None:
@@ -57,11 +57,11 @@ class EndlessTasksError(WsgiBgError, RuntimeError):
 
 
 class OutsideRequestError(WsgiBgError, RuntimeError):
-    """``background_tasks`` or ``inject`` was used where no request is being handled."""
+    """``background_tasks`` or ``inject`` was used while no request is being handled."""
 
 
 class InsideTaskError(WsgiBgError, RuntimeError):
-    """``wait`` or ``drain`` was called from a background task, for which it would wait.
+    """``wait`` or ``drain`` was called from a background task, and would wait for that task.
 
     :ivar function: ``"wait"`` or ``"drain"``.
     """
@@ -89,7 +89,7 @@ class MiddlewareMissingError(WsgiBgError, LookupError):
 
 
 class UnsupportedServerError(WsgiBgError, RuntimeError):
-    """The application is served by a server on which tasks cannot run as promised.
+    """The application is served by a server that wsgi_bg does not support.
 
     :ivar server: the server's name.
     """
@@ -100,11 +100,11 @@ class UnsupportedServerError(WsgiBgError, RuntimeError):
 
 
 class OptionError(WsgiBgError):
-    """An option was given what it does not take.
+    """The value of an option is not accepted.
 
     :ivar option: the option's name.
-    :ivar given: the value that was given.
-    :ivar wanted: what it takes, in words.
+    :ivar given: the value that was passed.
+    :ivar wanted: a description of the accepted values.
     """
 
     def __init__(self, option: str, given: object, wanted: str) -> None:
@@ -115,18 +115,18 @@ class OptionError(WsgiBgError):
 
 
 class OptionTypeError(OptionError, TypeError):
-    """An option was given a value of a type that it does not take."""
+    """The value of an option has the wrong type."""
 
 
 class OptionValueError(OptionError, ValueError):
-    """An option was given a value that it does not know."""
+    """The value of an option is unknown or out of range."""
 
 
 class InjectionError(WsgiBgError, TypeError):
-    """A view asks for the request's ``BackgroundTasks`` in a way that cannot be met.
+    """A view has a parameter that the request's ``BackgroundTasks`` cannot be passed to.
 
     :ivar function: the name of the view's function.
-    :ivar parameter: the name of its parameter.
+    :ivar parameter: the name of the parameter.
     """
 
     def __init__(self, function: str, parameter: str, reason: str) -> None:
@@ -136,7 +136,7 @@ class InjectionError(WsgiBgError, TypeError):
 
 
 class InstalledTwiceError(WsgiBgError, RuntimeError):
-    """The extension was installed on an application that has it already.
+    """The extension was installed a second time on the same application.
 
     :ivar app: the application's name.
     """
@@ -150,7 +150,7 @@ class InstalledTwiceError(WsgiBgError, RuntimeError):
 
 
 class MainThreadError(WsgiBgError, RuntimeError):
-    """``serve`` was called on a thread that cannot have signal handlers."""
+    """``serve`` was called on a thread that cannot set signal handlers."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -160,7 +160,7 @@ class MainThreadError(WsgiBgError, RuntimeError):
 
 
 class ExtraMissingError(WsgiBgError, ImportError):
-    """A package of an extra is not installed.
+    """A package that belongs to an extra is not installed.
 
     :ivar extra: the name of the extra.
     """
@@ -173,9 +173,9 @@ class ExtraMissingError(WsgiBgError, ImportError):
 
 
 class RegistrationError(WsgiBgError, TypeError):
-    """A function was given to ``registered_task`` that no other process could find.
+    """``registered_task`` was called with a function that another process could not import.
 
-    :ivar given: what was given.
+    :ivar given: the object that was passed.
     """
 
     def __init__(self, message: str, given: object) -> None:
@@ -184,7 +184,7 @@ class RegistrationError(WsgiBgError, TypeError):
 
 
 class NameTakenError(WsgiBgError, ValueError):
-    """A function was to be registered under a name that another task has.
+    """The name for a registered function is already taken by a different task.
 
     :ivar name: the name.
     """
@@ -195,10 +195,10 @@ class NameTakenError(WsgiBgError, ValueError):
 
 
 class ArgumentError(WsgiBgError, TypeError):
-    """A registered function was given an argument that cannot be sent to another process.
+    """An argument of a registered function cannot be sent to another process.
 
     :ivar name: the registered name of the function.
-    :ivar argument: which argument, and where inside it: ``order['items'][2]``. Empty if
+    :ivar argument: the argument, and the place inside it: ``order['items'][2]``. Empty if
         the function cannot be called with such arguments at all.
     """
 
@@ -210,11 +210,11 @@ class ArgumentError(WsgiBgError, TypeError):
 
 
 class MessageError(WsgiBgError, ValueError):
-    """A worker got a message whose arguments ``wsgi_bg`` has not written."""
+    """A worker received a message whose arguments were not encoded by ``wsgi_bg``."""
 
 
 class UnsafeCeleryError(WsgiBgError, ValueError):
-    """A Celery application is configured so that a message could run any code.
+    """A Celery application has a setting with which a message could run any code.
 
     :ivar setting: the name of the setting.
     """

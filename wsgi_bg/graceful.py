@@ -1,8 +1,8 @@
 """A waitress server that stops without losing a request; imports waitress.
 
-waitress has no handler for SIGTERM. On SIGINT it waits five seconds for its threads, but
-the loop that sends what they write has ended by then. Here the loop goes on until the
-requests in hand are answered and their last byte is with the kernel.
+waitress has no handler for SIGTERM. On SIGINT waitress waits five seconds for the threads,
+but the loop that sends their output has already ended. Here the loop goes on until the
+requests in hand are answered and the kernel has the last byte.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
 
     from .waiting import Notice
 
-# How long waitress's threads may take to end where no time is left, in seconds.
+# How long waitress's threads may take to end if no time is left, in seconds.
 _THREADS_TIMEOUT = 0.1
 
 
 class GracefulServer:
-    """Listens as soon as it is made; accepts once :meth:`run` is called.
+    """A server that listens on construction and accepts once :meth:`run` is called.
 
-    :param options: what ``waitress.create_server`` takes.
+    :param options: the options of ``waitress.create_server``.
     :raises ValueError: if waitress refuses the options.
-    :raises OSError: if an address cannot be listened on.
+    :raises OSError: if the server cannot listen on an address.
     """
 
     def __init__(self, app: WSGIApplication, options: dict[str, Any]) -> None:
-        # What the loop watches: listeners, connections, triggers.
+        # The objects that the loop watches: listeners, connections, triggers.
         self._watched: dict[int, Any] = {}
         self._is_stopping = False
         try:
             create_server(app, map=self._watched, **options)
-        except OSError:  # for the second of two addresses, perhaps
+        except OSError:  # perhaps for the second of two addresses
             for listener in self._of_type(BaseWSGIServer):
                 listener.task_dispatcher.shutdown()
             wasyncore.close_all(self._watched)
@@ -46,12 +46,12 @@ class GracefulServer:
         self._listeners = self._of_type(BaseWSGIServer)
         self._adjustments = self._listeners[0].adj
         self._dispatcher = self._listeners[0].task_dispatcher
-        # Those of the listeners are for the threads that answer.
+        # A separate trigger: those of the listeners are for the threads that answer.
         self._trigger = trigger(self._watched)
 
     @property
     def addresses(self) -> list[str]:
-        """Where it listens, as clients spell it."""
+        """The addresses of the listeners, as URLs or ``unix:`` paths."""
         return [_address_of(listener) for listener in self._listeners]
 
     def run(self) -> None:
@@ -60,18 +60,18 @@ class GracefulServer:
             self._turn(self._adjustments.asyncore_loop_timeout)
 
     def stop(self) -> None:
-        """Have :meth:`run` return; for signal handlers: takes no lock, does not block."""
+        """Make :meth:`run` return; safe in signal handlers: takes no lock, does not block."""
         self._is_stopping = True
-        self._trigger.pull_trigger()  # select() goes on after a handler that returns
+        self._trigger.pull_trigger()  # select() resumes after a handler that returns
 
     def finish(self, deadline: float, notice: Notice) -> int:
-        """Accept nothing more, answer what has come, end the threads, close all.
+        """Accept no more connections, answer all requests, end the threads, close all.
 
-        A request has come when its first byte has, on a connection that was accepted or
-        that waited to be: its client could not know better.
+        All requests whose first byte has come are answered, on accepted connections and on
+        connections that waited to be accepted: these clients could not know of the stop.
 
-        :param deadline: until when to wait, by :func:`time.monotonic`.
-        :param notice: logs meanwhile.
+        :param deadline: when to stop waiting, by :func:`time.monotonic`.
+        :param notice: logs during the wait.
         :return: how many requests were not finished.
         """
         self._announce_end()
@@ -92,14 +92,14 @@ class GracefulServer:
         wasyncore.loop(timeout=timeout, use_poll=use_poll, map=self._watched, count=1)
 
     def _announce_end(self) -> None:
-        """Have the last response on each connection say that it is the last.
+        """Send ``Connection: close`` with the last response on each connection.
 
-        A client that is not told sends its next request into a closed connection, and
-        cannot repeat it if it was a POST.
+        Without this header a client sends the next request into a closed connection, and
+        cannot repeat a POST.
         """
         for channel in self._of_type(HTTPChannel):
             for request in channel.requests[-1:]:
-                request.headers["CONNECTION"] = "close"  # as if the client had asked for it
+                request.headers["CONNECTION"] = "close"  # as if the client had sent this header
 
     def _stop_listening(self) -> None:
         for listener in self._listeners:
@@ -107,11 +107,11 @@ class GracefulServer:
             while listener.readable() and len(self._watched) != connections:
                 connections = len(self._watched)
                 listener.handle_accept()
-            # Not listener.close(): the threads still need its trigger.
+            # Not listener.close(): the threads still need the listener's trigger.
             wasyncore.dispatcher.close(listener)
 
     def _close_idle(self) -> list[Any]:
-        """Close the connections that nothing is to be done for; return the others."""
+        """Close the idle connections; return the busy connections."""
         busy = []
         for channel in self._of_type(HTTPChannel):
             # In this order: a thread drops the request after it has written the response.
@@ -122,8 +122,10 @@ class GracefulServer:
         return busy
 
     def _end_threads(self, deadline: float, notice: Notice) -> int:
-        """Wait for the threads; return how many requests they leave, or have not begun,
-        or have answered to a client that has not read it all."""
+        """Wait for the threads; return how many requests are running, queued or unread.
+
+        A request is unread if the client has not read the whole response.
+        """
         while True:
             until = min(deadline, notice.due)
             timeout = max(_THREADS_TIMEOUT, until - time.monotonic())
@@ -136,10 +138,10 @@ class GracefulServer:
 
     def _close(self) -> None:
         for channel in self._of_type(HTTPChannel):
-            channel.handle_close()  # lets a thread go that waits to write
+            channel.handle_close()  # releases a thread that waits to write
         if not self._dispatcher.threads:
-            # One that goes on may pull its trigger, and must not write to whatever file
-            # has got that number by then.
+            # A thread that goes on may pull its trigger, and must not write to a new file
+            # that has got the trigger's file descriptor.
             wasyncore.close_all(self._watched)
 
     def _of_type(self, kind: type) -> list[Any]:

@@ -1,11 +1,11 @@
-"""Hooks for ``gunicorn.conf.py``: a worker that exits drains, and gunicorn lets it.
+"""Hooks for ``gunicorn.conf.py``: a worker drains at exit, and gunicorn does not kill it.
 
 .. code-block:: python
 
     from wsgi_bg.gunicorn import post_fork, worker_exit
 
-Without them gunicorn kills a worker that drains for longer than ``timeout``, and a
-``UvicornWorker`` ends at SIGTERM without draining. They need gunicorn 23 or newer, whose
+Without these hooks gunicorn kills a worker that drains for longer than ``timeout``, and a
+``UvicornWorker`` ends at SIGTERM without draining. The hooks need gunicorn 23 or newer, whose
 arbiter reads the time that a worker writes.
 """
 
@@ -25,10 +25,10 @@ from .waiting import Notice
 
 __all__ = ["post_fork", "worker_exit"]
 
-# How long before gunicorn's SIGKILL a drain ends, in seconds: what is left is named then.
+# How long before gunicorn's SIGKILL a drain ends, in seconds, to log unfinished tasks.
 _MARGIN = 1.0
 
-# For each worker class, at the worker and at the arbiter.
+# This signal ends the drain of every worker class, if sent to the worker or the arbiter.
 _ENDS_DRAIN = "SIGQUIT"
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
@@ -45,19 +45,18 @@ def post_fork(server: Any, worker: Any) -> None:
 
 
 def worker_exit(server: Any, worker: Any) -> None:
-    """Drain all runners; gunicorn calls this on the main thread of a worker that ends.
+    """Drain all runners; gunicorn calls this on the main thread of an exiting worker.
 
-    Blocks for the longest ``drain_timeout`` of the runners at most, and after a signal
-    until a second before ``graceful_timeout`` is over, for which SIGALRM is used. Tasks
-    not finished by then are named at ERROR. Meanwhile the arbiter is told that the worker
-    lives.
+    Blocks for the longest ``drain_timeout`` of the runners at most. After a signal the drain
+    ends a second before ``graceful_timeout`` is over, by SIGALRM. Tasks that are not finished
+    then are logged at ERROR. During the drain the arbiter sees the worker as alive.
 
     :param server: gunicorn's arbiter.
     :param worker: the worker that was given to :func:`post_fork`.
     :raises SystemExit: if a signal ends the drain.
     """
     exit_: _Exit | None = getattr(worker, "wsgi_bg_exit", None)
-    # The arbiter calls this too, in its own process, for a worker that it cannot find.
+    # The arbiter also calls this hook in its own process, for a worker that has vanished.
     if exit_ is not None:
         exit_.drain()
 
@@ -68,45 +67,45 @@ def _init_signals(init_signals: Callable[[], None], exit_: _Exit) -> None:
 
 
 class _Exit:
-    """How long the exit of this worker may take."""
+    """The drain of one worker, and its time limit after a stop signal."""
 
     def __init__(self, worker: Any) -> None:
         self._graceful_timeout: float = worker.cfg.graceful_timeout
-        # gunicorn closes its own before it calls worker_exit.
+        # A duplicate: gunicorn closes the heartbeat file before worker_exit is called.
         self._heartbeat = os.dup(worker.tmp.fileno())
         self._previous: dict[int, Any] = {}
-        # When a drain has to be over, by time.monotonic(): known once a signal has come.
+        # When a drain must end, by time.monotonic(); infinite until a signal has come.
         self._ends_at = math.inf
         self._notice: Notice | None = None
         self._is_draining = False
         config = getattr(worker, "config", None)
         if config is not None and hasattr(config, "timeout_notify"):  # uvicorn's
-            # A heartbeat each second, for _came(): uvicorn takes the signals itself.
+            # A heartbeat each second, for _came(): uvicorn handles the signals itself.
             config.timeout_notify = 0
 
     def watch_signals(self) -> None:
-        """Note when a signal to stop comes, and have each end the worker by an exit."""
+        """Install handlers that note the time of a stop signal and then exit the worker."""
         for number in _STOP_SIGNALS:
             previous = signal.getsignal(number)
             if previous != self._stop:
                 self._previous[number] = previous
                 signal.signal(number, self._stop)
-                if number == signal.SIGTERM:  # as gunicorn has it
+                if number == signal.SIGTERM:  # the same as in gunicorn
                     signal.siginterrupt(number, False)
 
     def drain(self) -> None:
         """Drain all runners; see :func:`worker_exit`."""
         self._notice = Notice(ended_by=_ENDS_DRAIN)
         self._is_draining = True
-        self.watch_signals()  # an event loop that was closed has taken its handlers away
+        self.watch_signals()  # again: an event loop has removed its handlers when it was closed
         signal.signal(signal.SIGALRM, _end_drain)
         self._set_alarm()
-        # The arbiter compares this with its clock: the worker lives for the drain time.
+        # The arbiter compares this time with its clock: the worker is alive for the drain time.
         alive_until = min(time.monotonic() + shutdown.longest_limit(), self._ends_at)
         os.utime(self._heartbeat, (alive_until, alive_until))
         try:
             shutdown.finish(notice=self._notice)
-        except BaseException:  # the alarm's, which may have come before the drain
+        except BaseException:  # from the alarm, perhaps before finish() had begun
             shutdown.name_all("before gunicorn ends the worker")
             raise
         finally:
@@ -114,19 +113,19 @@ class _Exit:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _set_alarm(self) -> None:
-        """End the drain in time; each runner has its own limit besides."""
+        """Let SIGALRM end the drain in time; each runner also has its own limit."""
         if self._ends_at < math.inf:
             assert self._notice is not None
             self._notice.latest = self._ends_at
             left = self._ends_at - time.monotonic()
-            # Again and again: a wait that is about to begin misses a signal. 0 would be none.
+            # Repeat the alarm: a wait that is about to begin misses a signal. 0 sets no alarm.
             signal.setitimer(signal.ITIMER_REAL, max(left, 0.001), 0.1)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         previous = self._previous[number]
         if self._ends_at == math.inf:
             self._ends_at = self._came(previous) + self._graceful_timeout - _MARGIN
-            if self._is_draining:  # since max_requests, say
+            if self._is_draining:  # for instance because of max_requests
                 self._set_alarm()
         if callable(previous):
             previous(number, frame)
@@ -134,10 +133,11 @@ class _Exit:
             raise SystemExit(0)
 
     def _came(self, previous: Any) -> float:
-        """When the signal has come, by :func:`time.monotonic`.
+        """Return when the signal came, by :func:`time.monotonic`.
 
-        uvicorn answers the requests in hand first and then raises the signal again, for
-        which the worker has no handler; its last heartbeat was at most a second before.
+        uvicorn first answers the requests in hand and then raises the signal again, for
+        which the worker has no handler. The last heartbeat was at most a second before the
+        first signal.
         """
         if callable(previous) or self._is_draining:
             return time.monotonic()
@@ -145,9 +145,9 @@ class _Exit:
 
 
 class GracefulTimeout(SystemExit):
-    """The drain ends, since gunicorn is about to kill the worker."""
+    """Ends the drain because gunicorn is about to kill the worker."""
 
 
 def _end_drain(*args: object) -> None:
-    signal.setitimer(signal.ITIMER_REAL, 0)  # the tasks are named without another one
+    signal.setitimer(signal.ITIMER_REAL, 0)  # no more alarms while the tasks are logged
     raise GracefulTimeout(0)

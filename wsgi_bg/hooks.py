@@ -1,4 +1,4 @@
-"""``Hooks``: the moments in a task's life that a monitor or a tracer wants to know of."""
+"""``Hooks``: methods called when a task changes state, for monitors and tracers."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ if TYPE_CHECKING:
 
 
 class TaskRecord:
-    """What is known of one task; every hook of a task is given the same object.
+    """The state of a task; all hooks of a task get the same record.
 
-    Times are seconds by :func:`time.monotonic`, and None as long as they have not come. Who
-    keeps a record keeps the tasks of that request, and their arguments.
+    Times are seconds by :func:`time.monotonic`, or None before the event. A record that is
+    kept keeps alive the tasks of the request, and their arguments.
 
-    :ivar task: the task. Its arguments are the application's data: do not log them.
-    :ivar batch: the ``BackgroundTasks`` of its request, the same for all of that request.
-    :ivar added_at: when it was added.
-    :ivar started_at: when its call began.
-    :ivar ended_at: when it returned, raised, was sent or was discarded.
-    :ivar error: what it raised.
-    :ivar reason: why it was discarded.
+    :ivar task: the task. The arguments are the application's data: do not log them.
+    :ivar batch: the ``BackgroundTasks`` of the request, the same for all its tasks.
+    :ivar added_at: when the task was added.
+    :ivar started_at: when the call began.
+    :ivar ended_at: when the task returned, raised, was sent or was discarded.
+    :ivar error: the exception that the task raised.
+    :ivar reason: why the task was discarded.
     """
 
     __slots__ = (
@@ -50,27 +50,29 @@ class TaskRecord:
 
 
 class Hooks:
-    """Base class for what watches tasks: override the methods that you need.
+    """Base class for monitors and tracers: override the methods that you need.
 
-    ``task_added`` is called first. Then ``task_discarded`` follows, or ``task_sent``, or
-    ``task_started`` and one of ``task_finished``, ``task_failed`` and, if the worker is
-    stopped in the middle, ``task_discarded``. A task that could not be sent and is given up
-    has ``task_failed`` without ``task_started``. Each is called at most once a task.
+    ``task_added`` is called first. Then follows ``task_discarded``, or ``task_sent``, or
+    ``task_started``. After ``task_started`` follows ``task_finished``, ``task_failed`` or, if
+    the worker is stopped during the task, ``task_discarded``. If a task could not be sent and
+    is given up, ``task_failed`` is called without ``task_started``. Each method is called at
+    most once a task.
 
-    ``task_started``, ``task_finished`` and ``task_failed`` are called in the task's context
-    variables: what ``task_started`` sets there (a span) the task sees, and no other. They
-    come on the thread of the call; for an ``async def`` task that is the event loop's, which
-    a hook must not block. ``task_discarded`` comes on whatever thread has given the task up.
+    ``task_started``, ``task_finished`` and ``task_failed`` run in the task's context
+    variables: only that task sees a variable (a span) that ``task_started`` sets. These
+    methods are called on the thread of the call; for an ``async def`` task this is the event
+    loop's thread, which a hook must not block. ``task_discarded`` is called on the thread that
+    gives the task up.
 
-    What a hook raises is logged at ERROR and harms nothing, but for what stops the worker,
-    such as a ``KeyboardInterrupt``.
+    An exception of a hook is logged at ERROR and otherwise ignored, unless the exception
+    stops the worker, such as a ``KeyboardInterrupt``.
     """
 
     def task_added(self, record: TaskRecord) -> None:
-        """The task is about to join its batch; on the thread of ``add_task``."""
+        """The task is about to be added; called on the thread of ``add_task``."""
 
     def task_sent(self, record: TaskRecord) -> None:
-        """Another process has the task now, for its runner has sent it; its end is not seen."""
+        """The runner has sent the task to another process; no hook is called for its end."""
 
     def task_started(self, record: TaskRecord) -> None:
         """The call is about to be made."""
@@ -79,10 +81,10 @@ class Hooks:
         """The call has returned."""
 
     def task_failed(self, record: TaskRecord) -> None:
-        """The call has raised ``record.error``, or could not be made."""
+        """The call has raised ``record.error`` or could not be made."""
 
     def task_discarded(self, record: TaskRecord) -> None:
-        """The task will not run, or not to its end, for ``record.reason``."""
+        """The task will not run, or was stopped, because of ``record.reason``."""
 
 
 HOOKS = tuple(name for name in vars(Hooks) if name.startswith("task_"))

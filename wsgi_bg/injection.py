@@ -1,4 +1,4 @@
-"""``@inject``: hands the request's ``BackgroundTasks`` to a function that asks for it."""
+"""``@inject``: passes the request's ``BackgroundTasks`` to an annotated parameter."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ R = TypeVar("R")
 def inject(func: Callable[..., R]) -> Callable[..., R]:
     """Fill the parameter of ``func`` that is annotated ``BackgroundTasks``.
 
-    For any function that is called while a request is handled, ``async def`` ones and
-    methods too: FastAPI's dependency. All of them get one object. An argument that the
-    caller gives wins. The annotation may be a string, ``Annotated`` or optional, and is
-    resolved at the first call.
+    Works for any function that is called while a request is handled, including ``async def``
+    functions and methods, like FastAPI's dependency. All functions called in a request get
+    the same object. An argument that the caller passes takes precedence. The annotation may
+    be a string, ``Annotated`` or optional, and is resolved at the first call.
 
     :raises TypeError: at the first call, if no parameter is annotated ``BackgroundTasks``,
-        or the annotation of one that may be meant cannot be resolved; at a call that gives
-        too few arguments for one that is positional only.
-    :raises RuntimeError: from a call outside of a request; a parameter with a default that
-        may be None keeps its default there.
+        or the annotation of a parameter that may be meant cannot be resolved; at a call with
+        too few arguments before a positional-only injected parameter.
+    :raises RuntimeError: from a call outside of a request. A parameter that may be None and
+        has a default keeps its default there.
     """
-    if isinstance(func, (staticmethod, classmethod)):  # what is under them is called
+    if isinstance(func, (staticmethod, classmethod)):  # inject into the wrapped function
         return typing.cast("Callable[..., R]", type(func)(inject(func.__func__)))
     if not callable(func):
         raise OptionTypeError("inject", func, "used on a function: @inject above a def")
@@ -43,7 +43,7 @@ def inject(func: Callable[..., R]) -> Callable[..., R]:
 
 
 def filling(func: Callable[..., R], wishes: Callable[[], list[Wish]]) -> Callable[..., R]:
-    """``func``, given at each call the arguments that ``wishes()`` names and the caller not."""
+    """Wrap ``func``: each call gets the injected parameters, unless the caller passed them."""
 
     def fill(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         for wish in wishes():

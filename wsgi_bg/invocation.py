@@ -1,7 +1,7 @@
-"""One call of a serverless handler, and the background tasks of the requests in it.
+"""A call of a serverless handler, and the background tasks of its requests.
 
 A serverless platform may freeze the process as soon as the handler has returned, so the
-tasks have to be done by then. :mod:`wsgi_bg.serverless` has the decorator.
+tasks have to be done before. :mod:`wsgi_bg.serverless` has the decorator.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .task import BackgroundTask
 
 freezes: bool = "AWS_LAMBDA_RUNTIME_API" in os.environ
-"""True on AWS Lambda and on other platforms that speak its Runtime API."""
+"""True on AWS Lambda and on all platforms that use its Runtime API."""
 
 running: set[Invocation] = set()
 """The invocations of this process; a platform may call the handler on several threads."""
@@ -34,10 +34,10 @@ _of_context: ContextVar[Invocation | None] = ContextVar("wsgi_bg.invocation", de
 
 
 def current() -> Invocation | None:
-    """Return the invocation that the calling code belongs to, None outside of any.
+    """Return the invocation that the calling code belongs to, or None.
 
-    Adapters that call the application on another thread copy the context. In a thread
-    without it, the only invocation of the process is the right one.
+    Adapters that call the application on a separate thread copy the context. In a thread
+    without that context, the invocation is known only if the process has a single one.
     """
     invocations = list(running)
     return _of_context.get() or (invocations[0] if len(invocations) == 1 else None)
@@ -45,13 +45,13 @@ def current() -> Invocation | None:
 
 @final
 class Invocation:
-    """A context manager around one call of a handler; knows the tasks that it has to await."""
+    """A context manager around a call of a handler; knows the tasks to wait for."""
 
     def __init__(self) -> None:
-        # The requests with tasks, each with its batch once that is given to a runner. No lock
-        # is held, as in a Ledger: each step is one atomic operation of the dictionary.
+        # The requests with tasks, each with its batch, or None until the batch is submitted.
+        # No lock is held, as in a Ledger: each step is an atomic operation of the dictionary.
         self._open: dict[RequestTasks, Batch | None] = {}
-        self._changed = threading.Event()  # a batch is done
+        self._changed = threading.Event()  # set when a batch is done
 
     def __enter__(self) -> Invocation:
         running.add(self)
@@ -63,27 +63,27 @@ class Invocation:
         running.discard(self)
 
     def begin(self, tasks: RequestTasks) -> None:
-        """Await ``tasks``, a request that gets its first task."""
+        """Wait for ``tasks``: the request has added its first task."""
         self._open.setdefault(tasks, None)
 
     def hand_over(self, tasks: RequestTasks, batch: Batch) -> None:
-        """Await ``batch``, which a runner is about to get, in place of its request."""
+        """Wait for ``batch``, which is about to be submitted, in place of its request."""
         batch.when_done(partial(self._leave, tasks))
         self._open[tasks] = batch
 
     def _leave(self, tasks: RequestTasks, batch: Batch) -> None:
-        if self._open.get(tasks) is batch:  # else a second runner has got the tasks
+        if self._open.get(tasks) is batch:  # else the tasks were submitted to another runner
             self._open.pop(tasks, None)
             self._changed.set()
 
     def finish(self, timeout: float, *, failed: bool) -> None:
-        """Wait until all tasks of this invocation are done; name the others at ERROR.
+        """Wait until all tasks of this invocation are done; log unfinished tasks at ERROR.
 
-        Tasks that are named go on for as long as the process is not frozen.
+        Tasks that are logged go on for as long as the process is not frozen.
 
         :param timeout: seconds to wait at most.
-        :param failed: True if the handler raised: its open requests have failed then.
-        :raises KeyboardInterrupt: if that ends the wait; the tasks are named all the same.
+        :param failed: True if the handler raised; its open requests then count as failed.
+        :raises KeyboardInterrupt: if Ctrl-C ends the wait; unfinished tasks are logged too.
         """
         began = time.monotonic()
         try:
@@ -108,7 +108,7 @@ class Invocation:
         """End the requests whose responses the adapter has not closed."""
         requests = [tasks for tasks, batch in list(self._open.items()) if batch is None]
         if requests:
-            # First those that were freed: how their bodies have ended is known there.
+            # First the freed responses: the collector knows how their bodies have ended.
             collectors.get().flush()
         for tasks in requests:
             tasks.end_unclosed(failed=failed)
@@ -123,10 +123,10 @@ class Invocation:
 
 
 def warn_of_freezing(environ: WSGIEnvironment) -> None:
-    """Log once a process that tasks outside of any invocation may be frozen; see ``freezes``.
+    """Log once a process that tasks outside of an invocation may be frozen; see ``freezes``.
 
-    Nothing is logged if a real server has made ``environ``, as under Lambda Web Adapter: no
-    handler could be decorated there.
+    Nothing is logged if a real server made ``environ``, as under Lambda Web Adapter, because
+    there is no handler to decorate.
     """
     if os.getpid() in _warned or _is_real_server(environ):
         return
@@ -141,5 +141,5 @@ def warn_of_freezing(environ: WSGIEnvironment) -> None:
 def _is_real_server(environ: WSGIEnvironment) -> bool:
     if servers.recognise(environ) is None:
         return False
-    # Mangum calls a2wsgi, which is known, without a server.
+    # Mangum calls a2wsgi, which recognise() knows, without a server.
     return "aws.event" not in environ.get("asgi.scope", ())

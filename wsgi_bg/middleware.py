@@ -1,4 +1,4 @@
-"""``BackgroundTasksMiddleware``: the way of a request, from the environ to its tasks."""
+"""``BackgroundTasksMiddleware``: how a request gets its tasks, and when they are run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class _Joint(NamedTuple):
-    """Where a layer has met those further out: their options, and what becomes of them."""
+    """Options of the outer middleware, and these options merged with the inner middleware's."""
 
     root: Options
     outer: Options
@@ -33,14 +33,14 @@ class _Joint(NamedTuple):
 class BackgroundTasksMiddleware:
     """Gives each request a ``BackgroundTasks`` and runs its tasks after the response.
 
-    A task runs after the response and never delays it: where the server has written the
-    whole response before it calls ``close()``, the runner runs it there, elsewhere it is
-    handed over to a thread. A task that raises is logged and reported to ``on_error``,
-    and the next one runs.
+    A task runs after the response and never delays the response. If the server has written
+    the whole response before the server calls ``close()``, the runner may run the task in
+    ``close()``; otherwise the task is handed over to a thread. A task that raises is logged
+    and passed to ``on_error``, and the next task runs.
 
-    Where another ``BackgroundTasksMiddleware`` is installed further out, both share one
-    object: what is not None here holds for the tasks added here, and the outer one
-    decides when they run.
+    If another ``BackgroundTasksMiddleware`` is installed further out, both share one
+    ``BackgroundTasks``. Options of the inner middleware that are not None apply to the tasks
+    added inside it, and the outer middleware decides when the tasks run.
 
     :param app: the WSGI application. Install the middleware outermost.
     :param runner: a runner, or ``"inline"`` (the default) or ``"pool"`` for the process's
@@ -50,19 +50,19 @@ class BackgroundTasksMiddleware:
         application raises or answers with a status of ``failed_from`` or more.
     :param failed_from: the lowest status that counts as a failure, from 100 to 600
         (default 500): with 400 ``abort(404)`` is a failure, with 600 no response is.
-    :param on_error: called with a task and what it raised, on the thread that ran it.
-    :param stop_on_error: whether a task's error keeps the rest of the batch from running
-        (Starlette's rule; default False).
-    :param hooks: what is told when a task is added, started, finished, failed and
-        discarded: a :class:`~wsgi_bg.hooks.Hooks` object, or a list of them.
+    :param on_error: called with a task and its exception, on the thread that ran the task.
+    :param stop_on_error: True if a task's error skips the rest of the batch (Starlette's
+        rule; default False).
+    :param hooks: a :class:`~wsgi_bg.hooks.Hooks` object, or a list of them, called when a
+        task is added, started, finished, failed and discarded.
     :raises TypeError: if ``app`` is not callable, or an option is of the wrong type.
-    :raises ValueError: if ``runner`` or ``run_on`` is a word that is not known, or
+    :raises ValueError: if ``runner`` or ``run_on`` is a unknown word, or
         ``failed_from`` is out of range.
     """
 
-    # What a framework's own middleware puts around each task.
+    # A framework's middleware sets this to wrap the call of each task.
     _around: Around | None = None
-    # Whether the runner is one that nobody has named, around an application that may name one.
+    # True if the runner is only a default, which an inner middleware may replace.
     _runner_yields = False
 
     def __init__(
@@ -122,15 +122,15 @@ class BackgroundTasksMiddleware:
                 if not tasks._list and (
                     kind is list or kind is tuple or kind is environ.get("wsgi.file_wrapper")
                 ):
-                    # Goes back as it is: it has nothing in it that could add a task, and a
-                    # server sends its own file wrapper by other means than iterating.
+                    # Return the iterable unwrapped: no code in such an iterable could add a
+                    # task, and a server sends its own file wrapper without iterating.
                     tasks._phase = ENDED  # and look again, as end_if_empty() does
                     if not tasks._list:
                         tasks._start_response = None
                         return app_iter
                     tasks._phase = OPEN
                 if kind is object:
-                    # gunicorn's ALREADY_HANDLED: its asynchronous workers compare it.
+                    # gunicorn's asynchronous workers compare the iterable with ALREADY_HANDLED.
                     tasks.end(environ, LEFT)
                     return app_iter
                 return _wrap(app_iter, kind, tasks, environ)
@@ -138,7 +138,7 @@ class BackgroundTasksMiddleware:
                 tasks.end(environ, LEFT if is_asked_for(environ, exc) else RAISED)
                 raise
         except BaseException:
-            # Once more: a signal handler may have stopped the first call before it had begun.
+            # Once more: a signal handler may have raised before the first end() had begun.
             tasks.end(environ, RAISED)
             raise
         finally:
@@ -147,7 +147,7 @@ class BackgroundTasksMiddleware:
     def _handle_first(
         self, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
-        """The application, until a request has shown that its server is supported."""
+        """Check the server, then call the application; replaced once the check has passed."""
         refuse_eventlet(environ)
         self._app = self._wrapped
         return self._wrapped(environ, start_response)
@@ -155,7 +155,7 @@ class BackgroundTasksMiddleware:
     def _join(
         self, tasks: BackgroundTasks, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
-        """Handle a request whose tasks an outer layer runs."""
+        """Handle a request whose tasks an outer middleware runs."""
         tasks = tasks._layer
         root = tasks._root
         joint = self._joint
@@ -178,12 +178,12 @@ class BackgroundTasksMiddleware:
             if type(app_iter) in (list, tuple):
                 environ[ENVIRON_KEY] = tasks
             elif isinstance(inner, View) and inner is not tasks:
-                # A stream finds its options in the environ until it is closed; another
-                # application that is called with this environ does not.
+                # A stream finds its options in the environ until the stream is closed. A
+                # second application that is called with this environ does not find them.
                 inner._has_returned = True
 
     def _meet(self, root: Options, outer: Options) -> _Joint:
-        """Find the options that hold in this layer; they are the same request after request."""
+        """Merge the outer options with those of this middleware; each request gets the same."""
         runner = None
         if self._names_runner and root.runner_yields:
             runner = self._options.runner
@@ -199,7 +199,7 @@ class BackgroundTasksMiddleware:
 def _wrap(
     app_iter: Iterable[bytes], kind: type, tasks: RequestTasks, environ: WSGIEnvironment
 ) -> Body:
-    """The application's iterable with the end of the request in its ``close()``."""
+    """Wrap the application's iterable: ``close()`` ends the request."""
     if kind is GeneratorType:
         body: Body = GeneratorBody()
         body._is_fresh = True  # type: ignore[attr-defined]

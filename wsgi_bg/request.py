@@ -1,4 +1,4 @@
-"""The ``BackgroundTasks`` of one request, and how the request's end reaches the runner."""
+"""The ``BackgroundTasks`` of one request, and their submission when the request ends."""
 
 from __future__ import annotations
 
@@ -35,22 +35,25 @@ class Outcome(Enum):
 LEFT, USED_UP, RAISED = Outcome
 
 new_list: Callable[[], list[BackgroundTask]] = list
-"""Makes the list of a request's tasks: the pytest plugin's remembers all of them."""
+"""Makes the list of a request's tasks; the pytest plugin sets a function that records them."""
 
 stand_in: Callable[[Runner], Runner] | None = None
-"""What gives the runner to use in place of a request's own: the pytest plugin's."""
+"""Overrides the runner of a request; set by the pytest plugin."""
 
 
 class RequestTasks(BackgroundTasks):
-    """What the middleware puts into the environ.
+    """The ``BackgroundTasks`` that the middleware puts into the environ.
 
-    It is made for every request, those that add no task included, so its middleware
-    fills it in place of an ``__init__`` and some slots are not set before they are
-    needed: ``_status`` and ``_headers``, what ``start_response`` was last called with;
-    ``_declared_late``, whether that may have been after the application returned;
-    ``_collector``, of the process that added the first task, which has the request until its
-    tasks begin to run; ``_invocation``, the call of a serverless handler that waits
-    for them; ``_is_handed_over``, whether they were given to a runner.
+    Every request makes such an object, even if the request adds no task. To save time the
+    middleware sets the slots in place of an ``__init__``, and these slots are set only when
+    they are needed:
+
+    - ``_status`` and ``_headers``: the arguments of the last call of ``start_response``;
+    - ``_declared_late``: True if that call may have come after the application returned;
+    - ``_collector``: of the process that added the first task; holds the request until the
+      tasks begin to run;
+    - ``_invocation``: the call of a serverless handler that waits for the tasks;
+    - ``_is_handed_over``: True if the tasks were submitted to a runner.
     """
 
     __slots__ = (
@@ -68,25 +71,25 @@ class RequestTasks(BackgroundTasks):
     _headers: list[tuple[str, str]]
     _invocation: invocation.Invocation | None
     _is_handed_over: bool
-    _start_response: Any  # dropped in the end: a server's holds the environ
+    _start_response: Any  # dropped at the end: the server's function holds the environ
     _status: str
 
-    __init__: Any = object.__init__  # so that to make one calls no Python function
+    __init__: Any = object.__init__  # so that making an object calls no Python function
 
     def start_response(
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
     ) -> Any:
-        """The server's ``start_response``, watched."""
+        """Call the server's ``start_response`` and keep status and headers."""
         self._status = status
         self._headers = headers
         if exc_info is None:
             return self._start_response(status, headers)
-        self._declared_late = True  # perhaps: the server may have sent a length
+        self._declared_late = True  # perhaps: the server may have sent a Content-Length
         return self._start_response(status, headers, exc_info)
 
     def _begin(self) -> list[BackgroundTask]:
-        # Everything that a later step may need is made here, with the first task: a
-        # garbage collection that frees the response can start no thread.
+        # Make all objects that a later step may need with the first task: a garbage
+        # collection that frees the response can start no thread.
         collector = collectors.get()
         collector.start()
         tasks, added = collector.unfinished.setdefault(id(self), (self, new_list()))
@@ -96,7 +99,7 @@ class RequestTasks(BackgroundTasks):
         self._invocation = invocation.current() if invocation.running else None
         if self._invocation is not None:
             self._invocation.begin(self)
-        self._list = added  # last: whoever sees it sees the others
+        self._list = added  # last: a thread that sees the list sees the slots set above
         return added
 
     def _may_start(self) -> bool:
@@ -111,7 +114,7 @@ class RequestTasks(BackgroundTasks):
         inside = context.get(current)
         if inside is self or (inside is not None and inside._root is self):
             return context
-        context.run(current.set, self)  # it was added in a stream, or on another thread
+        context.run(current.set, self)  # the task was added in a stream or on another thread
         return context
 
     def end_if_empty(self) -> bool:
@@ -125,19 +128,19 @@ class RequestTasks(BackgroundTasks):
         return False
 
     def end(self, environ: WSGIEnvironment, outcome: Outcome, *, closed: bool = True) -> None:
-        """Give the tasks to the runner, now that the application has nothing more to say.
+        """Submit the tasks to the runner; the application is done with the request.
 
         May be called again if the exception of a signal handler has ended the first call.
 
-        :param closed: whether this is the server's call of ``close()``, or as good as it.
-        :raises KeyboardInterrupt: or what else stops the server's worker.
+        :param closed: True if the server has called ``close()``, or an equivalent of it.
+        :raises KeyboardInterrupt: or another exception that stops the server's worker.
         """
         batch = None
         try:
             if self._phase == ENDED or self.end_if_empty() or self._is_handed_over:
                 return
             if self._collector.pid != os.getpid():
-                return  # in a forked child the tasks are the parent's
+                return  # in a forked child: the tasks belong to the parent
             if invocation.freezes and self._invocation is None:
                 invocation.warn_of_freezing(environ)
             batch = self._make_batch(environ, outcome, closed)
@@ -151,7 +154,7 @@ class RequestTasks(BackgroundTasks):
             raise
 
     def end_unclosed(self, *, failed: bool) -> None:
-        """End the request, whose response was neither closed nor freed."""
+        """End a request whose response was neither closed nor freed."""
         self.end({}, RAISED if failed else LEFT, closed=False)
 
     def _make_batch(self, environ: WSGIEnvironment, outcome: Outcome, closed: bool) -> Batch:
@@ -179,7 +182,7 @@ class RequestTasks(BackgroundTasks):
         runner = self._options.runner
         assert runner is not None
         self._await(batch)
-        in_place = stand_in  # once: another thread may end the test meanwhile
+        in_place = stand_in  # read once: another thread may end the test meanwhile
         if in_place is not None:
             runner = in_place(runner)
         batch.sends = hasattr(runner, "send")
@@ -191,7 +194,7 @@ class RequestTasks(BackgroundTasks):
         except BaseException as exc:
             if is_from_signal_handler(exc) or self._collector.pid != os.getpid():
                 raise
-            if id(self) not in self._collector.unfinished:  # it has begun all the same
+            if id(self) not in self._collector.unfinished:  # the batch has begun all the same
                 log.error("%s raised in submit()", runner, exc_info=exc)
                 return
             log.error(
@@ -207,26 +210,26 @@ class RequestTasks(BackgroundTasks):
                 shared_pool.submit(again)
 
     def _await(self, batch: Batch) -> Batch:
-        """Let the invocation of the request, if there is one, wait for ``batch``."""
+        """Let the invocation of the request, if any, wait for ``batch``; return ``batch``."""
         if self._invocation is not None:
             self._invocation.hand_over(self, batch)
         return batch
 
     def _stop(self, batch: Batch, exc: BaseException) -> None:
-        """See to the tasks whose hand-over was interrupted by ``exc``."""
+        """Stop or resubmit the tasks whose submission was interrupted by ``exc``."""
         self._is_handed_over = True
         if not self._may_start():
-            return  # they run, here or on another thread, or were named
+            return  # the tasks run, on some thread, or were logged as unfinished
         if goes_through(exc):
             batch.stop_for(exc)
-        else:  # a time limit, perhaps: it stops this thread, and not the tasks
+        else:  # perhaps a time limit, which stops this thread and not the tasks
             batch.give_back()
             self._allow_start()
             shared_pool.submit(self._await(batch.again()))
 
 
 def _code_of(status: str) -> int:
-    """The status code; 0 for a status without one, as before ``start_response``."""
+    """The status code; 0 if the status has no code, as before ``start_response``."""
     try:
         return int(status[:3])
     except ValueError:

@@ -1,4 +1,4 @@
-"""For handlers of AWS Lambda and its like, whose process is frozen when they return."""
+"""For handlers on platforms that freeze the process on return, such as AWS Lambda."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 DEFAULT_TIMEOUT = 30.0
-"""How long to wait if neither the decorator nor the runtime says, in seconds."""
+"""How long to wait if neither decorator nor runtime sets a limit, in seconds."""
 
 MARGIN = 0.5
-"""What the runtime needs of its time limit to send the response, in seconds."""
+"""The part of the time limit that the runtime needs to send the response, in seconds."""
 
 
 @overload
@@ -34,22 +34,22 @@ def finish_tasks(
 def finish_tasks(
     handler: Callable[..., Any] | None = None, /, *, timeout: float | None = None
 ) -> Callable[..., Any]:
-    """Decorate a serverless handler: it returns after the background tasks of its requests.
+    """Decorate a serverless handler to return after the background tasks of its requests.
 
-    The tasks of every runner are awaited, on the handler's thread, or without blocking the
-    event loop if the handler is ``async def``. Responses that the adapter did not close are
-    ended. Tasks that are not finished in time are named at ERROR, and go on only if the
-    process does. The client gets the response when the handler has returned.
+    The handler waits for the tasks of every runner, on the handler's thread, or without
+    blocking the event loop if the handler is ``async def``. Responses that the adapter did
+    not close are ended. Tasks that are not finished in time are logged at ERROR, and go on
+    only if the process does. The client gets the response when the handler has returned.
 
     Write ``@finish_tasks`` or ``@finish_tasks(timeout=5)`` above a function, or
     ``handler = finish_tasks(Mangum(app))``.
 
     :param handler: a plain or ``async def`` function, or an object with such a ``__call__``.
     :param timeout: how long to wait for the tasks at most, in seconds; never longer than
-        Lambda's ``context.get_remaining_time_in_millis()`` less half a second. None waits as
-        long as that, or 30 seconds if no argument of the handler has such a method.
+        Lambda's ``context.get_remaining_time_in_millis()`` less half a second. With None
+        this is the limit, or 30 seconds if no argument of the handler has such a method.
     :raises TypeError: if ``handler`` is not callable, or is a generator function; if
-        ``timeout`` is no number.
+        ``timeout`` is not a number.
     :raises ValueError: if ``timeout`` is negative.
     """
     if timeout is not None:
@@ -68,7 +68,7 @@ def _decorate(handler: Callable[..., Any], *, timeout: float | None) -> Callable
 
     try:
         kind_of(handler)
-    except TypeError as exc:  # its body would run after the invocation
+    except TypeError as exc:  # a generator's body would run after the invocation
         raise OptionTypeError("handler", handler, "a function that returns a response") from exc
 
     if is_coroutine_callable(handler):
@@ -89,7 +89,7 @@ def _decorate(handler: Callable[..., Any], *, timeout: float | None) -> Callable
             finally:
                 limit = _limit(timeout, *args, *kwargs.values())
                 invocation.finish(limit, failed=failed)
-        if inspect.isawaitable(response):  # of an ``async def`` that was decorated before
+        if inspect.isawaitable(response):  # the handler wraps an ``async def``
             return _finish_async(lambda: response, timeout, args, kwargs)
         return response
 
@@ -102,7 +102,7 @@ async def _finish_async(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Await what ``make()`` returns, and the tasks of the requests in it."""
+    """Await the result of ``make()``, then the tasks of its requests."""
     failed = True
     with Invocation() as invocation:
         try:
@@ -118,7 +118,7 @@ def _limit(timeout: float | None, *arguments: Any) -> float:
     """How long tasks may take from now on, in seconds."""
     limits = [] if timeout is None else [timeout]
     for argument in arguments:
-        with suppress(Exception):  # no context; a mock has no number, or raises
+        with suppress(Exception):  # not a context, or a mock that returns no number or raises
             left = argument.get_remaining_time_in_millis() / 1000 - MARGIN
             limits.append(max(0.0, left))
     return min(limits, default=DEFAULT_TIMEOUT)

@@ -1,11 +1,11 @@
-"""What each WSGI server has sent to the client by the time it calls ``close()``.
+"""Tells if a WSGI server has sent the whole response before the server calls ``close()``.
 
 PEP 3333 says that ``close()`` is called at the end of the request, not that the client
-has its response by then. One case was found safe on every server but tornado: a body
-with a declared length above zero that was used up. Streams wait for their terminator,
-empty bodies for their headers, HTTP/1.0 clients for the connection to be closed, all of
-which many servers send only after ``close()``. tornado writes nothing before it and
-leaves no mark; a server that is not known here is taken to be like it.
+has the response by then. A single case was found safe on every server but tornado: an
+exhausted body with a declared length above zero. Clients of streams wait for the terminator,
+clients of empty bodies for the headers, HTTP/1.0 clients for the end of the connection. Many
+servers send these only after ``close()``. tornado writes nothing before ``close()`` and cannot
+be recognised by its environ, so an unknown server is treated like tornado.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Server(NamedTuple):
     """The values of ``SERVER_SOFTWARE``, compared whole, with VERSION for any version."""
 
 
-# The keys that only one server sets come first: SERVER_SOFTWARE can be renamed by
+# Servers with a key of their own come first: SERVER_SOFTWARE can be changed by
 # configuration.
 SERVERS = (
     Server("waitress", "waitress.client_disconnected"),
@@ -60,16 +60,16 @@ SERVERS = (
 
 _VERSION = "[0-9][A-Za-z0-9.+!_-]*"
 
-# Python's own server writes this into the environ; others write it too, and are told from
-# it by their file wrapper.
+# SERVER_SOFTWARE of Python's wsgiref server. Some servers write the same value, but have a
+# different file wrapper.
 _AMBIGUOUS = ("WSGIServer/0.2", "WSGIServer")  # the second from Python 3.15 on
 
-# Servers and gateways set some of these; SCGI is in each request of that protocol.
+# Servers and gateways set some of these keys; SCGI is in each request of that protocol.
 _OF_GATEWAYS = ("SERVER_SOFTWARE", "GATEWAY_INTERFACE", "REMOTE_PORT", "SCGI")
 
 _FLAGS = ("multithread", "multiprocess", "run_once")
 
-# "unable to send websocket binary message" is another one.
+# Also matches "unable to send websocket binary message".
 _UWSGI_CLOSED = ("unable to receive websocket ", "unable to send websocket ")
 
 BODYLESS = ("1", "204", "304")
@@ -79,9 +79,10 @@ BODYLESS = ("1", "204", "304")
 def refuse_eventlet(environ: WSGIEnvironment) -> None:
     """Refuse to serve under eventlet.
 
-    Its threads are greenlets of one thread, which would all wait for an async task, and
-    monkey-patched the portal's loop would live on that thread: ``asyncio.run()`` then fails
-    for the application. gevent has what helps (see :mod:`wsgi_bg.greenlets`).
+    eventlet's threads are greenlets of one thread, which would all wait for an async task.
+    With monkey-patching the portal's loop would run on that thread too, and the
+    application's ``asyncio.run()`` would fail. gevent has an API that avoids both (see
+    :mod:`wsgi_bg.greenlets`).
 
     :raises RuntimeError: if eventlet made ``environ`` or has patched :mod:`threading`.
     """
@@ -93,11 +94,11 @@ def refuse_eventlet(environ: WSGIEnvironment) -> None:
 
 
 def is_asked_for(environ: WSGIEnvironment, exc: BaseException) -> bool:
-    """Whether ``exc`` is how the server ends a connection that the application took over.
+    """True if ``exc`` is the server's normal end of a connection the application took over.
 
-    gunicorn closes the connection for a ``StopIteration`` and logs no error: so end views
-    of flask-sock and python-engineio. uWSGI raises an ``OSError`` out of its functions for
-    WebSockets when the client has closed.
+    gunicorn closes the connection on a ``StopIteration`` and logs no error: the views of
+    flask-sock and python-engineio end in this way. uWSGI's functions for WebSockets raise an
+    ``OSError`` when the client has closed the connection.
     """
     if isinstance(exc, StopIteration):
         return "gunicorn.socket" in environ
@@ -109,7 +110,7 @@ def is_asked_for(environ: WSGIEnvironment, exc: BaseException) -> bool:
 
 
 def recognise(environ: WSGIEnvironment) -> Server | None:
-    """The server that made ``environ``, if it is one of :data:`SERVERS`."""
+    """The server that made ``environ``, or None if the server is not in :data:`SERVERS`."""
     for server in SERVERS:
         if not server.values and server.key in environ:
             return server
@@ -139,14 +140,14 @@ def describe(environ: WSGIEnvironment) -> str:
 
 
 def is_test_client(environ: WSGIEnvironment) -> bool:
-    """Whether no server made ``environ``, but a test client.
+    """True if a test client made ``environ``.
 
-    Each client is known by a sign that no server and no gateway puts into an environ.
+    Each client is recognised by a value that no server and no gateway puts into an environ.
     """
     payload = type(environ.get("wsgi.input"))
     if payload.__name__ == "FakePayload" and payload.__module__.startswith("django."):
         return True
-    if "paste.testing" in environ or _is_falcons_client(environ):  # the first is WebTest's
+    if "paste.testing" in environ or _is_falcons_client(environ):  # the key is WebTest's
         return True
     if any(key in environ for key in _OF_GATEWAYS):
         return False
@@ -155,11 +156,11 @@ def is_test_client(environ: WSGIEnvironment) -> bool:
     flags = [environ.get(f"wsgi.{name}", True) for name in _FLAGS]
     if any(flags):
         return False
-    # werkzeug's client, and so Flask's, sets RAW_URI, as no server without a name of its
-    # own does.
+    # The client of werkzeug (and so of Flask) sets RAW_URI; no server without a name in
+    # SERVER_SOFTWARE sets that key.
     return "RAW_URI" in environ or (
-        # setup_testing_defaults() of wsgiref. Small servers write 0 for False as well, but
-        # do not throw away their errors (wsgiref.validate wraps them) and have a client.
+        # setup_testing_defaults() of wsgiref. Small servers also write 0 for False, but they
+        # do not discard wsgi.errors (wsgiref.validate wraps that) and set REMOTE_ADDR.
         all(type(flag) is int for flag in flags)
         and type(environ.get("wsgi.errors")).__name__ in ("StringIO", "ErrorWrapper")
         and environ.get("SERVER_NAME") == "127.0.0.1"
@@ -168,9 +169,9 @@ def is_test_client(environ: WSGIEnvironment) -> bool:
 
 
 def _is_falcons_client(environ: WSGIEnvironment) -> bool:
-    """Whether Falcon's test client made ``environ``, in the name of a gunicorn of 2012.
+    """True if Falcon's test client made ``environ``, which names a gunicorn of 2012.
 
-    gunicorn itself puts its socket into each environ.
+    The real gunicorn puts ``gunicorn.socket`` into each environ.
     """
     return (
         environ.get("SERVER_SOFTWARE") == "gunicorn/0.17.0"
@@ -186,13 +187,13 @@ def is_written(
     *,
     declared_late: bool = False,
 ) -> bool:
-    """Whether a response whose body was used up needs nothing more from the application.
+    """True if the client has the whole response, provided that the body was exhausted.
 
     :param status: the status line as given to ``start_response``.
     :param headers: the headers as given to ``start_response``.
-    :param declared_late: whether the application called ``start_response`` after it had
-        returned its iterable. granian reads status and headers when the application
-        returns: the length that was declared later is not the length that it sends.
+    :param declared_late: True if the application called ``start_response`` after returning
+        the iterable. granian reads status and headers when the application returns, so
+        granian does not send a length that is declared later.
     """
     return (
         not declared_late

@@ -1,4 +1,4 @@
-"""``serve``: an application on waitress that loses no request and no task when it stops."""
+"""``serve``: run an application on waitress and lose no request or task at the stop."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 HOST, PORT, THREADS = "127.0.0.1", 8080, 4
 
-# The options of waitress that take the place of host and port.
+# The options of waitress that replace host and port.
 _ADDRESSES = ("listen", "unix_socket", "sockets")
 
 
 @dataclass(frozen=True)
 class Unfinished:
-    """What was left when the time was up; true if anything was.
+    """The requests and tasks left when the time was up; false if none was left.
 
     :ivar requests: how many requests had no complete response, or ran tasks on the
         server's thread.
@@ -60,29 +60,29 @@ def serve(
 ) -> Unfinished:
     """Serve ``app`` with waitress until SIGTERM, SIGINT or SIGHUP; blocks, on the main thread.
 
-    ``app`` is wrapped in a :class:`~wsgi_bg.BackgroundTasksMiddleware`. The first signal
-    ends the accepting of connections; requests in hand are answered, then the tasks of
-    all runners of the process are waited for, those that they add included. What is not
-    finished by then is named at ERROR. The runners take no more work in after that: a
-    batch submitted later runs in ``close()``. A second signal names what is left and ends
-    the process by the signal's default action. The handlers of the signals are put back
-    when ``serve`` returns. A SIGHUP that is ignored, as under ``nohup``, stays ignored.
+    ``serve`` wraps ``app`` in a :class:`~wsgi_bg.BackgroundTasksMiddleware`. After the first
+    signal the server accepts no connections, answers the requests in hand, and waits for the
+    tasks of all runners of the process, including tasks that these add. Requests and tasks
+    that are not finished in time are logged at ERROR. Then the runners accept no more work: a
+    batch submitted later runs in ``close()``. A second signal logs the unfinished tasks and
+    ends the process by the signal's default action. ``serve`` restores the handlers of the
+    signals when it returns. A SIGHUP that is ignored, as under ``nohup``, stays ignored.
 
     :param host: the address to listen on; None is ``"127.0.0.1"``.
-    :param port: 0 is any that is free (it is printed); None is 8080.
+    :param port: 0 is any free port (the port is printed); None is 8080.
     :param threads: how many requests are handled at the same time.
-    :param runner: a runner, or the name of the process's shared one; None is the one that
-        ``app`` names, being such a middleware itself or a Flask application with the
-        extension, else ``"pool"``.
+    :param runner: a runner, or the name of a shared runner of the process. None is the
+        runner that ``app`` names, if ``app`` is such a middleware or a Flask application
+        with the extension, else ``"pool"``.
     :param drain_timeout: how long requests and tasks have, together, from the first
-        signal, in seconds; None gives the tasks what their runner's ``drain_timeout``
-        says, and the requests the longest of these.
+        signal, in seconds. With None the tasks have the ``drain_timeout`` of their runner,
+        and the requests have the longest of these.
     :param waitress_options: further arguments of ``waitress.serve``; ``listen``,
-        ``unix_socket`` or ``sockets`` take the place of ``host`` and ``port``.
-    :return: what was left undone.
-    :raises TypeError: if an option is of the wrong type, or ``app`` not callable.
-    :raises ValueError: if an option is out of range, or waitress refuses it.
-    :raises OSError: if the address cannot be listened on.
+        ``unix_socket`` or ``sockets`` replace ``host`` and ``port``.
+    :return: the unfinished requests and tasks.
+    :raises TypeError: if an option is of the wrong type, or ``app`` is not callable.
+    :raises ValueError: if an option is out of range, or waitress refuses the option.
+    :raises OSError: if the server cannot listen on the address.
     :raises RuntimeError: if this is not the main thread.
     :raises ImportError: if waitress is not installed.
     """
@@ -94,7 +94,7 @@ def serve(
 def check(
     *, host: str | None, port: int | None, threads: int, drain_timeout: float | None
 ) -> None:
-    """Raise what :func:`serve` raises, as far as it can be known without an application."""
+    """Raise the errors of :func:`serve` that can be found without an application."""
     if find_spec("waitress") is None:
         raise ExtraMissingError("waitress", "serving an application")
     if threading.current_thread() is not threading.main_thread():
@@ -107,7 +107,7 @@ def check(
 
 
 def complete(options: dict[str, Any]) -> dict[str, Any]:
-    """The options for waitress, with a host and a port unless an address is among them."""
+    """Return the options for waitress; add host and port unless an address is given."""
     given = {name: value for name, value in options.items() if value is not None}
     if any(given.get(name) for name in _ADDRESSES):
         return given
@@ -119,7 +119,7 @@ def listen(
     runner: Runner | Literal["inline", "pool"] | None,
     options: dict[str, Any],
 ) -> GracefulServer:
-    """A server that listens and does not accept yet; see :func:`serve`."""
+    """Return a server that listens and does not accept yet; see :func:`serve`."""
     from .graceful import GracefulServer
 
     around = _Outermost if runner is None else BackgroundTasksMiddleware
@@ -127,14 +127,14 @@ def listen(
 
 
 class _Outermost(BackgroundTasksMiddleware):
-    """Around an application that may have such a middleware, with a runner, itself."""
+    """Outermost middleware whose runner an inner middleware may replace."""
 
     _runner_yields = True
 
 
 def run(server: GracefulServer, drain_timeout: float | None) -> Unfinished:
     """Serve until a signal, then drain; see :func:`serve`."""
-    logging.basicConfig()  # as waitress.serve does; nothing where logging is set up already
+    logging.basicConfig()  # as in waitress.serve; no effect if logging is configured already
     signals = StopSignals(server.stop)
     with signals:
         for address in server.addresses:
@@ -157,15 +157,16 @@ def run(server: GracefulServer, drain_timeout: float | None) -> Unfinished:
 
 
 def announce(text: str) -> None:
-    """Write ``text`` to standard output, if there is any: closed, full or broken is no error.
+    """Write ``text`` to standard output; ignore a closed, full, broken or missing output.
 
-    Past Python's buffer: text that cannot be written would stay there, and fail again at exit.
+    The text bypasses Python's buffer: unwritable text would stay in the buffer and fail again
+    at exit.
     """
     with suppress(OSError, ValueError, AttributeError):
         sys.stdout.flush()
         try:
             number = sys.stdout.fileno()
-        except OSError:  # an object in its place
+        except OSError:  # sys.stdout is an object without a file descriptor
             sys.stdout.write(text)
         else:
             os.write(number, text.encode())

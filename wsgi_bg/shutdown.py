@@ -1,4 +1,4 @@
-"""The end of the process: waits for the tasks that were taken in, and names the others."""
+"""Process exit: wait for submitted tasks, and log those that are unfinished."""
 
 from __future__ import annotations
 
@@ -32,31 +32,33 @@ DRAIN_TIMEOUT = 30.0
 # How long the portal's thread may take to end once its tasks are cancelled, in seconds.
 _PORTAL_TIMEOUT = 0.5
 
-# Seconds; the clock can be added to them.
+# In seconds; small enough for a time of the clock to be added without overflow.
 _FOR_EVER = 1e300
 
-# A runner's drain() that returns tasks so many seconds before its time is up has given up.
+# A runner's drain() has given up if it returns tasks so many seconds before its timeout.
 _EARLY = 0.05
 
-# By id.
+# By id of the runner.
 _runners: dict[int, _Registered] = {}
-# wsgi_bg.serve() drains before the interpreter exits, and no task is named twice.
+# Tasks logged as unfinished: serve() drains before interpreter exit drains, and no task is
+# logged twice.
 _named: WeakSet[BackgroundTask] = WeakSet()
-# Batches that were waited for as the main thread ended, while another thread served on.
+# Batches that the main thread waited for at its end, while another thread went on serving.
 _had_their_time: WeakSet[Batch] = WeakSet()
-# By process: what hands over the responses that were freed without close(), and what claims
-# the tasks of all other requests.
+# By process id: a function that hands over the responses freed without close(), and a function
+# that claims the tasks of all remaining requests.
 _collectors: dict[int, tuple[Callable[[], None], Callable[[], list[BackgroundTask]]]] = {}
 
 
 class _Registered:
     """A runner that exit drains.
 
-    The package's own runners are not kept alive: a batch that has not ended holds its
-    runner, and they have no other work. A user's runner may have.
+    The package's own runners are referenced weakly: an unfinished batch holds its runner,
+    and these runners have no work besides batches. A user's runner may have, so exit keeps
+    that runner alive.
 
-    :ivar drained_in: the process in which the runner was given its time; a forked child
-        gives it again.
+    :ivar drained_in: id of the process that has drained the runner; a forked child drains
+        the runner again.
     """
 
     def __init__(self, runner: Runner) -> None:
@@ -79,7 +81,7 @@ class _Registered:
 
 
 def register(runner: Runner) -> None:
-    """Have interpreter exit drain ``runner``."""
+    """Let interpreter exit drain ``runner``."""
     known = _runners.get(id(runner))
     if known is None or known.runner is not runner:
         _runners[id(runner)] = _Registered(runner)
@@ -91,13 +93,14 @@ def _registered() -> list[tuple[_Registered, Runner]]:
 
 
 def arm(flush: Callable[[], None], abandon: Callable[[], list[BackgroundTask]]) -> None:
-    """Drain at the end of this process, after ``flush()``.
+    """Drain at the exit of this process, after ``flush()``.
 
-    Called with the first task. What the application has registered with :mod:`atexit`, such
-    as the end of a database pool, runs after the tasks that need it.
+    Called with the first task. Functions that the application has registered with
+    :mod:`atexit`, such as the closing of a database pool, are called after the tasks that
+    need the pool.
 
     :param flush: hands over the responses that were freed so far.
-    :param abandon: claims and returns the tasks of requests that are not over.
+    :param abandon: claims and returns the tasks of requests that have not ended.
     """
     _collectors[os.getpid()] = flush, abandon
     call_at_exit(_drain_at_exit, _wait_at_exit)
@@ -113,14 +116,14 @@ def _flush() -> None:
 def wait(timeout: float | None = None) -> list[BackgroundTask]:
     """Block until all tasks that were handed over so far are done.
 
-    What these tasks add counts too, and so do the responses that a server has freed without
-    ``close()``. Runners take in more work meanwhile and afterwards. May be called at any
-    time, again and again, from any thread, but not from a background task.
+    ``wait`` includes tasks that these tasks add, and tasks of responses that a server has
+    freed without ``close()``. Runners accept batches during and after the wait. Call ``wait``
+    at any time, any number of times, from any thread, but not from a background task.
 
     :param timeout: how long to wait, in seconds; None for no limit.
     :return: the tasks that are not done. They go on.
-    :raises RuntimeError: from a running task or the portal's thread, which it would block.
-    :raises TypeError: if ``timeout`` is no number.
+    :raises RuntimeError: from a running task or the portal's thread, which would be blocked.
+    :raises TypeError: if ``timeout`` is not a number.
     :raises ValueError: if ``timeout`` is negative.
     """
     seconds = _check("wait", timeout)
@@ -130,19 +133,20 @@ def wait(timeout: float | None = None) -> list[BackgroundTask]:
 
 
 def drain(timeout: float | None = None) -> list[BackgroundTask]:
-    """Block until all tasks are done, and take no more work in: for the end of a process.
+    """Block until all tasks are done, and stop the runners: call this before process exit.
 
-    Tasks that are not done by then are named at ERROR and begin no more. A batch that is
-    submitted later runs in ``close()``. While it waits, a WARNING after one second and then
-    every five says for which tasks. A second call does not wait for a runner again.
+    Tasks that are not done when the time is up are logged at ERROR and do not begin. A batch
+    that is submitted later runs in ``close()``. During the wait, a WARNING after one second
+    and then every five seconds names the tasks. A second call does not wait for the same
+    runner again.
 
     :param timeout: how long to wait, in seconds; None for each runner's own
         ``drain_timeout``.
-    :return: the tasks that were named.
-    :raises RuntimeError: from a running task or the portal's thread, which it would block.
-    :raises TypeError: if ``timeout`` is no number.
+    :return: the tasks that were logged as unfinished.
+    :raises RuntimeError: from a running task or the portal's thread, which would be blocked.
+    :raises TypeError: if ``timeout`` is not a number.
     :raises ValueError: if ``timeout`` is negative.
-    :raises KeyboardInterrupt: if that ends the wait; the tasks are named all the same.
+    :raises KeyboardInterrupt: if Ctrl-C ends the wait; unfinished tasks are logged too.
     """
     limit = _check("drain", timeout)
     _flush()
@@ -153,7 +157,7 @@ def leave(*, limit: float | None = None, began: float | None = None) -> list[Bac
     """Deprecated: call :func:`wsgi_bg.drain`.
 
     :param limit: how long to wait, in seconds, in place of each runner's own limit.
-    :param began: when that time began, by :func:`time.monotonic`; None for now.
+    :param began: start of that time, by :func:`time.monotonic`; None for now.
     """
     warnings.warn(
         "wsgi_bg.shutdown.leave() will go: call wsgi_bg.drain(timeout)",
@@ -211,17 +215,17 @@ def finish(
     notice: Notice | None = None,
     names_requests: bool = True,
 ) -> list[BackgroundTask]:
-    """Drain every runner, name at ERROR what was not finished, leave the portal.
+    """Drain every runner, log unfinished tasks at ERROR, stop the portal.
 
     Blocks for the longest ``drain_timeout`` at most, and half a second for the portal. A
-    second call does not wait for a runner again.
+    second call does not wait for the same runner again.
 
     :param limit: how long to wait, in seconds, in place of each runner's own limit.
-    :param began: when that time began, by :func:`time.monotonic`; None for now.
-    :param notice: logs meanwhile; None for a new one.
-    :param names_requests: whether to name the tasks of requests that are not over, too.
-    :return: the tasks that were named.
-    :raises KeyboardInterrupt: if that ends the wait; the tasks are named all the same.
+    :param began: start of that time, by :func:`time.monotonic`; None for now.
+    :param notice: logs during the wait; None for a new ``Notice``.
+    :param names_requests: True to log the tasks of requests that have not ended, too.
+    :return: the tasks that were logged as unfinished.
+    :raises KeyboardInterrupt: if Ctrl-C ends the wait; unfinished tasks are logged too.
     """
     if began is None:
         began = time.monotonic()
@@ -241,7 +245,7 @@ def finish(
             all_done = all_done and reason is None
             reasons[id(runner)] = reason or _time_is_up(seconds)
         if waiting and all_done:
-            # A user's runner may return nothing and have batches that have not ended.
+            # A user's drain() may return no tasks although some batches have not ended.
             wait_for(batches, latest, notice)
     except BaseException as exc:
         otherwise = _interruption(exc)
@@ -259,15 +263,15 @@ def _interruption(exc: BaseException) -> str:
 def _drain(
     runner: Runner, seconds: float, deadline: float, notice: Notice, latest: float
 ) -> str | None:
-    """Drain one runner; return why the tasks that it leaves are not finished, if it does.
+    """Drain ``runner``; return why its tasks are unfinished, or None if all are done.
 
-    :param latest: when the last of all runners is given up, by :func:`time.monotonic`.
+    :param latest: the latest deadline of all runners, by :func:`time.monotonic`.
     """
     while True:
         until = min(deadline, notice.due)
         try:
             left = runner.drain(max(0.0, until - time.monotonic()))
-        except BaseException as exc:  # a user's runner; the others have tasks too
+        except BaseException as exc:  # a user's runner: the remaining runners must be drained
             if _is_interruption(exc, runner):
                 raise
             log.error("%s could not be drained", runner, exc_info=exc)
@@ -287,10 +291,10 @@ def _time_is_up(seconds: float) -> str:
 
 
 def _is_interruption(exc: BaseException, runner: Runner) -> bool:
-    """Whether ``exc``, which left a method of ``runner``, is to end the wait for all runners.
+    """True if ``exc``, raised by a method of ``runner``, must end the wait for all runners.
 
-    The package's own runners raise nothing themselves. A user's may let an
-    ``asyncio.CancelledError`` out, for instance.
+    The package's own runners raise no exceptions themselves. A user's runner may raise, for
+    instance an ``asyncio.CancelledError``.
     """
     if isinstance(exc, Exception):
         return False
@@ -298,22 +302,23 @@ def _is_interruption(exc: BaseException, runner: Runner) -> bool:
 
 
 def name_all(reason: str) -> None:
-    """Let no task begin any more and name at ERROR those not finished; does not wait."""
+    """Let no more tasks begin and log the unfinished tasks at ERROR; does not wait."""
     _name_left({}, reason)
 
 
 def _name_left(
     reasons: dict[int, str], otherwise: str, *, names_requests: bool = True
 ) -> list[BackgroundTask]:
-    """Name what is left of each runner, for its reason in ``reasons`` or ``otherwise``.
+    """Log unfinished tasks by runner, with its reason in ``reasons``, else ``otherwise``.
 
-    What came in meanwhile is named too; a batch that two runners know of, once.
+    Tasks submitted during the drain are logged too. A batch that two runners hold is logged
+    once.
     """
     named = []
     for entry, runner in _registered():
         entry.drained_in = os.getpid()
         named += _name(_left_of(runner), reasons.get(id(runner), otherwise))
-    # Those that a user's runner has taken and did not return.
+    # Tasks that a user's runner has accepted and did not return.
     named += _name(
         [task for batch in batches_under_way() for task in batch.abandon()], otherwise
     )
@@ -329,13 +334,13 @@ def _name(tasks: list[BackgroundTask], reason: str) -> list[BackgroundTask]:
 
 
 def _unfinished_requests() -> list[BackgroundTask]:
-    """Claim and return the tasks of requests that are not over, or were not handed over."""
+    """Claim and return the tasks of requests that are open or were not handed over."""
     collector = _collectors.get(os.getpid())
     return [] if collector is None else collector[1]()
 
 
 def longest_limit() -> float:
-    """The longest time that a runner wants for its tasks, in seconds."""
+    """The longest ``drain_timeout`` of all runners, in seconds."""
     return max(_limit_of(runner) for _, runner in _registered())
 
 
@@ -347,10 +352,10 @@ def _left_of(runner: Runner) -> list[BackgroundTask]:
         return (
             [] if left is None else [task for task in left if isinstance(task, BackgroundTask)]
         )
-    except BaseException as exc:  # as in _drain()
+    except BaseException as exc:  # a user's runner, as in _drain()
         if _is_interruption(exc, runner):
             raise
-        if can_abandon:  # else that it cannot be drained was logged
+        if can_abandon:  # else _drain() has logged the failure
             log.error("%s could not say what it left undone", runner, exc_info=exc)
         return []
 

@@ -1,7 +1,7 @@
 """The stop signals of ``serve``: the first stops the server, a second ends the process.
 
-SIGHUP is one of them: a terminal that is closed loses no task. A process that ignores it,
-as under ``nohup``, goes on ignoring it.
+SIGHUP is a stop signal, so closing a terminal loses no task. A process that ignores SIGHUP,
+as under ``nohup``, goes on ignoring SIGHUP.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ SECOND = "a second signal"
 
 
 class StopSignals:
-    """Handles the signals while it is entered; on the main thread.
+    """A context manager that handles the stop signals; enter it on the main thread.
 
-    The handler raises nothing: it may have interrupted the server's loop anywhere.
+    The handler raises no exception, because it may interrupt the server's loop anywhere.
 
     :param stop: called by the first signal.
     :ivar came: when the first signal came, by :func:`time.monotonic`.
@@ -44,7 +44,7 @@ class StopSignals:
 
     def __exit__(self, *exc_info: object) -> None:
         for number, handler in self._previous.items():
-            # Python has no name for a handler that C code has set, and cannot put it back.
+            # None stands for a handler that C code has set, which Python cannot restore.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -55,12 +55,12 @@ class StopSignals:
             self._end(number)
 
     def _end(self, number: int) -> None:
-        for each in self._previous:  # a third one does not even wait for the log
+        for each in self._previous:  # a third signal does not wait for the log
             signal.signal(each, signal.SIG_DFL)
         try:
             shutdown.name_all(f"before {SECOND} ({signal.Signals(number).name})")
         finally:
             signal.raise_signal(number)
-            # Still here: as PID 1 of a container, for which the kernel ignores a signal
-            # without a handler. No flush, which might block and does not come else either.
+            # Reached as PID 1 of a container: the kernel ignores a signal to PID 1 without a
+            # handler. No flush: it might block, and the default action does not flush either.
             os._exit(128 + number)

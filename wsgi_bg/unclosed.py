@@ -1,8 +1,9 @@
 """Responses that a server has freed without calling ``close()``.
 
-A response may be freed inside a garbage collection, on any thread, at any allocation:
-no place to take a lock or start a thread. So freeing puts it on a ``SimpleQueue``,
-whose ``put`` is safe there by its documentation, and a thread takes it from there.
+A response may be freed inside a garbage collection, on any thread, at any allocation. A
+finalizer must take no lock and start no thread there. So the finalizer puts the response on
+a ``SimpleQueue``, whose ``put`` is documented as safe in finalizers, and a thread reads the
+queue.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _FLUSH_TIMEOUT = 1.0  # seconds
 
 
 class Unclosed(NamedTuple):
-    """What is left of a response that was freed."""
+    """The tasks, environ and outcome of a response that was freed."""
 
     tasks: RequestTasks
     environ: WSGIEnvironment
@@ -39,10 +40,10 @@ class Unclosed(NamedTuple):
 
 
 class _Collections:
-    """Whether a garbage collection goes on; known once the first task was added.
+    """Tells if a garbage collection is running, from the first task of the process on.
 
-    A collection closes generators before or after the objects that hold them, so that
-    how one has ended does not show then.
+    A collection closes generators before or after the objects that hold them. So during a
+    collection a closed generator does not show how its iteration has ended.
     """
 
     are_running: bool = False
@@ -55,13 +56,13 @@ collections: _Collections = _Collections()
 
 
 class Collector:
-    """The queue and its thread; started when the first task of the process is added."""
+    """The queue and its thread, which starts when the first task of the process is added."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.queue: queue.SimpleQueue[Unclosed | threading.Event] = queue.SimpleQueue()
-        # The requests whose tasks nobody has begun to run, by their id, with the list of
-        # these tasks. Whoever pops a request runs or names its tasks.
+        # By id of the request: the requests whose tasks no thread has begun to run, with the
+        # list of these tasks. The thread that pops a request runs its tasks or logs them.
         self.unfinished: dict[int, tuple[RequestTasks, list[BackgroundTask]]] = {}
         self.has_warned: bool = False
         self._has_thread = False
@@ -69,10 +70,10 @@ class Collector:
         shutdown.arm(self.flush, self.abandon)
 
     def start(self) -> None:
-        """Let a thread take from the queue.
+        """Start the thread that reads the queue.
 
-        Without memory for a stack the next request tries again, and so does :meth:`flush`.
-        Two requests that come at once may start two threads, which does no harm.
+        If there is no memory for a stack, the next request tries again. :meth:`flush` then
+        reads the queue itself. Two requests at once may start two threads, which is harmless.
         """
         if not self._has_thread and not is_exiting():
             with suppress(RuntimeError):
@@ -95,13 +96,13 @@ class Collector:
             log.error("the thread for unclosed responses raised", exc_info=exc)
 
     def flush(self) -> None:
-        """Have what was freed so far handed over; blocks for a second at most."""
+        """Hand over the responses that were freed so far; blocks for a second at most."""
         if self._has_thread:
-            # Behind the others: what the thread has taken is not in the queue any more.
+            # Last in the queue: when the thread sets the event, it has handled all before.
             reached = threading.Event()
             self.queue.put(reached)
             reached.wait(_FLUSH_TIMEOUT)
-        # Without a thread, or with one that runs a batch that no runner has taken.
+        # If there is no thread, or the thread runs a batch that no runner accepted.
         with suppress(queue.Empty):
             while True:
                 self._take(self.queue.get_nowait())
@@ -124,7 +125,7 @@ class Collector:
         tasks.end(environ, outcome, closed=False)
 
     def abandon(self) -> list[BackgroundTask]:
-        """Claim and return the tasks of requests that are not over, or were not handed over."""
+        """Claim and return the tasks of requests that are open or were not handed over."""
         left: list[BackgroundTask] = []
         while self.unfinished:
             with suppress(KeyError):

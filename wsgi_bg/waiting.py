@@ -1,4 +1,4 @@
-"""The batches of this process that have not ended: to wait for, and to name in the log."""
+"""Wait for the unfinished batches of this process, and log their tasks during the wait."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ if TYPE_CHECKING:
     from .task import BackgroundTask
 
 FIRST, EVERY = 1.0, 5.0
-"""When the first WARNING of a wait comes, and how long after it the next, in seconds."""
+"""Seconds until the first WARNING of a wait, and between the following WARNINGs."""
 
-_NAMES = 5  # so many different names in one WARNING
-_COUNTED = 1000  # of so many tasks: to look for the names of a million takes seconds
+_NAMES = 5  # the most different names in a WARNING
+_COUNTED = 1000  # read the names of so many tasks: those of a million take seconds
 
-# Weak: as long as a batch has not ended, the batch holds its ledger.
+# Weak: an unfinished batch holds its ledger.
 _ledgers: WeakValueDictionary[int, Ledger] = WeakValueDictionary()
 
 
 def watch(ledger: Ledger) -> None:
-    """Have the batches of ``ledger`` waited for."""
+    """Let every wait include the batches of ``ledger``."""
     _ledgers[id(ledger)] = ledger
 
 
 def _ledgers_here() -> list[Ledger]:
-    """The ledgers of this process; a forked child has those of its parent too."""
+    """The ledgers of this process, without those inherited from a parent by fork."""
     pid = os.getpid()
     found = [reference() for reference in _ledgers.valuerefs()]
     return [ledger for ledger in found if ledger is not None and ledger.pid == pid]
 
 
 def batches_under_way() -> dict[Batch, None]:
-    """The batches that were handed over and have not ended, each once."""
+    """The submitted batches that have not ended, each once."""
     return dict.fromkeys(chain.from_iterable(ledger.batches for ledger in _ledgers_here()))
 
 
 def wait_for(
     batches: dict[Batch, None], deadline: float, notice: Notice
 ) -> list[BackgroundTask]:
-    """Block until ``batches`` have ended, what their tasks add included.
+    """Block until ``batches`` have ended, including tasks that their tasks add.
 
-    :param deadline: until when to wait, by :func:`time.monotonic`.
-    :param notice: logs meanwhile.
+    :param deadline: when to stop waiting, by :func:`time.monotonic`.
+    :param notice: logs during the wait.
     :return: the tasks that are not done.
     """
     for ledger in _ledgers_here():
@@ -64,11 +64,11 @@ def wait_for(
 
 
 class Notice:
-    """One WARNING a second after it was made, then one every five, while a process waits.
+    """Logs a WARNING a second after its creation, then every five seconds of a wait.
 
-    :param ended_by: the signal that ends the wait; None finds out.
+    :param ended_by: the signal that ends the wait, for the message; None to detect Ctrl-C.
     :param first: seconds before the first WARNING.
-    :ivar latest: when something else ends the wait, by :func:`time.monotonic`.
+    :ivar latest: an earlier end of the wait than the deadline, by :func:`time.monotonic`.
     """
 
     def __init__(self, ended_by: str | None = None, first: float = FIRST) -> None:
@@ -77,11 +77,11 @@ class Notice:
         self._ended_by = _interrupting_signal() if ended_by is None else ended_by
 
     def log_if_due(self, deadline: float, requests: int = 0, runner: object = None) -> None:
-        """Log what is waited for, if it is time.
+        """Log the requests and tasks that the process waits for, if a WARNING is due.
 
-        :param deadline: until when, by :func:`time.monotonic`.
-        :param requests: how many requests are waited for too.
-        :param runner: what is waited for if no task is known.
+        :param deadline: the end of the wait, by :func:`time.monotonic`.
+        :param requests: how many requests the process also waits for.
+        :param runner: is logged if no task and no request is known.
         """
         now = time.monotonic()
         if now < self.due:
@@ -113,7 +113,7 @@ class Notice:
 
 
 def _list(names: Counter[str], count: int) -> str:
-    """``"2 shop.send_mail, 1 shop.resize, 7 others"``."""
+    """Format ``names``: ``"2 shop.send_mail, 1 shop.resize, 7 others"``."""
     shown = names.most_common(_NAMES)
     others = count - sum(number for _, number in shown)
     parts = [f"{number} {name}" for name, number in shown]
@@ -121,7 +121,7 @@ def _list(names: Counter[str], count: int) -> str:
 
 
 def _interrupting_signal() -> str:
-    """The signal that raises out of a wait on this thread, if that is known."""
+    """``"Ctrl-C"`` if SIGINT ends a wait on this thread by an exception, else ``""``."""
     is_main = threading.current_thread() is threading.main_thread()
     raises = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     return "Ctrl-C" if is_main and raises else ""

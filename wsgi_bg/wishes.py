@@ -1,4 +1,4 @@
-"""Which parameters of a function are annotated ``BackgroundTasks``, and so to be filled."""
+"""Find the injected parameters of a function: those annotated ``BackgroundTasks``."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ _NAME = re.compile(rf"{BackgroundTasks.__name__}\b")
 
 
 class Wish(NamedTuple):
-    """A parameter to fill in."""
+    """An injected parameter."""
 
     name: str
     place: int | None
-    """Where it stands among the positional ones; None if it can only be given by name."""
+    """The index among the positional parameters; None if the parameter is keyword-only."""
     by_name: bool
-    """Whether it can be given by name."""
+    """True if the parameter can be passed by keyword."""
     may_be_left: bool
-    """Whether the call may do without: it has a default, and None would do."""
+    """True if the parameter may be omitted: it has a default and may be None."""
 
 
 class Unresolved(NamedTuple):
-    """A parameter whose annotation could not be made out."""
+    """A parameter whose annotation could not be resolved."""
 
     name: str
     error: Exception
     is_ours: bool
-    """Whether it has the name ``BackgroundTasks`` in it."""
+    """True if the annotation contains the name ``BackgroundTasks``."""
 
 
 def wishes_of(func: Callable[..., Any]) -> tuple[list[Wish], list[Unresolved]]:
-    """The parameters to fill, and those that may be some.
+    """Return the injected parameters, and those whose annotation cannot be resolved.
 
-    Each annotation is looked at by itself: that another one cannot be resolved, since its
-    type is imported under ``TYPE_CHECKING`` only, is no matter here.
+    Each annotation is resolved separately: an annotation whose type is imported under
+    ``TYPE_CHECKING`` only, and so cannot be resolved, does not affect the rest.
     """
     given = func.keywords if isinstance(func, functools.partial) else ()
     wishes: list[Wish] = []
@@ -52,7 +52,7 @@ def wishes_of(func: Callable[..., Any]) -> tuple[list[Wish], list[Unresolved]]:
     try:
         parameters: Iterable[Parameter] = inspect.signature(func).parameters.values()
         names = _namespace_of(func)
-    except (TypeError, ValueError):  # a function in C that does not say, a loop of wrappers
+    except (TypeError, ValueError):  # a C function without a signature, or a loop of wrappers
         return [], []
     for place, parameter in enumerate(parameters):
         annotation = parameter.annotation
@@ -62,7 +62,7 @@ def wishes_of(func: Callable[..., Any]) -> tuple[list[Wish], list[Unresolved]]:
         is_variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         try:
             members = _members(_resolve(parameter.name, annotation, names))
-        except Exception as exc:  # whatever the evaluation of a string raises
+        except Exception as exc:  # evaluating a string may raise any exception
             is_ours = _NAME.search(str(annotation)) is not None
             unresolved.append(Unresolved(parameter.name, exc, is_ours))
             continue
@@ -82,9 +82,9 @@ def wishes_of(func: Callable[..., Any]) -> tuple[list[Wish], list[Unresolved]]:
 
 
 def granted(wish: Wish, func: Callable[..., Any]) -> BackgroundTasks | None:
-    """The request's ``BackgroundTasks`` for a parameter of ``func``, or None.
+    """Return the request's ``BackgroundTasks`` for a parameter of ``func``, or None.
 
-    :raises RuntimeError: outside of a request, if the parameter has to be filled.
+    :raises RuntimeError: outside of a request, if the parameter cannot be omitted.
     """
     if wish.may_be_left and current.get(None) is None:
         return None
@@ -106,7 +106,7 @@ def _resolve(name: str, annotation: Any, names: dict[str, Any]) -> Any:
 
 
 def _namespace_of(func: Any) -> dict[str, Any]:
-    """The globals of the function that has the annotations, under all decorators."""
+    """The globals of the annotated function, found under all decorators."""
     func = inspect.unwrap(func)
     while isinstance(func, functools.partial):
         func = inspect.unwrap(func.func)

@@ -1,4 +1,4 @@
-"""Runners: where and when the tasks of a request run."""
+"""Runners decide on which thread and when the tasks of a request run."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _shared[None] = _shared["inline"]
 
 
 def set_default(name: str) -> None:
-    """Have None mean the shared runner of that name, for middleware made from now on.
+    """Let ``runner=None`` mean the shared runner ``name``, for middleware made afterwards.
 
-    For a process that ``wsgi-bg`` has started, before it imports the application.
+    ``wsgi-bg`` calls this before it imports the application.
     """
     _shared[None] = _shared[name]
 
 
 def resolve(runner: Runner | str | None) -> Runner:
-    """The runner that an application's ``runner`` option means.
+    """Return the runner for the value of a ``runner`` option, and let exit drain that runner.
 
-    None is ``"inline"``, or what :func:`set_default` was given.
+    None means ``"inline"``, or the name that :func:`set_default` was called with.
 
-    :raises ValueError: for a name that is none.
-    :raises TypeError: for an object that is no runner.
+    :raises ValueError: if the name is unknown.
+    :raises TypeError: if the object is not a runner.
     """
     if runner is None or isinstance(runner, str):
         if runner not in _shared:

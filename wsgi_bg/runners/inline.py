@@ -1,4 +1,4 @@
-"""``InlineRunner``: on the server's thread, where no response waits for it."""
+"""``InlineRunner``: runs tasks on the server's thread, if no response waits for them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class InlineRunner:
     """Runs tasks in ``close()``, on the server's thread, if the response is complete.
 
     Batches of other responses go to the process's shared :class:`PoolRunner`. The
-    server's thread is held until the tasks are done, and so is the next request on the
-    same connection: for production use ``runner="pool"``.
+    server's thread is busy until the tasks are done, and the next request on the same
+    connection waits: for production use ``runner="pool"``.
     """
 
     work_is_in_ledgers = True
@@ -31,7 +31,7 @@ class InlineRunner:
     def submit(self, batch: Batch) -> None:
         """Run the batch now, or hand it over if the response is not complete.
 
-        :raises KeyboardInterrupt: or what else stops the server's worker.
+        :raises KeyboardInterrupt: or another exception that stops the server's worker.
         """
         takes_more = self._ledgers.get().add(batch)
         if batch.response_complete or not takes_more:
@@ -40,21 +40,21 @@ class InlineRunner:
             shared_pool.submit(batch)
 
     def drain(self, timeout: float) -> list[BackgroundTask]:
-        """Hand nothing over any more; wait for what runs and what was handed over.
+        """Hand no more batches over; wait for the batches that run or were handed over.
 
         Blocks; a batch submitted later runs in ``close()``.
 
         :param timeout: seconds to wait at most.
-        :return: the tasks that were not finished by then. They go on.
+        :return: the tasks that were not finished in time. They go on.
         """
         return self._ledgers.get().drain(timeout)
 
     def abandon(self) -> list[BackgroundTask]:
-        """Let no batch begin another task; return the tasks left undone. Does not block."""
+        """Let no batch begin more tasks; return the unfinished tasks. Does not block."""
         return self._ledgers.get().abandon()
 
     def statistics(self) -> Statistics:
-        """Numbers of tasks, those handed over included."""
+        """Return numbers of tasks, including tasks that were handed over."""
         return self._ledgers.get().statistics()
 
     def __repr__(self) -> str:

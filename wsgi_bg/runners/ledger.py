@@ -1,4 +1,4 @@
-"""The batches that a runner has taken in and not finished, and counts of the others."""
+"""The unfinished batches of a runner, and counts of the tasks of finished batches."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ if TYPE_CHECKING:
 class Ledger:
     """Counts the batches of one runner in one process, and lets a thread wait for them.
 
-    No lock is held here: the exception of a signal handler could leave it locked, and then
-    no batch could end any more. A thread that publishes something (a batch, the drain, a
-    waiter) looks afterwards at what other threads have published meanwhile.
+    A ledger holds no lock: the exception of a signal handler could leave the lock locked,
+    and then no batch could end. A thread that publishes an object (a batch, the drain, a
+    waiter) checks afterwards if another thread has published an object at the same time.
     """
 
     def __init__(self) -> None:
         self.pid: int = os.getpid()
         self._handed_over: dict[Batch, None] = {}
         self._run_here: dict[Batch, None] = {}
-        # Tasks of batches that have ended, by the thread that ended them: no two threads add to
-        # the same numbers. Succeeded, failed, discarded, run on the server's thread.
+        # Numbers of tasks of ended batches: succeeded, failed, discarded, run on the server's
+        # thread. By the thread that ended the batch, so that no two threads add to a number.
         self._counts: dict[int, list[int]] = {}
         self._waiters: list[threading.Event] = []
         self.is_draining: bool = False
-        self._on_done = self.remove  # one object for all batches
+        self._on_done = self.remove  # one bound method for all batches
         watch(self)
 
     def add(self, batch: Batch, limit: float = inf) -> bool:
         """Keep ``batch`` until its run has ended.
 
         :param limit: how many batches may be handed over at the same time.
-        :return: whether it may be handed over; False also while the runner is drained.
+        :return: True if ``batch`` may be handed over; False also while the runner is drained.
         """
         batch.when_done(self._on_done)
         batch.is_kept = True
@@ -56,7 +56,7 @@ class Ledger:
         return False
 
     def remove(self, batch: Batch) -> None:
-        """Forget a batch that has ended, and count its tasks."""
+        """Remove a batch that has ended, and count its tasks."""
         was_here = self._handed_over.pop(batch, self) is None
         was_here = self._run_here.pop(batch, self) is None or was_here
         if not was_here:
@@ -72,13 +72,13 @@ class Ledger:
     @property
     def batches(self) -> list[Batch]:
         """The batches that have not ended."""
-        # dict.fromkeys: add() moves a batch by adding it to the second dict first.
+        # dict.fromkeys: while add() moves a batch, both dictionaries hold the batch.
         return list(dict.fromkeys([*list(self._handed_over), *list(self._run_here)]))
 
     def wait_for(self, batches: Iterable[Batch], deadline: float) -> bool:
-        """Block until none of ``batches`` is here, or ``deadline`` by the monotonic clock.
+        """Block until all ``batches`` have ended, or until ``deadline`` by the monotonic clock.
 
-        :return: False if the deadline came first.
+        :return: False if the deadline has passed first.
         """
         changed = threading.Event()
         self._waiters.append(changed)
@@ -95,7 +95,7 @@ class Ledger:
             self._waiters.remove(changed)
 
     def drain(self, timeout: float) -> list[BackgroundTask]:
-        """Wait until no batch is left or ``timeout`` seconds are over; return the rest."""
+        """Wait ``timeout`` seconds at most for all batches; return the unfinished tasks."""
         deadline = time.monotonic() + timeout
         self.is_draining = True
         while (batches := self.batches) and self.wait_for(batches, deadline):
@@ -103,17 +103,17 @@ class Ledger:
         return [task for batch in batches for task in batch.tasks]
 
     def abandon(self) -> list[BackgroundTask]:
-        """Let no batch begin another task; return the tasks left undone."""
+        """Let no batch begin more tasks; return the unfinished tasks."""
         return [task for batch in self.batches for task in batch.abandon()]
 
     def statistics(self) -> Statistics:
-        """Count without making a list of tasks, of which there may be a million."""
+        """Return numbers of tasks, without making a list of perhaps a million tasks."""
         batches = self.batches
         ended = list(self._counts.values())
         running = sum(batch.is_running for batch in batches)
         unfinished = sum(batch.length for batch in batches)
         return Statistics(
-            pending=max(0, unfinished - running),  # a task may end between the two
+            pending=max(0, unfinished - running),  # a task may end between the two counts
             running=running,
             succeeded=sum(each[0] for each in ended) + sum(b.succeeded for b in batches),
             failed=sum(each[1] for each in ended) + sum(b.failed for b in batches),
@@ -126,14 +126,14 @@ _others = PerProcess(Ledger)
 
 
 def keep(batch: Batch) -> None:
-    """Keep a batch that its runner has taken and that no ledger knows, until it ends.
+    """Keep an accepted batch until the batch ends, if no ledger has the batch.
 
-    A user's runner keeps none. Called after ``submit``: most batches are known by then, or
-    have ended.
+    A user's runner has no ledger. Called after ``submit``, when most batches are in a ledger
+    or have ended.
     """
     if batch.is_kept or not batch.length:
         return
     ledger = _others.get()
     ledger.add(batch)
-    if batch.has_ended:  # perhaps before it could tell the ledger
+    if batch.has_ended:  # perhaps before add() registered remove()
         ledger.remove(batch)

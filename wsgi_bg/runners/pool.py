@@ -1,4 +1,4 @@
-"""``PoolRunner``: on threads and a loop of its own, so that the server's threads are free."""
+"""``PoolRunner``: runs tasks on worker threads and the portal's loop, not server threads."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from .ledger import Ledger
 if TYPE_CHECKING:
     from wsgi_bg.task import BackgroundTask
 
-# An incomplete response's batch is taken in up to this many times max_pending: to run it
-# in close() would make its client wait.
+# The limit for batches of incomplete responses is max_pending times this: running such a batch
+# in close() would make the client wait.
 _INCOMPLETE_FACTOR = 10
 
 _RAN_HERE = "%d batches ran on the server's thread since the last record of this kind: "
@@ -31,25 +31,25 @@ _RAN_HERE = "%d batches ran on the server's thread since the last record of this
 PUT_OFF = 0.005
 """How long after ``submit`` the batch of an incomplete response begins, in seconds.
 
-``close()`` has to return and the server to write its last bytes: a task that computes would
-keep the interpreter from both for as long as its switch interval, 5 ms.
+In this time ``close()`` returns and the server writes its last bytes. A task that computes
+would delay both by the interpreter's switch interval, 5 ms.
 """
 
 
 class PoolRunner:
     """Hands batches over in ``close()`` and runs them on worker threads, in any order.
 
-    The tasks of one batch run one after another. Beyond ``max_pending`` a complete
-    response's batch runs in ``close()``, so that load slows the server down and does not
-    fill the memory. A WARNING says so, once a minute at most, with the number of such
-    batches; ``statistics().run_here`` counts their tasks.
+    The tasks of a batch run in order, never two at a time. Beyond ``max_pending`` the batch
+    of a complete response runs in ``close()``, so that load slows the server down and does
+    not fill the memory. A WARNING, at most once a minute, logs the number of such batches;
+    ``statistics().run_here`` counts their tasks.
 
-    :param threads: how many worker threads at most; started when needed, all daemons.
+    :param threads: the most worker threads; started when needed, all daemons.
     :param max_pending: how many batches may be handed over and not finished; None for no
         limit.
     :param drain_timeout: how long interpreter exit waits for the tasks, in seconds;
-        ``math.inf`` for no limit. Those not finished by then are named at ERROR and lost.
-    :raises TypeError: if a number is of another type; a bool is none.
+        ``math.inf`` for no limit. Tasks not finished in time are logged at ERROR and lost.
+    :raises TypeError: if a number has the wrong type; a bool is not a number.
     :raises ValueError: if a number is out of range.
     """
 
@@ -64,16 +64,16 @@ class PoolRunner:
         self._threads = threads
         self._max_pending = max_pending
         limit = inf if max_pending is None else max_pending
-        # [True] for complete responses, [False] for others.
+        # [True] for complete responses, [False] for incomplete responses.
         self._limits = (max(limit, 1) * _INCOMPLETE_FACTOR, limit)
         self.drain_timeout = drain_timeout
         self._crews = PerProcess(lambda: _Crew(threads))
 
     def submit(self, batch: Batch) -> None:
-        """Hand the batch over; runs it here where there is no room, and then blocks.
+        """Hand the batch over, or run the batch here and block, if there is no room.
 
-        :raises KeyboardInterrupt: or what else stops the server's worker, from a batch
-            that runs here.
+        :raises KeyboardInterrupt: or another exception that stops the server's worker, from
+            a batch that runs here.
         """
         crew = self._crews.get()
         is_complete = batch.response_complete
@@ -88,27 +88,27 @@ class PoolRunner:
             self._run_here(batch, crew.no_thread)
 
     def _run_here(self, batch: Batch, warning: RepeatedWarning) -> None:
-        if batch.tasks:  # else nothing but its end is to come
+        if batch.tasks:  # else the batch has no task left and only has to end
             batch.run_here = batch.length
             warning.count(self, batch)
         batch.run()
 
     def drain(self, timeout: float) -> list[BackgroundTask]:
-        """Take no more work in and wait until all is done; blocks.
+        """Hand no more batches over and wait until all batches have ended; blocks.
 
         A batch submitted later runs in ``close()``.
 
         :param timeout: seconds to wait at most.
-        :return: the tasks that were not finished by then. They go on.
+        :return: the tasks that were not finished in time. They go on.
         """
         return self._crews.get().ledger.drain(timeout)
 
     def abandon(self) -> list[BackgroundTask]:
-        """Let no batch begin another task; return the tasks left undone. Does not block."""
+        """Let no batch begin more tasks; return the unfinished tasks. Does not block."""
         return self._crews.get().ledger.abandon()
 
     def statistics(self) -> Statistics:
-        """Numbers of tasks."""
+        """Return numbers of tasks."""
         return self._crews.get().ledger.statistics()
 
     def __repr__(self) -> str:
@@ -120,21 +120,21 @@ class PoolRunner:
 
 shared_pool: PoolRunner = PoolRunner()
 """The process's shared runner of the name ``"pool"``."""
-register(shared_pool)  # other runners hand over to it, and it may not be anyone's option
+register(shared_pool)  # runners hand batches over to this pool even if no option names it
 
 
 class _Crew:
-    """What runs the batches of one pool in one process.
+    """Runs the batches of one pool in one process.
 
-    A batch goes to a worker for the plain functions that come next in it and to the
-    portal's loop for the async ones, to and fro, and holds nothing of the other kind.
+    Plain functions of a batch run on a worker thread, async functions on the portal's loop.
+    The batch moves to and fro: on the loop it occupies no worker, on a worker not the loop.
     """
 
     def __init__(self, threads: int) -> None:
         self.ledger = Ledger()
         self._workers = Workers(self._work, threads, "wsgi_bg-pool")
         self._starter = Workers(self._work, 1, "wsgi_bg-start")
-        # Greenlets, which are cheap to hold; see _work().
+        # Workers are greenlets here, cheap to keep waiting; see _work().
         self._waiting = Workers(Batch.run, inf, "wsgi_bg-wait")
         self._job = LoopJob(Batch.run_async, Batch.goes_on_async, self._pass_on)
         self._late_job = self._job._replace(work=_run_late)
@@ -146,7 +146,7 @@ class _Crew:
         self.no_thread = RepeatedWarning(_RAN_HERE + "%s can start no thread; the last was %s")
 
     def submit(self, batch: Batch) -> bool:
-        """Have the batch begin; False if it has no task or there is no thread to be had."""
+        """Start the batch; return False if it has no task or no thread can be started."""
         is_async = batch.next_is_async
         if is_async is None:
             return False
@@ -154,36 +154,36 @@ class _Crew:
             return self._workers.submit(batch)
         thread = None if greenlets.are_threads() else portal.peek()
         if thread is None:
-            # To make it takes longer than close() may, and plain functions may have all
-            # the workers for long.
+            # Starting the portal takes too long for close(), and plain functions may occupy
+            # all workers for long.
             return self._starter.submit(batch)
         thread.start(batch, self._late_job if batch.not_before else self._job)
         return True
 
     def _work(self, batch: Batch) -> None:
-        """On a thread: run the plain functions that come next, then pass the batch on."""
+        """Run the next plain functions, on a worker thread, then pass the batch to the loop."""
         wait = batch.not_before and batch.not_before - time.monotonic()
         if wait > 0:
             time.sleep(wait)
         if not batch.run_plain():
             return
         if greenlets.are_threads():
-            # The loop's thread could not pass it on: its greenlets are not the server's.
+            # The loop's thread cannot pass a batch back: its greenlets are not the server's.
             self._waiting.submit(batch)
             return
         try:
             portal.start(batch, self._job)
-        except Exception:  # no portal to be had
+        except Exception:  # the portal cannot be started
             batch.run()
 
     def _pass_on(self, batch: Batch) -> None:
-        """On the loop: have a worker go on with what is left of the batch."""
+        """Hand the rest of the batch to a worker; called on the loop."""
         if not batch.has_ended and not self._workers.submit(batch):
-            self._work(batch)  # no thread to be had: better than not at all
+            self._work(batch)  # no thread can be started: block the loop rather than lose tasks
 
 
 async def _run_late(batch: Batch) -> None:
-    import asyncio  # the loop that this runs on has loaded it
+    import asyncio  # the running loop has imported asyncio
 
     await asyncio.sleep(batch.not_before - time.monotonic())
     await batch.run_async()
