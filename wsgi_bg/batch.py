@@ -506,7 +506,7 @@ class Batch:
                 if self._is_in_child:
                     return None
             self._running = None
-            self._passed_over = max(0, self._passed_over - 1)  # or another thread claimed
+            self._passed_over = max(0, self._passed_over - 1)  # 0: another thread claimed
             of._drop(task)
         if self._abandoned:
             of._end()  # again: abandon() may have run between two steps of _first()

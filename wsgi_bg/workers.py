@@ -124,7 +124,7 @@ class Workers(Generic[Job]):
             if self._backlog:
                 return True
             self._idle.append(worker.wake)
-            if self._backlog and self._withdraw(worker):  # submit() may have seen no idle one
+            if self._backlog and self._withdraw(worker):  # submit() may have missed this worker
                 return True
             try:
                 worker.wakes.get(timeout=IDLE_TIMEOUT)
