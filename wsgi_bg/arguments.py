@@ -1,6 +1,6 @@
 """Warnings about arguments that belong to the request: files, requests, responses, proxies.
 
-When the task runs, such an object is closed, or stands for another object or for none.
+When the task runs, such an object is closed, or a proxy refers to another object or to none.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _REQUEST = "a request, which ends before the task runs: pass the values that the
 _RESPONSE = "a response, which is closed before the task runs: pass the values of it"
 _PROXY = "a proxy, which may stand for another object in the task: pass a value, or an id"
 
-# By the top-level package of a class and the name of the class, so that no framework is
-# imported. Subclasses are found too.
+# Keyed by the top-level package and the name of a class, so that no framework is imported.
+# Subclasses are found too.
 _REFUSED = {
     ("werkzeug", "FileStorage"): _FILE,
     ("werkzeug", "Request"): _REQUEST,
@@ -46,22 +46,22 @@ _REFUSED = {
     ("webob", "Response"): _RESPONSE,
 }
 
-# Types that were looked at and are harmless. Bounded: a class in it is never freed.
+# Types that were checked and are harmless. The set is bounded, since it keeps classes alive.
 _harmless: set[type] = {bool, bytes, dict, float, int, list, str, tuple, type(None)}
 _MOST_HARMLESS = 1000
 
 # Bound methods, of classes and of builtin types.
 _METHODS = (MethodType, BuiltinMethodType)
 
-# The names of the functions of which a warning was logged.
+# The names of the functions for which a warning was logged.
 _warned: set[str] = set()
 
 
 def look_at(tasks: Iterable[BackgroundTask]) -> None:
-    """Log a WARNING, once for each function, if a task has an argument of the request's.
+    """Log a WARNING, once for each function, if an argument of a task belongs to the request.
 
     Arguments inside a :func:`functools.partial` and the object of a bound method count too.
-    Costs 0.1 us for ordinary arguments. Does not touch the arguments, only their types.
+    Costs 0.1 us for ordinary arguments. Reads only the types of the arguments.
 
     :raises KeyboardInterrupt: or another exception that stops the server's worker; nothing
         else.
@@ -79,7 +79,7 @@ def look_at(tasks: Iterable[BackgroundTask]) -> None:
                     if type(argument) not in _harmless:
                         _look_closely(task)
                         break
-        except BaseException as exc:  # of a class or a signature that raises
+        except BaseException as exc:  # raised by a class or a signature
             if goes_through(exc):
                 raise
 
@@ -102,7 +102,7 @@ def _look_closely(task: BackgroundTask) -> None:
 
 
 def _arguments_of(task: BackgroundTask) -> Iterator[tuple[Callable[[], str], object]]:
-    """Each argument that the function of ``task`` will be given, and what names it."""
+    """Yield each argument of the task's function, with a function that returns its name."""
     func: Any = task.func
     args, kwargs = task.args, task.kwargs
     while type(func) is partial:
@@ -121,7 +121,7 @@ def _advice_on(argument: object) -> str | None:
         advice = _REFUSED.get((base.__module__.partition(".")[0], base.__name__))
         if advice is None:
             continue
-        # These two stand for the right object in a task, too.
+        # In a task, background_tasks and current_app refer to the right object too.
         current_app = getattr(sys.modules.get("flask"), "current_app", None)
         return None if argument is background_tasks or argument is current_app else advice
     if len(_harmless) < _MOST_HARMLESS:
@@ -130,10 +130,10 @@ def _advice_on(argument: object) -> str | None:
 
 
 def _name_of(func: Callable[..., object], place: int) -> str:
-    """The parameter that a positional argument is for, or its position."""
+    """Return the name of a positional argument's parameter, or the argument's position."""
     try:
         parameters = list(inspect.signature(func).parameters.values())
-    except (TypeError, ValueError):  # a function in C that does not say
+    except (TypeError, ValueError):  # a function in C without a signature
         parameters = []
     named: Any = (
         inspect.Parameter.POSITIONAL_ONLY,

@@ -1,10 +1,10 @@
-"""The state that asgiref keeps in context variables, as a task may use it.
+"""Detaches a task's context from the state that asgiref keeps in context variables.
 
 A task runs in a copy of its request's context. asgiref's part of the copy belongs to the
 request and to its thread: an executor that has ended with an ``async def`` view, marks of
 calls that have returned, and the storage of each ``asgiref.local.Local``. Django's language
 and time zone are such ``Local`` objects. Up to asgiref 3.8 a copy shares their storage with
-the server's thread; from 3.12 on a ``Local`` is empty on any other thread.
+the server's thread; since 3.12 a ``Local`` is empty on any other thread.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ _Variable = ContextVar[Any] | None
 
 
 class _Asgiref(NamedTuple):
-    """The parts of the installed version that are needed here."""
+    """The parts of the installed asgiref that this module needs."""
 
     of_a_call: frozenset[_Variable]
     """The variables that describe calls and blocks in progress."""
     executors: Any
-    """The ``Local`` that does the same."""
+    """The ``Local`` that describes calls in progress, for the same purpose."""
     rehome: Any
-    """Makes a ``Local``'s storage one of the current thread; a copy up to asgiref 3.11."""
+    """Moves a ``Local``'s storage to the current thread; copies it up to asgiref 3.11."""
 
 
 @functools.cache
 def _asgiref() -> _Asgiref:
-    # Not at the top: most applications have no asgiref. Imported again, since another thread
-    # may be in the middle of the first import.
+    # Not imported at the top, since most applications have no asgiref. An import statement,
+    # not sys.modules, since another thread may be in the middle of the first import.
     from asgiref import local, sync
 
-    # No version has to have any of these names.
+    # Each of these names may be missing in a version of asgiref.
     return _Asgiref(
         frozenset(
             {
@@ -57,13 +57,13 @@ def _asgiref() -> _Asgiref:
 
 
 def use_for_sync_code(executor: Any) -> None:
-    """Have ``sync_to_async`` use ``executor`` on the running loop, if asgiref is installed.
+    """Let ``sync_to_async`` use ``executor`` on the running loop, if asgiref is installed.
 
-    It has one executor for the process. Under gevent the threads of that are greenlets of
-    the thread that first needs one, and Python's exit would wait for them on another thread
-    for ever.
+    By default asgiref has a single executor for the process. Under gevent the threads of this
+    executor are greenlets of the thread that first needs the executor, and Python's exit
+    would wait for these greenlets on another thread for ever.
     """
-    import asyncio  # the loop that this runs on has loaded it
+    import asyncio  # already loaded: this code runs on a loop
 
     with suppress(ImportError):
         from asgiref.sync import AsyncToSync
@@ -72,20 +72,20 @@ def use_for_sync_code(executor: Any) -> None:
 
 
 def _variables_of(local: Any) -> tuple[_Variable, ...]:
-    """The context variables of a ``Local``; asgiref has no public name for them."""
+    """Return the context variables of a ``Local``; asgiref has no public name for them."""
     data = getattr(getattr(local, "_storage", None), "_data", None)
     # asgiref 3.9.0 makes a variable for each attribute.
     return tuple(data.values()) if isinstance(data, dict) else (data,)
 
 
 def detached(context: Context) -> Context:
-    """The context to run a task in: ``context`` without its request's asgiref state.
+    """Return the context to run a task in: ``context`` without its request's asgiref state.
 
-    Executors, marks and Django's connections to caches are left out. ``Local`` objects have
-    their values, and changes that the task makes stay in the task. Call it on the thread
-    that is to run the task; it does not block.
+    Executors, marks and Django's connections to caches are left out. ``Local`` objects keep
+    their values, and changes that the task makes stay in the task. Must be called on the
+    thread that will run the task; does not block.
 
-    :param context: a copied context that no thread has entered. It stays as it is.
+    :param context: a copied context that no thread has entered; is not changed.
     :return: a new context, or ``context`` itself while asgiref is not imported.
     """
     if "asgiref.sync" not in sys.modules:
@@ -97,7 +97,7 @@ def detached(context: Context) -> Context:
 
 def _fill_from(context: Context) -> None:
     asgiref = _asgiref()
-    # Looked up each time: Django's tests replace them.
+    # Looked up each time, since Django's tests replace these handlers.
     handlers = [getattr(sys.modules.get(module), name, None) for module, name in _CONNECTIONS]
     locals_left_out = [getattr(each, "_connections", None) for each in handlers]
     left_out = asgiref.of_a_call.union(
@@ -109,9 +109,9 @@ def _fill_from(context: Context) -> None:
 
 
 def move_here(context: Context) -> None:
-    """Let the ``Local`` objects in a task's context have their values on this thread.
+    """Move the values of the ``Local`` objects in a task's context to this thread.
 
-    For a call that a thread has begun and the event loop's thread goes on with.
+    Needed for a call that a thread has begun and the event loop's thread continues.
 
     :param context: the task's own context, which no thread has entered.
     """

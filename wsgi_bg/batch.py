@@ -1,4 +1,4 @@
-"""The run of one request's tasks, as a runner gets it."""
+"""``Batch``: the run of one request's tasks, which the middleware submits to a runner."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ _NOT_RUN = "it returned a generator that no one runs: nothing was done"
 _SHOWN = 10  # tasks of a batch in its repr, which is logged on a server's thread
 
 _CANCEL_TIMEOUT = 1.0
-"""How long a stopped worker waits for the cancelled async task, in seconds."""
+"""Seconds for which a stopped worker waits for the cancelled async task."""
 
 
 class Batch:
-    """The tasks of one request, once it is known how the request ended.
+    """The tasks of one request, made when the outcome of the request is known.
 
-    A task's error is logged and the next task runs, unless the task was added under
-    ``stop_on_error``: then the rest is discarded, each task by name.
+    A task's error is logged and the next task runs. If the task was added under
+    ``stop_on_error``, the remaining tasks are discarded instead, and each is logged by name.
 
-    Each task is claimed by one thread, which runs, discards or names it. The exception of a
-    signal handler may come between any two bytecodes of the server's thread: whatever that
-    thread was about to do, the claims, ``_running`` and ``_done`` say which tasks are left.
+    Each task is claimed by a single thread, which runs, discards or logs the task. A signal
+    handler may raise between any two bytecodes of the server's thread. Whatever that thread
+    was about to do, the claims, ``_running`` and ``_done`` say which tasks are left.
 
-    :param raised: whether the application raised.
+    :param raised: True if the application raised.
     :param status: the status code of the response; 0 if there was none.
-    :ivar response_complete: whether the server needs nothing more from the application
-        to finish the response. If not, :meth:`run` must not be called before ``submit``
+    :ivar response_complete: True if the server needs nothing more from the application
+        to finish the response. If False, :meth:`run` must not be called before ``submit``
         has returned.
-    :ivar sends: whether the runner that has it may send its tasks to another process.
-    :ivar not_before: when its runner will have it begin, by :func:`time.monotonic`.
-    :ivar is_kept: whether a ledger knows of it.
-    :ivar succeeded: how many tasks have returned.
-    :ivar failed: how many have raised.
-    :ivar discarded: how many will not run.
-    :ivar run_here: how many a pool without room began to run on the server's thread.
+    :ivar sends: True if the batch's runner may send the tasks to another process.
+    :ivar not_before: the earliest start that the runner allows, by :func:`time.monotonic`.
+    :ivar is_kept: True if a ledger tracks the batch.
+    :ivar succeeded: number of tasks that have returned.
+    :ivar failed: number of tasks that have raised.
+    :ivar discarded: number of tasks that will not run.
+    :ivar run_here: number of tasks that a full pool began to run on the server's thread.
     """
 
     __slots__ = (
@@ -97,33 +97,33 @@ class Batch:
         self.discarded: int = 0
         self.run_here: int = 0
         self._of = tasks
-        # How many tasks are claimed, and not yet dropped.
+        # The number of tasks that are claimed but not yet dropped.
         self._passed_over = 0
         self._raised = raised
         self._status = status
-        self._let_run: Options | None = None  # the last options that were asked and did
+        self._let_run: Options | None = None  # the last options that let a task run
         self._generation = process.generation
         self._has_started = self._stopped = False
-        # No further task begins, since the exception of a signal handler came, or since the
-        # tasks that are left were claimed to name them.
+        # True if no further task begins: a signal handler raised, or abandon() claimed the
+        # tasks that were left.
         self._is_stopping = self._abandoned = False
-        # The task that runs, from before it is claimed until its call or its log record is
-        # through.
+        # The running task. Set before the task is claimed, and cleared when its call has
+        # returned or its log record is made.
         self._running: BackgroundTask | None = None
-        # On the main thread, which runs signal handlers, the progress of the running task. The
-        # dictionary gets the key RESULT with the end of the task's call, and the key SAID with
-        # a record in the log: no bytecode comes between.
+        # Progress of the running task, kept on the main thread only, which runs signal handlers.
+        # The key RESULT appears in the moment in which the task's call returns, the key SAID
+        # with its log record.
         self._done: defaultdict[Any, Any] | None = None
-        # The task whose plain function has returned an awaitable, for the portal.
+        # A task whose plain function has returned an awaitable, which the portal will await.
         self._begun: tuple[BackgroundTask, Context, Any] | None = None
-        # Why the async task that runs is cancelled.
+        # The exception for which the running async task is cancelled.
         self._cause: Exception | None = None
         self._when_done: tuple[Callable[[Any], None], ...] = ()
 
     def again(self) -> Batch:
-        """This batch for another runner, since the first one may have it or may not.
+        """Copy this batch for another runner, if the first runner may or may not have it.
 
-        Whichever of the two starts first runs the tasks.
+        Whichever of the two batches starts first runs the tasks.
         """
         batch = Batch(
             self._of, response_complete=False, raised=self._raised, status=self._status
@@ -133,43 +133,46 @@ class Batch:
         return batch
 
     def give_back(self) -> None:
-        """Let another batch discard the task that an exception kept from being named."""
+        """Unclaim the running task if an exception kept it from being logged.
+
+        Another batch can discard the task then.
+        """
         task = self._running
         if task is not None and not task._unclaimed and log.SAID not in (self._done or ()):
             task._unclaimed = [None]
 
     @property
     def tasks(self) -> list[BackgroundTask]:
-        """The tasks that are to run and have not finished, the running one first."""
+        """The tasks that have not finished; the running task is first."""
         waiting = [task for task in self._of._left() if task._unclaimed]
-        running = self._running  # now: a task that begins is running before it is claimed
+        running = self._running  # read now: a task is marked as running before it is claimed
         if running is None or running in waiting:
             return waiting
         return [running, *waiting]
 
     @property
     def length(self) -> int:
-        """How many tasks are left, more or less: other threads add and run some."""
+        """Approximate number of tasks left; further threads add and run tasks meanwhile."""
         return max(0, self._of._length() - self._passed_over)
 
     @property
     def is_running(self) -> bool:
-        """Whether a task is running now."""
+        """True if a task is running now."""
         return self._running is not None
 
     @property
     def has_ended(self) -> bool:
-        """Whether no further task will begin."""
+        """True if no further task will begin."""
         return self._of._phase == ENDED
 
     @property
     def next_is_async(self) -> bool | None:
-        """Whether the next task is for the portal; None if there is none."""
+        """True if the next task runs on the portal; None if no task is left."""
         task = self._of._next_unclaimed()
         return None if task is None else task.is_async
 
     def when_done(self, tell: Callable[[Any], None]) -> None:
-        """Call ``tell(batch)``, perhaps more than once, when the last task is done."""
+        """Call ``tell(batch)`` when the last task is done, possibly more than once."""
         self._when_done += (tell,)
 
     def _tell_if_ended(self) -> None:
@@ -181,9 +184,9 @@ class Batch:
             tell(self)
 
     def discard_excluded(self) -> bool:
-        """Discard the tasks that the outcome of the request keeps from running.
+        """Discard the tasks that must not run after this outcome of the request.
 
-        :return: False in a child that a hook has forked meanwhile.
+        :return: False in a child process that a hook has forked meanwhile.
         """
         excluded = [
             task
@@ -205,13 +208,13 @@ class Batch:
         return True
 
     def run(self) -> None:
-        """Run the tasks in order, what they add included; blocks until all are done.
+        """Run the tasks in order, with the tasks that they add; blocks until all are done.
 
-        Plain functions run on the calling thread, async ones on the portal, consecutive
-        ones in one portal call.
+        Plain functions run on the calling thread. Async functions run on the portal;
+        consecutive async tasks share a portal call.
 
-        :raises KeyboardInterrupt: or what else stops the server's worker (see
-            :mod:`wsgi_bg.interrupts`), after the tasks left undone were named; never a
+        :raises KeyboardInterrupt: or another exception that stops the server's worker (see
+            :mod:`wsgi_bg.interrupts`), after the unfinished tasks were logged; never a
             task's own error.
         """
         try:
@@ -226,9 +229,9 @@ class Batch:
             self._tell_if_ended()
 
     def run_plain(self) -> bool:
-        """Run the plain tasks that come next, on the calling thread; blocks.
+        """Run the next plain tasks on the calling thread; blocks.
 
-        :return: whether :meth:`run_async` is to go on.
+        :return: True if :meth:`run_async` must be called next.
         :raises KeyboardInterrupt: as :meth:`run` does.
         """
         try:
@@ -242,7 +245,8 @@ class Batch:
     def send(self) -> None:
         """Offer all tasks that are left to their runner's ``send``, in order; blocks.
 
-        For a runner that does not wait for their turn. Those that it does not take stay.
+        Used by a runner that sends a task before the tasks ahead of it have run. Tasks that
+        ``send`` does not accept stay in the batch.
 
         :raises KeyboardInterrupt: as :meth:`run` does.
         """
@@ -253,7 +257,7 @@ class Batch:
             for task in self.tasks:
                 if self._stopped or self._abandoned:
                     break
-                self._running = task  # first, so that a signal finds its name
+                self._running = task  # before the claim: a signal finds its name
                 if task._claim():
                     self._send_or_keep(task)
                 self._running = None
@@ -263,14 +267,14 @@ class Batch:
             self.stop_for(exc)
             raise
         finally:
-            self._tell_if_ended()  # a stop; else the batch goes on to who runs the others
+            self._tell_if_ended()  # after a stop; else the remaining tasks are still to run
 
     def _send_or_keep(self, task: BackgroundTask) -> None:
         calls = task._options.calls
         context = task._context or copy_context()
         try:
             if calls is None or not context.run(calls.send, task):
-                task._unclaimed = [None]  # by the thread that has claimed it
+                task._unclaimed = [None]  # only the thread that has claimed the task does this
                 return
         except BaseException as exc:
             if goes_through(exc):
@@ -282,10 +286,10 @@ class Batch:
         task._context = None
 
     def _start(self) -> bool:
-        """Whether this is the one run of the request's tasks.
+        """Start the run of the request's tasks, which only a single batch may do.
 
-        It is not if the tasks were named since a signal handler stopped their hand-over,
-        perhaps after it had come to another thread.
+        :return: False if another batch has started, or if the tasks were logged because a
+            signal handler interrupted ``submit``, perhaps after a thread had got the batch.
         """
         if self._has_started:
             return True
@@ -304,7 +308,7 @@ class Batch:
                     result = context.run(self._make_of(calls), task, done)
                 elif done is None:
                     result = context.run(task.func, *task.args, **task.kwargs)
-                else:  # as calls.call() does; an empty ** costs 0.1 us
+                else:  # calls.call() written out; an empty ** costs 0.1 us
                     done.default_factory = (
                         partial(context.run, task.func, *task.args, **task.kwargs)
                         if task.kwargs
@@ -351,22 +355,23 @@ class Batch:
 
     @property
     def _is_in_child(self) -> bool:
-        """Whether a task, or what watches it, has forked this child of the tasks' process."""
+        """True in a child process that a task, or an observer of a task, has forked."""
         return process.generation != self._generation
 
     def _make_of(self, calls: Calls) -> Callable[..., Any]:
         return calls.send_or_make if self.sends else calls.make
 
     def _run_async_tasks(self) -> None:
-        """Run the async tasks that come next on the portal; wait for them."""
+        """Run the next async tasks on the portal; blocks until they are done."""
         call = portal.PortalCall(self._run_async_and_say)
         try:
             call.make()
         except Exception as exc:
-            if not call.is_pending:  # no loop to be had, or it was ended
+            if not call.is_pending:  # no loop can be made, or the loop was ended
                 self._fail_next(exc)
                 return
-            # A signal handler's, such as a time limit. It is the error of the task that runs.
+            # A signal handler has raised, for example for a time limit. The running task
+            # fails with this error.
             self._cause = exc
             has_ended = call.cancel(_CANCEL_TIMEOUT)
             if not has_ended or self._cause is not None:
@@ -377,8 +382,8 @@ class Batch:
             raise
 
     def _fail_next(self, exc: Exception) -> None:
-        """Without a loop: the task that should have run on it has failed."""
-        # Abandoned by a drain whose time was up, and which named the tasks?
+        """Fail the next async task, because there is no loop to run the task on."""
+        # A drain that timed out has abandoned the batch and logged its tasks already.
         task = None if self._abandoned else self._running or self._next(True)
         if task is None:
             return
@@ -395,18 +400,18 @@ class Batch:
         return portal.AGAIN if self.goes_on_async() else None
 
     def goes_on_async(self) -> bool:
-        """Whether :meth:`run_async` is to be called once more, in another asyncio task."""
+        """True if :meth:`run_async` must be called again, in another asyncio task."""
         return not (self.has_ended or self._is_stopping) and self.next_is_async is True
 
     async def run_async(self) -> None:
-        """Run the async tasks that come next; on the portal's thread.
+        """Run the next async tasks; called on the portal's thread.
 
-        It may return before the last of them, because a task has left behind what may cancel
-        the next one: a cancel scope or a time-out that was not left, a reference to
-        ``asyncio.current_task()``. All these hold a reference to the asyncio task, which can
-        be counted. See :meth:`goes_on_async`.
+        May return before the last async task, if a task has left something that could cancel
+        the next task: a cancel scope or a timeout that is still entered, or a stored
+        ``asyncio.current_task()``. Each of these holds a reference to the asyncio task, and
+        references can be counted. See :meth:`goes_on_async`.
         """
-        import asyncio  # the loop that this runs on has loaded it
+        import asyncio  # already loaded: this code runs on a loop
 
         this = asyncio.current_task()  # perhaps None, if a library has replaced asyncio's
         references = getrefcount(this)
@@ -435,7 +440,7 @@ class Batch:
                             awaitable = context.run(self._make_of(calls), task, None)
                     if type(awaitable) is not CoroutineType:
                         awaitable = as_coroutine(awaitable)
-                    # The first step, and for a coroutine that waits for nothing the last.
+                    # The first step; a coroutine that waits for nothing ends in this step.
                     waits_for = context.run(next, awaitable.__await__(), DONE)
                     if waits_for is not DONE:
                         await RestOf(context, awaitable, waits_for)
@@ -473,18 +478,18 @@ class Batch:
             self._tell_if_ended()
 
     def abandon(self) -> list[BackgroundTask]:
-        """Begin no further task; claim and return those left undone, the running one first."""
+        """Begin no further task; claim and return the tasks left, the running task first."""
         was_abandoned = self._abandoned
         self._abandoned = self._is_stopping = True
         self._of._end()
         running = None if was_abandoned else self._running
         if running is not None:
-            running._claim()  # if it was only about to begin
+            running._claim()  # if the task was only about to begin
         left = [task for task in self._of._left() if task._claim()]
         return left if running is None else [running, *left]
 
     def _next(self, is_async: bool) -> BackgroundTask | None:
-        """Claim the next task, if it is of this kind; if there is none, end the batch."""
+        """Claim the next task if its ``is_async`` matches; end the batch if no task is left."""
         of = self._of
         while not self._is_stopping:
             front = of._front
@@ -496,7 +501,7 @@ class Batch:
             )
             if runs and task.is_async is not is_async and task._unclaimed:
                 return None
-            self._running = task  # first, so that a signal finds its name
+            self._running = task  # before the claim: a signal finds its name
             try:
                 task._unclaimed.pop()  # task._claim(), without the call
             except IndexError as exc:
@@ -504,24 +509,24 @@ class Batch:
                     raise
             else:
                 if runs:
-                    if is_async:  # it may wait for long
+                    if is_async:  # the task may wait for long: free the emptied list
                         task._unclaimed = CLAIMED
                     return task
                 self._discard(task)
                 if self._is_in_child:
                     return None
             self._running = None
-            self._passed_over = max(0, self._passed_over - 1)  # or it was claimed elsewhere
+            self._passed_over = max(0, self._passed_over - 1)  # 0: another thread claimed
             of._drop(task)
         if self._abandoned:
-            of._end()  # again: abandon() may have come between a look and a mark of _first()
+            of._end()  # again: abandon() may have run between two steps of _first()
         return None
 
     def _lets_run(self, task: BackgroundTask) -> bool:
-        """Whether the request's outcome lets a task run.
+        """True if the task runs after this outcome of the request.
 
-        Callers compare ``_let_run`` first: most batches have one set of options, and a call
-        for each task would make an inline task a tenth slower.
+        Callers compare ``_let_run`` first: in most batches all tasks share their options,
+        and a call for each task would make an inline task a tenth slower.
         """
         options = task._options
         if options.lets_run(self._raised, self._status):
@@ -549,26 +554,26 @@ class Batch:
         _run_in(context, report.discarded, task, reason)
 
     def _settle(self) -> None:
-        """Note that the log has named the task that ran, or was to run."""
+        """Forget the running task: its outcome is logged."""
         self._running = None
         if self._done is not None:
             self._done.clear()
 
     def stop_for(self, exc: BaseException) -> None:
-        """Begin no further task, since ``exc`` stops the worker, and name those left."""
+        """Begin no further task, since ``exc`` stops the worker, and log the tasks left."""
         if self._is_in_child:
             return
         running = self._running
         has_begun = running is not None and not running._unclaimed
         done: dict[Any, Any] = self._done or {}
         if log.SAID in done:
-            self._running = None  # the log has named it
+            self._running = None  # the task is logged already
         elif RESULT in done:
             result = done[RESULT]
             if isawaitable(result):
                 steps.drop(copy_context(), result)
             else:
-                self._running = None  # its call has returned
+                self._running = None  # the task's call has returned
                 self.succeeded += 1
         left = self.abandon()
         for task in left:
@@ -592,7 +597,7 @@ def _done_here() -> defaultdict[Any, Any] | None:
 
 
 def _run_in(context: Context, func: Callable[..., object], *args: Any) -> None:
-    """Call ``func(*args)`` in ``context``, or outside if a task runs in that context."""
+    """Call ``func(*args)`` in ``context``, or outside if a task still runs in ``context``."""
     try:
         context.run(func, *args)
     except RuntimeError as exc:

@@ -1,6 +1,6 @@
-"""How a task is called where its layer has hooks, something around tasks, or sends them.
+"""``Calls``: calls tasks of layers that have hooks, ``around``, or a runner with ``send``.
 
-Most layers have none of these: their tasks are called as they are, and nothing here runs.
+Most layers have none of these: their tasks are called directly, and this module does not run.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ RESULT = "result"
 def call(task: BackgroundTask, done: Done) -> Any:
     """Make the call of ``task`` in the current context and return its result.
 
-    :param done: on a thread that signal handlers run on, makes the call and keeps the result
-        under RESULT. No bytecode, and so no handler, comes between.
-    :raises BaseException: what the call raises.
+    :param done: given on a thread that runs signal handlers. Its ``default_factory`` makes
+        the call and stores the result under RESULT, with no bytecode, and so no handler,
+        between call and store.
+    :raises BaseException: the error of the call.
     """
     if done is None:
         return task.func(*task.args, **task.kwargs)
@@ -45,13 +46,14 @@ def call(task: BackgroundTask, done: Done) -> Any:
 
 
 class Calls:
-    """Makes the calls of one layer's tasks and tells its hooks of them.
+    """Calls the tasks of a layer and the layer's hooks.
 
-    :param hooks: each is told, in this order.
-    :param around: makes a context manager that a task is called in; an awaitable that the
-        call returns is awaited in it too. It lets errors through.
-    :param send: the runner's, which says whether another process makes the call.
-    :param may_send: the runner's, which says whether ``send`` is to be asked; None for always.
+    :param hooks: called in this order.
+    :param around: makes a context manager, in which a task is called and an awaitable that
+        the call returns is awaited. The context manager must not suppress errors.
+    :param send: the runner's method, which returns True if another process makes the call.
+    :param may_send: the runner's method, which returns True if ``send`` may be called; None
+        if ``send`` may always be called.
     """
 
     __slots__ = ("_around", "_hooks", "_may_send", "_send")
@@ -69,16 +71,16 @@ class Calls:
         self._may_send = may_send
 
     def added(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
-        """The task is about to join ``batch``."""
+        """Call the hooks for a task that is about to join ``batch``."""
         if self._hooks:
             record = TaskRecord(task, batch)
             task._record = [record]
             self._tell("task_added", record)
 
     def send(self, task: BackgroundTask) -> bool:
-        """Whether the task was sent to where it is called; blocks while it is.
+        """Send the task to another process; True if the runner sent the task. Blocks.
 
-        :raises Exception: what the runner's ``send`` raises: the task is given up.
+        :raises Exception: the error of the runner's ``send``; the task fails with this error.
         """
         if self._send is None or not self._send(task):
             return False
@@ -86,7 +88,7 @@ class Calls:
         return True
 
     def send_or_make(self, task: BackgroundTask, done: Done) -> Any:
-        """Send the task or, if it stays here, make the call as :meth:`make` does."""
+        """Send the task; if the task is not sent, make the call as :meth:`make` does."""
         if self._may_send is not None and not self._may_send(task):
             return self.make(task, done)
         if task.is_async:
@@ -94,25 +96,25 @@ class Calls:
         return None if self.send(task) else self.make(task, done)
 
     async def _send_or_make_async(self, task: BackgroundTask, done: Done) -> Any:
-        import asyncio  # the loop that this runs on has loaded it
+        import asyncio  # already loaded: this code runs on a loop
 
-        is_sent = await asyncio.to_thread(self.send, task)  # not on the loop: it blocks
+        is_sent = await asyncio.to_thread(self.send, task)  # not on the loop: send() blocks
         return None if is_sent else await self.make(task, done)
 
     def make(self, task: BackgroundTask, done: Done) -> Any:
         """Call the task's function in the current context and return its result.
 
         :param done: see :func:`call`.
-        :raises BaseException: what the call raises.
+        :raises BaseException: the error of the call.
         """
         generation = process.generation
         self._started(task)
-        if process.generation != generation:  # a hook has forked: the call is the parent's
+        if process.generation != generation:  # a hook has forked: the parent makes the call
             return None
         if self._around is None:
             return call(task, done)
         inside = self._around()
-        inside.__enter__()  # an ExitStack for all would take as long again as Flask's
+        inside.__enter__()  # an ExitStack for each task costs as much again as Flask's context
         if process.generation != generation:
             self._exit(inside, task, None)
             return None
@@ -150,21 +152,22 @@ class Calls:
         self._exit(inside, task, exc)
 
     def _started(self, task: BackgroundTask) -> None:
-        # Not in make(): what a call raises holds that frame, and the record holds the error.
+        # Not in make(): the error of a call refers to the frame of make(), and the record
+        # refers to the error.
         for record in getattr(task, "_record", ()):
             record.started_at = time.monotonic()
             self._tell("task_started", record)
 
     def finished(self, task: BackgroundTask) -> None:
-        """The call has returned, and what it returned was awaited."""
+        """Call the hooks for a task that has returned; an awaitable it returned was awaited."""
         self._end(task, "task_finished")
 
     def failed(self, task: BackgroundTask, exc: BaseException) -> None:
-        """The call has raised ``exc``."""
+        """Call the hooks for a task that has raised ``exc``."""
         self._end(task, "task_failed", error=exc)
 
     def discarded(self, task: BackgroundTask, reason: str) -> None:
-        """The task will not run, or not to its end."""
+        """Call the hooks for a task that will not run, or that was interrupted."""
         self._end(task, "task_discarded", reason=reason)
 
     def _end(
@@ -175,8 +178,8 @@ class Calls:
         reason: str | None = None,
     ) -> None:
         try:
-            # One end only, whatever threads come here; and task, record and batch would
-            # be a cycle that only the garbage collector could free.
+            # Popped, so that a single thread reports the end, and so that task, record and
+            # batch are no cycle that only the garbage collector could free.
             record = task._record.pop()
         except (AttributeError, IndexError):
             return

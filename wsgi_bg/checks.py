@@ -10,7 +10,7 @@ from .exceptions import OptionTypeError, OptionValueError
 def whole_number(
     option: str, given: object, *, least: int, most: float = inf, or_none: bool = False
 ) -> None:
-    """Refuse what is not an int from ``least`` to ``most``; a bool is not an int here.
+    """Raise unless ``given`` is an int from ``least`` to ``most``; a bool is not an int here.
 
     :raises TypeError: if ``given`` is of another type.
     :raises ValueError: if ``given`` is out of range.
@@ -32,10 +32,10 @@ def seconds(
     most: float = inf,
     or_none: bool = False,
 ) -> None:
-    """Refuse what is not a number of seconds from 0 to ``most``; NaN and bools are none.
+    """Raise unless ``given`` is a number of seconds from 0 to ``most``; refuses NaN and bools.
 
-    :param above_zero: whether 0 is refused too.
-    :raises TypeError: if ``given`` is no int and no float.
+    :param above_zero: True to refuse 0 too.
+    :raises TypeError: if ``given`` is neither an int nor a float.
     :raises ValueError: if ``given`` is out of range.
     """
     if or_none and given is None:

@@ -1,16 +1,16 @@
-"""When the exit of a process calls back.
+"""Calls a drain at the exit of a process, if possible before executors are closed.
 
-The interpreter leaves in this order. The main thread ends; the callbacks of
-``threading._register_atexit`` run there, last registered first; non-daemon threads are
-joined; the callbacks of :mod:`atexit` run. :mod:`concurrent.futures` closes its executors in
-a callback of the first kind, so tasks that need one are drained in a callback that is
-registered later and runs earlier.
+The interpreter exits in this order. The main thread ends; the callbacks of
+``threading._register_atexit`` run on the main thread, last registered first; non-daemon
+threads are joined; the callbacks of :mod:`atexit` run. :mod:`concurrent.futures` closes its
+executors in a callback of ``threading._register_atexit``. Tasks may need an executor, so the
+drain is a callback of the same kind, registered later and therefore called earlier.
 
-Another non-daemon thread may still serve requests at that time. The first callback then only
-waits for the tasks handed over so far, and the drain comes with :mod:`atexit`.
+Another non-daemon thread may still serve requests at that time. Then the first callback only
+waits for the tasks submitted so far, and the drain runs in a callback of :mod:`atexit`.
 
-No thread is started for the exit as long as the main thread lives: a program may join all
-non-daemon threads from there (CherryPy does), and would wait for ours.
+No thread is started for the exit while the main thread lives: the main thread may join all
+non-daemon threads (CherryPy does), and would wait for this thread.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-# The processes whose exit has still to call back.
+# Ids of the processes whose drain at exit is still to come.
 _armed: set[int] = set()
 
 
 def is_exiting() -> bool:
-    """True if the main thread has ended and no drain is still to come."""
+    """True if the main thread has ended and no further drain will come."""
     return os.getpid() not in _armed and not threading.main_thread().is_alive()
 
 
 def call_at_exit(drain: Callable[[bool], object], wait: Callable[[], object]) -> None:
-    """Call ``drain(is_last)`` when this process ends, if possible while executors take work.
+    """Call ``drain(is_last)`` when this process exits, if possible while executors are open.
 
-    ``drain(is_last)`` may be called twice, on the main thread or a thread of its own. A forked
-    child does not call it.
+    ``drain(is_last)`` may be called twice, on the main thread or on a thread of its own. A
+    forked child does not call ``drain``.
 
-    :param wait: called when the main thread ends, if other threads keep the process.
+    :param wait: called when the main thread ends, if non-daemon threads keep the process.
     """
     pid = os.getpid()
     atexit.register(_drain, pid, drain, is_last=True)
     if not threading.main_thread().is_alive() and not _keepers():
-        return  # during atexit, which may not call what is registered now
+        return  # during atexit, which may not call callbacks registered now
     _armed.add(pid)
-    # Now, since a module that is imported later would close its executors earlier. It
-    # cannot be imported where multiprocessing does not work, if the main thread has ended, or
+    # Imported now, since a module that is imported later would close its executors earlier.
+    # The import fails if multiprocessing does not work, if the main thread has ended, or
     # without a free file descriptor.
     with suppress(Exception):
         import concurrent.futures.process  # noqa: F401
@@ -78,7 +78,7 @@ def _drain(pid: int, drain: Callable[[bool], object], *, is_last: bool) -> None:
 
 
 def _drain_after_threads(pid: int, drain: Callable[[bool], object]) -> None:
-    """Call ``drain()`` when all other non-daemon threads have ended, if atexit will not."""
+    """Call ``drain()`` when all other non-daemon threads have ended, if atexit will not run."""
     if has_no_atexit():
         thread = threading.Thread(
             target=_await_threads, args=(pid, drain), name="wsgi_bg-exit", daemon=False
@@ -106,10 +106,10 @@ def _await_threads(pid: int, drain: Callable[[bool], object]) -> None:
 
 
 def _keepers() -> list[threading.Thread]:
-    """The non-daemon threads that keep this process, apart from the main one.
+    """Return the non-daemon threads that keep this process, without the main thread.
 
-    Workers of an executor are no keepers: they end when the executor is closed, which
-    comes after the first callback.
+    Workers of an executor do not count: they end when the executor is closed, which happens
+    after the first callback.
     """
     main = threading.main_thread()
     workers = concurrent.futures.thread._threads_queues

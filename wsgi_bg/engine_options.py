@@ -1,7 +1,8 @@
-"""Options of engines such as Celery: the engine's own module checks them, none else reads them.
+"""Options of engines such as Celery, checked and read only by the engine's own module.
 
-The modules are imported by name with the first such option. So the core imports no engine, and
-a mistake shows at the line that makes it, also if another runner ignores the options.
+The engine's module is imported by name with the first such option. So the core imports no
+engine, and a wrong option fails at the line that gives it, even if the runner ignores options
+of that engine.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ _CHECKED_BY = {"celery": ".celery_options"}
 
 
 def for_function(engine: str, given: Any) -> Any:
-    """Check options of ``registered_task`` and sort them, for the engine's runner.
+    """Check options of ``registered_task`` and sort them for the engine's runner.
 
     :raises TypeError: if a value is of the wrong type.
-    :raises ValueError: if an option is not known, or a value is out of range.
+    :raises ValueError: if an option is unknown, or a value is out of range.
     """
     return import_module(_CHECKED_BY[engine], __package__).for_function(given)
 

@@ -1,7 +1,7 @@
-"""The executor of the portal's loop: what ``asyncio.to_thread`` and host look-ups use.
+"""The default executor of the portal's loop, for ``asyncio.to_thread`` and host look-ups.
 
-That of the standard library takes nothing once the interpreter is exiting, while tasks
-are still being drained, and has the exit wait for its threads without a limit.
+The standard library's executor refuses calls as soon as the interpreter exits, while tasks
+are still drained, and makes the exit wait for its threads without a limit.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _Call = tuple[Future[Any], Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
 class LoopExecutor(ThreadPoolExecutor):
-    """Daemon threads behind the one interface that asyncio takes for a default executor."""
+    """Daemon threads as a ``ThreadPoolExecutor``, the type that asyncio requires."""
 
     def __init__(self, threads: int = min(32, (os.cpu_count() or 1) + 4)) -> None:
-        super().__init__(max_workers=1)  # which starts none before its own submit()
+        super().__init__(max_workers=1)  # starts no thread before its own submit()
         self._workers = Workers(_make, threads, "wsgi_bg-loop")
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """Call ``fn(*args, **kwargs)`` on a thread; where there is none, right here."""
+        """Call ``fn(*args, **kwargs)`` on a thread, or here if no thread can be started."""
         future: Future[T] = Future()
         call = (future, fn, args, kwargs)
         if not self._workers.submit(call):
@@ -34,7 +34,7 @@ class LoopExecutor(ThreadPoolExecutor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Nothing: the threads end on their own, and exit does not wait for them."""
+        """Do nothing: idle threads end by themselves, and the exit does not wait for them."""
 
 
 def _make(call: _Call) -> None:
@@ -45,6 +45,6 @@ def _make(call: _Call) -> None:
         result = fn(*args, **kwargs)
     except BaseException as exc:
         future.set_exception(exc)
-        del call, future  # or the error holds itself, by this frame, and all arguments
+        del call, future  # or the error keeps, by this frame, itself and all arguments
     else:
         future.set_result(result)

@@ -1,9 +1,9 @@
-"""What is otherwise where gevent runs: threads that are greenlets, waits that stop a hub.
+"""Threads and waits under gevent, whose threads are greenlets and whose hub a wait may block.
 
-gevent runs many greenlets on one thread and switches between them where one of them waits
-by gevent's means. With ``monkey.patch_all()`` those of :mod:`threading` are gevent's, and
-its threads are greenlets; without, a wait for another thread stops all greenlets of this
-one. Nothing here imports gevent: where the application has not, there is no greenlet.
+gevent runs many greenlets on a thread, and switches between greenlets when a greenlet waits
+by gevent's functions. After ``monkey.patch_all()``, waits of :mod:`threading` are gevent's, and
+its threads are greenlets. Without the patch, a wait for another thread blocks all greenlets of
+this thread. This module never imports gevent: if no application has, there are no greenlets.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 
 
 def are_threads() -> bool:
-    """Whether a ``threading.Thread`` would be a greenlet (of the thread that starts it)."""
+    """True if a ``threading.Thread`` is a greenlet (of the thread that starts it)."""
     monkey = sys.modules.get("gevent.monkey")
     return monkey is not None and bool(monkey.is_module_patched("threading"))
 
 
 def start_real_thread(target: Callable[[], object], name: str) -> None:
-    """Call ``target()`` on a daemon thread of the operating system, patched or not."""
+    """Call ``target()`` on a real daemon thread, even if gevent has patched threads."""
     if are_threads():
         sys.modules["gevent.monkey"].get_original("_thread", "start_new_thread")(target, ())
     else:
@@ -29,7 +29,7 @@ def start_real_thread(target: Callable[[], object], name: str) -> None:
 
 
 def event() -> Any:
-    """An event that another thread may set and whose ``wait()`` lets greenlets run."""
+    """Return an event that any thread may set, and whose ``wait()`` lets greenlets run."""
     gevent = sys.modules.get("gevent")
     if gevent is not None and isinstance(gevent.getcurrent(), gevent.Greenlet):
         return sys.modules["gevent.event"].Event()

@@ -1,4 +1,4 @@
-"""Which exceptions are not the task's own and have to reach the server."""
+"""Tells a task's own exceptions from those that must reach the server."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 
 def goes_through(exc: BaseException) -> bool:
-    """Whether ``exc``, raised while a task ran, is a stop sent to the server's worker.
+    """True if ``exc``, raised while a task ran, stops the server's worker.
 
-    That is a ``KeyboardInterrupt`` on the main thread, a ``SystemExit`` that a signal
-    handler raised there (Python runs handlers on the main thread only), and the
-    ``GreenletExit`` by which gevent and eventlet kill a greenlet. All else, a task's
-    own ``sys.exit()`` among it, is an error of the task.
+    Three exceptions stop a worker: a ``KeyboardInterrupt`` on the main thread; a
+    ``SystemExit`` of a signal handler (Python runs handlers on the main thread only); the
+    ``GreenletExit`` by which gevent and eventlet kill a greenlet. Any further exception is
+    an error of the task, for example its own ``sys.exit()``.
     """
     if isinstance(exc, Exception):
         return False
@@ -30,7 +30,7 @@ def goes_through(exc: BaseException) -> bool:
 
 
 def is_from_signal_handler(exc: BaseException) -> bool:
-    """Whether a signal handler has raised ``exc`` on this thread, whatever its class is."""
+    """True if a signal handler has raised ``exc``, of any class, on this thread."""
     if goes_through(exc):
         return True
     if threading.current_thread() is not threading.main_thread():
@@ -39,15 +39,16 @@ def is_from_signal_handler(exc: BaseException) -> bool:
 
 
 def is_raised_here(exc: BaseException) -> bool:
-    """Whether the frame that catches ``exc`` has raised it, by a call of a function in C.
+    """True if ``exc`` was raised in the frame that catches it, by a call of a C function.
 
-    If not, a Python function that this frame has called did: a signal handler, perhaps.
+    If False, a Python function called from this frame has raised ``exc``, possibly a signal
+    handler.
     """
     return exc.__traceback__ is None or exc.__traceback__.tb_next is None
 
 
 def _is_greenlet_kill(exc: BaseException) -> bool:
-    # Without the import no greenlet exists, and none can be killed.
+    # Until the module greenlet is imported, no greenlet exists.
     greenlet = sys.modules.get("greenlet")
     return greenlet is not None and isinstance(exc, greenlet.GreenletExit)
 
@@ -66,4 +67,4 @@ def _code_of(handler: Any) -> CodeType | None:
         handler = handler.func
     if not hasattr(handler, "__code__") and callable(handler):
         handler = type(handler).__call__
-    return getattr(handler, "__code__", None)  # None for SIG_DFL and what C code has set
+    return getattr(handler, "__code__", None)  # None for SIG_DFL and handlers set by C

@@ -1,11 +1,11 @@
 """The package's logger, which is never silent by accident and never raises.
 
-``logging.config.dictConfig`` and ``fileConfig`` disable every logger that exists when they
-are called and is not named in the configuration. A record of this package says that a task
-failed or was lost, so each call here enables the logger again: users silence it by a level.
+``logging.config.dictConfig`` and ``fileConfig`` disable every existing logger that the
+configuration does not name. A record of this package reports a failed or lost task, so each
+call in this module enables the logger again. Users silence the logger by its level.
 
-Filters and handlers are the user's code. What they raise must not stop a batch, a worker or
-a drain; it goes to standard error, together with the record.
+Filters and handlers are the user's code. Their errors must not stop a batch, a worker or a
+drain. Such an error is written to standard error, together with the record.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def error(
 
     :param args: for the ``%`` placeholders of ``message``; an object whose ``repr()``
         raises is shown by its type.
-    :param said: gets the key SAID in the moment in which the record is made, whatever a
-        signal handler raises before or after.
+    :param said: gets the key SAID in the moment in which the record is made, even if a
+        signal handler raises right before or after.
     :raises KeyboardInterrupt: or another exception that stops the server's worker; nothing
         else.
     """
@@ -116,7 +116,7 @@ def _shown(given: object) -> object:
 
 
 def _format(exc: BaseException) -> list[str]:
-    """Format the traceback; an empty list if that raises, and a handler would drop the record.
+    """Format the traceback; an empty list if that raises: a handler would drop the record.
 
     Python 3.15 imports a module for its first traceback, and the process may have no file
     descriptor left for that.

@@ -1,4 +1,4 @@
-"""How the tasks of one middleware layer run: when, and what an error does."""
+"""Options of the tasks of a middleware layer: when tasks run, and the effect of an error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OnError = Callable[["BackgroundTask", BaseException], Any]
 
 
 class Given(TypedDict, total=False):
-    """The options of one layer; None, or left out, for one that it does not set."""
+    """The options that a layer sets; an unset option is None or left out."""
 
     run_on: RunOn | None
     failed_from: int | None
@@ -33,12 +33,12 @@ class Given(TypedDict, total=False):
 
 
 class Options:
-    """What a task keeps of the layer that it was added in. Never changed once made.
+    """Options that a task keeps from the layer in which the task was added. Immutable.
 
-    :ivar is_watched: whether :meth:`admit` has anything to do.
-    :ivar calls: how tasks are called, if not simply.
-    :ivar runner_yields: whether a layer further in that names a runner has its own used.
-    :ivar celery: options for Celery, which other runners ignore.
+    :ivar is_watched: True if :meth:`admit` must be called for each added task.
+    :ivar calls: calls the tasks; None if their functions are called directly.
+    :ivar runner_yields: True if the runner is a default, which an inner layer may replace.
+    :ivar celery: options for Celery, ignored by every runner but ``CeleryRunner``.
     """
 
     __slots__ = (
@@ -77,7 +77,8 @@ class Options:
         self.runner: Runner | None = runner
         self.celery: Mapping[str, Any] | None = celery
         self.runner_yields: bool = runner_yields
-        # Whether a task runs: [False] after a request that succeeded, [True] that failed.
+        # True if a task runs: [False] after a request that succeeded, [True] after a failed
+        # request.
         self._runs_after = (run_on != "error", run_on != "success")
         self._hooks = hooks
         self._around = around
@@ -87,15 +88,15 @@ class Options:
         if hooks or around or send:
             self.calls = Calls(hooks, around, send, may_send)
         self._check: Callable[[BackgroundTask], None] | None = getattr(runner, "check", None)
-        # What puts something around tasks may note where each was added.
+        # ``around`` may define ``added(task)``, to record where each task was added.
         self._added: Callable[[BackgroundTask], None] | None = getattr(around, "added", None)
         self.is_watched: bool = bool(hooks or self._check or around or on_error)
 
     def admit(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
-        """Let the runner look at a task that is to join ``batch``, and tell the hooks.
+        """Let the runner check a task that is about to join ``batch``, and call the hooks.
 
-        :raises TypeError: if the runner refuses it.
-        :raises RuntimeError: if such tasks would be added for ever.
+        :raises TypeError: if the runner refuses the task.
+        :raises RuntimeError: if the task belongs to an endless row of tasks.
         """
         successors.admit(task, batch)
         if self._check is not None:
@@ -106,15 +107,15 @@ class Options:
             self.calls.added(task, batch)
 
     def lets_run(self, raised: bool, status: int) -> bool:
-        """Whether a task runs after a request of this outcome.
+        """True if a task runs after a request of this outcome.
 
-        :param raised: whether the application raised.
+        :param raised: True if the application raised.
         :param status: the status code of the response; 0 if there was none.
         """
         return self._runs_after[raised or status >= self.failed_from]
 
     def why_not_run(self, raised: bool, status: int) -> str:
-        """The reason, for logs and hooks, for which :meth:`lets_run` is false."""
+        """Return the reason why :meth:`lets_run` is False, for logs and hooks."""
         has_failed = raised or status >= self.failed_from
         outcome = "failed" if has_failed else "succeeded"
         if status and not raised:
@@ -132,14 +133,14 @@ class Options:
         runner: Runner | None = None,
         failed_from: int | None = None,
     ) -> Options:
-        """These options, but for those that are given and not None.
+        """Return a copy of these options, in which each argument that is not None is set.
 
-        :raises ValueError: if ``run_on`` is none of the three words, ``failed_from`` not
-            from 100 to 600, or ``celery`` has an option that is not known.
-        :raises TypeError: if ``failed_from`` is no whole number, ``on_error`` no plain
-            callable, ``stop_on_error`` no bool, ``hooks`` no
-            :class:`~wsgi_bg.hooks.Hooks` objects, or an option in ``celery`` of the wrong
-            type.
+        :raises ValueError: if ``run_on`` is none of the three words, ``failed_from`` is not
+            from 100 to 600, or ``celery`` has an unknown option.
+        :raises TypeError: if ``failed_from`` is not a whole number, ``on_error`` is not a
+            plain callable, ``stop_on_error`` is not a bool, ``hooks`` is not a
+            :class:`~wsgi_bg.hooks.Hooks` object or a list of them, or an option in
+            ``celery`` is of the wrong type.
         """
         if run_on is not None and run_on not in get_args(RunOn):
             raise OptionValueError("run_on", run_on, "'success', 'error' or 'always'")

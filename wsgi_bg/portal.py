@@ -1,7 +1,8 @@
-"""The event loop of the process: one anyio ``BlockingPortal`` on a thread of its own.
+"""The event loop of the process: an anyio ``BlockingPortal`` on a thread of its own.
 
-All requests and runners share it, so that a client or a database pool that one async
-task has opened serves the next. It is made on first use and left at interpreter exit.
+All requests and runners share the portal, so that a client or a database pool opened by an
+async task serves the next async task. The portal is made on first use and stopped at
+interpreter exit.
 
 asyncio and anyio take 20 ms to import, so they are imported on first use too.
 """
@@ -27,15 +28,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 AGAIN: Any = object()
-"""See :class:`PortalCall`."""
+"""Returned by a portal call's function to be called again: see :class:`PortalCall`."""
 
 _threads = PerProcess(PortalThread)
 
 
 def portal() -> BlockingPortal:
-    """The portal of this process; the first call makes it and blocks until it runs.
+    """Return this process's portal; the first call makes the portal and blocks until it runs.
 
-    One whose loop was ended by a task on it is replaced.
+    If a task has ended the portal's loop, a new portal replaces the ended portal.
     """
     return _thread().portal
 
@@ -49,7 +50,7 @@ def _thread() -> PortalThread:
 
 
 def peek() -> PortalThread | None:
-    """The portal's thread, if there is one that runs; does not block to make it."""
+    """Return the portal's thread if its loop runs, else None; never makes a portal."""
     running = _threads.peek()
     return None if running is None or running.has_ended else running
 
@@ -63,26 +64,27 @@ def start(subject: Any, job: LoopJob) -> None:
 
 
 def run(func: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T:
-    """Run ``func(*args)`` on the portal; blocks until it is done.
+    """Run ``func(*args)`` on the portal; blocks until the call is done.
 
-    ``func`` must let no ``SystemExit`` out: that would end the loop for everyone.
+    ``func`` must not raise ``SystemExit``, which would end the loop for all requests.
     """
     call = PortalCall(func, args)
     try:
         return call.make()
     except BaseException:
-        # Not the coroutine's own if that goes on: a signal handler's, such as a time limit.
+        # If the coroutine still runs, a signal handler has raised, such as for a time limit.
         call.cancel(0.0)
         raise
 
 
 class PortalCall(Generic[T]):
-    """A call on the portal that can be cancelled, also before it has begun.
+    """A call on the portal that can be cancelled, even before the call has begun.
 
     ``func`` is called again, in another asyncio task, as long as it returns AGAIN.
 
-    Not in the portal's task group: a task that cancels itself and returns would end that,
-    and with it the loop of all others. And anyio's ``start_task_soon`` waits for the loop.
+    The call is not in the portal's task group: a task that cancels itself and returns would
+    end the group, and thereby the loop for all requests. Also, anyio's ``start_task_soon``
+    waits for the loop.
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class PortalCall(Generic[T]):
 
     @property
     def is_pending(self) -> bool:
-        """Whether the call was made and has neither returned nor raised."""
+        """True if the call was made and has neither returned nor raised."""
         return self._thread is not None and not self._outcome.done()
 
     def make(self) -> T:
@@ -106,9 +108,9 @@ class PortalCall(Generic[T]):
         If no thread can start for the portal (in Python 3.12 while the interpreter exits),
         the coroutine runs on the calling thread.
 
-        :raises RuntimeError: on the portal's own thread, which it would block for ever.
+        :raises RuntimeError: on the portal's own thread, which would block for ever.
         """
-        while not self._outcome.done():  # the loop may be ended before the call has begun
+        while not self._outcome.done():  # again if the loop was ended before the call began
             try:
                 thread = _thread()
             except RuntimeError as exc:
@@ -122,7 +124,7 @@ class PortalCall(Generic[T]):
             self._arrived = event()
             self._thread = thread
             thread.start(self, _CALL)
-            # With a limit: without one gevent takes it for a dead lock if all else is idle.
+            # With a timeout: gevent reports an unlimited wait as a deadlock if all is idle.
             self._arrived.wait(threading.TIMEOUT_MAX)
         return self._outcome.result()
 
@@ -150,15 +152,15 @@ class PortalCall(Generic[T]):
                 self._goes_on = True
             else:
                 self._outcome.set_result(result)
-        except BaseException as exc:  # a cancellation, at the exit, must not leave close()
+        except BaseException as exc:  # close() must not raise a cancellation, made at exit
             ended = RuntimeError("the portal has ended")
             self._outcome.set_exception(exc if isinstance(exc, Exception) else ended)
 
     def cancel(self, timeout: float) -> bool:
-        """Cancel the call, begun or not, and wait for its end; for another thread.
+        """Cancel the call, begun or not, and wait for its end; not on the portal's thread.
 
-        :param timeout: how long to wait at most, in seconds.
-        :return: whether it has ended.
+        :param timeout: the longest wait, in seconds.
+        :return: True if the call has ended.
         """
         if self.is_pending:
             assert self._thread is not None
@@ -172,14 +174,14 @@ _CALL = LoopJob(PortalCall._run, PortalCall._has_to_go_on, PortalCall._arrive)
 
 
 def wait_for(context: Context, awaitable: Awaitable[Any]) -> tuple[Any, BaseException | None]:
-    """Await ``awaitable`` on the portal, in ``context``; blocks until it is done.
+    """Await ``awaitable`` on the portal, in ``context``; blocks until the result is there.
 
-    :return: its result, and what it raised: on the main thread an exception that is
-        raised here could not be told from a signal handler's.
+    :return: the result and the error of ``awaitable``. The error is not raised, since on the
+        main thread the caller could not tell it from a signal handler's exception.
     """
     try:
         return run(_outcome, context, awaitable)
-    except Exception:  # it could not start: this is the portal's own thread, for one
+    except Exception:  # could not start, for example on the portal's own thread
         steps.drop(context, awaitable)
         raise
 
@@ -190,14 +192,14 @@ async def _outcome(
     move_here(context)
     try:
         return await steps.in_context(context, awaitable), None
-    except BaseException as exc:  # a SystemExit let through would end the loop for all
+    except BaseException as exc:  # SystemExit, if raised, would end the loop for all
         return None, exc
 
 
 def stop(timeout: float) -> None:
-    """Cancel what runs on the portal and leave it.
+    """Cancel all that runs on the portal and end its loop.
 
-    :param timeout: how long to wait for the portal's thread to end, in seconds.
+    :param timeout: the longest wait for the end of the portal's thread, in seconds.
     """
     running = _threads.peek()
     if running is not None:

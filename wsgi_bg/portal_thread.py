@@ -1,7 +1,7 @@
-"""The thread of the portal: an event loop that takes work in without making anyone wait.
+"""The thread of the portal: an event loop to which any thread can submit without waiting.
 
-asyncio and anyio are imported on that thread. The exception of a signal handler, which comes
-on the main thread only, would leave asyncio half imported, and the next import would fail.
+asyncio and anyio are imported on this thread. On the main thread a signal handler could raise
+during the import and leave asyncio half imported, and the next import would fail.
 """
 
 from __future__ import annotations
@@ -39,44 +39,45 @@ class LoopJob(NamedTuple):
 
 
 class PortalThread:
-    """A portal and its thread; to make one blocks until the loop runs.
+    """A portal and its thread; the constructor blocks until the loop runs.
 
-    anyio's ``start_blocking_portal`` is a generator: left open at interpreter exit, its
-    ``finally`` waits for a thread that no longer runs, and the process hangs. This
-    thread is a daemon, and :meth:`stop` waits for it with a limit.
+    anyio's ``start_blocking_portal`` is a generator. If the generator is open at interpreter
+    exit, its ``finally`` waits for a thread that no longer runs, and the process hangs. The
+    thread of this class is a daemon, and :meth:`stop` waits for the thread with a limit.
     """
 
     def __init__(self) -> None:
         self._was_stopped = False
-        # What start() was given and the loop has not begun, and whether the loop knows.
+        # Arguments of start() for work that the loop has not begun; _is_woken is True if the
+        # loop will look at the inbox.
         self._inbox: deque[tuple[Any, LoopJob]] = deque()
         self._is_woken = False
         self._under_way: dict[asyncio.Task[None], tuple[Any, LoopJob]] = {}
-        self._context = Context()  # of the callbacks: empty, and no copy for each of them
+        self._context = Context()  # of all callbacks: empty, and not copied for each
         self._on_finish = self._finish  # one object for all asyncio tasks
         self._loop: asyncio.AbstractEventLoop
-        # The class as it was when the loop was made: libraries replace asyncio's.
+        # asyncio.Task at the time the loop was made, since libraries replace the class.
         self._task_class: type[asyncio.Task[None]]
         self._end: asyncio.Future[None]
         self._thread_has_ended = threading.Event()
         ready: Future[BlockingPortal] = Future()
-        # Not a greenlet: with a loop on the thread of the application's greenlets,
-        # asyncio.run() would fail for all of them.
+        # A real thread even under gevent: if a loop ran on the thread of the application's
+        # greenlets, asyncio.run() would fail in all greenlets.
         start_real_thread(partial(self._run, ready), "wsgi_bg-portal")
-        self.portal: BlockingPortal = ready.result(threading.TIMEOUT_MAX)  # see _Trip.make()
+        self.portal: BlockingPortal = ready.result(threading.TIMEOUT_MAX)  # as in PortalCall
 
     @property
     def has_ended(self) -> bool:
-        """Whether the loop takes nothing in any more.
+        """True if the loop begins no further work.
 
-        asyncio cancels all tasks of a loop before it closes it, and with the one below the
-        future that it waits for: at once, before the loop makes another step.
+        Before asyncio closes a loop, it cancels all tasks of the loop. Cancelling the task of
+        ``_serve`` cancels ``_end`` immediately, before the loop's next step.
         """
         return self._end.done()
 
     @property
     def is_current(self) -> bool:
-        """Whether this code runs on the loop."""
+        """True if the calling code runs on the loop."""
         import asyncio
 
         try:
@@ -93,9 +94,9 @@ class PortalThread:
             if not ready.done():
                 ready.set_exception(exc)
             elif not self._was_stopped:
-                # Raised in a task that a coroutine had started on its own: asyncio ends the
-                # loop for SystemExit and KeyboardInterrupt, and no one can prevent it.
-                # (coverage loses a thread's trace after that; a test sees the record.)
+                # Raised in an asyncio task that a coroutine had started: asyncio ends the loop
+                # for SystemExit and KeyboardInterrupt, which cannot be prevented. (coverage
+                # loses the thread's trace here; a test checks the record.)
                 log.error(  # pragma: no cover
                     "the portal's event loop was ended by a task on it", exc_info=exc
                 )
@@ -118,20 +119,20 @@ class PortalThread:
             self._end = self._loop.create_future()
             ready.set_result(portal)
             try:
-                await self._end  # it is never set, only cancelled
+                await self._end  # never set, only cancelled
             finally:
                 self._return_inbox()
 
     def start(self, subject: Any, job: LoopJob) -> None:
         """See :func:`wsgi_bg.portal.start`."""
-        # Append first and look then, as the loop marks first and looks for more then: one
-        # wake of it is enough for all that comes before it has looked.
+        # This side appends, then reads _is_woken; _begin() clears _is_woken, then reads the
+        # inbox. So a single wake is enough for all work appended before the loop looks.
         self._inbox.append((subject, job))
         if not self._is_woken:
             try:
                 self._is_woken = True
                 self._wake()
-            except BaseException:  # a signal handler's: others count on this wake
+            except BaseException:  # a signal handler's; more threads count on this wake
                 self._wake()
                 raise
         if self.has_ended:
@@ -152,9 +153,9 @@ class PortalThread:
     def _create_task(self, subject: Any, job: LoopJob) -> None:
         try:
             task = self._loop.create_task(job.work(subject), name="wsgi_bg")
-        except Exception:  # of a task factory that some task has set
+        except Exception:  # raised by a task factory that a task has set
             task = self._task_class(job.work(subject), loop=self._loop, name="wsgi_bg")
-        self._under_way[task] = subject, job  # the loop holds no task
+        self._under_way[task] = subject, job  # the loop has weak references
         task.add_done_callback(self._on_finish, context=self._context)
 
     def _finish(self, task: asyncio.Task[None]) -> None:
@@ -181,10 +182,10 @@ class PortalThread:
                 task.cancel()
 
     def stop(self, timeout: float) -> None:
-        """Cancel all that runs and wait ``timeout`` seconds at most for the thread to end."""
+        """Cancel all that runs; wait at most ``timeout`` seconds until the thread has ended."""
         if self.has_ended:
             return
         self._was_stopped = True
-        # Not start_task_soon: it waits for the loop, which a task may be blocking.
+        # Not start_task_soon, which waits for the loop: a task may be blocking the loop.
         self._loop.call_soon_threadsafe(self._end.cancel)
         self._thread_has_ended.wait(timeout)

@@ -1,7 +1,7 @@
-"""State that belongs to one process.
+"""State that belongs to a single process.
 
 A fork copies objects but not threads, and ``os.register_at_fork`` does not fire under
-uWSGI, so the process id is the only sure sign that what lies here is a parent's.
+uWSGI. So only the process id shows reliably that an object was made by a parent process.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Generic, NoReturn, TypeVar
 T = TypeVar("T")
 
 generation: int = 0
-"""How many forks led to this process; a task that forks returns in its child with another."""
+"""Number of forks that led to this process; in the child of a task that forks, one more."""
 
 
 def _count_fork() -> None:
@@ -28,10 +28,10 @@ os.register_at_fork(after_in_child=_count_fork)
 
 
 def end_child(exc: BaseException | None) -> NoReturn:
-    """End the child that an async task has forked, as a child ends that a thread has forked.
+    """Exit the child process that an async task has forked, like the child of a thread.
 
-    Only the event loop's thread is left in that child. To go on, or to end the loop, would
-    run the parent's other coroutines there.
+    In that child only the event loop's thread is left. If the loop went on or was closed,
+    the child would run coroutines of the parent.
     """
     try:
         if exc is not None and not isinstance(exc, SystemExit):
@@ -43,21 +43,21 @@ def end_child(exc: BaseException | None) -> NoReturn:
 
 
 class PerProcess(Generic[T]):
-    """One ``T`` a process, made by ``make()`` on first use.
+    """Holds an object for each process, made by ``make()`` on first use.
 
-    A parent's object stays referenced in the child and is never used there: to free it
-    would run the finalizers of loops and threads that are not the child's.
+    The parent's object stays referenced in the child, but is never used there. Freeing the
+    object would run finalizers of loops and threads that belong to the parent.
     """
 
     def __init__(self, make: Callable[[], T]) -> None:
         self._make = make
         self._values: dict[int, T] = {}
-        # A lock a process: one that was held during the fork is never released here.
-        # It can be taken again, since a signal handler may have interrupted its holder.
+        # A lock for each process: a lock that was held during the fork is never released in
+        # the child. Reentrant, since a signal handler may have interrupted the holder.
         self._locks: dict[int, threading.RLock] = {}
 
     def get(self) -> T:
-        """This process's object; from any thread, blocks while another one makes it."""
+        """Return this process's object; blocks while another thread makes the object."""
         pid = os.getpid()
         value = self._values.get(pid)
         if value is None:
@@ -68,13 +68,13 @@ class PerProcess(Generic[T]):
         return value
 
     def peek(self) -> T | None:
-        """This process's object if there is one; never blocks and never makes one."""
+        """Return this process's object, or None if not made yet; never blocks."""
         return self._values.get(os.getpid())
 
     def forget(self, value: T) -> None:
-        """Make a new object at the next :meth:`get` of this process, in place of ``value``.
+        """Forget ``value``, so that the next :meth:`get` of this process makes a new object.
 
-        Nothing happens where another thread has done it: what is there now is of use.
+        Does nothing if another thread has replaced ``value`` already.
         """
         pid = os.getpid()
         with self._lock_of(pid):

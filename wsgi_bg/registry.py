@@ -1,4 +1,4 @@
-"""``@registered_task``: functions under stable names, by which another process finds them."""
+"""``@registered_task``: gives functions stable names, by which another process finds them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _NOT_GIVEN: Any = object()
 
 @dataclass(frozen=True, eq=False)
 class Registration:
-    """A function under its name.
+    """A registered function and its name.
 
-    :ivar name: what messages call it.
+    :ivar name: the name of the function in messages.
     :ivar func: the function.
-    :ivar signature: of the function itself, and not of what it wraps.
-    :ivar celery: options for Celery, opaque to all but its runner; None if there are none.
+    :ivar signature: the signature of ``func`` itself, not of a function that it wraps.
+    :ivar celery: options for Celery, opaque to all but Celery's runner; None if not given.
     """
 
     name: str
@@ -37,7 +37,8 @@ class Registration:
     celery: Any
 
 
-# Guards all below. It can be taken again: a listener may import a module that registers.
+# Guards the three collections below. Reentrant, because a listener may import a module that
+# registers functions.
 _lock = threading.RLock()
 _by_name: dict[str, Registration] = {}
 _by_function: dict[Callable[..., Any], Registration] = {}
@@ -61,22 +62,23 @@ def registered_task(
     name: str | None = None,
     celery: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Register a function of a module, plain or async, so that it can run elsewhere too.
+    """Register a plain or async function of a module, so that other processes can run it.
 
-    The function itself is returned: calling it just calls it, and runners that run tasks
-    in this process treat it as any other. Put it outermost, above other decorators: a
-    function is found by its identity.
+    Returns the function unchanged: a direct call works as before, and runners that run tasks
+    in this process treat the function like any function. Put ``registered_task`` above all
+    further decorators, since a function is found by its identity.
 
-    A module that is reloaded registers its functions again, in place of the old ones.
+    A module that is reloaded registers its functions again, in place of the old functions.
 
-    :param name: the name in messages; default ``module.qualname``. It has to stay the same
-        as long as messages are under way: give one to be free to move the function.
+    :param name: the name in messages; default ``module.qualname``. The name must not change
+        as long as messages are under way. With a name of its own the function can be moved.
     :param celery: options of Celery for this function, see
         :class:`~wsgi_bg.celery.CeleryRunner`.
     :raises TypeError: if another process could not find the function: a lambda, a local
-        function, a method, a partial, any other object, a function of ``__main__`` without
-        a name; for a generator function; for an option that Celery would refuse.
-    :raises ValueError: if another function has the name; for an option that is not known.
+        function, a method, a partial, any object that is not a function, or a function of
+        ``__main__`` without a name; for a generator function; for an option that Celery
+        would refuse.
+    :raises ValueError: if another function has the name; for an unknown option.
     """
     if name is not None and not isinstance(name, str):
         raise OptionTypeError("name", name, "a str")
@@ -89,17 +91,17 @@ def registered_task(
 
 
 def find(func: Callable[..., Any]) -> Registration | None:
-    """The registration of that very function; None if it has none."""
+    """Return the registration of ``func``, compared by identity; None if not registered."""
     return _by_function.get(func) if type(func) is FunctionType else None
 
 
 def get(name: str) -> Registration | None:
-    """What is registered under the name; never imports anything."""
+    """Return the registration with this name, or None; never imports anything."""
     return _by_name.get(name)
 
 
 def subscribe(listener: Callable[[Registration], object]) -> None:
-    """Have ``listener`` called with all that is registered by now and later, on any thread."""
+    """Call ``listener`` with each registration, present and future, possibly on any thread."""
     with _lock:
         _listeners.append(listener)
         for registration in list(_by_name.values()):

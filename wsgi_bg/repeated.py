@@ -10,16 +10,16 @@ from typing import Any
 from . import log
 
 INTERVAL = 60.0
-"""The least time between two records of one warning, in seconds."""
+"""Seconds that pass at least between two records of the same warning."""
 
 clock: Callable[[], float] = time.monotonic
-"""Tells the time, in seconds; tests replace it."""
+"""Returns the time in seconds; replaced by tests."""
 
 
 class RepeatedWarning:
-    """A warning that is logged at its first event, and then at most once a minute.
+    """A warning that is logged for the first event, and then at most once a minute.
 
-    :param message: its first placeholder, a ``%d``, is the number of events since the last
+    :param message: the first placeholder, a ``%d``, is the number of events since the last
         record.
     """
 

@@ -1,4 +1,7 @@
-"""What is said of tasks that failed or did not run. Names only: arguments are data."""
+"""Log messages for tasks that failed or were not run.
+
+Messages name tasks without their arguments, since arguments may be private data.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
     from .task import BackgroundTask
 
 observer: Callable[[BackgroundTask, BaseException], None] | None = None
-"""What is told of every error that is logged: the pytest plugin, which lets tests fail."""
+"""Called with every error that is logged; set by the pytest plugin, which fails the test."""
 
 
 def failure(
@@ -29,9 +32,9 @@ def failure(
 
 
 def tell_failure(task: BackgroundTask, exc: BaseException) -> None:
-    """Tell the hooks of the task and its ``on_error``, in the task's context."""
+    """Call the hooks and the ``on_error`` of a failed task, in the task's context."""
     generation = process.generation
-    of_test = observer  # once: another thread may end the test meanwhile
+    of_test = observer  # read once: another thread may end the test meanwhile
     if of_test is not None:
         of_test(task, exc)
     calls = task._options.calls
@@ -49,12 +52,12 @@ def tell_failure(task: BackgroundTask, exc: BaseException) -> None:
 
 
 def not_run(task: BackgroundTask, reason: str, said: defaultdict[Any, Any]) -> None:
-    """Name a task that will not run."""
+    """Log a task that will not run."""
     log.warning("background task %s was not run: %s", task.name, reason, said=said)
 
 
 def stopped(task: BackgroundTask, exc: BaseException, *, began: bool) -> None:
-    """Name a task that was left undone when ``exc`` stopped its worker."""
+    """Log a task that was interrupted or never began because ``exc`` stopped its worker."""
     end = " to its end" if began else ""
     reason = f"{_kind_of(exc)} stopped its worker"
     log.warning("background task %s was not run%s: %s", task.name, end, reason)
@@ -62,7 +65,7 @@ def stopped(task: BackgroundTask, exc: BaseException, *, began: bool) -> None:
 
 
 def unfinished(task: BackgroundTask, reason: str) -> None:
-    """Name a task that the process ends without."""
+    """Log a task that is unfinished when the process exits."""
     log.error(
         "background task %s was not finished %s: the process ends without it",
         task.name,
@@ -72,12 +75,12 @@ def unfinished(task: BackgroundTask, reason: str) -> None:
 
 
 def discarded(task: BackgroundTask, reason: str) -> None:
-    """Tell the hooks of a task that will not run, or not to its end."""
+    """Call the hooks for a task that will not run, or that was interrupted."""
     calls = task._options.calls
     if calls is not None:
         calls.discarded(task, reason)
 
 
 def _kind_of(exc: BaseException) -> str:
-    """The name of the class of ``exc``, without asking the class, whose metaclass may raise."""
+    """The name of the class of ``exc``, read without code of the metaclass, which may raise."""
     return str(type.__dict__["__name__"].__get__(type(exc)))

@@ -1,7 +1,7 @@
-"""Coroutines of which every step runs in a given context.
+"""Runs each step of a coroutine in a given context.
 
-An asyncio task of its own would do the same (``create_task(context=...)``, Python 3.11) and
-cost ten times as much, a turn of the loop included.
+An asyncio task for each coroutine would do the same (``create_task(context=...)``, Python
+3.11), but cost ten times as much, including a turn of the loop.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from contextlib import ExitStack
 from contextvars import Context
 from typing import Any
 
-# What next(), given it as a default, returns for a coroutine that has ended: cheaper than
-# the StopIteration that coroutine.send() raises then.
+# The default given to next(), which returns DONE for a coroutine that has ended. This is
+# cheaper than the StopIteration that coroutine.send() raises.
 DONE: Any = object()
 
 
 def is_cancelled(task: Any) -> bool:
-    """Whether an asyncio task has cancellation requests that were not taken back.
+    """True if an asyncio task has pending cancellation requests (``Task.cancelling``).
 
-    False for a task of a library's own class that does not count them.
+    False for a task class of a library that does not count cancellation requests.
     """
     cancelling = getattr(task, "cancelling", None)
     return cancelling is not None and cancelling() > 0
 
 
 async def in_context(context: Context, awaitable: Awaitable[Any]) -> Any:
-    """Await ``awaitable`` with every step of it run in ``context``."""
+    """Await ``awaitable``; each step runs in ``context``."""
     coroutine = as_coroutine(awaitable)
     try:
         waits_for = context.run(coroutine.send, None)
@@ -37,8 +37,9 @@ async def in_context(context: Context, awaitable: Awaitable[Any]) -> Any:
 
 
 def drop(context: Context, awaitable: Awaitable[Any]) -> None:
-    """Close what no one will await: Python warns of a coroutine that no one has awaited."""
-    # One that has begun, and was left by a signal handler's exception, is the loop's to end.
+    """Close ``awaitable``, since Python warns of a coroutine that was never awaited."""
+    # A coroutine that has begun, and was left when a signal handler raised, is ended by the
+    # loop.
     if inspect.iscoroutine(awaitable):
         has_begun = inspect.getcoroutinestate(awaitable) != inspect.CORO_CREATED
     elif isinstance(awaitable, AwaitedIn):
@@ -50,7 +51,7 @@ def drop(context: Context, awaitable: Awaitable[Any]) -> None:
 
 
 def as_coroutine(awaitable: Awaitable[Any]) -> Coroutine[Any, Any, Any]:
-    """``awaitable`` itself, if it is a coroutine, or one that awaits it."""
+    """Return ``awaitable`` if it is a coroutine, else a coroutine that awaits ``awaitable``."""
     return awaitable if inspect.iscoroutine(awaitable) else _awaiting(awaitable)
 
 
@@ -59,9 +60,9 @@ async def _awaiting(awaitable: Awaitable[Any]) -> Any:
 
 
 class AwaitedIn(Coroutine[Any, Any, Any]):
-    """Awaits ``awaitable`` in what ``stack`` has entered already, and leaves that.
+    """Awaits ``awaitable`` inside ``stack``, which is entered already, and exits ``stack``.
 
-    A coroutine function would not leave it if it was never awaited.
+    A coroutine function that is never awaited would not exit ``stack``; :meth:`close` does.
     """
 
     __slots__ = ("_awaitable", "_stack", "has_begun")
@@ -77,25 +78,24 @@ class AwaitedIn(Coroutine[Any, Any, Any]):
             return (yield from as_coroutine(self._awaitable).__await__())
 
     def send(self, value: Any) -> Any:
-        raise NotImplementedError  # it is awaited only
+        raise NotImplementedError  # this object is only awaited
 
     def throw(self, *exc: Any) -> Any:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Leave without awaiting."""
+        """Exit ``stack`` without awaiting ``awaitable``."""
         with self._stack:
             if inspect.iscoroutine(self._awaitable):
                 self._awaitable.close()
 
 
 class RestOf(Generator[Any, Any, Any]):
-    """Awaits what ``coroutine`` does after its first step, each step in ``context``.
+    """Awaits the rest of ``coroutine`` after its first step; each step runs in ``context``.
 
-    In place of a generator that does the same, which takes 200 bytes more for each task
-    that waits.
+    A generator function would do the same, but take 200 bytes more for each task that waits.
 
-    :param waits_for: what the first step has yielded, for the event loop.
+    :param waits_for: the value that the first step has yielded for the event loop.
     """
 
     __slots__ = ("_context", "_coroutine", "_waits_for")
@@ -121,8 +121,8 @@ class RestOf(Generator[Any, Any, Any]):
         raise NotImplementedError  # asyncio sends nothing, and None goes to __next__
 
     def throw(self, *exc: Any) -> Any:
-        """A cancellation, which is for the coroutine to see."""
+        """Pass a cancellation on to the coroutine."""
         try:
             return self._context.run(self._coroutine.throw, *exc)
         finally:
-            del exc  # or what is raised on may hold itself, by this frame
+            del exc  # or a raised exception may refer to itself, by this frame

@@ -1,7 +1,7 @@
-"""Tasks that are added because a task ends: by its hooks, ``on_error`` or a teardown.
+"""Tasks that hooks, ``on_error`` or a teardown add because a task has ended.
 
-Such a task ends too, and adds the next one: a request could run tasks for ever without any
-task's own code adding another. Each of these tasks knows in which generation it is.
+When such a task ends, the same code adds the next task: a request could run tasks for ever
+although no task's own code adds a task. So each of these tasks counts its generation.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from .tasks import BackgroundTasks
 
 MAX_GENERATIONS = 100
-"""How many tasks in a row may have been added because the task before has ended."""
+"""Most tasks in a row that are added because the task before has ended."""
 
 
 class _Thread(threading.local):
-    """What the calling thread is about.
+    """State of the calling thread.
 
-    :ivar generation: that of a task that is added now.
+    :ivar generation: the generation of a task that the thread adds now.
     """
 
     generation = 0
@@ -33,10 +33,10 @@ _thread = _Thread()
 
 
 def observe(task: BackgroundTask, observer: Callable[..., Any], *args: Any) -> None:
-    """Call ``observer(*args)``; tasks that it adds are added because ``task`` ends.
+    """Call ``observer(*args)``; a task that the observer adds is a successor of ``task``.
 
-    :raises BaseException: what the observer raises. One error says that a row of tasks has no
-        end, however many such rows a request has: the others are suppressed.
+    :raises BaseException: the error of the observer. If a request has several endless rows
+        of tasks, only the first ``EndlessTasksError`` is raised; later errors are suppressed.
     """
     before = _thread.generation
     _thread.generation = getattr(task, "_generation", 0) + 1
@@ -50,9 +50,9 @@ def observe(task: BackgroundTask, observer: Callable[..., Any], *args: Any) -> N
 
 
 def admit(task: BackgroundTask, batch: BackgroundTasks) -> None:
-    """Let a task know its generation.
+    """Set the generation of a task.
 
-    :raises RuntimeError: naming the function, if its generation is beyond the limit.
+    :raises RuntimeError: if the generation is beyond the limit; names the function.
     """
     generation = _thread.generation
     if generation:

@@ -1,4 +1,4 @@
-"""``BackgroundTask``: one call to make later."""
+"""``BackgroundTask``: a call to make later."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 
 CLAIMED: list[None] = []
-"""What each claimed task has for ``_unclaimed``; empty for ever."""
+"""``_unclaimed`` of all claimed tasks; always empty."""
 
 
 class BackgroundTask:
-    """One call to make later.
+    """A call to make later.
 
     :param func: a plain or ``async def`` function, or anything callable. Positional
         only, so that ``kwargs`` may have any name.
-    :raises TypeError: if ``func`` cannot run as a task: it is not callable, a generator
-        function, or a coroutine object.
+    :raises TypeError: if ``func`` cannot run as a task, because ``func`` is not callable, a
+        generator function, or a coroutine object.
 
-    :ivar func: what is called.
-    :ivar args: its positional arguments.
-    :ivar kwargs: its keyword arguments.
-    :ivar is_async: whether ``func`` is known to return an awaitable: an ``async def``
-        function, a :func:`functools.partial` of one, an object with an async
-        ``__call__``. What another function returns is awaited too, if it can be.
+    :ivar func: the function to call.
+    :ivar args: positional arguments of the call.
+    :ivar kwargs: keyword arguments of the call.
+    :ivar is_async: True if ``func`` is known to return an awaitable: an ``async def``
+        function, a :func:`functools.partial` of an async function, an object with an async
+        ``__call__``. An awaitable that any other function returns is awaited too.
     """
 
     __slots__ = (
@@ -59,10 +59,10 @@ class BackgroundTask:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     is_async: bool
-    _generation: int  # only if a hook, an on_error or a teardown has added it: see options
-    _record: list[TaskRecord]  # only if hooks watch it
+    _generation: int  # only if added by a hook, an on_error or a teardown: see successors
+    _record: list[TaskRecord]  # only if hooks observe the task
     _unclaimed: list[None]
-    _unowned: list[None]  # only if no batch has made it
+    _unowned: list[None]  # only if the task was made by hand
     _encoded: Any  # only between a runner's check() and its send()
 
     def __init__(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -101,12 +101,12 @@ class BackgroundTask:
         return name_of(self.func)
 
     def __call__(self) -> Any:
-        """Make the call now and return its result; blocks until it is done.
+        """Make the call now and return its result; blocks until the call is done.
 
-        A plain function runs on the calling thread, what is async on the portal's. The
-        call is made in the context that was current when the task was added, if it was.
+        A plain function runs on the calling thread, an awaitable on the portal's thread. If
+        the task was added to a batch, the call runs in the context of that moment.
 
-        :raises BaseException: what the call raises.
+        :raises BaseException: the error of the call.
         :raises RuntimeError: for an async call from the portal's own thread.
         """
         context = copy_context() if self._context is None else self._context
@@ -119,7 +119,7 @@ class BackgroundTask:
         try:
             result = self._finish(context, context.run(calls.make, self, None))
         except BaseException as exc:
-            if goes_through(exc):  # the loop may be in this context still
+            if goes_through(exc):  # the loop may still run in this context
                 calls.discarded(self, f"{type(exc).__name__} stopped its worker")
             else:
                 context.run(calls.failed, self, exc)
@@ -128,7 +128,7 @@ class BackgroundTask:
         return result
 
     def _finish(self, context: Context, result: Any) -> Any:
-        """What the call has returned; where that can be awaited, what comes of it."""
+        """Return ``result``; if ``result`` is awaitable, await it and return its result."""
         if result is not None and inspect.isawaitable(result):
             result, error = portal.wait_for(context, result)
             if error is not None:
@@ -136,11 +136,11 @@ class BackgroundTask:
         return result
 
     def _claim(self) -> bool:
-        """Take the right to run this task, or to name it: True for one caller only.
+        """Claim the right to run or log this task; True for a single caller only.
 
-        ``list.pop`` is one atomic operation on every Python, free-threaded ones too (deleting
-        a slot is not, before 3.14.5), and no lock that a signal handler or a fork could find
-        locked.
+        ``list.pop`` is an atomic operation on every Python, also on free-threaded builds
+        (deleting a slot is not atomic before 3.14.5). Unlike a lock, an interrupted pop
+        leaves nothing locked for a signal handler or a fork.
         """
         try:
             self._unclaimed.pop()
@@ -152,7 +152,7 @@ class BackgroundTask:
         return True
 
     def _owned(self, options: Options) -> BackgroundTask:
-        """This task as a member of a batch; a copy if another batch has it already."""
+        """Return this task for a new batch, or a copy if another batch owns this task."""
         try:
             self._unowned.pop()
         except (AttributeError, IndexError):

@@ -1,4 +1,4 @@
-"""``BackgroundTasks``: the calls of one request, in order."""
+"""``BackgroundTasks``: the calls of a request, in order."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .task import BackgroundTask
 
 P = ParamSpec("P")
 
-# The phases of a batch: its request goes on; its request is over, its tasks are to run or
-# running and may add others; no task will run any more.
+# The phases of a batch. OPEN: the request goes on. CLOSED: the request is over; the tasks
+# wait or run, and may add further tasks. ENDED: no task will run any more.
 OPEN, CLOSED, ENDED = range(3)
 
 _LONG = 50  # tasks
@@ -28,19 +28,19 @@ _new_task = BackgroundTask.__new__
 
 
 class BackgroundTasks:
-    """The calls of one request, in order.
+    """The calls of a request, in order.
 
-    In a request the middleware makes the object, and its tasks run after the response.
-    Made by hand it is a list of calls for :meth:`__call__`.
+    In a request the middleware makes the object, and the tasks run after the response.
+    An object made by hand is a list of calls, which :meth:`__call__` runs.
 
     :param tasks: tasks to begin with.
-    :raises TypeError: if one of them is no :class:`BackgroundTask`.
+    :raises TypeError: if an item of ``tasks`` is not a :class:`BackgroundTask`.
     """
 
     __slots__ = ("_front", "_is_endless", "_list", "_options", "_phase")
 
-    _is_endless: bool  # only if a row of its tasks was ended: see wsgi_bg.successors
-    _front: list[BackgroundTask] | None  # what a batch has taken from the list, in reverse
+    _is_endless: bool  # only if an endless row of tasks was cut: see wsgi_bg.successors
+    _front: list[BackgroundTask] | None  # taken from the list by a batch, in reverse
     _list: list[BackgroundTask] | None
     _options: Options
     _phase: int
@@ -60,22 +60,22 @@ class BackgroundTasks:
 
     @property
     def tasks(self) -> list[BackgroundTask]:
-        """The tasks that are not done, as added.
+        """The tasks that are not done, in the order of ``add_task``.
 
-        While the request goes on this is the list itself, to be read: a task that joins it
-        without :meth:`add_task` has no options and no context of this request, and runs in
-        one batch only. Once the request is over it is a new list.
+        While the request goes on, this is the internal list and must only be read: a task
+        that joins the list without :meth:`add_task` has no options and no context of this
+        request, and runs in a single batch only. After the request this is a new list.
         """
         tasks = self._begin() if self._list is None else self._list
         return self._root._left() if self._root._front else tasks
 
     def add_task(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
-        """Add a call of ``func``, to run after those added before it.
+        """Add a call of ``func``, to run after all tasks added before.
 
-        From any thread of the request and from a running task; does not wait for any task.
-        The task keeps a copy of the current context variables and runs in it.
+        May be called on any thread of the request and in a running task; does not wait for
+        any task. The task runs in a copy of the current context variables.
 
-        :param func: a plain or ``async def`` function; ``args`` and ``kwargs`` are its own.
+        :param func: a plain or ``async def`` function, called as ``func(*args, **kwargs)``.
         :raises TypeError: if ``func`` cannot run as a task.
         :raises RuntimeError: if the batch has ended.
         """
@@ -88,8 +88,8 @@ class BackgroundTasks:
         if tasks is None:
             tasks = self._begin()
         tasks.append(task)
-        # Append first, look then; the other side marks the end first and looks for more
-        # then. So one of the two sees the other, and _claim decides between them.
+        # This side appends, then reads the phase. _first() sets the phase, then reads the
+        # list. So at least one side sees the other's change, and _claim() decides.
         if self._phase == ENDED and task._claim():
             self._root._remove(task)
             report.discarded(task, "the batch has ended")
@@ -97,36 +97,36 @@ class BackgroundTasks:
 
     @property
     def _is_open(self) -> bool:
-        """Whether another middleware may still share this object."""
+        """True if another middleware may still share this object."""
         return self._phase == OPEN
 
     @property
     def _root(self) -> BackgroundTasks:
-        """The object that views are views on."""
+        """The object that all views share; not a view itself."""
         return self
 
     @property
     def _layer(self) -> BackgroundTasks:
-        """This object, or what it was made of by a layer that is not in charge any more."""
+        """This object; in a view whose layer has returned, the object of an outer layer."""
         return self
 
     def _begin(self) -> list[BackgroundTask]:
-        """Make the list, if ``__init__`` has not."""
+        """Make the list, if ``__init__`` has not made it."""
         raise NotImplementedError
 
-    # The run of the tasks, for wsgi_bg.batch. The batch drops each task when it is done, so
-    # that a task that adds its successor for days keeps no more than that one. It takes the
-    # tasks of a long list out at once: to delete the first of many moves all others.
+    # The run of the tasks, for wsgi_bg.batch. The batch drops each finished task, so that a
+    # chain of tasks, each adding its successor for days, keeps a single task in memory. A
+    # long list is emptied in a single step: deleting its first item moves all the rest.
 
     def _may_start(self) -> bool:
-        """Whether the tasks may be run: True once."""
+        """Take the right to run the tasks; True for the first caller only."""
         return True
 
     def _allow_start(self) -> None:
-        """Let the tasks be run once more: they were offered to another process."""
+        """Let the tasks be run again, after they were offered to another process."""
 
     def _first(self) -> BackgroundTask | None:
-        """The first task that is not done; None, and the batch ends, if there is none."""
+        """Return the first task that is not done; if no task is left, end the batch."""
         if self._front:
             return self._front[-1]
         tasks = self._list
@@ -136,23 +136,23 @@ class BackgroundTasks:
                 return None
             self._phase = CLOSED
         if len(tasks) > _LONG:
-            # In this order: for a moment a task is in both, and at no moment in neither.
+            # In this order each task is at every moment in at least one of the two lists.
             self._front = front = tasks[::-1]
             del tasks[: len(front)]
             return front[-1]
         return tasks[0]
 
     def _left(self) -> list[BackgroundTask]:
-        """The tasks that are not done; on any thread."""
-        # In this order: see _take(), which may be called on another thread meanwhile.
+        """The tasks that are not done; may be called on any thread."""
+        # In this order, since another thread may move tasks in _first() meanwhile.
         added = [*(self._list or ())]
         front = self._front or ()
         return list(dict.fromkeys([*front[::-1], *added]))
 
     def _next_unclaimed(self) -> BackgroundTask | None:
-        """The first task that is not claimed; on the thread that runs the tasks.
+        """The first task that is not claimed; called on the thread that runs the tasks.
 
-        Unlike :meth:`_left` it makes no list: a batch asks after each run of async tasks.
+        Makes no list, unlike :meth:`_left`, since a batch asks after each run of async tasks.
         """
         for tasks in (reversed(self._front or ()), self._list or ()):
             for task in tasks:
@@ -161,11 +161,11 @@ class BackgroundTasks:
         return None
 
     def _length(self) -> int:
-        """About how many tasks are not done; on any thread."""
+        """Approximate number of tasks that are not done; may be called on any thread."""
         return len(self._front or ()) + len(self._list or ())
 
     def _drop(self, task: BackgroundTask) -> None:
-        """Let go of the first task, which is done; on the thread that runs the tasks."""
+        """Drop ``task``, the first task, which is done; on the thread that runs the tasks."""
         front = self._front
         if front:
             front.pop()
@@ -173,9 +173,9 @@ class BackgroundTasks:
             self._remove(task)
 
     def _remove(self, task: BackgroundTask) -> None:
-        """Let go of a task that was run by hand or refused; on any thread."""
+        """Drop a task that was run by hand or refused; may be called on any thread."""
         assert self._list is not None
-        with suppress(ValueError):  # the batch has taken it, and skips it
+        with suppress(ValueError):  # the batch has taken the task, and skips it
             self._list.remove(task)
 
     def _end(self) -> None:
@@ -191,17 +191,16 @@ class BackgroundTasks:
         stop_on_error: bool | None = None,
         celery: Mapping[str, Any] | None = None,
     ) -> BackgroundTasks:
-        """A view on the same list whose ``add_task`` gives its tasks other options.
+        """Return a view on the same list, whose ``add_task`` gives its tasks these options.
 
-        What is None stays as it is here. The options are those of
-        :class:`~wsgi_bg.BackgroundTasksMiddleware`, and those of one message to Celery.
+        An option that is None keeps its value. The options are those of
+        :class:`~wsgi_bg.BackgroundTasksMiddleware`, and the options of a message to Celery.
 
-        :param celery: options such as ``{"queue": "slow", "countdown": 60}``, in place of
-            those of ``registered_task`` where both name one. Runners without Celery, and a
-            task that runs here since the broker is away, ignore them.
+        :param celery: options such as ``{"queue": "slow", "countdown": 60}``, which override
+            the options of ``registered_task``. Runners without Celery ignore them, and so
+            does a task that runs in this process because the broker cannot be reached.
         :raises ValueError: if ``run_on`` is none of ``"success"``, ``"error"``, ``"always"``,
-            ``failed_from`` is not from 100 to 600, or ``celery`` has an option that is not
-            known.
+            ``failed_from`` is not from 100 to 600, or ``celery`` has an unknown option.
         :raises TypeError: if ``failed_from`` is not a whole number, ``on_error`` is not a
             plain callable, or an option in ``celery`` is of the wrong type.
         """
@@ -211,13 +210,13 @@ class BackgroundTasks:
         return View(self, options)
 
     def __call__(self) -> None:
-        """Run the tasks that have not run yet, now, each once; blocks until they are done.
+        """Run the tasks that have not run yet, each once; blocks until they are done.
 
-        Plain functions run on the calling thread. The batch goes on: tasks added later
+        Plain functions run on the calling thread. The batch stays open: tasks added later
         run when the response is closed.
 
-        :raises BaseException: the first task's error, after all have run; the others are
-            logged.
+        :raises BaseException: the first error of a task, after all tasks have run; later
+            errors are logged.
         """
         first: BaseException | None = None
         generation = process.generation
@@ -234,7 +233,7 @@ class BackgroundTasks:
                     context.run(report.failure, task, exc)
                     context.run(report.tell_failure, task, exc)
             if process.generation != generation:
-                return  # in the child that the task has forked
+                return  # in the child process that the task has forked
             self._remove(task)
         if first is not None:
             raise first
@@ -243,10 +242,10 @@ class BackgroundTasks:
         return next((task for task in self.tasks if task._claim()), None)
 
     def _context_of(self, task: BackgroundTask) -> Context:
-        """The context to run ``task`` in; the task lets go of it.
+        """Return the context to run ``task`` in, and clear the task's reference to it.
 
-        A request's context holds the tasks again, through the proxy's variable: a cycle
-        that only the garbage collector could free.
+        A request's context refers to the tasks, through the variable of the proxy. The
+        reference back would make a cycle that only the garbage collector could free.
         """
         context = task._context
         if context is None:
@@ -261,10 +260,10 @@ class BackgroundTasks:
 
 
 class View(BackgroundTasks):
-    """The same list under other options: see :meth:`BackgroundTasks.using`.
+    """A view on a list of tasks under different options: see :meth:`BackgroundTasks.using`.
 
-    A middleware inside another one makes one too; ``_has_returned`` says that its
-    application has, and perhaps streams.
+    A middleware inside another middleware makes a view too. ``_has_returned`` is True if the
+    application of that middleware has returned; the response may still stream.
     """
 
     __slots__ = ("_has_returned", "_origin")
@@ -281,7 +280,7 @@ class View(BackgroundTasks):
         return self._list
 
     @property
-    def _phase(self) -> int:  # type: ignore[override]  # a slot elsewhere: faster
+    def _phase(self) -> int:  # type: ignore[override]  # a slot in the base class: faster
         return self._origin._phase
 
     @property

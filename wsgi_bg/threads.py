@@ -12,8 +12,8 @@ from typing import Any
 def start_daemon(target: Callable[..., object], name: str, *args: Any) -> threading.Thread:
     """Call ``target(*args)`` on a new daemon thread, with no context variable set.
 
-    Free-threaded Python 3.14 hands a copy of the starter's context to a thread: the thread
-    would hold the first request for as long as it lives.
+    Free-threaded Python 3.14 gives a new thread a copy of the starter's context. With that
+    copy the thread would keep the first request alive as long as the thread lives.
 
     :raises RuntimeError: if no thread can be started: there is no memory for a stack, or the
         interpreter exits.

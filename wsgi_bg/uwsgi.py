@@ -1,4 +1,4 @@
-"""uWSGI: the exit of a worker with an event loop, which runs no ``atexit`` of Python's."""
+"""The exit of a uWSGI worker with an event loop, which does not run Python's ``atexit``."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Callable
 def call_at_exit(call: Callable[[], object]) -> None:
     """Call ``call()`` when uWSGI ends this worker; does nothing under another server.
 
-    uWSGI leaves Python's exit out if it has async cores (``uwsgi_python_atexit``), but its
-    gevent loop calls ``uwsgi.atexit``. A function that the application has put there is
-    called after ``call()``. A forked worker does not call what its master has registered.
+    uWSGI skips Python's exit if async cores are on (``uwsgi_python_atexit``), but uWSGI's
+    gevent loop calls ``uwsgi.atexit``. If the application has set ``uwsgi.atexit``, that
+    function is called after ``call()``. A forked worker skips callbacks of its master.
     """
     uwsgi = sys.modules.get("uwsgi")
     if uwsgi is None:

@@ -1,12 +1,12 @@
-"""Threads that start when there is work and end when there has been none for long.
+"""``Workers``: threads that start when there is work, and end after a long time without work.
 
-The worker that was idle last is the first to get work, so that under a light load the
-others come to their end. ``concurrent.futures`` would cost three times as much for each
-job, and joins its threads at interpreter exit: a stuck task would keep the process alive.
+The worker that became idle last gets the next job, so that under a light load the remaining
+workers end. ``concurrent.futures`` would cost three times as much for each job, and joins
+its threads at interpreter exit: a stuck task would keep the process alive.
 
-No lock is held here, because a signal handler that raises could leave a lock locked for
-ever. Each step is one atomic operation of a list, a dict or a deque, and a thread that has
-published something looks again at what others published meanwhile.
+This module holds no lock, because a signal handler that raises could leave a lock locked for
+ever. Each step is an atomic operation of a list, a dict or a deque. A thread that has
+published a change looks again for changes that further threads published meanwhile.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from .threads import start_daemon
 Job = TypeVar("Job")
 
 IDLE_TIMEOUT = 60.0
-"""How long a worker without work stays, in seconds."""
+"""Seconds after which a worker without work ends."""
 
 
 class Workers(Generic[Job]):
-    """Up to ``limit`` daemon threads of one process.
+    """Up to ``limit`` daemon threads of a process.
 
-    :param work: called with each job on a thread; lets nothing out.
-    :param limit: how many threads at most; ``math.inf`` for no limit.
-    :param name: how the threads' names begin.
+    :param work: called with each job on a thread; must not raise.
+    :param limit: the maximum number of threads; ``math.inf`` for no limit.
+    :param name: prefix of the threads' names.
     """
 
     def __init__(self, work: Callable[[Job], object], limit: float, name: str) -> None:
@@ -43,32 +43,33 @@ class Workers(Generic[Job]):
         self._name = name
         self._backlog: deque[Job] = deque()
         self._alive: dict[_Worker, None] = {}
-        self._idle: list[Callable[[None], object]] = []  # what wakes each of these workers
+        self._idle: list[Callable[[None], object]] = []  # the idle workers' wake()
         self._numbers = count()
 
     def submit(self, job: Job) -> bool:
-        """Let a thread do ``job``; does not block.
+        """Submit ``job`` to a thread; does not block.
 
-        Jobs begin in the order of the calls. If a signal handler raises in here, the job may
-        have been submitted: the caller has to see to it that it is not done twice.
+        Jobs begin in the order of the calls. If a signal handler raises in this method, the
+        job may or may not have been submitted: the caller must prevent a second run.
 
-        :return: False if no thread is there, nor to be had: the job was not submitted.
+        :return: False if the job was not submitted, because no thread runs or can start.
         """
         self._backlog.append(job)
         if self._wake() or self._start() or self._alive:
             return True
         try:
             self._backlog.remove(job)
-        except ValueError:  # a thread that has ended since has done it
+        except ValueError:  # a thread has done the job, and has ended since
             return True
         return False
 
     def _wake(self) -> bool:
-        """Let the worker that was idle last look at the backlog; False if none is idle."""
+        """Wake the worker that became idle last; False if no worker is idle."""
         if not self._idle:
             return False
         try:
-            # In one step: a worker that is idle for nobody would never be woken.
+            # Pop and call in one step: a worker that was popped but not called would never
+            # wake.
             next(map(call, iter(self._idle.pop, None), (None,)))
         except IndexError as exc:
             if not is_raised_here(exc):  # there may be a worker to wake
@@ -87,8 +88,8 @@ class Workers(Generic[Job]):
                 return False
             start_daemon(self._run, f"{self._name}-{next(self._numbers)}", worker)
         except BaseException as exc:
-            # RuntimeError: no memory for a stack, or the interpreter exits. A signal
-            # handler's exception may come after the thread has started: that thread ends.
+            # RuntimeError: no memory for a stack, or the interpreter exits. A signal handler
+            # may raise after the thread has started: then that thread ends.
             self._alive.pop(worker, None)
             if not isinstance(exc, RuntimeError):
                 raise
@@ -107,7 +108,7 @@ class Workers(Generic[Job]):
                     self._work(job)
                 except BaseException as exc:
                     if process.generation != generation:
-                        raise  # in the child that a task has forked: this is its only thread
+                        raise  # in a child that a task has forked, whose only thread this is
                     log.error("%s was stopped", self._name, exc_info=exc)
                 if process.generation != generation:
                     return
@@ -123,7 +124,7 @@ class Workers(Generic[Job]):
             if self._backlog:
                 return True
             self._idle.append(worker.wake)
-            if self._backlog and self._withdraw(worker):  # look again: see submit()
+            if self._backlog and self._withdraw(worker):  # submit() may have missed this worker
                 return True
             try:
                 worker.wakes.get(timeout=IDLE_TIMEOUT)
@@ -136,11 +137,11 @@ class Workers(Generic[Job]):
         with suppress(ValueError):
             self._idle.remove(worker.wake)
             return True
-        return False  # it was chosen meanwhile, and is woken
+        return False  # another thread has popped the wake, and calls it
 
 
 class _Worker:
-    """A thread's place to wait."""
+    """The queue on which an idle thread waits."""
 
     __slots__ = ("wake", "wakes")
 
