@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from tests.servers import table
 from tests.support import Gate
 from wsgi_bg import portal
+from wsgi_bg.context import current
 from wsgi_bg.portal_thread import PortalThread
 from wsgi_bg.process import PerProcess
 
@@ -56,6 +58,15 @@ class Log:
 def log(caplog: pytest.LogCaptureFixture) -> Log:
     caplog.set_level(logging.DEBUG, logger="wsgi_bg")
     return Log(caplog)
+
+
+@pytest.fixture
+def no_request_left() -> Iterator[None]:
+    """A middleware that was interrupted may leave its request behind on this thread."""
+    nothing: Any = None
+    token = current.set(nothing)
+    yield
+    current.reset(token)
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ from wsgi_bg import (
 from wsgi_bg.flask import Background
 from wsgi_bg.hooks import Hooks
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.usefixtures("no_request_left"), pytest.mark.timeout(240)]
 
 PACKAGE = os.path.dirname(wsgi_bg.__file__) + os.sep
 

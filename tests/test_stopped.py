@@ -49,6 +49,9 @@ from wsgi_bg import (
 from wsgi_bg.body import Body
 
 
+pytestmark = pytest.mark.usefixtures("no_request_left")
+
+
 class TimeLimitError(Exception):
     """What a handler of SIGALRM may raise."""
 

@@ -110,9 +110,9 @@ class Batch:
         # The running task. Set before the task is claimed, and cleared when its call has
         # returned or its log record is made.
         self._running: BackgroundTask | None = None
-        # Progress of the running task, kept on the main thread only, which runs signal handlers.
-        # The key RESULT appears in the moment in which the task's call returns, the key SAID
-        # with its log record.
+        # Progress of the running task, kept only on the main thread, which runs signal
+        # handlers. The key RESULT appears in the moment in which the task's call returns, the
+        # key SAID with its log record.
         self._done: defaultdict[Any, Any] | None = None
         # A task whose plain function has returned an awaitable, which the portal will await.
         self._begun: tuple[BackgroundTask, Context, Any] | None = None
