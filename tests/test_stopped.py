@@ -48,7 +48,6 @@ from wsgi_bg import (
 )
 from wsgi_bg.body import Body
 
-
 pytestmark = pytest.mark.usefixtures("no_request_left")
 
 
