@@ -59,7 +59,7 @@ class Collector:
     """The queue and its thread, which starts when the first task of the process is added."""
 
     def __init__(self) -> None:
-        self.pid = os.getpid()
+        self.pid: int = os.getpid()
         self.queue: queue.SimpleQueue[Unclosed | threading.Event] = queue.SimpleQueue()
         # By id of the request: the requests whose tasks no thread has begun to run, with the
         # list of these tasks. The thread that pops a request runs its tasks or logs them.
