@@ -29,6 +29,7 @@ from tests.support import (
     app_that,
     make_server_environ,
     no_threads,
+    nothing,
     respond,
     submit,
 )
@@ -39,14 +40,19 @@ from wsgi_bg import (
     PoolRunner,
     background_tasks,
     batch,
+    ending,
     log,
+    portal,
+    portal_thread,
     repeated,
     report,
+    servers,
     unclosed,
     wait,
     workers,
 )
 from wsgi_bg.body import Body
+from wsgi_bg.portal_thread import LoopJob, PortalThread
 
 pytestmark = pytest.mark.usefixtures("no_request_left")
 
@@ -396,3 +402,146 @@ def test_a_ctrl_c_while_something_is_said_goes_through(
         given = [Interrupted()]
     with filtered(exc), pytest.raises(KeyboardInterrupt):
         log.error("said %s", given)
+
+
+class StoppingList(list[Any]):
+    """A list whose ``pop`` is stopped before it begins."""
+
+    stop: Callable[..., Any]
+
+    def pop(self, *args: Any) -> Any:
+        self.stop()
+        return super().pop(*args)
+
+
+def stopping(stop: Callable[..., Any], *items: Any) -> Any:
+    made = StoppingList(items)
+    made.stop = stop
+    return made
+
+
+def test_an_index_error_of_a_signal_handler_is_not_taken_for_a_claim_that_failed() -> None:
+    task = BackgroundTask(int)
+    with handler(IndexError) as stop:
+        task._unclaimed = stopping(stop, None)
+        with pytest.raises(IndexError):
+            task._claim()
+    assert task._claim()
+
+
+def test_an_index_error_of_a_signal_handler_in_a_batch_stops_it(log: Log) -> None:
+    def add(environ: object) -> None:
+        background_tasks.add_task(int)
+        background_tasks.tasks[0]._unclaimed = stopping(stop, None)
+
+    with handler(IndexError) as stop, pytest.raises(IndexError):
+        respond(BackgroundTasksMiddleware(app_that(add), runner=InlineRunner()))
+    assert log.warnings == [
+        "background task builtins.int was not run: IndexError stopped its worker"
+    ]
+
+
+def test_an_index_error_of_a_signal_handler_is_not_taken_for_a_second_close() -> None:
+    seen: list[int] = []
+    app = BackgroundTasksMiddleware(
+        app_that(lambda environ: background_tasks.add_task(seen.append, 1))
+    )
+    body: Any = app(make_server_environ(), Server().start_response)
+    with handler(IndexError) as stop:
+        body._open = stopping(stop, None)
+        with pytest.raises(IndexError):
+            body.close()
+    del body
+    assert wait(TIMEOUT) == []
+    assert seen == [1]
+
+
+def test_an_index_error_of_a_signal_handler_wakes_no_worker_and_is_raised() -> None:
+    some: workers.Workers[int] = workers.Workers(int, 1, "some")
+    with handler(IndexError) as stop:
+        some._idle = stopping(stop, int)
+        with pytest.raises(IndexError):
+            some.submit(1)
+
+
+def test_a_runtime_error_of_a_signal_handler_is_not_taken_for_a_closed_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Loop:
+        def call_soon_threadsafe(self, *args: object, **options: object) -> None:
+            stop()
+
+    thread, loop = PortalThread(), Loop()
+    with handler(RuntimeError) as stop, monkeypatch.context() as patch:
+        patch.setattr(thread, "_loop", loop)
+        with pytest.raises(RuntimeError):
+            thread._wake()
+    thread.stop(TIMEOUT)
+
+
+def test_a_runtime_error_of_a_signal_handler_is_not_taken_for_a_missing_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with handler(RuntimeError) as stop, monkeypatch.context() as patch:
+        patch.setattr(portal, "_thread", first_stopped(stop, portal._thread))
+        with pytest.raises(RuntimeError):
+            portal.run(nothing)
+
+
+def test_a_time_limit_behind_the_call_of_a_task_is_not_its_error(
+    monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    def add(environ: object) -> None:
+        background_tasks.add_task(lambda: "result")
+
+    app = BackgroundTasksMiddleware(app_that(add), runner=InlineRunner())
+    with handler(TimeLimitError) as stop, monkeypatch.context() as patch:
+        patch.setattr(batch, "isawaitable", first_stopped(stop, isawaitable))
+        with pytest.raises(TimeLimitError):
+            respond(app)
+    assert log.warnings == log.errors == []
+
+
+def test_a_stop_before_there_is_a_batch_hands_the_tasks_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+    with handler(KeyboardInterrupt) as stop, monkeypatch.context() as patch:
+        patch.setattr(servers, "is_test_client", first_stopped(stop, servers.is_test_client))
+        with pytest.raises(KeyboardInterrupt):
+            submit(PoolRunner(), partial(seen.append, 1))
+    assert wait(TIMEOUT) == []
+    assert seen == [1]
+
+
+def test_the_exit_of_another_process_drains_nothing_here() -> None:
+    drained: list[bool] = []
+    ending._drain(os.getpid() + 1, drained.append, is_last=True)
+    assert drained == []
+
+
+def test_a_generator_may_be_asked_for_its_chunks_twice() -> None:
+    app = BackgroundTasksMiddleware(app_that(bool, body=lambda: (c for c in (b"o", b"k"))))
+    body: Any = app(make_server_environ(), Server().start_response)
+    assert next(iter(body)) == b"o"
+    assert [*body] == [b"k"]
+    body.close()
+
+
+def test_under_gevent_the_loop_has_an_executor_for_code_that_is_thread_sensitive(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from asgiref.sync import sync_to_async
+
+    names: list[str] = []
+
+    async def task() -> None:
+        names.append(await sync_to_async(lambda: threading.current_thread().name)())
+
+    monkeypatch.setattr(portal_thread, "are_threads", lambda: True)
+    thread = PortalThread()
+    done = threading.Event()
+    thread.start(None, LoopJob(lambda _: task(), bool, lambda _: done.set()))
+    assert done.wait(TIMEOUT)
+    thread.stop(TIMEOUT)
+    assert names[0].startswith("wsgi_bg-loop")

@@ -518,8 +518,7 @@ class Batch:
             self._running = None
             self._passed_over = max(0, self._passed_over - 1)  # 0: another thread claimed
             of._drop(task)
-        if self._abandoned:
-            of._end()  # again: abandon() may have run between two steps of _first()
+        of._end()  # again: abandon() may have run between two steps of _first()
         return None
 
     def _lets_run(self, task: BackgroundTask) -> bool:
