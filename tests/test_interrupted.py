@@ -37,6 +37,7 @@ from wsgi_bg import (
 )
 from wsgi_bg.flask import Background
 from wsgi_bg.hooks import Hooks
+from wsgi_bg.waiting import batches_under_way
 
 pytestmark = [pytest.mark.usefixtures("no_request_left"), pytest.mark.timeout(240)]
 
@@ -400,6 +401,7 @@ def check(
     assert case.work_still()  # the queue for freed responses is worked off in order, too
     if not isinstance(own, str):
         assert own.drain(TIMEOUT) == []
+        assert not batches_under_way()  # which the end of the process would wait for
     faults = case.faults()
     print(f"{case.count} places, {len(faults)} faults")
     assert not faults, "\n".join(faults[:20])

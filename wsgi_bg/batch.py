@@ -175,7 +175,8 @@ class Batch:
         """Call ``tell(batch)`` when the last task is done, possibly more than once."""
         self._when_done += (tell,)
 
-    def _tell_if_ended(self) -> None:
+    def tell_if_ended(self) -> None:
+        """Call the functions given to :meth:`when_done` if the batch has ended."""
         if self.has_ended:
             self._tell()
 
@@ -226,7 +227,7 @@ class Batch:
             self.stop_for(exc)
             raise
         finally:
-            self._tell_if_ended()
+            self.tell_if_ended()
 
     def run_plain(self) -> bool:
         """Run the next plain tasks on the calling thread; blocks.
@@ -240,7 +241,7 @@ class Batch:
             self.stop_for(exc)
             raise
         finally:
-            self._tell_if_ended()
+            self.tell_if_ended()
 
     def send(self) -> None:
         """Offer all tasks that are left to their runner's ``send``, in order; blocks.
@@ -267,7 +268,7 @@ class Batch:
             self.stop_for(exc)
             raise
         finally:
-            self._tell_if_ended()  # after a stop; else the remaining tasks are still to run
+            self.tell_if_ended()  # after a stop; else the remaining tasks are still to run
 
     def _send_or_keep(self, task: BackgroundTask) -> None:
         calls = task._options.calls
@@ -337,8 +338,8 @@ class Batch:
                 if process.generation != self._generation:  # a child, forked by the task
                     return False
                 self._running = None
-                if done is not None:
-                    done.clear()
+                if done:  # empty if the task was sent
+                    del done[RESULT]
                 self.succeeded += 1
                 if calls is not None:
                     _run_in(context, calls.finished, task)
@@ -475,7 +476,7 @@ class Batch:
         finally:
             if self._is_in_child:
                 process.end_child(None)
-            self._tell_if_ended()
+            self.tell_if_ended()
 
     def abandon(self) -> list[BackgroundTask]:
         """Begin no further task; claim and return the tasks left, the running task first."""
@@ -581,7 +582,7 @@ class Batch:
             self.discarded += 1
             report.stopped(task, exc, began=has_begun and task is running)
         self._running = None
-        self._tell_if_ended()
+        self.tell_if_ended()
 
     def __repr__(self) -> str:
         tasks = self.tasks

@@ -219,7 +219,9 @@ class RequestTasks(BackgroundTasks):
         """Stop or resubmit the tasks whose submission was interrupted by ``exc``."""
         self._is_handed_over = True
         if not self._may_start():
-            return  # the tasks run, on some thread, or were logged as unfinished
+            # The tasks run, on some thread, or are done, or were logged as unfinished.
+            batch.tell_if_ended()  # what was interrupted may have been this call
+            return
         if goes_through(exc):
             batch.stop_for(exc)
         else:  # perhaps a time limit, which stops this thread and not the tasks
