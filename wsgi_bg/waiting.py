@@ -101,7 +101,7 @@ class Notice:
                 f"{count} background task{'s' * (count > 1)} ({_list(names, count)})"
             )
         if not waits_for:
-            waits_for.append(log.safe_repr(runner))
+            waits_for.append("the runners" if runner is None else log.safe_repr(runner))
         limit = min(deadline, self.latest) - now
         how_long = "without a limit" if limit == math.inf else f"for {limit:.0f} s more at most"
         log.warning(
