@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,10 +12,11 @@ import pytest
 
 from tests.servers import table
 from tests.support import Gate
-from wsgi_bg import portal
+from wsgi_bg import portal, shutdown
 from wsgi_bg.context import current
 from wsgi_bg.portal_thread import PortalThread
 from wsgi_bg.process import PerProcess
+from wsgi_bg.unclosed import Collector, collectors
 
 pytest_plugins = ["pytester", "tests.django_fixtures"]
 
@@ -67,6 +69,14 @@ def no_request_left() -> Iterator[None]:
     token = current.set(nothing)
     yield
     current.reset(token)
+
+
+@pytest.fixture
+def own_collector(monkeypatch: pytest.MonkeyPatch) -> Collector:
+    """A second collector; ``wait()`` flushes the process's own again after the test."""
+    collectors.get()
+    monkeypatch.setitem(shutdown._collectors, os.getpid(), shutdown._collectors[os.getpid()])
+    return Collector()
 
 
 @pytest.fixture

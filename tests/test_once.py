@@ -390,9 +390,11 @@ def test_a_forked_child_forgets_the_parents_tasks() -> None:
     assert lines[2:] == ["parent's ran in the parent"] * 3
 
 
-def test_what_was_freed_while_no_thread_could_start_is_handed_over_at_the_end(log: Log) -> None:
+def test_what_was_freed_while_no_thread_could_start_is_handed_over_at_the_end(
+    log: Log, own_collector: Collector
+) -> None:
     seen: list[str] = []
-    own = Collector()  # whose thread is not started
+    own = own_collector  # whose thread is not started
     app = BackgroundTasksMiddleware(
         app_that(lambda e: background_tasks.add_task(seen.append, "ran")), runner=PoolRunner()
     )

@@ -47,12 +47,12 @@ from wsgi_bg import (
     repeated,
     report,
     servers,
-    unclosed,
     wait,
     workers,
 )
 from wsgi_bg.body import Body
 from wsgi_bg.portal_thread import LoopJob, PortalThread
+from wsgi_bg.unclosed import Collector
 
 pytestmark = pytest.mark.usefixtures("no_request_left")
 
@@ -278,8 +278,10 @@ def test_two_threads_do_not_log_one_warning_at_a_time(log: Log) -> None:
     assert log.warnings == ["2"]
 
 
-def test_the_thread_for_unclosed_responses_survives_what_it_does_not_expect(log: Log) -> None:
-    collector = unclosed.Collector()
+def test_the_thread_for_unclosed_responses_survives_what_it_does_not_expect(
+    log: Log, own_collector: Collector
+) -> None:
+    collector = own_collector
     collector.start()
     unexpected: Any = object()
     collector.queue.put(unexpected)
@@ -288,10 +290,10 @@ def test_the_thread_for_unclosed_responses_survives_what_it_does_not_expect(log:
 
 
 def test_a_thread_for_unclosed_responses_that_is_killed_is_replaced(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, own_collector: Collector
 ) -> None:
     greenlet = pytest.importorskip("greenlet")
-    collector, ended = unclosed.Collector(), threading.Event()
+    collector, ended = own_collector, threading.Event()
 
     def kill(item: object) -> None:
         raise greenlet.GreenletExit
