@@ -384,3 +384,16 @@ def test_a_signal_handlers_exception_before_the_coroutine_has_begun_keeps_it_fro
         gate.open()
     portal.run(nothing)  # its turn is after that of the other
     assert begun == []
+
+
+def test_a_call_that_is_cancelled_before_it_has_begun_does_not_begin() -> None:
+    begun: list[bool] = []
+
+    async def begin() -> None:
+        begun.append(True)
+
+    call = portal.PortalCall(begin)
+    call._is_cancelled = True  # by cancel(), while the loop is busy
+    with pytest.raises(RuntimeError, match="cancelled"):
+        call.make()
+    assert begun == []

@@ -239,10 +239,13 @@ def test_a_context_that_raises_sets_no_limit() -> None:
 def test_a_wait_that_is_interrupted_names_the_tasks() -> None:
     done = run_python(
         """
-        import os, signal, threading
+        import os, signal, sys, threading
         from tests.test_serverless import adding, finish_tasks, invoke
 
         def stuck():
+            main = threading.main_thread().ident
+            while sys._current_frames()[main].f_code.co_name != "wait":
+                pass
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             threading.Event().wait()
 

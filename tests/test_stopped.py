@@ -547,3 +547,25 @@ def test_under_gevent_the_loop_has_an_executor_for_code_that_is_thread_sensitive
     assert done.wait(TIMEOUT)
     thread.stop(TIMEOUT)
     assert names[0].startswith("wsgi_bg-loop")
+
+
+def test_a_stop_in_a_repr_is_no_error_of_the_repr() -> None:
+    from wsgi_bg import log as logs
+
+    class Slow:
+        def __repr__(self) -> str:
+            stop()
+            return "slow"
+
+    with handler(TimeLimitError) as stop, pytest.raises(TimeLimitError):
+        logs.safe_repr(Slow())
+
+
+def test_an_error_in_a_repr_is_told_instead_of_the_repr() -> None:
+    from wsgi_bg import log as logs
+
+    class Broken:
+        def __repr__(self) -> str:
+            raise ValueError
+
+    assert "Broken object, whose repr() raises" in logs.safe_repr(Broken())

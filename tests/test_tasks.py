@@ -17,6 +17,7 @@ from tests.conftest import Log
 from wsgi_bg import BackgroundTask, BackgroundTasks
 from wsgi_bg.batch import Batch
 from wsgi_bg.exceptions import BatchEndedError, TaskTypeError, WsgiBgError
+from wsgi_bg.tasks import _LONG
 
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
 
@@ -394,3 +395,16 @@ def test_adding_to_an_ended_batch_names_the_function() -> None:
     assert isinstance(caught.value, BatchEndedError)
     assert caught.value.name == "tests.test_tasks.plain"
     assert repr(kept[0]).endswith(" ended>")
+
+
+def test_the_first_task_stays_the_first_until_it_is_dropped() -> None:
+    tasks = BackgroundTasks()
+    for _ in range(2 * _LONG):
+        tasks.add_task(int)
+    first = tasks._first()
+    assert first is not None
+    assert first is tasks._first()
+    tasks._drop(first)
+    second = tasks._first()
+    assert second is not None
+    assert second is not first

@@ -288,3 +288,20 @@ def test_a_worker_looks_again_when_it_is_among_the_idle_ones() -> None:
     noted.workers._backlog = Late()
     assert noted.workers.submit("first")
     assert [noted.next(), noted.next()] == ["first", "late"]
+
+
+def test_a_worker_whose_job_another_worker_took_goes_on() -> None:
+    class Taken(deque[str]):
+        was_taken = False
+
+        def popleft(self) -> str:
+            if not self.was_taken:
+                self.was_taken = True
+                raise IndexError
+            return super().popleft()
+
+    done: queue.SimpleQueue[str] = queue.SimpleQueue()
+    some: workers.Workers[str] = workers.Workers(done.put, 1, "some")
+    some._backlog = Taken()
+    assert some.submit("job")
+    assert done.get(timeout=TIMEOUT) == "job"
