@@ -10,7 +10,8 @@ from contextlib import suppress
 from typing import Any, ParamSpec, TypeVar, overload
 
 from .callables import is_coroutine_callable, kind_of
-from .exceptions import OptionTypeError, OptionValueError
+from .checks import seconds
+from .exceptions import OptionTypeError
 from .invocation import Invocation
 
 P = ParamSpec("P")
@@ -52,11 +53,7 @@ def finish_tasks(
         ``timeout`` is not a number.
     :raises ValueError: if ``timeout`` is negative.
     """
-    if timeout is not None:
-        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-            raise OptionTypeError("timeout", timeout, "a number of seconds or None")
-        if not timeout >= 0:
-            raise OptionValueError("timeout", timeout, "0 seconds or more, or None")
+    seconds("timeout", timeout, or_none=True)
     if handler is None:
         return functools.partial(_decorate, timeout=timeout)
     return _decorate(handler, timeout=timeout)

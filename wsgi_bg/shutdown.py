@@ -9,14 +9,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import NoneType
 from typing import TYPE_CHECKING
 from weakref import WeakSet, ref
 
-from . import log, portal, report, uwsgi
+from . import checks, log, portal, report, uwsgi
 from .context import current
 from .ending import call_at_exit
-from .exceptions import InsideTaskError, OptionTypeError, OptionValueError
+from .exceptions import InsideTaskError
 from .interrupts import goes_through
 from .task import BackgroundTask
 from .tasks import CLOSED
@@ -126,8 +125,8 @@ def wait(timeout: float | None = None) -> list[BackgroundTask]:
     :raises TypeError: if ``timeout`` is not a number.
     :raises ValueError: if ``timeout`` is negative.
     """
-    seconds = _check("wait", timeout)
-    deadline = time.monotonic() + (math.inf if seconds is None else seconds)
+    limit = _check("wait", timeout)
+    deadline = time.monotonic() + (math.inf if limit is None else limit)
     _flush()
     return wait_for(batches_under_way(), deadline, Notice(first=math.inf))
 
@@ -168,10 +167,7 @@ def leave(*, limit: float | None = None, began: float | None = None) -> list[Bac
 
 
 def _check(name: str, timeout: float | None) -> float | None:
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float, NoneType)):
-        raise OptionTypeError("timeout", timeout, "a number of seconds or None")
-    if timeout is not None and not timeout >= 0:
-        raise OptionValueError("timeout", timeout, "0 seconds or more, or None")
+    checks.seconds("timeout", timeout, or_none=True)
     tasks, loop = current.get(None), portal.peek()
     is_in_task = tasks is not None and tasks._phase == CLOSED
     if is_in_task or (loop is not None and loop.is_current):
