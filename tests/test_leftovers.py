@@ -171,10 +171,9 @@ def test_an_async_task_behind_a_plain_one_is_not_cancelled(
     assert following.ran == ["first", "second"]
 
 
-def test_async_tasks_that_leave_nothing_are_one_call_of_the_portal(
-    monkeypatch: pytest.MonkeyPatch, loop: None
-) -> None:
-    """As the server's thread sees it: the loop is woken once."""
+@pytest.fixture
+def wakes(monkeypatch: pytest.MonkeyPatch, loop: None) -> list[object]:
+    """The calls that wake the portal's loop."""
     running = portal.portal().call(asyncio.get_running_loop)
     wakes: list[object] = []
     call: Any = running.call_soon_threadsafe
@@ -184,24 +183,18 @@ def test_async_tasks_that_leave_nothing_are_one_call_of_the_portal(
         return call(*args, **options)
 
     monkeypatch.setattr(running, "call_soon_threadsafe", count)
+    return wakes
+
+
+def test_async_tasks_that_leave_nothing_are_one_call_of_the_portal(wakes: list[object]) -> None:
+    """As the server's thread sees it: the loop is woken once."""
     following = Following()
     run(following.first, following.second, following.first, following.second)
     assert following.ran == ["first", "second"] * 2
     assert len(wakes) == 1
 
 
-def test_async_tasks_behind_leftovers_are_one_call_of_the_portal(
-    monkeypatch: pytest.MonkeyPatch, loop: None
-) -> None:
-    running = portal.portal().call(asyncio.get_running_loop)
-    wakes: list[object] = []
-    call: Any = running.call_soon_threadsafe
-
-    def count(*args: Any, **options: Any) -> Any:
-        wakes.append(args)
-        return call(*args, **options)
-
-    monkeypatch.setattr(running, "call_soon_threadsafe", count)
+def test_async_tasks_behind_leftovers_are_one_call_of_the_portal(wakes: list[object]) -> None:
     following = Following()
     run(
         leave_a_scope_cancelled, following.first, leave_a_timeout_that_is_over, following.second
