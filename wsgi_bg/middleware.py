@@ -56,7 +56,7 @@ class BackgroundTasksMiddleware:
     :param hooks: a :class:`~wsgi_bg.hooks.Hooks` object, or a list of them, called when a
         task is added, started, finished, failed and discarded.
     :raises TypeError: if ``app`` is not callable, or an option is of the wrong type.
-    :raises ValueError: if ``runner`` or ``run_on`` is a unknown word, or
+    :raises ValueError: if ``runner`` or ``run_on`` is an unknown word, or
         ``failed_from`` is out of range.
     """
 
