@@ -175,14 +175,29 @@ def events(count: int) -> list[threading.Event]:
     return [threading.Event() for _ in range(count)]
 
 
+_reserved: list[socket.socket] = []
+
+
 def free_port() -> int:
-    """A port below those that the system gives to clients: none takes it meanwhile."""
+    """A port that no other test process on this machine gets while this process lives.
+
+    It lies below the ports that the system gives to clients, and an abstract Unix socket
+    with the port's number in its name reserves it: between this call and the moment at
+    which a server listens, the processes of ``pytest -n`` would otherwise find it free too.
+    """
     while True:
         # pytest-randomly gives random the same seed in each process of pytest -n.
         port = 16384 + secrets.randbelow(16384)
-        with socket.socket() as probe, suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", port))
+        reservation = socket.socket(socket.AF_UNIX)
+        try:
+            reservation.bind(f"\0wsgi_bg-port-{port}")
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("127.0.0.1", port))
+        except OSError:
+            reservation.close()
+        else:
+            _reserved.append(reservation)
             return port
 
 
