@@ -402,7 +402,7 @@ class Many:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
 
-    def when_done(self, tell: Any) -> None:
+    def when_done(self, functions: Any) -> None:
         pass
 
     @property

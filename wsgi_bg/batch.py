@@ -25,6 +25,8 @@ _NOT_RUN = "it returned a generator that no one runs: nothing was done"
 
 _SHOWN = 10  # tasks of a batch in its repr, which is logged on a server's thread
 
+GO_ON, STOP, ABANDONED = range(3)
+
 _CANCEL_TIMEOUT = 1.0
 """Seconds for which a stopped worker waits for the cancelled async task."""
 
@@ -39,8 +41,8 @@ class Batch:
     handler may raise between any two bytecodes of the server's thread. Whatever that thread
     was about to do, the claims, ``_running`` and ``_done`` say which tasks are left.
 
-    :param raised: True if the application raised.
-    :param status: the status code of the response; 0 if there was none.
+    :param status: the status code of the response; 0 if there was none, CRASHED if the
+        application raised.
     :ivar response_complete: True if the server needs nothing more from the application
         to finish the response. If False, :meth:`run` must not be called before ``submit``
         has returned.
@@ -55,19 +57,17 @@ class Batch:
 
     __slots__ = (
         "__weakref__",
-        "_abandoned",
         "_begun",
         "_cause",
         "_done",
         "_generation",
         "_has_started",
-        "_is_stopping",
         "_let_run",
         "_of",
         "_passed_over",
-        "_raised",
         "_running",
         "_status",
+        "_stop",
         "_stopped",
         "_when_done",
         "discarded",
@@ -85,7 +85,6 @@ class Batch:
         tasks: BackgroundTasks,
         *,
         response_complete: bool,
-        raised: bool = False,
         status: int = 200,
     ) -> None:
         self.response_complete: bool = response_complete
@@ -99,14 +98,13 @@ class Batch:
         self._of = tasks
         # The number of tasks that are claimed but not yet dropped.
         self._passed_over = 0
-        self._raised = raised
         self._status = status
         self._let_run: Options | None = None  # the last options that let a task run
         self._generation = process.generation
         self._has_started = self._stopped = False
-        # True if no further task begins: a signal handler raised, or abandon() claimed the
-        # tasks that were left.
-        self._is_stopping = self._abandoned = False
+        # Not GO_ON if no further task begins: STOP if a signal handler raised or another batch
+        # runs the tasks, ABANDONED if abandon() has claimed the tasks that were left.
+        self._stop = GO_ON
         # The running task. Set before the task is claimed, and cleared when its call has
         # returned or its log record is made.
         self._running: BackgroundTask | None = None
@@ -125,11 +123,9 @@ class Batch:
 
         Whichever of the two batches starts first runs the tasks.
         """
-        batch = Batch(
-            self._of, response_complete=False, raised=self._raised, status=self._status
-        )
+        batch = Batch(self._of, response_complete=False, status=self._status)
         batch._passed_over = self._passed_over
-        batch.when_done(lambda batch: self._tell())
+        batch.when_done((lambda batch: self._tell(),))
         return batch
 
     def give_back(self) -> None:
@@ -162,8 +158,8 @@ class Batch:
 
     @property
     def has_ended(self) -> bool:
-        """True if no further task will begin."""
-        return self._of._phase == ENDED
+        """True if this batch will begin no further task."""
+        return self._of._phase == ENDED or self._stop != GO_ON
 
     @property
     def next_is_async(self) -> bool | None:
@@ -171,9 +167,12 @@ class Batch:
         task = self._of._next_unclaimed()
         return None if task is None else task.is_async
 
-    def when_done(self, tell: Callable[[Any], None]) -> None:
-        """Call ``tell(batch)`` when the last task is done, possibly more than once."""
-        self._when_done += (tell,)
+    def when_done(self, functions: tuple[Callable[[Any], None], ...]) -> None:
+        """Call each of ``functions`` with the batch when its last task is done, or more often.
+
+        Most batches keep only the tuple that their ledger gives to all of them.
+        """
+        self._when_done += functions
 
     def tell_if_ended(self) -> None:
         """Call the functions given to :meth:`when_done` if the batch has ended."""
@@ -256,7 +255,7 @@ class Batch:
                 return
             self._done = _done_here()
             for task in self.tasks:
-                if self._stopped or self._abandoned:
+                if self._stopped or self._stop == ABANDONED:
                     break
                 self._running = task  # before the claim: a signal finds its name
                 if task._claim():
@@ -296,6 +295,7 @@ class Batch:
             return True
         self._has_started = self._of._may_start()
         if not self._has_started:
+            self._stop = STOP
             self._tell()
         return self._has_started
 
@@ -378,14 +378,14 @@ class Batch:
             if not has_ended or self._cause is not None:
                 raise
         except BaseException:
-            self._is_stopping = True
+            self._stop = self._stop or STOP
             call.cancel(_CANCEL_TIMEOUT)
             raise
 
     def _fail_next(self, exc: Exception) -> None:
         """Fail the next async task, because there is no loop to run the task on."""
         # A drain that timed out has abandoned the batch and logged its tasks already.
-        task = None if self._abandoned else self._running or self._next(True)
+        task = None if self._stop == ABANDONED else self._running or self._next(True)
         if task is None:
             return
         context = self._of._context_of(task)
@@ -402,7 +402,7 @@ class Batch:
 
     def goes_on_async(self) -> bool:
         """True if :meth:`run_async` must be called again, in another asyncio task."""
-        return not (self.has_ended or self._is_stopping) and self.next_is_async is True
+        return not self.has_ended and self.next_is_async is True
 
     async def run_async(self) -> None:
         """Run the next async tasks; called on the portal's thread.
@@ -412,9 +412,7 @@ class Batch:
         ``asyncio.current_task()``. Each of these holds a reference to the asyncio task, and
         references can be counted. See :meth:`goes_on_async`.
         """
-        import asyncio  # already loaded: this code runs on a loop
-
-        this = asyncio.current_task()  # perhaps None, if a library has replaced asyncio's
+        this = steps.current_task()
         references = getrefcount(this)
         try:
             if not self._start():
@@ -432,7 +430,6 @@ class Batch:
                     awaitable = None
                     context = self._of._context_of(task)
                 calls = task._options.calls
-                cancelled = False
                 try:
                     if awaitable is None:
                         if calls is None:
@@ -448,11 +445,12 @@ class Batch:
                 except BaseException as exc:
                     if self._is_in_child:
                         raise
-                    cancelled = isinstance(exc, asyncio.CancelledError)
-                    if cancelled and self._is_stopping:
-                        raise
-                    if cancelled and self._cause is not None:
-                        exc, self._cause = self._cause, None
+                    if steps.is_cancellation(exc):
+                        if self._stop:
+                            raise
+                        if self._cause is not None:
+                            exc, self._cause = self._cause, None
+                        references = 0  # the next task gets an asyncio task of its own
                     self._fail(task, context, exc)
                 else:
                     if process.generation != self._generation:
@@ -466,7 +464,7 @@ class Batch:
                 self._of._drop(task)
                 del awaitable
                 if this is not None and (
-                    cancelled or getrefcount(this) > references or steps.is_cancelled(this)
+                    getrefcount(this) > references or steps.is_cancelled(this)
                 ):
                     return
         except BaseException as exc:
@@ -480,8 +478,8 @@ class Batch:
 
     def abandon(self) -> list[BackgroundTask]:
         """Begin no further task; claim and return the tasks left, the running task first."""
-        was_abandoned = self._abandoned
-        self._abandoned = self._is_stopping = True
+        was_abandoned = self._stop == ABANDONED
+        self._stop = ABANDONED
         self._of._end()
         running = None if was_abandoned else self._running
         if running is not None:
@@ -492,7 +490,7 @@ class Batch:
     def _next(self, is_async: bool) -> BackgroundTask | None:
         """Claim the next task if its ``is_async`` matches; end the batch if no task is left."""
         of = self._of
-        while not self._is_stopping:
+        while not self._stop:
             front = of._front
             task = front[-1] if front else of._first()
             if task is None:
@@ -529,7 +527,7 @@ class Batch:
         and a call for each task would make an inline task a tenth slower.
         """
         options = task._options
-        if options.lets_run(self._raised, self._status):
+        if options.lets_run(self._status):
             self._let_run = options
             return True
         return False
@@ -547,7 +545,7 @@ class Batch:
         if self._stopped:
             reason = "a task before it failed, with stop_on_error set"
         else:
-            reason = task._options.why_not_run(self._raised, self._status)
+            reason = task._options.why_not_run(self._status)
         context = self._of._context_of(task)
         _run_in(context, report.not_run, task, reason, self._done)
         self._settle()

@@ -113,6 +113,7 @@ class BackgroundTasksMiddleware:
         tasks._options = self._options
         tasks._phase = OPEN
         tasks._start_response = start_response
+        tasks._status = ""
 
         token = current.set(tasks)
         try:
@@ -212,7 +213,7 @@ def _wrap(
     body._outcome = LEFT
     body._open = [None]
     body._tasks = tasks
-    tasks._declared_late = not hasattr(tasks, "_status")
+    tasks._declared_late = not tasks._status
     if tasks._list:
         body._guard = Guard(tasks, environ)
     return body

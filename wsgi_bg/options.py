@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from .tasks import BackgroundTasks
 
 RunOn = Literal["success", "error", "always"]
+
+CRASHED = 1000
+"""In place of a status code if the application raised; counts as failed for each option."""
+
 OnError = Callable[["BackgroundTask", BaseException], Any]
 
 
@@ -106,19 +110,18 @@ class Options:
         if self.calls is not None:
             self.calls.added(task, batch)
 
-    def lets_run(self, raised: bool, status: int) -> bool:
+    def lets_run(self, status: int) -> bool:
         """True if a task runs after a request of this outcome.
 
-        :param raised: True if the application raised.
-        :param status: the status code of the response; 0 if there was none.
+        :param status: the status code of the response; 0 if there was none, CRASHED if the
+            application raised.
         """
-        return self._runs_after[raised or status >= self.failed_from]
+        return self._runs_after[status >= self.failed_from]
 
-    def why_not_run(self, raised: bool, status: int) -> str:
+    def why_not_run(self, status: int) -> str:
         """Return the reason why :meth:`lets_run` is False, for logs and hooks."""
-        has_failed = raised or status >= self.failed_from
-        outcome = "failed" if has_failed else "succeeded"
-        if status and not raised:
+        outcome = "failed" if status >= self.failed_from else "succeeded"
+        if status and status != CRASHED:
             outcome += f" with {status}"
         return f"the request {outcome}, and run_on is {self.run_on!r}"
 

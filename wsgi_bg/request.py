@@ -12,6 +12,7 @@ from . import arguments, invocation, log, servers
 from .batch import Batch
 from .context import current
 from .interrupts import goes_through, is_from_signal_handler
+from .options import CRASHED
 from .runners.ledger import keep
 from .runners.pool import shared_pool
 from .task import BackgroundTask
@@ -158,7 +159,7 @@ class RequestTasks(BackgroundTasks):
         self.end({}, RAISED if failed else LEFT, closed=False)
 
     def _make_batch(self, environ: WSGIEnvironment, outcome: Outcome, closed: bool) -> Batch:
-        status = getattr(self, "_status", "")
+        status = self._status
         complete = closed and (
             servers.is_test_client(environ)
             or (
@@ -174,8 +175,7 @@ class RequestTasks(BackgroundTasks):
         return Batch(
             self,
             response_complete=complete,
-            raised=outcome is RAISED,
-            status=_code_of(status),
+            status=CRASHED if outcome is RAISED else _code_of(status),
         )
 
     def _submit(self, batch: Batch) -> None:

@@ -26,6 +26,20 @@ def is_cancelled(task: Any) -> bool:
     return cancelling is not None and cancelling() > 0
 
 
+def current_task() -> Any:
+    """The running asyncio task; None if a library has replaced asyncio's tasks."""
+    import asyncio  # already loaded: this code runs on a loop
+
+    return asyncio.current_task()
+
+
+def is_cancellation(exc: BaseException) -> bool:
+    """True if ``exc`` is how asyncio cancels a task; called on a loop."""
+    import asyncio
+
+    return isinstance(exc, asyncio.CancelledError)
+
+
 async def in_context(context: Context, awaitable: Awaitable[Any]) -> Any:
     """Await ``awaitable``; each step runs in ``context``."""
     coroutine = as_coroutine(awaitable)

@@ -36,7 +36,7 @@ class Ledger:
         self._counts: dict[int, list[int]] = {}
         self._waiters: list[threading.Event] = []
         self.is_draining: bool = False
-        self._on_done = self.remove  # one bound method for all batches
+        self._on_done = (self.remove,)  # one tuple for all batches
         watch(self)
 
     def add(self, batch: Batch, limit: float = inf) -> bool:

@@ -64,7 +64,7 @@ class Visit:
     def take(self, batch: Batch) -> None:
         """Note the batch of the request, after its response was closed."""
         self.batch = batch
-        self._outcome = batch._raised, batch._status
+        self._status = batch._status
         self._to_run = batch.tasks
         self._length = len(self._list)
 
@@ -78,7 +78,7 @@ class Visit:
         return [task for task in self._list if not self._runs(task)]
 
     def _runs(self, task: BackgroundTask) -> bool:
-        return task._options.lets_run(*self._outcome)
+        return task._options.lets_run(self._status)
 
     def has(self, task: BackgroundTask) -> bool:
         """True if this request, or a task of this request, added ``task``; on any thread."""

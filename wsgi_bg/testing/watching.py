@@ -152,7 +152,7 @@ class Watch:
                 visit.is_done = True
                 self._changed.notify_all()
 
-        batch.when_done(note)
+        batch.when_done((note,))
         with self._changed:
             visit.take(batch)
             self._closed.append(visit)
