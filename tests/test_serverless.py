@@ -37,12 +37,14 @@ from tests.support import (
 from wsgi_bg import (
     BackgroundTask,
     BackgroundTasksMiddleware,
+    InlineRunner,
     background_tasks,
     get_background_tasks,
     invocation,
 )
 from wsgi_bg.batch import Batch
 from wsgi_bg.runners import Statistics
+from wsgi_bg.runners.pool import shared_pool
 from wsgi_bg.serverless import finish_tasks
 
 WARNING = "background tasks may be frozen in the middle"
@@ -259,6 +261,30 @@ def test_a_wait_that_is_interrupted_names_the_tasks() -> None:
     assert (done.returncode, done.stdout) == (3, "")
     # A garbage collection may free the response first, and a WARNING says so.
     assert "background task __main__.stuck was not finished when its" in done.stderr
+
+
+def test_tasks_that_two_threads_submit_at_once_are_waited_for(gate: Gate, log: Log) -> None:
+    """A thread submits the freed response while the end of the handler submits it too."""
+    requests: list[Any] = []
+
+    class Runner(InlineRunner):
+        def submit(self, batch: Batch) -> None:
+            if requests:
+                requests.pop().end_unclosed(failed=False)
+                assert gate.begun.wait(TIMEOUT)
+                batch.run()  # too late: the tasks run already
+            else:
+                shared_pool.submit(batch)
+
+    def app(environ: Environ, start_response: Any) -> list[bytes]:
+        requests.append(get_background_tasks(environ))
+        background_tasks.add_task(gate.task)
+        start_response("200 OK", [])
+        return [b""]
+
+    finish_tasks(timeout=0.0)(invoke)(BackgroundTasksMiddleware(app, runner=Runner()))
+    (error,) = log.errors
+    assert "Gate.task was not finished when its handler returned" in error
 
 
 def test_an_async_handler_waits_without_blocking_its_loop() -> None:

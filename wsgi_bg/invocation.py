@@ -10,7 +10,6 @@ import os
 import threading
 import time
 from contextvars import ContextVar
-from functools import partial
 from typing import TYPE_CHECKING, final
 
 from . import log, servers
@@ -48,9 +47,12 @@ class Invocation:
     """A context manager around a call of a handler; knows the tasks to wait for."""
 
     def __init__(self) -> None:
-        # The requests with tasks, each with its batch, or None until the batch is submitted.
-        # No lock is held, as in a Ledger: each step is an atomic operation of the dictionary.
-        self._open: dict[RequestTasks, Batch | None] = {}
+        # Requests with tasks whose batch was not submitted yet, and submitted batches. Two
+        # threads may submit a batch of the same request at once, and a single one of these
+        # batches runs the tasks: the invocation waits for both. No lock is held, as in a
+        # Ledger: each step is an atomic operation of a dictionary.
+        self._open: dict[RequestTasks, None] = {}
+        self._batches: dict[Batch, None] = {}
         self._changed = threading.Event()  # set when a batch is done
 
     def __enter__(self) -> Invocation:
@@ -68,13 +70,13 @@ class Invocation:
 
     def hand_over(self, tasks: RequestTasks, batch: Batch) -> None:
         """Wait for ``batch``, which is about to be submitted, in place of its request."""
-        batch.when_done(partial(self._leave, tasks))
-        self._open[tasks] = batch
+        batch.when_done((self._leave,))
+        self._batches[batch] = None
+        self._open.pop(tasks, None)
 
-    def _leave(self, tasks: RequestTasks, batch: Batch) -> None:
-        if self._open.get(tasks) is batch:  # else the tasks were submitted to another runner
-            self._open.pop(tasks, None)
-            self._changed.set()
+    def _leave(self, batch: Batch) -> None:
+        self._batches.pop(batch, None)
+        self._changed.set()
 
     def finish(self, timeout: float, *, failed: bool) -> None:
         """Wait until all tasks of this invocation are done; log unfinished tasks at ERROR.
@@ -106,7 +108,7 @@ class Invocation:
 
     def _end_requests(self, failed: bool) -> None:
         """End the requests whose responses the adapter has not closed."""
-        requests = [tasks for tasks, batch in list(self._open.items()) if batch is None]
+        requests = list(self._open)
         if requests:
             # First the freed responses: the collector knows how their bodies have ended.
             collectors.get().flush()
@@ -114,12 +116,9 @@ class Invocation:
             tasks.end_unclosed(failed=failed)
 
     def _left(self) -> list[BackgroundTask]:
-        opened = list(self._open.items())
-        return [
-            task
-            for tasks, batch in opened
-            for task in (tasks.tasks if batch is None else batch.tasks)
-        ]
+        opened = [task for tasks in list(self._open) for task in tasks.tasks]
+        submitted = [task for batch in list(self._batches) for task in batch.tasks]
+        return list(dict.fromkeys(opened + submitted))
 
 
 def warn_of_freezing(environ: WSGIEnvironment) -> None:
