@@ -30,7 +30,7 @@ from wsgi_bg.runners.base import Statistics
 
 if TYPE_CHECKING:
     from wsgi_bg import BackgroundTask
-    from wsgi_bg.batch import Batch
+    from wsgi_bg._tasks.batch import Batch
 
 HOLD = 0.02
 RUNNERS = ("pool", "inline", "at once")

@@ -27,12 +27,7 @@ from typing import Any, Literal
 
 from benchmarks.measure import App
 from benchmarks.serving import serve_waitress
-from wsgi_bg import (
-    BackgroundTasks,
-    BackgroundTasksMiddleware,
-    PoolRunner,
-    get_background_tasks,
-)
+from wsgi_bg import BackgroundTasks, BackgroundTasksMiddleware, PoolRunner, get_background_tasks
 from wsgi_bg.runners import Runner
 
 FAILURES = 0.02

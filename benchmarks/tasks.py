@@ -17,10 +17,10 @@ from starlette.background import BackgroundTasks as StarletteTasks
 
 from benchmarks.measure import interleave, row, run
 from wsgi_bg import BackgroundTasks
-from wsgi_bg.batch import Batch
+from wsgi_bg._tasks.background_tasks import View
+from wsgi_bg._tasks.batch import Batch
+from wsgi_bg._tasks.options import Options
 from wsgi_bg.hooks import Hooks
-from wsgi_bg.options import Options
-from wsgi_bg.tasks import View
 
 BATCH = 100
 

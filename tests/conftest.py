@@ -12,11 +12,12 @@ import pytest
 
 from tests.servers import table
 from tests.support import Gate
-from wsgi_bg import portal, shutdown
-from wsgi_bg.context import current
-from wsgi_bg.portal_thread import PortalThread
-from wsgi_bg.process import PerProcess
-from wsgi_bg.unclosed import Collector, collectors
+from wsgi_bg._loop import portal
+from wsgi_bg._loop.portal_thread import PortalThread
+from wsgi_bg._process.per_process import PerProcess
+from wsgi_bg._request.unclosed import Collector, collectors
+from wsgi_bg._tasks.current import current
+from wsgi_bg.runners import shutdown
 
 pytest_plugins = ["pytester", "tests.django_fixtures"]
 

@@ -35,10 +35,10 @@ from wsgi_bg import (
     BackgroundTasks,
     BackgroundTasksMiddleware,
     PoolRunner,
-    arguments,
     background_tasks,
     get_background_tasks,
 )
+from wsgi_bg._request import arguments
 from wsgi_bg.flask import Background
 
 

@@ -21,7 +21,8 @@ from flask import Flask
 
 from tests import client
 from tests.support import TIMEOUT, run_python, waitress
-from wsgi_bg import BackgroundTask, BackgroundTasks, asgiref_state, background_tasks
+from wsgi_bg import BackgroundTask, BackgroundTasks, background_tasks
+from wsgi_bg._loop import asgiref_state
 from wsgi_bg.flask import Background
 
 local = Local()

@@ -30,12 +30,12 @@ from wsgi_bg import (
     InlineRunner,
     PoolRunner,
     background_tasks,
-    portal,
-    workers,
 )
-from wsgi_bg.batch import Batch
+from wsgi_bg._loop import portal
+from wsgi_bg._process import workers
+from wsgi_bg._tasks.background_tasks import CLOSED, ENDED
+from wsgi_bg._tasks.batch import Batch
 from wsgi_bg.runners import Statistics
-from wsgi_bg.tasks import CLOSED, ENDED
 
 
 def test_without_a_loop_an_async_task_has_failed_and_the_next_runs() -> None:
@@ -43,7 +43,7 @@ def test_without_a_loop_an_async_task_has_failed_and_the_next_runs() -> None:
     done = run_python(
         """
         import os, resource
-        import wsgi_bg.portal, anyio._backends._asyncio
+        import wsgi_bg._loop.portal, anyio._backends._asyncio
         from tests.support import submit
         from wsgi_bg import PoolRunner
 

@@ -31,13 +31,14 @@ from wsgi_bg import (
     InlineRunner,
     PoolRunner,
     background_tasks,
-    celery_worker,
     registered_task,
-    registry,
 )
-from wsgi_bg.batch import Batch
+from wsgi_bg._tasks import registry
+from wsgi_bg._tasks.batch import Batch
 from wsgi_bg.celery import CeleryRunner, correlation_id, traceparent
-from wsgi_bg.decoding import decode
+from wsgi_bg.celery import worker as celery_worker
+from wsgi_bg.celery.decoding import decode
+from wsgi_bg.celery.publisher import Publisher
 from wsgi_bg.exceptions import (
     ArgumentError,
     MessageError,
@@ -46,7 +47,6 @@ from wsgi_bg.exceptions import (
     RegistrationError,
     UnsafeCeleryError,
 )
-from wsgi_bg.publishing import Publisher
 
 NOTE = "tests.celery_shop.note"
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -535,7 +535,7 @@ def test_without_celery_the_error_says_what_to_install() -> None:
         """
         import sys
         sys.modules["celery"] = None
-        try: import wsgi_bg.celery
+        try: from wsgi_bg.celery import CeleryRunner
         except ImportError as exc: print(exc)
         """
     )

@@ -25,7 +25,8 @@ from tests.celery_support import (
 from tests.conftest import Log
 from tests.support import TIMEOUT, Gate, app_that, free_port, respond, waitress
 from tests.test_examples import text_of, wait_until
-from wsgi_bg import BackgroundTasksMiddleware, background_tasks, publishing
+from wsgi_bg import BackgroundTasksMiddleware, background_tasks
+from wsgi_bg.celery import publisher as publishing
 from wsgi_bg.exceptions import PublishError
 
 NOTE = "tests.celery_shop.note"

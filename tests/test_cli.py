@@ -19,8 +19,8 @@ import pytest
 import wsgi_bg
 from tests.command import MODULE, SHOP, running, serving, write
 from tests.support import TIMEOUT
-from wsgi_bg.cli import main
-from wsgi_bg.serving import announce
+from wsgi_bg._serving.cli import main
+from wsgi_bg._serving.serve import announce
 
 ROOT = Path(__file__).parents[1]
 

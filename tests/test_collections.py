@@ -242,7 +242,8 @@ def test_a_request_that_adds_and_ends_on_two_threads_runs_or_refuses_each_task(
 PLACES = """
 import asyncio, contextvars, gc, logging, sys, threading
 from tests.support import Server, Subject, app_that, make_server_environ
-from wsgi_bg import BackgroundTasksMiddleware, PoolRunner, background_tasks, portal
+from wsgi_bg import BackgroundTasksMiddleware, PoolRunner, background_tasks
+from wsgi_bg._loop import portal
 
 variable = contextvars.ContextVar("variable", default=None)
 gc.disable()

@@ -14,12 +14,7 @@ from tests.django_support import Order, settings
 from tests.frameworks import Seen, Site, make_django, service, via_werkzeug
 from tests.support import TIMEOUT, Gate, waitress
 from tests.test_frameworks import DJANGO, check_failure
-from wsgi_bg import (
-    BackgroundTasks,
-    BackgroundTasksMiddleware,
-    PoolRunner,
-    background_tasks,
-)
+from wsgi_bg import BackgroundTasks, BackgroundTasksMiddleware, PoolRunner, background_tasks
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from wsgi_bg.decoding import decode
-from wsgi_bg.encoding import MAX_DEPTH, encode
+from wsgi_bg.celery.decoding import decode
+from wsgi_bg.celery.encoding import MAX_DEPTH, encode
 from wsgi_bg.exceptions import ArgumentError, MessageError, WsgiBgError
 
 

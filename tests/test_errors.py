@@ -29,8 +29,8 @@ from wsgi_bg import (
     PoolRunner,
     background_tasks,
     get_background_tasks,
-    portal,
 )
+from wsgi_bg._loop import portal
 
 correlation: contextvars.ContextVar[str] = contextvars.ContextVar("correlation")
 

@@ -15,10 +15,8 @@ from tests.support import (
     run_python,
     submit,
 )
-from wsgi_bg import (
-    PoolRunner,
-)
-from wsgi_bg.executor import LoopExecutor
+from wsgi_bg import PoolRunner
+from wsgi_bg._loop.executor import LoopExecutor
 
 
 def test_a_task_may_use_a_thread_and_a_host_name_while_the_exit_waits() -> None:

@@ -25,8 +25,8 @@ from wsgi_bg import (
     InlineRunner,
     PoolRunner,
     background_tasks,
-    portal,
 )
+from wsgi_bg._loop import portal
 from wsgi_bg.exceptions import InstalledTwiceError
 from wsgi_bg.flask import Background
 from wsgi_bg.hooks import Hooks, TaskRecord

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from werkzeug.test import TestResponse
 
     from wsgi_bg import BackgroundTasks as Hidden  # noqa: F401
-    from wsgi_bg.tasks import BackgroundTasks as HiddenBackgroundTasks
+    from wsgi_bg._tasks.background_tasks import BackgroundTasks as HiddenBackgroundTasks
 
 
 @pytest.fixture

@@ -33,9 +33,9 @@ from wsgi_bg import (
     background_tasks,
     get_background_tasks,
 )
+from wsgi_bg._tasks.options import DEFAULTS
 from wsgi_bg.exceptions import OptionTypeError
 from wsgi_bg.hooks import Hooks, TaskRecord
-from wsgi_bg.options import DEFAULTS
 
 MOMENTS = ("added", "sent", "started", "finished", "failed", "discarded")
 

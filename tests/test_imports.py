@@ -140,10 +140,10 @@ def test_modules_that_0_2_had_loaded_need_no_import_of_their_own() -> None:
         """
         import wsgi_bg
         print(wsgi_bg.exceptions.WsgiBgError.__name__, wsgi_bg.hooks.Hooks.__name__,
-              wsgi_bg.runners.Statistics.__name__, wsgi_bg.shutdown.drain is wsgi_bg.drain)
+              wsgi_bg.runners.Statistics.__name__, wsgi_bg.shutdown.leave.__name__)
         """
     )
-    assert done.stdout == "WsgiBgError Hooks Statistics True\n", done.stderr
+    assert done.stdout == "WsgiBgError Hooks Statistics leave\n", done.stderr
 
 
 def test_a_pickled_error_and_function_need_no_import_of_the_package() -> None:
@@ -169,9 +169,9 @@ def test_a_run_of_pytest_without_the_fixture_loads_the_plugin_only(
         import sys
         def test():
             loaded = {name for name in sys.modules if name.startswith("wsgi_bg")}
-            assert loaded == {"wsgi_bg", "wsgi_bg.exceptions", "wsgi_bg.interrupts",
-                              "wsgi_bg.log", "wsgi_bg.process", "wsgi_bg.pytest_plugin",
-                      "wsgi_bg.testing"}
+            assert loaded == {"wsgi_bg", "wsgi_bg.exceptions", "wsgi_bg._process.interrupts",
+                              "wsgi_bg._process.log", "wsgi_bg._process.per_process",
+                              "wsgi_bg._testing", "wsgi_bg._process", "wsgi_bg.pytest_plugin"}
             assert "werkzeug" not in sys.modules
         """
     )
@@ -185,9 +185,9 @@ def test_what_the_fixture_needs_is_loaded_before_the_first_test(
     pytester.makepyfile(
         """
         import sys
-        at_import = "wsgi_bg.testing.watching" in sys.modules
+        at_import = "wsgi_bg._testing.watching" in sys.modules
         def test_first():
-            assert (at_import, "wsgi_bg.testing.watching" in sys.modules) == (False, True)
+            assert (at_import, "wsgi_bg._testing.watching" in sys.modules) == (False, True)
         def test_second(background_tasks): pass
         """
     )
@@ -203,7 +203,7 @@ def _assert_passes(pytester: pytest.Pytester) -> None:
 
 
 def test_the_plugin_has_the_names_to_annotate_with_and_no_others() -> None:
-    from wsgi_bg.testing import recording
+    from wsgi_bg._testing import recording
 
     assert pytest_plugin.TaskRecorder is recording.TaskRecorder
     assert pytest_plugin.RecordedTask is recording.RecordedTask

@@ -12,7 +12,8 @@ import pytest
 
 from tests.conftest import Log
 from tests.support import TIMEOUT, app_that, respond, run_python
-from wsgi_bg import BackgroundTasksMiddleware, PoolRunner, background_tasks, portal
+from wsgi_bg import BackgroundTasksMiddleware, PoolRunner, background_tasks
+from wsgi_bg._loop import portal
 
 kept: list[Any] = []
 """What a task has left open: were it freed, it might be left."""
@@ -208,7 +209,8 @@ def test_async_tasks_behind_leftovers_are_one_call_of_the_portal(wakes: list[obj
 SETUP = """
 import asyncio, logging, sys
 from tests.support import Server, app_that, make_environ, make_server_environ
-from wsgi_bg import BackgroundTasksMiddleware, PoolRunner, background_tasks, portal
+from wsgi_bg import BackgroundTasksMiddleware, PoolRunner, background_tasks
+from wsgi_bg._loop import portal
 
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
 

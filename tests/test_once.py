@@ -35,12 +35,12 @@ from wsgi_bg import (
     PoolRunner,
     background_tasks,
     get_background_tasks,
-    middleware,
 )
-from wsgi_bg.batch import Batch
-from wsgi_bg.request import USED_UP, RequestTasks
-from wsgi_bg.tasks import ENDED
-from wsgi_bg.unclosed import Collector, Unclosed, collectors
+from wsgi_bg._request import middleware
+from wsgi_bg._request.request_tasks import USED_UP, RequestTasks
+from wsgi_bg._request.unclosed import Collector, Unclosed, collectors
+from wsgi_bg._tasks.background_tasks import ENDED
+from wsgi_bg._tasks.batch import Batch
 
 with warnings.catch_warnings():  # "deprecated: use a2wsgi", which does call close()
     warnings.simplefilter("ignore")
@@ -492,7 +492,7 @@ def test_two_threads_that_add_the_first_task_at_once_add_to_one_list(
         for thread in threads:
             thread.join(TIMEOUT)
 
-    monkeypatch.setattr("wsgi_bg.request.os", SimpleNamespace(getpid=getpid))
+    monkeypatch.setattr("wsgi_bg._request.request_tasks.os", SimpleNamespace(getpid=getpid))
     Server().run(BackgroundTasksMiddleware(app_that(add)), make_environ())
     assert sorted(seen) == [0, 1]
 

@@ -26,11 +26,7 @@ from tests.support import (
     run_python,
     submit,
 )
-from wsgi_bg import (
-    BackgroundTasksMiddleware,
-    PoolRunner,
-    background_tasks,
-)
+from wsgi_bg import BackgroundTasksMiddleware, PoolRunner, background_tasks
 from wsgi_bg.runners import Statistics, pool
 
 
@@ -341,7 +337,7 @@ def test_a_batch_goes_on_where_threads_are_greenlets(
     async def run() -> None:
         seen.append("async")
 
-    monkeypatch.setattr("wsgi_bg.greenlets.are_threads", lambda: True)
+    monkeypatch.setattr("wsgi_bg._process.greenlets.are_threads", lambda: True)
     submit(runner, lambda: seen.append("first"), run, lambda: seen.append("last"))
     assert runner.drain(TIMEOUT) == []
     assert seen == ["first", "async", "last"]

@@ -16,9 +16,10 @@ import pytest
 
 from tests.conftest import Log
 from tests.support import TIMEOUT, Gate, app_that, nothing, respond, run_python
-from wsgi_bg import BackgroundTask, BackgroundTasksMiddleware, background_tasks, portal
-from wsgi_bg.portal_thread import LoopJob, PortalThread
-from wsgi_bg.process import PerProcess
+from wsgi_bg import BackgroundTask, BackgroundTasksMiddleware, background_tasks
+from wsgi_bg._loop import portal
+from wsgi_bg._loop.portal_thread import LoopJob, PortalThread
+from wsgi_bg._process.per_process import PerProcess
 
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
 
@@ -56,7 +57,7 @@ def test_threads_that_race_for_the_first_portal_get_one() -> None:
     done = run_python(
         """
         import threading
-        from wsgi_bg import portal
+        from wsgi_bg._loop import portal
 
         barrier = threading.Barrier(16)
         seen = []

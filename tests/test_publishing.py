@@ -22,17 +22,13 @@ from tests.conftest import Log
 from tests.support import TIMEOUT, Gate
 from tests.test_encoding import written
 from tests.test_examples import wait_until
-from wsgi_bg import (
-    InlineRunner,
-    background_tasks,
-    celery_headers,
-    publishing,
-    registered_task,
-    registry,
-)
-from wsgi_bg.batch import Batch
+from wsgi_bg import InlineRunner, background_tasks, registered_task
+from wsgi_bg._tasks import registry
+from wsgi_bg._tasks.batch import Batch
 from wsgi_bg.celery import CeleryRunner, correlation_id, traceparent
-from wsgi_bg.decoding import decode
+from wsgi_bg.celery import headers as celery_headers
+from wsgi_bg.celery import publisher as publishing
+from wsgi_bg.celery.decoding import decode
 from wsgi_bg.exceptions import ArgumentError, MessageError, OptionError, PublishError
 from wsgi_bg.runners.pool import PUT_OFF
 
@@ -321,7 +317,9 @@ def test_a_runner_that_stands_in_for_one_that_sends_runs_all_here(
     broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pytest plugin's does, and its tests need no broker."""
-    monkeypatch.setattr("wsgi_bg.request.stand_in", lambda runner: InlineRunner())
+    monkeypatch.setattr(
+        "wsgi_bg._request.request_tasks.stand_in", lambda runner: InlineRunner()
+    )
     request(broker.runner(), lambda: background_tasks.add_task(note, str(tmp_path / "note")))
     assert (tmp_path / "note").exists()
     assert messages(broker) == []

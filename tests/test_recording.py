@@ -50,7 +50,7 @@ from wsgi_bg import (
     background_tasks,
     get_background_tasks,
 )
-from wsgi_bg.batch import Batch
+from wsgi_bg._tasks.batch import Batch
 from wsgi_bg.flask import Background
 from wsgi_bg.hooks import Hooks, TaskRecord
 from wsgi_bg.pytest_plugin import RecordedTask, TaskRecorder

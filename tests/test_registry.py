@@ -14,7 +14,8 @@ import pytest
 from tests import registry_samples
 from tests.registry_samples import Sample, generator, plain, taken
 from tests.support import run_python
-from wsgi_bg import BackgroundTasks, registered_task, registry
+from wsgi_bg import BackgroundTasks, registered_task
+from wsgi_bg._tasks import registry
 from wsgi_bg.exceptions import NameTakenError, OptionError, RegistrationError, WsgiBgError
 
 MODULE = registry_samples.__name__

@@ -19,13 +19,8 @@ from tests.support import (
     make_environ,
     make_server_environ,
 )
-from wsgi_bg import (
-    BackgroundTasksMiddleware,
-    InlineRunner,
-    PoolRunner,
-    background_tasks,
-    repeated,
-)
+from wsgi_bg import BackgroundTasksMiddleware, InlineRunner, PoolRunner, background_tasks
+from wsgi_bg._process import repeated
 from wsgi_bg.runners import Runner, Statistics, resolve
 from wsgi_bg.runners.ledger import Ledger
 

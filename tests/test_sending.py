@@ -25,7 +25,7 @@ from wsgi_bg import (
     PoolRunner,
     background_tasks,
 )
-from wsgi_bg.batch import Batch
+from wsgi_bg._tasks.batch import Batch
 from wsgi_bg.hooks import Hooks, TaskRecord
 from wsgi_bg.runners import Statistics
 

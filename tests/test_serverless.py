@@ -40,9 +40,9 @@ from wsgi_bg import (
     InlineRunner,
     background_tasks,
     get_background_tasks,
-    invocation,
 )
-from wsgi_bg.batch import Batch
+from wsgi_bg._request import invocation
+from wsgi_bg._tasks.batch import Batch
 from wsgi_bg.runners import Statistics
 from wsgi_bg.runners.pool import shared_pool
 from wsgi_bg.serverless import finish_tasks

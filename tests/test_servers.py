@@ -19,7 +19,8 @@ from werkzeug.test import Client, EnvironBuilder
 
 from tests.django_support import RequestFactory
 from tests.support import TIMEOUT, Environ, Server, app_that, make_environ, make_server_environ
-from wsgi_bg import BackgroundTasksMiddleware, background_tasks, servers
+from wsgi_bg import BackgroundTasksMiddleware, background_tasks
+from wsgi_bg._request import servers
 
 MARKS: dict[str, Environ] = {
     "waitress": {"waitress.client_disconnected": print, "SERVER_SOFTWARE": "renamed"},

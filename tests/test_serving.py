@@ -22,14 +22,14 @@ from typing import Any
 import pytest
 
 import wsgi_bg
-import wsgi_bg.serving as wsgi_bg_serving
+import wsgi_bg._serving.serve as wsgi_bg_serving
 from tests.command import MODULE, SHOP, running, serving, write
 from tests.support import TIMEOUT, App, app_that
-from wsgi_bg import graceful
+from wsgi_bg._serving import server as graceful
+from wsgi_bg._serving.server import GracefulServer
+from wsgi_bg._serving.signals import StopSignals
 from wsgi_bg.exceptions import ExtraMissingError, MainThreadError
-from wsgi_bg.graceful import GracefulServer
-from wsgi_bg.signals import StopSignals
-from wsgi_bg.waiting import Notice
+from wsgi_bg.runners.waiting import Notice
 
 each_signal = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 
@@ -495,7 +495,7 @@ def test_the_process_ends_at_the_second_signal_even_if_the_log_fails(
     def fail(reason: str) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("wsgi_bg.shutdown.name_all", fail)
+    monkeypatch.setattr("wsgi_bg.runners.shutdown.name_all", fail)
     raise_signal = signal.raise_signal
     with StopSignals(lambda: stops.append("stop")):
         raise_signal(signal.SIGTERM)

@@ -10,8 +10,9 @@ import pytest
 
 from tests.conftest import Log
 from tests.support import run_python
-from wsgi_bg import BackgroundTask, InlineRunner, shutdown
-from wsgi_bg.waiting import Notice
+from wsgi_bg import BackgroundTask, InlineRunner
+from wsgi_bg.runners import shutdown
+from wsgi_bg.runners.waiting import Notice
 
 SETUP = """
 import asyncio, atexit, logging, sys, threading, time
@@ -540,7 +541,7 @@ def test_a_second_drain_neither_waits_nor_names_again() -> None:
 def test_the_longest_limit_is_that_of_the_runner_that_wants_most() -> None:
     assert run(
         """
-        from wsgi_bg import shutdown
+        from wsgi_bg.runners import shutdown
         print(shutdown.longest_limit())
         runner = PoolRunner(drain_timeout=60)
         request(runner)
@@ -598,7 +599,7 @@ def test_tasks_are_named_without_a_wait_when_there_is_no_time(
         def abandon(self) -> list[BackgroundTask]:
             return [BackgroundTask(int)]
 
-    monkeypatch.setattr("wsgi_bg.shutdown._runners", {})
+    monkeypatch.setattr("wsgi_bg.runners.shutdown._runners", {})
     busy = [Busy(), Busy()]
     for runner in busy:
         shutdown.register(runner)
@@ -623,12 +624,12 @@ def test_runners_are_given_their_time_from_one_beginning(
             now += 25.0
             return []
 
-    monkeypatch.setattr("wsgi_bg.shutdown._runners", {})
+    monkeypatch.setattr("wsgi_bg.runners.shutdown._runners", {})
     runners = [Slow(), Slow(), Slow()]
     for runner in runners:
         shutdown.register(runner)
-    monkeypatch.setattr("wsgi_bg.shutdown.time", SimpleNamespace(monotonic=lambda: now))
-    monkeypatch.setattr("wsgi_bg.portal.stop", lambda timeout: None)
+    monkeypatch.setattr("wsgi_bg.runners.shutdown.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("wsgi_bg._loop.portal.stop", lambda timeout: None)
     notice = Notice()
     monkeypatch.setattr(notice, "due", math.inf)
     shutdown.finish(notice=notice)
@@ -774,7 +775,7 @@ def test_without_atexit_a_thread_drains_that_no_one_waits_for_too_early(first: s
     before = 'request("pool", int)' if first == "before" else ""
     assert run(
         f"""
-        from wsgi_bg import ending
+        from wsgi_bg._process import exit as ending
 
         ending.has_no_atexit = lambda: True
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from wsgi_bg.steps import AwaitedIn, drop
+from wsgi_bg._loop.coroutines import AwaitedIn, drop
 
 
 class Waits:

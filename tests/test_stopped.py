@@ -39,20 +39,17 @@ from wsgi_bg import (
     InlineRunner,
     PoolRunner,
     background_tasks,
-    batch,
-    ending,
-    log,
-    portal,
-    portal_thread,
-    repeated,
-    report,
-    servers,
     wait,
-    workers,
 )
-from wsgi_bg.body import Body
-from wsgi_bg.portal_thread import LoopJob, PortalThread
-from wsgi_bg.unclosed import Collector
+from wsgi_bg._loop import portal, portal_thread
+from wsgi_bg._loop.portal_thread import LoopJob, PortalThread
+from wsgi_bg._process import exit as ending
+from wsgi_bg._process import log, repeated, workers
+from wsgi_bg._request import servers
+from wsgi_bg._request.body import Body
+from wsgi_bg._request.unclosed import Collector
+from wsgi_bg._tasks import batch
+from wsgi_bg._tasks import task_log as report
 
 pytestmark = pytest.mark.usefixtures("no_request_left")
 
@@ -324,7 +321,7 @@ class Said(defaultdict[Any, Any]):
 def test_a_record_that_was_made_is_not_made_again(
     log: Log, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from wsgi_bg import log as logs
+    from wsgi_bg._process import log as logs
 
     logs.warning("said", said=Said())
     assert log.warnings == ["said"]
@@ -337,7 +334,7 @@ class Silent(Exception):  # noqa: N818
 
 
 def test_an_error_without_a_text_is_logged_by_its_type(log: Log) -> None:
-    from wsgi_bg import log as logs
+    from wsgi_bg._process import log as logs
 
     logs.error("%s", Silent())
     assert log.errors == ["Silent"]
@@ -550,7 +547,7 @@ def test_under_gevent_the_loop_has_an_executor_for_code_that_is_thread_sensitive
 
 
 def test_a_stop_in_a_repr_is_no_error_of_the_repr() -> None:
-    from wsgi_bg import log as logs
+    from wsgi_bg._process import log as logs
 
     class Slow:
         def __repr__(self) -> str:
@@ -562,7 +559,7 @@ def test_a_stop_in_a_repr_is_no_error_of_the_repr() -> None:
 
 
 def test_an_error_in_a_repr_is_told_instead_of_the_repr() -> None:
-    from wsgi_bg import log as logs
+    from wsgi_bg._process import log as logs
 
     class Broken:
         def __repr__(self) -> str:

@@ -30,7 +30,7 @@ from tests.recording_support import (
 )
 from tests.support import Environ, Server, app_that, make_environ, make_server_environ
 from wsgi_bg import BackgroundTasksMiddleware, get_background_tasks
-from wsgi_bg.body import Body
+from wsgi_bg._request.body import Body
 from wsgi_bg.pytest_plugin import TaskRecorder
 
 recorder = pytest.fixture(lambda background_tasks: background_tasks, name="recorder")

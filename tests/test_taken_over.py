@@ -20,7 +20,7 @@ from tests.support import TIMEOUT, Environ, Server, free_port, make_server_envir
 from tests.taken_over_app import add_tasks, sock
 from tests.test_examples import text_of, wait_until
 from wsgi_bg import BackgroundTasksMiddleware, background_tasks
-from wsgi_bg.servers import is_asked_for
+from wsgi_bg._request.servers import is_asked_for
 
 SUCCESS = "the task of success"
 UWSGI = Path(sys.executable).with_name("uwsgi")

@@ -15,9 +15,9 @@ import pytest
 
 from tests.conftest import Log
 from wsgi_bg import BackgroundTask, BackgroundTasks
-from wsgi_bg.batch import Batch
+from wsgi_bg._tasks.background_tasks import _LONG
+from wsgi_bg._tasks.batch import Batch
 from wsgi_bg.exceptions import BatchEndedError, TaskTypeError, WsgiBgError
-from wsgi_bg.tasks import _LONG
 
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from wsgi_bg import uwsgi
+from wsgi_bg._process import uwsgi
 
 
 def fail() -> None:

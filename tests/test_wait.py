@@ -31,11 +31,10 @@ from wsgi_bg import (
     InlineRunner,
     PoolRunner,
     background_tasks,
-    shutdown,
 )
 from wsgi_bg.exceptions import InsideTaskError, OptionTypeError, OptionValueError
-from wsgi_bg.runners import Runner, Statistics
-from wsgi_bg.waiting import Notice, batches_under_way
+from wsgi_bg.runners import Runner, Statistics, shutdown
+from wsgi_bg.runners.waiting import Notice, batches_under_way
 
 
 class Own:
@@ -125,7 +124,7 @@ def test_wait_does_not_wait_for_what_comes_later(gate: Gate) -> None:
 
 def waits() -> bool:
     """Whether a thread is in wait()."""
-    from wsgi_bg import waiting
+    from wsgi_bg.runners import waiting
 
     return any(ledger._waiters for ledger in waiting._ledgers_here())
 
@@ -194,7 +193,7 @@ def test_neither_is_for_a_running_task(kind: str, runner: Any, function: Any) ->
 
 @pytest.mark.parametrize("function", [wsgi_bg.wait, wsgi_bg.drain])
 def test_neither_is_for_the_portals_thread(function: Any) -> None:
-    from wsgi_bg import portal
+    from wsgi_bg._loop import portal
 
     async def call() -> None:
         function()
@@ -326,14 +325,14 @@ def test_an_exit_that_is_interrupted_beside_a_server_names_the_tasks_at_once() -
         import os, signal
 
         stop = threading.Event()
-        waits = wsgi_bg.shutdown.wait_for
+        waits = wsgi_bg.runners.shutdown.wait_for
 
         def interrupted(*args):
             signal.signal(signal.SIGTERM, lambda *_: stop.set() or sys.exit())
             signal.raise_signal(signal.SIGTERM)
             return waits(*args)
 
-        wsgi_bg.shutdown.wait_for = interrupted
+        wsgi_bg.runners.shutdown.wait_for = interrupted
         sys.unraisablehook = lambda *_: None  # threading's "Exception ignored"
         threading.Thread(target=stop.wait).start()
         submit("pool", stuck)
@@ -355,7 +354,7 @@ def test_an_exit_that_is_interrupted_before_it_drains_names_the_tasks_at_once() 
             shutdown._collectors[os.getpid()] = collector
             raise KeyboardInterrupt
 
-        from wsgi_bg import shutdown
+        from wsgi_bg.runners import shutdown
         runner = PoolRunner(drain_timeout=3600)
         submit(runner, stuck)
         assert begun.wait(10)
@@ -396,7 +395,7 @@ def test_without_a_task_there_is_nothing_to_wait_for() -> None:
 
 def at(monkeypatch: pytest.MonkeyPatch, now: float) -> None:
     clock = SimpleNamespace(monotonic=lambda: now)
-    monkeypatch.setattr("wsgi_bg.waiting.time", clock)
+    monkeypatch.setattr("wsgi_bg.runners.waiting.time", clock)
 
 
 def test_the_first_warning_comes_after_a_second_and_then_one_every_five(

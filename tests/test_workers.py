@@ -12,10 +12,8 @@ import pytest
 
 from tests.conftest import Log
 from tests.support import TIMEOUT, Gate, Subject, no_threads, submit
-from wsgi_bg import (
-    PoolRunner,
-    workers,
-)
+from wsgi_bg import PoolRunner
+from wsgi_bg._process import workers
 
 
 def test_threads_end_when_they_were_idle_for_long(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,34 +34,34 @@ __version__ = "0.2.0"
 
 # The module that defines each name.
 _HOMES = {
-    "ENVIRON_KEY": "context",
-    "BackgroundTask": "task",
-    "BackgroundTasks": "tasks",
-    "BackgroundTasksMiddleware": "middleware",
+    "ENVIRON_KEY": "_tasks.current",
+    "BackgroundTask": "_tasks.task",
+    "BackgroundTasks": "_tasks.background_tasks",
+    "BackgroundTasksMiddleware": "_request.middleware",
     "InlineRunner": "runners",
     "PoolRunner": "runners",
-    "background_tasks": "context",
-    "drain": "shutdown",
-    "get_background_tasks": "context",
-    "inject": "injection",
-    "registered_task": "registry",
-    "serve": "serving",
-    "wait": "shutdown",
+    "background_tasks": "_tasks.current",
+    "drain": "runners.shutdown",
+    "get_background_tasks": "_tasks.current",
+    "inject": "_request.injection",
+    "registered_task": "_tasks.registry",
+    "serve": "_serving.serve",
+    "wait": "runners.shutdown",
 }
 
 # Modules that 0.2 imported with the package: ``import wsgi_bg`` is enough to use them.
 _MODULES = {"exceptions", "hooks", "runners", "shutdown"}
 
 if TYPE_CHECKING:
-    from .context import ENVIRON_KEY, background_tasks, get_background_tasks
-    from .injection import inject
-    from .middleware import BackgroundTasksMiddleware
-    from .registry import registered_task
-    from .runners import InlineRunner, PoolRunner
-    from .serving import serve
-    from .shutdown import drain, wait
-    from .task import BackgroundTask
-    from .tasks import BackgroundTasks
+    from wsgi_bg._request.injection import inject
+    from wsgi_bg._request.middleware import BackgroundTasksMiddleware
+    from wsgi_bg._serving.serve import serve
+    from wsgi_bg._tasks.background_tasks import BackgroundTasks
+    from wsgi_bg._tasks.current import ENVIRON_KEY, background_tasks, get_background_tasks
+    from wsgi_bg._tasks.registry import registered_task
+    from wsgi_bg._tasks.task import BackgroundTask
+    from wsgi_bg.runners import InlineRunner, PoolRunner
+    from wsgi_bg.runners.shutdown import drain, wait
 else:  # hidden: a type checker would accept any name as an attribute
 
     def __getattr__(name: str) -> object:

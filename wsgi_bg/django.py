@@ -15,13 +15,13 @@ from contextlib import suppress
 from contextvars import Token, copy_context
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
-from . import log
-from .asgiref_state import detached
-from .callables import name_of
-from .context import ENVIRON_KEY, current
-from .exceptions import ExtraMissingError, OptionError
-from .middleware import BackgroundTasksMiddleware
-from .tasks import ENDED, BackgroundTasks, View
+from wsgi_bg._loop.asgiref_state import detached
+from wsgi_bg._process import log
+from wsgi_bg._request.middleware import BackgroundTasksMiddleware
+from wsgi_bg._tasks.background_tasks import ENDED, BackgroundTasks, View
+from wsgi_bg._tasks.callables import name_of
+from wsgi_bg._tasks.current import ENVIRON_KEY, current
+from wsgi_bg.exceptions import ExtraMissingError, OptionError
 
 try:
     from asgiref.sync import SyncToAsync
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
-    from .hooks import Hooks
-    from .options import OnError, Options, RunOn
-    from .runners import Runner
-    from .task import BackgroundTask
+    from wsgi_bg._tasks.hooks import Hooks
+    from wsgi_bg._tasks.options import OnError, Options, RunOn
+    from wsgi_bg._tasks.task import BackgroundTask
+    from wsgi_bg.runners import Runner
 
 P = ParamSpec("P")
 

@@ -20,8 +20,8 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
-from . import shutdown
-from .waiting import Notice
+from wsgi_bg.runners import shutdown
+from wsgi_bg.runners.waiting import Notice
 
 __all__ = ["post_fork", "worker_exit"]
 

@@ -3,7 +3,7 @@
 pytest loads the plugin by its entry point; ``-p no:wsgi_bg`` turns the plugin off. To
 annotate the fixture import :class:`TaskRecorder` from here.
 
-Every run of pytest imports this module, so it imports :mod:`wsgi_bg.testing.recording` only
+Every run of pytest imports this module, so it imports :mod:`wsgi_bg._testing.recording` only
 for tests that use the fixture.
 """
 
@@ -12,23 +12,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, get_args
 
-from .exceptions import ExtraMissingError
+from wsgi_bg.exceptions import ExtraMissingError
 
 try:
     import pytest
 except ModuleNotFoundError as _exc:
     raise ExtraMissingError("pytest", "wsgi_bg.pytest_plugin") from _exc
 
-from .testing import Mode
+from wsgi_bg._testing import Mode
 
 if TYPE_CHECKING:
-    from .testing.recording import RecordedTask, TaskRecorder
+    from wsgi_bg._testing.recording import RecordedTask, TaskRecorder
 else:
 
     def __getattr__(name: str) -> object:
         if name not in {"RecordedTask", "TaskRecorder"}:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from .testing import recording
+        from wsgi_bg._testing import recording
 
         return getattr(recording, name)
 
@@ -69,7 +69,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.fixturenames = [_FIXTURE, *others]  # type: ignore[attr-defined]
         if _FIXTURE in getattr(item, "fixturenames", []):
             # Import now: some tests freeze the time or patch the standard library.
-            from .testing import recording  # noqa: F401
+            from wsgi_bg._testing import recording  # noqa: F401
 
 
 def _mode_of(item: pytest.Item) -> Mode:
@@ -83,7 +83,7 @@ def _mode_of(item: pytest.Item) -> Mode:
         return ini
     mode: Mode = marker.kwargs.get("mode", ini)
     if marker.args or marker.kwargs.keys() - {"mode"} or mode not in _MODES:
-        from .testing.recording import format_call
+        from wsgi_bg._testing.recording import format_call
 
         given = format_call(_MARKER, marker.args, marker.kwargs)
         raise pytest.UsageError(
@@ -102,7 +102,7 @@ def background_tasks(request: pytest.FixtureRequest) -> Iterator[TaskRecorder]:
     runner: see .join(timeout). The fixture closes the responses of test clients. If a task
     raises and the test does not read .errors, the test fails in its teardown.
     """
-    from .testing.recording import TaskRecorder
+    from wsgi_bg._testing.recording import TaskRecorder
 
     recorder = TaskRecorder(_mode_of(request.node))
     with recorder._watch.active():

@@ -9,10 +9,10 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, ParamSpec, TypeVar, overload
 
-from .callables import is_coroutine_callable, kind_of
-from .checks import seconds
-from .exceptions import OptionTypeError
-from .invocation import Invocation
+from wsgi_bg._request.invocation import Invocation
+from wsgi_bg._tasks.callables import is_coroutine_callable, kind_of
+from wsgi_bg._tasks.checks import seconds
+from wsgi_bg.exceptions import OptionTypeError
 
 P = ParamSpec("P")
 R = TypeVar("R")

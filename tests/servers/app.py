@@ -17,13 +17,8 @@ from typing import Any
 
 from tests.servers.gate import announce, visit, visit_async
 from tests.servers.kinds import KINDS, OK, TEXT, TWO, Kind
-from wsgi_bg import (
-    BackgroundTask,
-    BackgroundTasksMiddleware,
-    PoolRunner,
-    get_background_tasks,
-    servers,
-)
+from wsgi_bg import BackgroundTask, BackgroundTasksMiddleware, PoolRunner, get_background_tasks
+from wsgi_bg._request import servers
 
 NONCE = "WSGI_BG_TEST_NONCE"
 """The environment variable by which a test knows the server that it has started."""

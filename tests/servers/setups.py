@@ -22,7 +22,7 @@ class Setup(NamedTuple):
     :ivar name: the server's name first, in front of a hyphen.
     :ivar command: makes the command.
     :ivar missing: says why this cannot be run here, or None.
-    :ivar mark: the entry of ``wsgi_bg.servers.SERVERS`` that it is recognised as.
+    :ivar mark: the entry of ``wsgi_bg._request.servers.SERVERS`` that it is recognised as.
     :ivar keeps_alive: whether another request may follow a response with a length.
     :ivar forks: whether the application is imported in a parent of the worker's process.
     :ivar instead: what the server makes of a kind of response itself: another status,

@@ -9,7 +9,7 @@ import pytest
 from tests.servers import docs
 from tests.servers.kinds import KINDS
 from tests.servers.setups import MISSING, SETUPS, SILENT, Setup
-from wsgi_bg.servers import SERVERS, Server
+from wsgi_bg._request.servers import SERVERS, Server
 
 KNOWN_BY, _, INSTEAD = range(3)
 """The columns of the table "The set-ups"."""

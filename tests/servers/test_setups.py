@@ -7,7 +7,7 @@ import os
 import pytest
 
 from tests.servers.setups import MISSING, SETUPS
-from wsgi_bg.servers import SERVERS
+from wsgi_bg._request.servers import SERVERS
 
 REQUIRED = os.environ.get("WSGI_BG_REQUIRE_SERVERS", "")
 """Names of servers, separated by commas; one that cannot be run fails the suite."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError
-from wsgi_bg.shutdown import register
-
-from .base import Runner, Statistics
-from .inline import InlineRunner
-from .pool import PoolRunner, shared_pool
+from wsgi_bg.runners.base import Runner, Statistics
+from wsgi_bg.runners.inline import InlineRunner
+from wsgi_bg.runners.pool import PoolRunner, shared_pool
+from wsgi_bg.runners.shutdown import register
 
 __all__ = ["InlineRunner", "PoolRunner", "Runner", "Statistics", "resolve", "set_default"]
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from wsgi_bg.batch import Batch
-    from wsgi_bg.task import BackgroundTask
+    from wsgi_bg._tasks.batch import Batch
+    from wsgi_bg._tasks.task import BackgroundTask
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from wsgi_bg.process import PerProcess
-
-from .base import Statistics
-from .ledger import Ledger
-from .pool import shared_pool
+from wsgi_bg._process.per_process import PerProcess
+from wsgi_bg.runners.base import Statistics
+from wsgi_bg.runners.ledger import Ledger
+from wsgi_bg.runners.pool import shared_pool
 
 if TYPE_CHECKING:
-    from wsgi_bg.batch import Batch
-    from wsgi_bg.task import BackgroundTask
+    from wsgi_bg._tasks.batch import Batch
+    from wsgi_bg._tasks.task import BackgroundTask
 
 
 class InlineRunner:

@@ -9,14 +9,13 @@ from collections.abc import Iterable
 from math import inf
 from typing import TYPE_CHECKING
 
-from wsgi_bg.process import PerProcess
-from wsgi_bg.waiting import watch
-
-from .base import Statistics
+from wsgi_bg._process.per_process import PerProcess
+from wsgi_bg.runners.base import Statistics
+from wsgi_bg.runners.waiting import watch
 
 if TYPE_CHECKING:
-    from wsgi_bg.batch import Batch
-    from wsgi_bg.task import BackgroundTask
+    from wsgi_bg._tasks.batch import Batch
+    from wsgi_bg._tasks.task import BackgroundTask
 
 
 class Ledger:

@@ -6,21 +6,21 @@ import time
 from math import inf
 from typing import TYPE_CHECKING
 
-from wsgi_bg import greenlets, portal
-from wsgi_bg.batch import Batch
-from wsgi_bg.checks import seconds, whole_number
-from wsgi_bg.ending import is_exiting
-from wsgi_bg.portal_thread import LoopJob
-from wsgi_bg.process import PerProcess
-from wsgi_bg.repeated import RepeatedWarning
-from wsgi_bg.shutdown import register
-from wsgi_bg.workers import Workers
-
-from .base import Statistics
-from .ledger import Ledger
+from wsgi_bg._loop import portal
+from wsgi_bg._loop.portal_thread import LoopJob
+from wsgi_bg._process import greenlets
+from wsgi_bg._process.exit import is_exiting
+from wsgi_bg._process.per_process import PerProcess
+from wsgi_bg._process.repeated import RepeatedWarning
+from wsgi_bg._process.workers import Workers
+from wsgi_bg._tasks.batch import Batch
+from wsgi_bg._tasks.checks import seconds, whole_number
+from wsgi_bg.runners.base import Statistics
+from wsgi_bg.runners.ledger import Ledger
+from wsgi_bg.runners.shutdown import register
 
 if TYPE_CHECKING:
-    from wsgi_bg.task import BackgroundTask
+    from wsgi_bg._tasks.task import BackgroundTask
 
 # The limit for batches of incomplete responses is max_pending times this: running such a batch
 # in close() would make the client wait.

@@ -1,0 +1,1 @@
+"""Threads, signals, forks, exit and logging: the layer below all others."""

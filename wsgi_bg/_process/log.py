@@ -1,0 +1,142 @@
+"""The package's logger, which is never silent by accident and never raises.
+
+``logging.config.dictConfig`` and ``fileConfig`` disable every existing logger that the
+configuration does not name. A record of this package reports a failed or lost task, so each
+call in this module enables the logger again. Users silence the logger by its level.
+
+Filters and handlers are the user's code. Their errors must not stop a batch, a worker or a
+drain. Such an error is written to standard error, together with the record.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from collections import defaultdict
+from functools import partial
+from typing import Any
+
+from wsgi_bg._process import per_process as process
+from wsgi_bg._process.interrupts import goes_through, is_from_signal_handler
+
+logger: logging.Logger = logging.getLogger("wsgi_bg")
+
+SAID = "said"
+
+
+def warning(
+    message: str,
+    *args: Any,
+    exc_info: BaseException | None = None,
+    said: defaultdict[Any, Any] | None = None,
+) -> None:
+    """Log at WARNING; see :func:`error`."""
+    _log(logging.WARNING, message, args, exc_info, said)
+
+
+def error(
+    message: str,
+    *args: Any,
+    exc_info: BaseException | None = None,
+    said: defaultdict[Any, Any] | None = None,
+) -> None:
+    """Log at ERROR.
+
+    :param args: for the ``%`` placeholders of ``message``; an object whose ``repr()``
+        raises is shown by its type.
+    :param said: gets the key SAID in the moment in which the record is made, even if a
+        signal handler raises right before or after.
+    :raises KeyboardInterrupt: or another exception that stops the server's worker; nothing
+        else.
+    """
+    _log(logging.ERROR, message, args, exc_info, said)
+
+
+def _log(  # %r of a str adds quotes: placeholders are %s, %d and %g
+    level: int,
+    message: str,
+    args: tuple[Any, ...],
+    exc_info: BaseException | None = None,
+    said: defaultdict[Any, Any] | None = None,
+) -> None:
+    said = defaultdict() if said is None else said
+    generation = process.generation
+    try:
+        logger.disabled = False
+        if not logger.isEnabledFor(level):
+            return
+        args = tuple(map(_shown, args))
+        if exc_info is not None and not _format(exc_info):
+            message += " (%s, whose traceback cannot be formatted)"
+            args = (*args, safe_repr(exc_info))
+            exc_info = None
+        said.default_factory = partial(
+            logger.log, level, message, *args, exc_info=exc_info, stacklevel=3
+        )
+        said[SAID]  # no bytecode comes between the record and the key
+    except BaseException as exc:
+        if goes_through(exc) or process.generation != generation:  # a handler has forked
+            raise
+        if SAID not in said:
+            _print_instead(level, message, args, exc_info, exc)
+
+
+def _print_instead(
+    level: int,
+    message: str,
+    args: tuple[Any, ...],
+    exc_info: BaseException | None,
+    failure: BaseException,
+) -> None:
+    """Write the record to standard error, as :mod:`logging` does for a handler's error."""
+    try:
+        lines = [f"{logging.getLevelName(level)} wsgi_bg: {message % args}\n"]
+        if exc_info is not None:
+            lines += traceback.format_exception(exc_info)
+        lines += ["A filter or handler of logging raised for this record:\n"]
+        lines += _format(failure) or [f"{safe_repr(failure)}\n"]
+        sys.stderr.write("".join(lines))
+    except BaseException as exc:  # no standard error, or no file descriptor left
+        if goes_through(exc):
+            raise
+
+
+def _shown(given: object) -> object:
+    if isinstance(given, (str, float, int)):
+        return given
+    if not isinstance(given, BaseException):
+        return safe_repr(given)
+    try:
+        return str(given)
+    except BaseException as exc:
+        if is_from_signal_handler(exc):
+            raise
+        return type_name(given)
+
+
+def _format(exc: BaseException) -> list[str]:
+    """Format the traceback; an empty list if that raises: a handler would drop the record.
+
+    Python 3.15 imports a module for its first traceback, and the process may have no file
+    descriptor left for that.
+    """
+    try:
+        return traceback.format_exception(exc)
+    except Exception:
+        return []
+
+
+def safe_repr(given: object) -> str:
+    """``repr(given)``, or the name of its type if the object's ``__repr__`` raises."""
+    try:
+        return repr(given)
+    except BaseException as exc:
+        if is_from_signal_handler(exc):
+            raise
+        return f"<{type_name(given)} object, whose repr() raises>"
+
+
+def type_name(given: object) -> str:
+    """The qualified name of the type of ``given``, without asking the object or its type."""
+    return str(type.__dict__["__qualname__"].__get__(type(given)))

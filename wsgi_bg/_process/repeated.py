@@ -1,0 +1,53 @@
+"""Warnings about an event that may come thousands of times a second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+from wsgi_bg._process import log
+
+INTERVAL = 60.0
+"""Seconds that pass at least between two records of the same warning."""
+
+clock: Callable[[], float] = time.monotonic
+"""Returns the time in seconds; replaced by tests."""
+
+
+class RepeatedWarning:
+    """A warning that is logged for the first event, and then at most once a minute.
+
+    :param message: the first placeholder, a ``%d``, is the number of events since the last
+        record.
+    """
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+        self._events = count(1)
+        self._logged = 0  # events, up to the last record
+        self._not_before = float("-inf")
+        self._turn = [None]  # popped by the thread that logs
+
+    def count(self, *args: Any) -> None:
+        """Count an event, and log a record if the last one is a minute old.
+
+        :param args: for the placeholders after the first.
+        """
+        events = next(self._events)
+        if clock() < self._not_before:
+            return
+        try:
+            self._turn.pop()
+        except IndexError:  # another thread logs
+            return
+        try:
+            now = clock()
+            if now < self._not_before:  # another thread has logged meanwhile
+                return
+            self._not_before = now + INTERVAL
+            new, self._logged = events - self._logged, events
+            log.warning(self._message, new, *args)
+        finally:
+            self._turn.append(None)

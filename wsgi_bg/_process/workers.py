@@ -1,0 +1,151 @@
+"""``Workers``: threads that start when there is work, and end after a long time without work.
+
+The worker that became idle last gets the next job, so that under a light load the remaining
+workers end. ``concurrent.futures`` would cost three times as much for each job, and joins
+its threads at interpreter exit: a stuck task would keep the process alive.
+
+This module holds no lock, because a signal handler that raises could leave a lock locked for
+ever. Each step is an atomic operation of a list, a dict or a deque. A thread that has
+published a change looks again for changes that further threads published meanwhile.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
+from operator import call
+from typing import Generic, TypeVar
+
+from wsgi_bg._process import log
+from wsgi_bg._process import per_process as process
+from wsgi_bg._process.interrupts import is_raised_here
+from wsgi_bg._process.threads import start_daemon
+
+Job = TypeVar("Job")
+
+IDLE_TIMEOUT = 60.0
+"""Seconds after which a worker without work ends."""
+
+
+class Workers(Generic[Job]):
+    """Up to ``limit`` daemon threads of a process.
+
+    :param work: called with each job on a thread; must not raise.
+    :param limit: the maximum number of threads; ``math.inf`` for no limit.
+    :param name: prefix of the threads' names.
+    """
+
+    def __init__(self, work: Callable[[Job], object], limit: float, name: str) -> None:
+        self._work = work
+        self._limit = limit
+        self._name = name
+        self._backlog: deque[Job] = deque()
+        self._alive: dict[_Worker, None] = {}
+        self._idle: list[Callable[[None], object]] = []  # the idle workers' wake()
+        self._numbers = count()
+
+    def submit(self, job: Job) -> bool:
+        """Submit ``job`` to a thread; does not block.
+
+        Jobs begin in the order of the calls. If a signal handler raises in this method, the
+        job may or may not have been submitted: the caller must prevent a second run.
+
+        :return: False if the job was not submitted, because no thread runs or can start.
+        """
+        self._backlog.append(job)
+        if self._wake() or self._start() or self._alive:
+            return True
+        try:
+            self._backlog.remove(job)
+        except ValueError:  # a thread has done the job, and has ended since
+            return True
+        return False
+
+    def _wake(self) -> bool:
+        """Wake the worker that became idle last; False if no worker is idle."""
+        if not self._idle:
+            return False
+        try:
+            # Pop and call in one step: a worker that was popped but not called would never
+            # wake.
+            next(map(call, iter(self._idle.pop, None), (None,)))
+        except IndexError as exc:
+            if not is_raised_here(exc):  # there may be a worker to wake
+                raise
+            return False
+        return True
+
+    def _start(self) -> bool:
+        if len(self._alive) >= self._limit:
+            return False
+        worker = _Worker()
+        try:
+            self._alive[worker] = None
+            if len(self._alive) > self._limit:  # another thread was as quick
+                del self._alive[worker]
+                return False
+            start_daemon(self._run, f"{self._name}-{next(self._numbers)}", worker)
+        except BaseException as exc:
+            # RuntimeError: no memory for a stack, or the interpreter exits. A signal handler
+            # may raise after the thread has started: then that thread ends.
+            self._alive.pop(worker, None)
+            if not isinstance(exc, RuntimeError):
+                raise
+            return False
+        return True
+
+    def _run(self, worker: _Worker) -> None:
+        generation = process.generation
+        try:
+            while self._wait(worker):
+                try:
+                    job = self._backlog.popleft()
+                except IndexError:
+                    continue
+                try:
+                    self._work(job)
+                except BaseException as exc:
+                    if process.generation != generation:
+                        raise  # in a child that a task has forked, whose only thread this is
+                    log.error("%s was stopped", self._name, exc_info=exc)
+                if process.generation != generation:
+                    return
+                del job  # an idle thread holds no request
+        finally:
+            self._alive.pop(worker, None)
+        if self._backlog:  # a submit() has counted on this worker
+            self._wake() or self._start()
+
+    def _wait(self, worker: _Worker) -> bool:
+        """Wait until there is a backlog; False if the worker is to end."""
+        while worker in self._alive:
+            if self._backlog:
+                return True
+            self._idle.append(worker.wake)
+            if self._backlog and self._withdraw(worker):  # submit() may have missed this worker
+                return True
+            try:
+                worker.wakes.get(timeout=IDLE_TIMEOUT)
+            except queue.Empty:
+                if self._withdraw(worker):
+                    return False
+        return False
+
+    def _withdraw(self, worker: _Worker) -> bool:
+        with suppress(ValueError):
+            self._idle.remove(worker.wake)
+            return True
+        return False  # another thread has popped the wake, and calls it
+
+
+class _Worker:
+    """The queue on which an idle thread waits."""
+
+    __slots__ = ("wake", "wakes")
+
+    def __init__(self) -> None:
+        self.wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.wake = self.wakes.put

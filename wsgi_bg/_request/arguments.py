@@ -1,0 +1,144 @@
+"""Warnings about arguments that belong to the request: files, requests, responses, proxies.
+
+When the task runs, such an object is closed, or a proxy refers to another object or to none.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from types import BuiltinMethodType, FunctionType, MethodType
+from typing import TYPE_CHECKING, Any
+
+from wsgi_bg._process import log
+from wsgi_bg._process.interrupts import goes_through
+from wsgi_bg._tasks.current import background_tasks
+
+if TYPE_CHECKING:
+    from wsgi_bg._tasks.task import BackgroundTask
+
+_FILE = (
+    "an uploaded file, which is closed when the request ends: pass its bytes, or the path of "
+    "a saved copy"
+)
+_REQUEST = "a request, which ends before the task runs: pass the values that the task needs"
+_RESPONSE = "a response, which is closed before the task runs: pass the values of it"
+_PROXY = "a proxy, which may stand for another object in the task: pass a value, or an id"
+
+# Keyed by the top-level package and the name of a class, so that no framework is imported.
+# Subclasses are found too.
+_REFUSED = {
+    ("werkzeug", "FileStorage"): _FILE,
+    ("werkzeug", "Request"): _REQUEST,
+    ("werkzeug", "Response"): _RESPONSE,
+    ("werkzeug", "LocalProxy"): _PROXY,
+    ("django", "UploadedFile"): _FILE,
+    ("django", "HttpRequest"): _REQUEST,
+    ("django", "HttpResponseBase"): _RESPONSE,
+    ("django", "SimpleLazyObject"): _PROXY,  # request.user
+    ("bottle", "BaseRequest"): _REQUEST,
+    ("bottle", "BaseResponse"): _RESPONSE,
+    ("falcon", "Request"): _REQUEST,
+    ("falcon", "Response"): _RESPONSE,
+    ("webob", "BaseRequest"): _REQUEST,
+    ("webob", "Response"): _RESPONSE,
+}
+
+# Types that were checked and are harmless. The set is bounded, since it keeps classes alive.
+_harmless: set[type] = {bool, bytes, dict, float, int, list, str, tuple, type(None)}
+_MOST_HARMLESS = 1000
+
+# Bound methods, of classes and of builtin types.
+_METHODS = (MethodType, BuiltinMethodType)
+
+# The names of the functions for which a warning was logged.
+_warned: set[str] = set()
+
+
+def look_at(tasks: Iterable[BackgroundTask]) -> None:
+    """Log a WARNING, once for each function, if an argument of a task belongs to the request.
+
+    Arguments inside a :func:`functools.partial` and the object of a bound method count too.
+    Costs 0.1 us for ordinary arguments. Reads only the types of the arguments.
+
+    :raises KeyboardInterrupt: or another exception that stops the server's worker; nothing
+        else.
+    """
+    for task in tasks:
+        try:
+            func: Any = task.func
+            kind = type(func)
+            if kind is not FunctionType and (
+                kind is partial or (kind in _METHODS and type(func.__self__) not in _harmless)
+            ):
+                _look_closely(task)
+            elif task.args or task.kwargs:
+                for argument in (*task.args, *task.kwargs.values()):
+                    if type(argument) not in _harmless:
+                        _look_closely(task)
+                        break
+        except BaseException as exc:  # raised by a class or a signature
+            if goes_through(exc):
+                raise
+
+
+def _look_closely(task: BackgroundTask) -> None:
+    found = [
+        (name_it, advice)
+        for name_it, argument in _arguments_of(task)
+        if (advice := _advice_on(argument)) is not None
+    ]
+    name = task.name
+    if not found or name in _warned:
+        return
+    _warned.add(name)
+    log.warning(
+        "background task %s has an argument of the request: %s",
+        name,
+        "; ".join(f"{name_it()} is {advice}" for name_it, advice in found),
+    )
+
+
+def _arguments_of(task: BackgroundTask) -> Iterator[tuple[Callable[[], str], object]]:
+    """Yield each argument of the task's function, with a function that returns its name."""
+    func: Any = task.func
+    args, kwargs = task.args, task.kwargs
+    while type(func) is partial:
+        func, args, kwargs = func.func, (*func.args, *args), {**func.keywords, **kwargs}
+    if type(func) in _METHODS:
+        yield lambda: "the object of the method", func.__self__
+    for index, argument in enumerate(args):
+        yield partial(_name_of, func, index), argument
+    for name, argument in kwargs.items():
+        yield partial("argument {!r}".format, name), argument
+
+
+def _advice_on(argument: object) -> str | None:
+    kind = type(argument)  # not __class__, which a proxy passes on
+    for base in kind.__mro__:
+        advice = _REFUSED.get((base.__module__.partition(".")[0], base.__name__))
+        if advice is None:
+            continue
+        # In a task, background_tasks and current_app refer to the right object too.
+        current_app = getattr(sys.modules.get("flask"), "current_app", None)
+        return None if argument is background_tasks or argument is current_app else advice
+    if len(_harmless) < _MOST_HARMLESS:
+        _harmless.add(kind)
+    return None
+
+
+def _name_of(func: Callable[..., object], place: int) -> str:
+    """Return the name of a positional argument's parameter, or the argument's position."""
+    try:
+        parameters = list(inspect.signature(func).parameters.values())
+    except (TypeError, ValueError):  # a function in C without a signature
+        parameters = []
+    named: Any = (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    )
+    if place >= len(parameters) or parameters[place].kind not in named:
+        return f"positional argument {place + 1}"
+    return f"argument {parameters[place].name!r}"

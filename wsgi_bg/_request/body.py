@@ -1,0 +1,148 @@
+"""The response iterable that the server gets if tasks were added or may still be added."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from wsgi_bg._process.interrupts import is_raised_here
+from wsgi_bg._request.request_tasks import LEFT, RAISED, USED_UP, Outcome, RequestTasks
+from wsgi_bg._request.unclosed import Unclosed, collections
+from wsgi_bg._tasks.background_tasks import ENDED
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+# An exhausted iterator; each call of next() raises StopIteration again.
+_NOTHING: Iterator[bytes] = iter(())
+
+
+class Body:
+    """Wraps the application's iterable; ``close()`` ends the request.
+
+    A body has no ``__next__``. The server iterates over an iterator that holds the body,
+    because some adapters keep only the iterator. The middleware sets the slots, as those of
+    :class:`~wsgi_bg._request.request_tasks.RequestTasks`.
+    """
+
+    __slots__ = ("_app_iter", "_environ", "_guard", "_open", "_outcome", "_tasks")
+
+    _app_iter: Any  # an Iterable[bytes]; each subclass wraps a certain type
+    _environ: WSGIEnvironment
+    _guard: Guard  # only if the view has added a task
+    _open: list[None]  # emptied by the first call of close()
+    _outcome: Outcome
+    _tasks: RequestTasks
+
+    def __iter__(self) -> Iterator[bytes]:
+        """The application's chunks, unchanged."""
+        try:
+            # No "yield from": when the server drops this generator, "yield from" would call
+            # the close() of the iterable, which must be called once, by Body.close().
+            for chunk in self._app_iter:  # noqa: UP028
+                yield chunk
+        except GeneratorExit:  # the server drops this generator: the client has left
+            raise
+        except BaseException:
+            self._outcome = RAISED
+            raise
+        self._outcome = USED_UP
+
+    def close(self) -> None:
+        """Close the application's iterable, then end the request; later calls do nothing.
+
+        :raises BaseException: the exception of the application's ``close()``, after the
+            tasks were run or handed over.
+        """
+        try:
+            self._open.pop()  # one atomic step: close() may be called on several threads
+        except IndexError as exc:
+            if not is_raised_here(exc):
+                raise
+            return
+        outcome = self._outcome
+        if outcome is LEFT:
+            outcome = self._look(is_freed=False)
+        try:
+            close = getattr(self._app_iter, "close", None)
+            if close is not None:
+                close()
+        finally:
+            tasks = self._tasks
+            if not tasks.end_if_empty():
+                tasks.end(self._environ, outcome)
+
+    def _look(self, *, is_freed: bool) -> Outcome:
+        """Find how the iteration has ended, if ``__iter__`` did not see the end."""
+        return LEFT
+
+    def __del__(self) -> None:
+        # This may run within a garbage collection: put on a SimpleQueue and do no more. A
+        # call of close() may have been interrupted by the exception of a signal handler.
+        try:
+            tasks = self._tasks
+        except AttributeError:  # the construction of this body was interrupted
+            return
+        if tasks._phase != ENDED and not (tasks.end_if_empty() or tasks._is_handed_over):
+            outcome = self._outcome
+            if outcome is LEFT:
+                outcome = self._look(is_freed=True)
+            tasks._collector.queue.put(Unclosed(tasks, self._environ, outcome))
+
+
+class Guard:
+    """Is freed after its :class:`Body`, and ends the request if the body's finalizer failed.
+
+    A signal handler may raise in a finalizer, and Python calls no finalizer a second time.
+    """
+
+    __slots__ = ("_environ", "_tasks")
+
+    def __init__(self, tasks: RequestTasks, environ: WSGIEnvironment) -> None:
+        self._tasks = tasks
+        self._environ = environ
+
+    def __del__(self) -> None:
+        tasks = self._tasks
+        if tasks._phase != ENDED and not tasks._is_handed_over:
+            tasks._collector.queue.put(Unclosed(tasks, self._environ, LEFT))
+
+
+class GeneratorBody(Body):
+    """A :class:`Body` around a generator; no Python code of the body runs for each chunk."""
+
+    __slots__ = ("_is_fresh",)
+
+    _is_fresh: bool  # True until the first iter()
+
+    def __iter__(self) -> Iterator[bytes]:
+        """The application's chunks, unchanged.
+
+        ``chain`` calls this again when the generator has ended.
+        """
+        if self._is_fresh:  # reading gi_frame of an unfinished generator makes an object
+            self._is_fresh = False
+        elif self._app_iter.gi_frame is None:
+            self._outcome = USED_UP
+            return _NOTHING
+        return chain(self._app_iter, self)
+
+    def _look(self, *, is_freed: bool) -> Outcome:
+        # A generator that raised has no frame. An unfinished generator has a frame until its
+        # close() is called, which a garbage collection that frees body and generator may do.
+        is_over = self._app_iter.gi_frame is None and not self._is_fresh
+        return RAISED if is_over and not (is_freed and collections.are_running) else LEFT
+
+
+class SizedBody(Body):
+    """A :class:`Body` around a list or tuple, with the same length.
+
+    Servers derive a Content-Length from a sized body of one chunk. eventlet iterates over a
+    sized body twice, so only a body that can be iterated again may have a length.
+    """
+
+    __slots__ = ()
+
+    def __len__(self) -> int:
+        return len(self._app_iter)

@@ -1,0 +1,145 @@
+"""A call of a serverless handler, and the background tasks of its requests.
+
+A serverless platform may freeze the process as soon as the handler has returned, so the
+tasks have to be done before. :mod:`wsgi_bg.serverless` has the decorator.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, final
+
+from wsgi_bg._process import log
+from wsgi_bg._request import servers
+from wsgi_bg._request.unclosed import collectors
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+    from wsgi_bg._request.request_tasks import RequestTasks
+    from wsgi_bg._tasks.batch import Batch
+    from wsgi_bg._tasks.task import BackgroundTask
+
+freezes: bool = "AWS_LAMBDA_RUNTIME_API" in os.environ
+"""True on AWS Lambda and on all platforms that use its Runtime API."""
+
+running: set[Invocation] = set()
+"""The invocations of this process; a platform may call the handler on several threads."""
+
+_warned: set[int] = set()  # process ids
+_of_context: ContextVar[Invocation | None] = ContextVar("wsgi_bg.invocation", default=None)
+
+
+def current() -> Invocation | None:
+    """Return the invocation that the calling code belongs to, or None.
+
+    Adapters that call the application on a separate thread copy the context. In a thread
+    without that context, the invocation is known only if the process has a single one.
+    """
+    invocations = list(running)
+    return _of_context.get() or (invocations[0] if len(invocations) == 1 else None)
+
+
+@final
+class Invocation:
+    """A context manager around a call of a handler; knows the tasks to wait for."""
+
+    def __init__(self) -> None:
+        # Requests with tasks whose batch was not submitted yet, and submitted batches. Two
+        # threads may submit a batch of the same request at once, and a single one of these
+        # batches runs the tasks: the invocation waits for both. No lock is held, as in a
+        # Ledger: each step is an atomic operation of a dictionary.
+        self._open: dict[RequestTasks, None] = {}
+        self._batches: dict[Batch, None] = {}
+        self._changed = threading.Event()  # set when a batch is done
+
+    def __enter__(self) -> Invocation:
+        running.add(self)
+        self._token = _of_context.set(self)
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        _of_context.reset(self._token)
+        running.discard(self)
+
+    def begin(self, tasks: RequestTasks) -> None:
+        """Wait for ``tasks``: the request has added its first task."""
+        self._open.setdefault(tasks, None)
+
+    def hand_over(self, tasks: RequestTasks, batch: Batch) -> None:
+        """Wait for ``batch``, which is about to be submitted, in place of its request."""
+        batch.when_done((self._leave,))
+        self._batches[batch] = None
+        self._open.pop(tasks, None)
+
+    def _leave(self, batch: Batch) -> None:
+        self._batches.pop(batch, None)
+        self._changed.set()
+
+    def finish(self, timeout: float, *, failed: bool) -> None:
+        """Wait until all tasks of this invocation are done; log unfinished tasks at ERROR.
+
+        Tasks that are logged go on for as long as the process is not frozen.
+
+        :param timeout: seconds to wait at most.
+        :param failed: True if the handler raised; its open requests then count as failed.
+        :raises KeyboardInterrupt: if Ctrl-C ends the wait; unfinished tasks are logged too.
+        """
+        began = time.monotonic()
+        try:
+            self._end_requests(failed)
+            deadline = began + min(timeout, threading.TIMEOUT_MAX)
+            while (seconds := deadline - time.monotonic()) > 0:
+                self._changed.clear()
+                if not self._left():
+                    break
+                self._changed.wait(seconds)
+        finally:
+            waited = time.monotonic() - began
+            for task in self._left():
+                log.error(
+                    "background task %s was not finished when its handler returned, after a "
+                    "wait of %.3g seconds: it goes on only if this process does",
+                    task.name,
+                    waited,
+                )
+
+    def _end_requests(self, failed: bool) -> None:
+        """End the requests whose responses the adapter has not closed."""
+        requests = list(self._open)
+        if requests:
+            # First the freed responses: the collector knows how their bodies have ended.
+            collectors.get().flush()
+        for tasks in requests:
+            tasks.end_unclosed(failed=failed)
+
+    def _left(self) -> list[BackgroundTask]:
+        opened = [task for tasks in list(self._open) for task in tasks.tasks]
+        submitted = [task for batch in list(self._batches) for task in batch.tasks]
+        return list(dict.fromkeys(opened + submitted))
+
+
+def warn_of_freezing(environ: WSGIEnvironment) -> None:
+    """Log once a process that tasks outside of an invocation may be frozen; see ``freezes``.
+
+    Nothing is logged if a real server made ``environ``, as under Lambda Web Adapter, because
+    there is no handler to decorate.
+    """
+    if os.getpid() in _warned or _is_real_server(environ):
+        return
+    _warned.add(os.getpid())
+    log.warning(
+        "background tasks may be frozen in the middle: AWS Lambda stops this process when the "
+        "handler returns. Decorate the handler with @wsgi_bg.serverless.finish_tasks, which "
+        "waits for them (said once a process)"
+    )
+
+
+def _is_real_server(environ: WSGIEnvironment) -> bool:
+    if servers.recognise(environ) is None:
+        return False
+    # Mangum calls a2wsgi, which recognise() knows, without a server.
+    return "aws.event" not in environ.get("asgi.scope", ())

@@ -1,0 +1,219 @@
+"""``BackgroundTasksMiddleware``: how a request gets its tasks, and when they are run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from types import GeneratorType
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from wsgi_bg._request.body import Body, GeneratorBody, Guard, SizedBody
+from wsgi_bg._request.request_tasks import LEFT, RAISED, RequestTasks
+from wsgi_bg._request.servers import is_asked_for, refuse_eventlet
+from wsgi_bg._tasks.background_tasks import ENDED, OPEN, BackgroundTasks, View
+from wsgi_bg._tasks.calls import Around
+from wsgi_bg._tasks.current import ENVIRON_KEY, current
+from wsgi_bg._tasks.hooks import Hooks
+from wsgi_bg._tasks.options import Given, OnError, Options, RunOn
+from wsgi_bg.exceptions import OptionTypeError
+from wsgi_bg.runners import Runner, resolve
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+
+class _Joint(NamedTuple):
+    """Options of the outer middleware, and these options merged with the inner middleware's."""
+
+    root: Options
+    outer: Options
+    new_root: Options
+    inner: Options
+
+
+class BackgroundTasksMiddleware:
+    """Gives each request a ``BackgroundTasks`` and runs its tasks after the response.
+
+    A task runs after the response and never delays the response. If the server has written
+    the whole response before the server calls ``close()``, the runner may run the task in
+    ``close()``; otherwise the task is handed over to a thread. A task that raises is logged
+    and passed to ``on_error``, and the next task runs.
+
+    If another ``BackgroundTasksMiddleware`` is installed further out, both share one
+    ``BackgroundTasks``. Options of the inner middleware that are not None apply to the tasks
+    added inside it, and the outer middleware decides when the tasks run.
+
+    :param app: the WSGI application. Install the middleware outermost.
+    :param runner: a runner, or ``"inline"`` (the default) or ``"pool"`` for the process's
+        shared runner of that kind.
+    :param run_on: ``"success"`` (the default) runs tasks only if the request did not fail,
+        ``"error"`` only if it did, ``"always"`` in both cases. A request fails if the
+        application raises or answers with a status of ``failed_from`` or more.
+    :param failed_from: the lowest status that counts as a failure, from 100 to 600
+        (default 500): with 400 ``abort(404)`` is a failure, with 600 no response is.
+    :param on_error: called with a task and its exception, on the thread that ran the task.
+    :param stop_on_error: True if a task's error skips the rest of the batch (Starlette's
+        rule; default False).
+    :param hooks: a :class:`~wsgi_bg.hooks.Hooks` object, or a list of them, called when a
+        task is added, started, finished, failed and discarded.
+    :raises TypeError: if ``app`` is not callable, or an option is of the wrong type.
+    :raises ValueError: if ``runner`` or ``run_on`` is an unknown word, or
+        ``failed_from`` is out of range.
+    """
+
+    # A framework's middleware sets this to wrap the call of each task.
+    _around: Around | None = None
+    # True if the runner is only a default, which an inner middleware may replace.
+    _runner_yields = False
+
+    def __init__(
+        self,
+        app: WSGIApplication,
+        *,
+        runner: Runner | Literal["inline", "pool"] | None = None,
+        run_on: RunOn | None = None,
+        failed_from: int | None = None,
+        on_error: OnError | None = None,
+        stop_on_error: bool | None = None,
+        hooks: Hooks | Sequence[Hooks] | None = None,
+    ) -> None:
+        if not callable(app):
+            raise OptionTypeError(
+                "app", app, "a WSGI application: app(environ, start_response)"
+            )
+        self._wrapped = app
+        self._app: WSGIApplication = self._handle_first
+        self._given = Given(
+            run_on=run_on,
+            failed_from=failed_from,
+            on_error=on_error,
+            stop_on_error=stop_on_error,
+            hooks=hooks,
+            around=self._around,
+        )
+        self._joint: _Joint | None = None
+        self._names_runner = runner is not None
+        options = Options(runner=resolve(runner), runner_yields=self._runner_yields)
+        self._options = options.override(**self._given)
+
+    def __call__(
+        self, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Iterable[bytes]:
+        """Handle a request: PEP 3333's application side.
+
+        :raises RuntimeError: under eventlet, which is not supported.
+        """
+        if ENVIRON_KEY in environ:
+            outer = environ[ENVIRON_KEY]
+            if isinstance(outer, BackgroundTasks) and outer._is_open:
+                return self._join(outer, environ, start_response)
+
+        environ[ENVIRON_KEY] = tasks = RequestTasks()
+        tasks._list = None
+        tasks._front = None
+        tasks._options = self._options
+        tasks._phase = OPEN
+        tasks._start_response = start_response
+        tasks._status = ""
+
+        token = current.set(tasks)
+        try:
+            try:
+                app_iter = self._app(environ, tasks.start_response)
+                kind = type(app_iter)
+                if not tasks._list and (
+                    kind is list or kind is tuple or kind is environ.get("wsgi.file_wrapper")
+                ):
+                    # Return the iterable unwrapped: no code in such an iterable could add a
+                    # task, and a server sends its own file wrapper without iterating.
+                    tasks._phase = ENDED  # and look again, as end_if_empty() does
+                    if not tasks._list:
+                        tasks._start_response = None
+                        return app_iter
+                    tasks._phase = OPEN
+                if kind is object:
+                    # gunicorn's asynchronous workers compare the iterable with ALREADY_HANDLED.
+                    tasks.end(environ, LEFT)
+                    return app_iter
+                return _wrap(app_iter, kind, tasks, environ)
+            except BaseException as exc:
+                tasks.end(environ, LEFT if is_asked_for(environ, exc) else RAISED)
+                raise
+        except BaseException:
+            # Once more: a signal handler may have raised before the first end() had begun.
+            tasks.end(environ, RAISED)
+            raise
+        finally:
+            current.reset(token)
+
+    def _handle_first(
+        self, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Iterable[bytes]:
+        """Check the server, then call the application; replaced once the check has passed."""
+        refuse_eventlet(environ)
+        self._app = self._wrapped
+        return self._wrapped(environ, start_response)
+
+    def _join(
+        self, tasks: BackgroundTasks, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Iterable[bytes]:
+        """Handle a request whose tasks an outer middleware runs."""
+        tasks = tasks._layer
+        root = tasks._root
+        joint = self._joint
+        if (
+            joint is None
+            or joint.root is not root._options
+            or joint.outer is not tasks._options
+        ):
+            self._joint = joint = self._meet(root._options, tasks._options)
+        root._options = joint.new_root
+        inner = tasks if joint.inner is tasks._options else View(tasks, joint.inner)
+        environ[ENVIRON_KEY] = inner
+        token = current.set(inner)
+        app_iter: Iterable[bytes] = ()
+        try:
+            app_iter = self._app(environ, start_response)
+            return app_iter
+        finally:
+            current.reset(token)
+            if type(app_iter) in (list, tuple):
+                environ[ENVIRON_KEY] = tasks
+            elif isinstance(inner, View) and inner is not tasks:
+                # A stream finds its options in the environ until the stream is closed. A
+                # second application that is called with this environ does not find them.
+                inner._has_returned = True
+
+    def _meet(self, root: Options, outer: Options) -> _Joint:
+        """Merge the outer options with those of this middleware; each request gets the same."""
+        runner = None
+        if self._names_runner and root.runner_yields:
+            runner = self._options.runner
+        if runner is None and all(option is None for option in self._given.values()):
+            return _Joint(root, outer, root, outer)
+        new_root = root if runner is None else root.override(runner=runner)
+        return _Joint(root, outer, new_root, outer.override(**self._given, runner=runner))
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self._wrapped!r}, {self._options.runner!r}>"
+
+
+def _wrap(
+    app_iter: Iterable[bytes], kind: type, tasks: RequestTasks, environ: WSGIEnvironment
+) -> Body:
+    """Wrap the application's iterable: ``close()`` ends the request."""
+    if kind is GeneratorType:
+        body: Body = GeneratorBody()
+        body._is_fresh = True  # type: ignore[attr-defined]
+    elif isinstance(app_iter, (list, tuple)):
+        body = SizedBody()
+    else:
+        body = Body()
+    body._app_iter = app_iter
+    body._environ = environ
+    body._outcome = LEFT
+    body._open = [None]
+    body._tasks = tasks
+    tasks._declared_late = not tasks._status
+    if tasks._list:
+        body._guard = Guard(tasks, environ)
+    return body

@@ -1,0 +1,239 @@
+"""The ``BackgroundTasks`` of one request, and their submission when the request ends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextvars import Context
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from wsgi_bg._process import log
+from wsgi_bg._process.interrupts import goes_through, is_from_signal_handler
+from wsgi_bg._request import arguments, invocation, servers
+from wsgi_bg._request.unclosed import Collector, collectors
+from wsgi_bg._tasks.background_tasks import CLOSED, ENDED, BackgroundTasks
+from wsgi_bg._tasks.batch import Batch
+from wsgi_bg._tasks.current import current
+from wsgi_bg._tasks.options import CRASHED
+from wsgi_bg._tasks.task import BackgroundTask
+from wsgi_bg.runners.ledger import keep
+from wsgi_bg.runners.pool import shared_pool
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+    from wsgi_bg.runners import Runner
+
+
+class Outcome(Enum):
+    """How the application's call and the iteration over its body ended."""
+
+    LEFT = "the server has not asked for the end of the body"
+    USED_UP = "the server has taken the whole body"
+    RAISED = "the application has raised"
+
+
+LEFT, USED_UP, RAISED = Outcome
+
+new_list: Callable[[], list[BackgroundTask]] = list
+"""Makes the list of a request's tasks; the pytest plugin sets a function that records them."""
+
+stand_in: Callable[[Runner], Runner] | None = None
+"""Overrides the runner of a request; set by the pytest plugin."""
+
+
+class RequestTasks(BackgroundTasks):
+    """The ``BackgroundTasks`` that the middleware puts into the environ.
+
+    Every request makes such an object, even if the request adds no task. To save time the
+    middleware sets the slots in place of an ``__init__``, and these slots are set only when
+    they are needed:
+
+    - ``_status`` and ``_headers``: the arguments of the last call of ``start_response``;
+    - ``_declared_late``: True if that call may have come after the application returned;
+    - ``_collector``: of the process that added the first task; holds the request until the
+      tasks begin to run;
+    - ``_invocation``: the call of a serverless handler that waits for the tasks;
+    - ``_is_handed_over``: True if the tasks were submitted to a runner.
+    """
+
+    __slots__ = (
+        "_collector",
+        "_declared_late",
+        "_headers",
+        "_invocation",
+        "_is_handed_over",
+        "_start_response",
+        "_status",
+    )
+
+    _collector: Collector
+    _declared_late: bool
+    _headers: list[tuple[str, str]]
+    _invocation: invocation.Invocation | None
+    _is_handed_over: bool
+    _start_response: Any  # dropped at the end: the server's function holds the environ
+    _status: str
+
+    __init__: Any = object.__init__  # so that making an object calls no Python function
+
+    def start_response(
+        self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
+    ) -> Any:
+        """Call the server's ``start_response`` and keep status and headers."""
+        self._status = status
+        self._headers = headers
+        if exc_info is None:
+            return self._start_response(status, headers)
+        self._declared_late = True  # perhaps: the server may have sent a Content-Length
+        return self._start_response(status, headers, exc_info)
+
+    def _begin(self) -> list[BackgroundTask]:
+        # Make all objects that a later step may need with the first task: a garbage
+        # collection that frees the response can start no thread.
+        collector = collectors.get()
+        collector.start()
+        tasks, added = collector.unfinished.setdefault(id(self), (self, new_list()))
+        assert tasks is self
+        self._collector = collector
+        self._is_handed_over = False
+        self._invocation = invocation.current() if invocation.running else None
+        if self._invocation is not None:
+            self._invocation.begin(self)
+        self._list = added  # last: a thread that sees the list sees the slots set above
+        return added
+
+    def _may_start(self) -> bool:
+        return self._collector.unfinished.pop(id(self), None) is not None
+
+    def _allow_start(self) -> None:
+        assert self._list is not None
+        self._collector.unfinished[id(self)] = self, self._list
+
+    def _context_of(self, task: BackgroundTask) -> Context:
+        context = super()._context_of(task)
+        inside = context.get(current)
+        if inside is self or (inside is not None and inside._root is self):
+            return context
+        context.run(current.set, self)  # the task was added in a stream or on another thread
+        return context
+
+    def end_if_empty(self) -> bool:
+        """End the batch if no task was added; a later ``add_task`` then raises."""
+        self._start_response = None
+        if not self._list and self._front is None:
+            self._phase = ENDED  # and look again: see BackgroundTasks.add_task
+            if not self._list:
+                return True
+        self._phase = CLOSED
+        return False
+
+    def end(self, environ: WSGIEnvironment, outcome: Outcome, *, closed: bool = True) -> None:
+        """Submit the tasks to the runner; the application is done with the request.
+
+        May be called again if the exception of a signal handler has ended the first call.
+
+        :param closed: True if the server has called ``close()``, or an equivalent of it.
+        :raises KeyboardInterrupt: or another exception that stops the server's worker.
+        """
+        batch = None
+        try:
+            if self._phase == ENDED or self.end_if_empty() or self._is_handed_over:
+                return
+            if self._collector.pid != os.getpid():
+                return  # in a forked child: the tasks belong to the parent
+            if invocation.freezes and self._invocation is None:
+                invocation.warn_of_freezing(environ)
+            batch = self._make_batch(environ, outcome, closed)
+            if not batch.discard_excluded():
+                return
+            self._submit(batch)
+            self._is_handed_over = True
+        except BaseException as exc:
+            if batch is not None and self._collector.pid == os.getpid():
+                self._stop(batch, exc)
+            raise
+
+    def end_unclosed(self, *, failed: bool) -> None:
+        """End a request whose response was neither closed nor freed."""
+        self.end({}, RAISED if failed else LEFT, closed=False)
+
+    def _make_batch(self, environ: WSGIEnvironment, outcome: Outcome, closed: bool) -> Batch:
+        status = self._status
+        complete = closed and (
+            servers.is_test_client(environ)
+            or (
+                outcome is USED_UP
+                and servers.is_written(
+                    environ,
+                    status,
+                    getattr(self, "_headers", ()),
+                    declared_late=getattr(self, "_declared_late", False),
+                )
+            )
+        )
+        return Batch(
+            self,
+            response_complete=complete,
+            status=CRASHED if outcome is RAISED else _code_of(status),
+        )
+
+    def _submit(self, batch: Batch) -> None:
+        runner = self._options.runner
+        assert runner is not None
+        self._await(batch)
+        in_place = stand_in  # read once: another thread may end the test meanwhile
+        if in_place is not None:
+            runner = in_place(runner)
+        batch.sends = hasattr(runner, "send")
+        try:
+            arguments.look_at(self._list or ())
+            runner.submit(batch)
+            if in_place is None:
+                keep(batch)
+        except BaseException as exc:
+            if is_from_signal_handler(exc) or self._collector.pid != os.getpid():
+                raise
+            if id(self) not in self._collector.unfinished:  # the batch has begun all the same
+                log.error("%s raised in submit()", runner, exc_info=exc)
+                return
+            log.error(
+                "%s did not take %s, which run in this process",
+                runner,
+                ", ".join(task.name for task in batch.tasks),
+                exc_info=exc,
+            )
+            again = self._await(batch.again())
+            if batch.response_complete:
+                again.run()
+            else:
+                shared_pool.submit(again)
+
+    def _await(self, batch: Batch) -> Batch:
+        """Let the invocation of the request, if any, wait for ``batch``; return ``batch``."""
+        if self._invocation is not None:
+            self._invocation.hand_over(self, batch)
+        return batch
+
+    def _stop(self, batch: Batch, exc: BaseException) -> None:
+        """Stop or resubmit the tasks whose submission was interrupted by ``exc``."""
+        self._is_handed_over = True
+        if not self._may_start():
+            # The tasks run, on some thread, or are done, or were logged as unfinished.
+            batch.tell_if_ended()  # what was interrupted may have been this call
+            return
+        if goes_through(exc):
+            batch.stop_for(exc)
+        else:  # perhaps a time limit, which stops this thread and not the tasks
+            batch.give_back()
+            self._allow_start()
+            shared_pool.submit(self._await(batch.again()))
+
+
+def _code_of(status: str) -> int:
+    """The status code; 0 if the status has no code, as before ``start_response``."""
+    try:
+        return int(status[:3])
+    except ValueError:
+        return 0

@@ -1,0 +1,140 @@
+"""Responses that a server has freed without calling ``close()``.
+
+A response may be freed inside a garbage collection, on any thread, at any allocation. A
+finalizer must take no lock and start no thread there. So the finalizer puts the response on
+a ``SimpleQueue``, whose ``put`` is documented as safe in finalizers, and a thread reads the
+queue.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import queue
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING, NamedTuple
+
+from wsgi_bg._process import log
+from wsgi_bg._process.exit import is_exiting
+from wsgi_bg._process.interrupts import goes_through
+from wsgi_bg._process.per_process import PerProcess
+from wsgi_bg._process.threads import start_daemon
+from wsgi_bg._request import servers
+from wsgi_bg.runners import shutdown
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+    from wsgi_bg._request.request_tasks import Outcome, RequestTasks
+    from wsgi_bg._tasks.task import BackgroundTask
+
+
+_FLUSH_TIMEOUT = 1.0  # seconds
+
+
+class Unclosed(NamedTuple):
+    """The tasks, environ and outcome of a response that was freed."""
+
+    tasks: RequestTasks
+    environ: WSGIEnvironment
+    outcome: Outcome
+
+
+class _Collections:
+    """Tells if a garbage collection is running, from the first task of the process on.
+
+    A collection closes generators before or after the objects that hold them. So during a
+    collection a closed generator does not show how its iteration has ended.
+    """
+
+    are_running: bool = False
+
+    def note(self, phase: str, info: object) -> None:
+        self.are_running = phase == "start"
+
+
+collections: _Collections = _Collections()
+
+
+class Collector:
+    """The queue and its thread, which starts when the first task of the process is added."""
+
+    def __init__(self) -> None:
+        self.pid: int = os.getpid()
+        self.queue: queue.SimpleQueue[Unclosed | threading.Event] = queue.SimpleQueue()
+        # By id of the request: the requests whose tasks no thread has begun to run, with the
+        # list of these tasks. The thread that pops a request runs its tasks or logs them.
+        self.unfinished: dict[int, tuple[RequestTasks, list[BackgroundTask]]] = {}
+        self.has_warned: bool = False
+        self._has_thread = False
+        gc.callbacks.append(collections.note)
+        shutdown.arm(self.flush, self.abandon)
+
+    def start(self) -> None:
+        """Start the thread that reads the queue.
+
+        If there is no memory for a stack, the next request tries again. :meth:`flush` then
+        reads the queue itself. Two requests at once may start two threads, which is harmless.
+        """
+        if not self._has_thread and not is_exiting():
+            with suppress(RuntimeError):
+                start_daemon(self._work, "wsgi_bg-unclosed")
+                self._has_thread = True
+
+    def _work(self) -> None:
+        try:
+            while True:
+                self._take_next()
+        finally:
+            self._has_thread = False
+
+    def _take_next(self) -> None:
+        try:
+            self._take(self.queue.get())
+        except BaseException as exc:
+            if goes_through(exc):
+                raise
+            log.error("the thread for unclosed responses raised", exc_info=exc)
+
+    def flush(self) -> None:
+        """Hand over the responses that were freed so far; blocks for a second at most."""
+        if self._has_thread:
+            # Last in the queue: when the thread sets the event, it has handled all before.
+            reached = threading.Event()
+            self.queue.put(reached)
+            reached.wait(_FLUSH_TIMEOUT)
+        # If there is no thread, or the thread runs a batch that no runner accepted.
+        with suppress(queue.Empty):
+            while True:
+                self._take(self.queue.get_nowait())
+
+    def _take(self, item: Unclosed | threading.Event) -> None:
+        if isinstance(item, threading.Event):
+            item.set()
+        else:
+            self._hand_over(item)
+
+    def _hand_over(self, response: Unclosed) -> None:
+        tasks, environ, outcome = response
+        if not self.has_warned:
+            self.has_warned = True
+            log.warning(
+                "%s freed a response without calling its close(), as PEP 3333 asks: its "
+                "background tasks were handed over when it was freed (said once a process)",
+                servers.describe(environ),
+            )
+        tasks.end(environ, outcome, closed=False)
+
+    def abandon(self) -> list[BackgroundTask]:
+        """Claim and return the tasks of requests that are open or were not handed over."""
+        left: list[BackgroundTask] = []
+        while self.unfinished:
+            with suppress(KeyError):
+                _, (tasks, _) = self.unfinished.popitem()
+                tasks._end()
+                left += [task for task in tasks._left() if task._claim()]
+        return left
+
+
+collectors: PerProcess[Collector] = PerProcess(Collector)

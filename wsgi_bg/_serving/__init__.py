@@ -1,0 +1,1 @@
+"""``wsgi-bg``: serves an application with waitress, and drains on SIGTERM."""

@@ -1,0 +1,179 @@
+"""``wsgi-bg MODULE:APP``: serve an application with waitress and drain at the stop.
+
+For a wrong command the program prints a line on standard error and exits with status 2. An
+error inside the user's module keeps the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import getopt
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from wsgi_bg import __version__
+from wsgi_bg._serving import serve as serving
+from wsgi_bg.exceptions import ExtraMissingError, OptionError
+from wsgi_bg.runners import set_default
+
+if TYPE_CHECKING:
+    from wsgi_bg._serving.server import GracefulServer
+
+_DESCRIPTION = """\
+Serve a WSGI application with waitress and run its background tasks after the responses.
+SIGTERM, SIGINT and SIGHUP stop it: requests in hand are answered, tasks are waited for. The
+exit status is then 0, or 1 if something was left, which is named. A second signal ends it at
+once.
+"""
+
+# Options of waitress that are refused behind "--".
+_NOT_BEHIND = ("help", "host", "port", "threads", "sockets")
+
+
+class _UsageError(Exception):
+    """The command line is wrong; the message gives the reason in a line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError(f"{message} (see {self.prog} --help)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return the exit status.
+
+    :param arguments: the command-line arguments; None for the arguments of the process.
+    """
+    _open_standard_files()
+    try:
+        own, behind = _split(sys.argv[1:] if arguments is None else arguments)
+        given = _parser().parse_args(own)
+        server = _prepare(given, behind)
+    except _UsageError as exc:
+        print(f"wsgi-bg: {exc}", file=sys.stderr)
+        return 2
+    return 1 if serving.run(server, given.drain_timeout) else 0
+
+
+def _open_standard_files() -> None:
+    """Open the null device for each of the file descriptors 0 to 2 that is closed.
+
+    Otherwise a socket could get the number 1, and standard output would go to that socket.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split the arguments at the first ``--``."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    return list(arguments[:end]), list(arguments[end + 1 :])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="wsgi-bg",
+        usage="%(prog)s [OPTIONS] MODULE:APP [-- OPTIONS OF WAITRESS]",
+        description=_DESCRIPTION,
+        epilog="Behind -- stand options of waitress, as waitress-serve --help lists them.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("app", metavar="MODULE:APP", help="for instance shop.wsgi:app; APP may have dots")
+    add("--version", action="version", version=f"%(prog)s {__version__}")
+    add("--host", help=f"the address to listen on (default: {serving.HOST})")
+    add("--port", type=int, help=f"0 for any that is free (default: {serving.PORT})")
+    add(
+        "--threads",
+        type=int,
+        default=serving.THREADS,
+        help="how many requests are handled at the same time (default: %(default)s)",
+    )
+    add(
+        "--runner",
+        choices=("pool", "inline"),
+        help="where tasks run: on threads of their own, or on the server's (default: what "
+        "the application's own middleware names, else pool)",
+    )
+    add(
+        "--drain-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="how long a stop may take, from the signal (default: what the runners say, 30)",
+    )
+    return parser
+
+
+def _prepare(given: argparse.Namespace, behind: list[str]) -> GracefulServer:
+    options = {"host": given.host, "port": given.port, "threads": given.threads}
+    try:
+        serving.check(**options, drain_timeout=given.drain_timeout)
+    except (ExtraMissingError, OptionError) as exc:
+        raise _UsageError(exc) from exc
+    of_waitress, is_factory = _parse_waitress(behind)
+    set_default(given.runner or "pool")  # before the user's module makes a middleware
+    app = _load(given.app, is_factory)
+    options = serving.complete({**options, **of_waitress})
+    try:
+        return serving.listen(app, given.runner, options)
+    except (OSError, ValueError) as exc:
+        where = options.get("listen") or options.get("unix_socket")
+        where = where or "{host}:{port}".format(**options)
+        reason = getattr(exc, "strerror", None) or exc
+        given_too = f" (with {' '.join(behind)})" if behind else ""
+        raise _UsageError(f"cannot listen on {where}: {reason}{given_too}") from exc
+
+
+def _parse_waitress(arguments: list[str]) -> tuple[dict[str, str], bool]:
+    """Return the options of waitress, and True if APP is an application factory."""
+    from waitress.adjustments import Adjustments
+
+    try:
+        options, rest = Adjustments.parse_args(arguments)
+    except getopt.GetoptError as exc:
+        raise _UsageError(f"{exc} (see waitress-serve --help)") from exc
+    wrong = [f"--{name}" for name in _NOT_BEHIND if options.get(name)] + rest
+    if wrong:
+        raise _UsageError(f"{wrong[0]} does not belong behind --")
+    if "listen" in options:
+        options["listen"] = options["listen"].strip()
+    del options["help"]
+    return options, options.pop("call")
+
+
+def _load(target: str, is_factory: bool) -> Any:
+    """Import the application that ``target`` names, from the current directory first."""
+    module_name, _, path = target.partition(":")
+    if path.endswith("()"):
+        factory = target.removesuffix("()")
+        raise _UsageError(f"for an application factory write {factory} -- --call")
+    if not all(name.isidentifier() for name in f"{module_name}.{path}".split(".")):
+        raise _UsageError(f"{target!r} is not MODULE:APP, for instance shop.wsgi:app")
+    directory = os.getcwd()
+    if sys.path[:1] != [directory]:  # with python -m it is the first already
+        sys.path.insert(0, directory)
+    app = _find(module_name, path)
+    if is_factory and callable(app):
+        app = app()
+    if not callable(app):
+        raise _UsageError(f"{target} is not callable: it is a {type(app).__name__}")
+    return app
+
+
+def _find(module_name: str, path: str) -> Any:
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as exc:
+        # If the user's module imports the missing module, the error is inside the user's code.
+        if not f"{module_name}.".startswith(f"{exc.name}."):
+            raise
+        raise _UsageError(f"{exc} (looked for in {sys.path[0]} first)") from exc
+    for name in path.split("."):
+        if not hasattr(found, name):
+            raise _UsageError(f"module {module_name!r} has no attribute {path!r}")
+        found = getattr(found, name)
+    return found

@@ -1,0 +1,608 @@
+"""``Batch``: the run of one request's tasks, which the middleware submits to a runner."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from contextvars import Context, copy_context
+from functools import partial
+from inspect import GEN_CREATED, getgeneratorstate, isawaitable, isgenerator
+from sys import getrefcount
+from threading import current_thread, main_thread
+from types import CoroutineType
+from typing import Any
+
+from wsgi_bg._loop import coroutines as steps
+from wsgi_bg._loop import portal
+from wsgi_bg._loop.asgiref_state import move_here
+from wsgi_bg._loop.coroutines import DONE, RestOf, as_coroutine
+from wsgi_bg._process import log
+from wsgi_bg._process import per_process as process
+from wsgi_bg._process.interrupts import goes_through, is_from_signal_handler, is_raised_here
+from wsgi_bg._tasks import task_log as report
+from wsgi_bg._tasks.background_tasks import ENDED, BackgroundTasks
+from wsgi_bg._tasks.calls import RESULT, Calls
+from wsgi_bg._tasks.options import Options
+from wsgi_bg._tasks.task import CLAIMED, BackgroundTask
+
+_NOT_RUN = "it returned a generator that no one runs: nothing was done"
+
+_SHOWN = 10  # tasks of a batch in its repr, which is logged on a server's thread
+
+GO_ON, STOP, ABANDONED = range(3)
+
+_CANCEL_TIMEOUT = 1.0
+"""Seconds for which a stopped worker waits for the cancelled async task."""
+
+
+class Batch:
+    """The tasks of one request, made when the outcome of the request is known.
+
+    A task's error is logged and the next task runs. If the task was added under
+    ``stop_on_error``, the remaining tasks are discarded instead, and each is logged by name.
+
+    Each task is claimed by a single thread, which runs, discards or logs the task. A signal
+    handler may raise between any two bytecodes of the server's thread. Whatever that thread
+    was about to do, the claims, ``_running`` and ``_done`` say which tasks are left.
+
+    :param status: the status code of the response; 0 if there was none, CRASHED if the
+        application raised.
+    :ivar response_complete: True if the server needs nothing more from the application
+        to finish the response. If False, :meth:`run` must not be called before ``submit``
+        has returned.
+    :ivar sends: True if the batch's runner may send the tasks to another process.
+    :ivar not_before: the earliest start that the runner allows, by :func:`time.monotonic`.
+    :ivar is_kept: True if a ledger tracks the batch.
+    :ivar succeeded: number of tasks that have returned.
+    :ivar failed: number of tasks that have raised.
+    :ivar discarded: number of tasks that will not run.
+    :ivar run_here: number of tasks that a full pool began to run on the server's thread.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_begun",
+        "_cause",
+        "_done",
+        "_generation",
+        "_has_started",
+        "_let_run",
+        "_of",
+        "_passed_over",
+        "_running",
+        "_status",
+        "_stop",
+        "_stopped",
+        "_when_done",
+        "discarded",
+        "failed",
+        "is_kept",
+        "not_before",
+        "response_complete",
+        "run_here",
+        "sends",
+        "succeeded",
+    )
+
+    def __init__(
+        self,
+        tasks: BackgroundTasks,
+        *,
+        response_complete: bool,
+        status: int = 200,
+    ) -> None:
+        self.response_complete: bool = response_complete
+        self.sends: bool = False
+        self.not_before: float = 0.0
+        self.is_kept: bool = False
+        self.succeeded: int = 0
+        self.failed: int = 0
+        self.discarded: int = 0
+        self.run_here: int = 0
+        self._of = tasks
+        # The number of tasks that are claimed but not yet dropped.
+        self._passed_over = 0
+        self._status = status
+        self._let_run: Options | None = None  # the last options that let a task run
+        self._generation = process.generation
+        self._has_started = self._stopped = False
+        # Not GO_ON if no further task begins: STOP if a signal handler raised or another batch
+        # runs the tasks, ABANDONED if abandon() has claimed the tasks that were left.
+        self._stop = GO_ON
+        # The running task. Set before the task is claimed, and cleared when its call has
+        # returned or its log record is made.
+        self._running: BackgroundTask | None = None
+        # Progress of the running task, kept only on the main thread, which runs signal
+        # handlers. The key RESULT appears in the moment in which the task's call returns, the
+        # key SAID with its log record.
+        self._done: defaultdict[Any, Any] | None = None
+        # A task whose plain function has returned an awaitable, which the portal will await.
+        self._begun: tuple[BackgroundTask, Context, Any] | None = None
+        # The exception for which the running async task is cancelled.
+        self._cause: Exception | None = None
+        self._when_done: tuple[Callable[[Any], None], ...] = ()
+
+    def again(self) -> Batch:
+        """Copy this batch for another runner, if the first runner may or may not have it.
+
+        Whichever of the two batches starts first runs the tasks.
+        """
+        batch = Batch(self._of, response_complete=False, status=self._status)
+        batch._passed_over = self._passed_over
+        batch.when_done((lambda batch: self._tell(),))
+        return batch
+
+    def give_back(self) -> None:
+        """Unclaim the running task if an exception kept it from being logged.
+
+        Another batch can discard the task then.
+        """
+        task = self._running
+        if task is not None and not task._unclaimed and log.SAID not in (self._done or ()):
+            task._unclaimed = [None]
+
+    @property
+    def tasks(self) -> list[BackgroundTask]:
+        """The tasks that have not finished; the running task is first."""
+        waiting = [task for task in self._of._left() if task._unclaimed]
+        running = self._running  # read now: a task is marked as running before it is claimed
+        if running is None or running in waiting:
+            return waiting
+        return [running, *waiting]
+
+    @property
+    def length(self) -> int:
+        """Approximate number of tasks left; further threads add and run tasks meanwhile."""
+        return max(0, self._of._length() - self._passed_over)
+
+    @property
+    def is_running(self) -> bool:
+        """True if a task is running now."""
+        return self._running is not None
+
+    @property
+    def has_ended(self) -> bool:
+        """True if this batch will begin no further task."""
+        return self._of._phase == ENDED or self._stop != GO_ON
+
+    @property
+    def next_is_async(self) -> bool | None:
+        """True if the next task runs on the portal; None if no task is left."""
+        task = self._of._next_unclaimed()
+        return None if task is None else task.is_async
+
+    def when_done(self, functions: tuple[Callable[[Any], None], ...]) -> None:
+        """Call each of ``functions`` with the batch when its last task is done, or more often.
+
+        Most batches keep only the tuple that their ledger gives to all of them.
+        """
+        self._when_done += functions
+
+    def tell_if_ended(self) -> None:
+        """Call the functions given to :meth:`when_done` if the batch has ended."""
+        if self.has_ended:
+            self._tell()
+
+    def _tell(self) -> None:
+        for tell in self._when_done:
+            tell(self)
+
+    def discard_excluded(self) -> bool:
+        """Discard the tasks that must not run after this outcome of the request.
+
+        :return: False in a child process that a hook has forked meanwhile.
+        """
+        excluded = [
+            task
+            for task in list(self._of._list or ())
+            if not (task._options is self._let_run or self._lets_run(task))
+        ]
+        if not excluded:
+            return True
+        self._done = _done_here()
+        for task in excluded:
+            self._running = task
+            if task._claim():
+                self._discard(task)
+                self._passed_over += 1
+            self._running = None
+            if self._is_in_child:
+                return False
+        self._done = None
+        return True
+
+    def run(self) -> None:
+        """Run the tasks in order, with the tasks that they add; blocks until all are done.
+
+        Plain functions run on the calling thread. Async functions run on the portal;
+        consecutive async tasks share a portal call.
+
+        :raises KeyboardInterrupt: or another exception that stops the server's worker (see
+            :mod:`wsgi_bg._process.interrupts`), after the unfinished tasks were logged; never a
+            task's own error.
+        """
+        try:
+            self._done = _done_here()
+            if self._start():
+                while self._run_plain_tasks():
+                    self._run_async_tasks()
+        except BaseException as exc:
+            self.stop_for(exc)
+            raise
+        finally:
+            self.tell_if_ended()
+
+    def run_plain(self) -> bool:
+        """Run the next plain tasks on the calling thread; blocks.
+
+        :return: True if :meth:`run_async` must be called next.
+        :raises KeyboardInterrupt: as :meth:`run` does.
+        """
+        try:
+            return self._start() and self._run_plain_tasks()
+        except BaseException as exc:
+            self.stop_for(exc)
+            raise
+        finally:
+            self.tell_if_ended()
+
+    def send(self) -> None:
+        """Offer all tasks that are left to their runner's ``send``, in order; blocks.
+
+        Used by a runner that sends a task before the tasks ahead of it have run. Tasks that
+        ``send`` does not accept stay in the batch.
+
+        :raises KeyboardInterrupt: as :meth:`run` does.
+        """
+        try:
+            if not self._start():
+                return
+            self._done = _done_here()
+            for task in self.tasks:
+                if self._stopped or self._stop == ABANDONED:
+                    break
+                self._running = task  # before the claim: a signal finds its name
+                if task._claim():
+                    self._send_or_keep(task)
+                self._running = None
+            self._of._allow_start()
+            self._has_started = False
+        except BaseException as exc:
+            self.stop_for(exc)
+            raise
+        finally:
+            self.tell_if_ended()  # after a stop; else the remaining tasks are still to run
+
+    def _send_or_keep(self, task: BackgroundTask) -> None:
+        calls = task._options.calls
+        context = task._context or copy_context()
+        try:
+            if calls is None or not context.run(calls.send, task):
+                task._unclaimed = [None]  # only the thread that has claimed the task does this
+                return
+        except BaseException as exc:
+            if goes_through(exc):
+                raise
+            self._fail(task, context, exc)
+        else:
+            self.succeeded += 1
+        self._passed_over += 1
+        task._context = None
+
+    def _start(self) -> bool:
+        """Start the run of the request's tasks, which only a single batch may do.
+
+        :return: False if another batch has started, or if the tasks were logged because a
+            signal handler interrupted ``submit``, perhaps after a thread had got the batch.
+        """
+        if self._has_started:
+            return True
+        self._has_started = self._of._may_start()
+        if not self._has_started:
+            self._stop = STOP
+            self._tell()
+        return self._has_started
+
+    def _run_plain_tasks(self) -> bool:
+        of, done = self._of, self._done
+        while (task := self._next(False)) is not None:
+            context = of._context_of(task)
+            calls = task._options.calls
+            try:
+                if calls is not None:
+                    result = context.run(self._make_of(calls), task, done)
+                elif done is None:
+                    result = context.run(task.func, *task.args, **task.kwargs)
+                else:  # calls.call() written out; an empty ** costs 0.1 us
+                    done.default_factory = (
+                        partial(context.run, task.func, *task.args, **task.kwargs)
+                        if task.kwargs
+                        else partial(context.run, task.func, *task.args)
+                    )
+                    result = done[RESULT]
+                if result is not None:
+                    if isawaitable(result):
+                        self._begun = task, context, result
+                        if done is not None:
+                            done.clear()
+                        return True
+                    if isgenerator(result) and getgeneratorstate(result) == GEN_CREATED:
+                        raise TypeError(_NOT_RUN)
+            except BaseException as exc:
+                if goes_through(exc) or self._is_in_child:
+                    raise
+                if done is not None:
+                    if is_from_signal_handler(exc) and done:
+                        raise
+                    done.clear()
+                self._fail(task, context, exc)
+                if process.generation != self._generation:
+                    return False
+            else:
+                if process.generation != self._generation:  # a child, forked by the task
+                    return False
+                self._running = None
+                if done:  # empty if the task was sent
+                    del done[RESULT]
+                self.succeeded += 1
+                if calls is not None:
+                    _run_in(context, calls.finished, task)
+                    if process.generation != self._generation:
+                        return False
+            front = of._front
+            if front:
+                front.pop()
+            else:
+                of._drop(task)
+        if done is not None:
+            done.default_factory = None  # and so the arguments of the last task
+        return not (self.has_ended or self._is_in_child)
+
+    @property
+    def _is_in_child(self) -> bool:
+        """True in a child process that a task, or an observer of a task, has forked."""
+        return process.generation != self._generation
+
+    def _make_of(self, calls: Calls) -> Callable[..., Any]:
+        return calls.send_or_make if self.sends else calls.make
+
+    def _run_async_tasks(self) -> None:
+        """Run the next async tasks on the portal; blocks until they are done."""
+        call = portal.PortalCall(self._run_async_and_say)
+        try:
+            call.make()
+        except Exception as exc:
+            if not call.is_pending:  # no loop can be made, or the loop was ended
+                self._fail_next(exc)
+                return
+            # A signal handler has raised, for example for a time limit. The running task
+            # fails with this error.
+            self._cause = exc
+            has_ended = call.cancel(_CANCEL_TIMEOUT)
+            if not has_ended or self._cause is not None:
+                raise
+        except BaseException:
+            self._stop = self._stop or STOP
+            call.cancel(_CANCEL_TIMEOUT)
+            raise
+
+    def _fail_next(self, exc: Exception) -> None:
+        """Fail the next async task, because there is no loop to run the task on."""
+        # A drain that timed out has abandoned the batch and logged its tasks already.
+        task = None if self._stop == ABANDONED else self._running or self._next(True)
+        if task is None:
+            return
+        context = self._of._context_of(task)
+        if self._begun is not None:
+            _, context, awaitable = self._begun
+            self._begun = None
+            steps.drop(context, awaitable)
+        self._fail(task, context, exc)
+        self._of._drop(task)
+
+    async def _run_async_and_say(self) -> Any:
+        await self.run_async()
+        return portal.AGAIN if self.goes_on_async() else None
+
+    def goes_on_async(self) -> bool:
+        """True if :meth:`run_async` must be called again, in another asyncio task."""
+        return not self.has_ended and self.next_is_async is True
+
+    async def run_async(self) -> None:
+        """Run the next async tasks; called on the portal's thread.
+
+        May return before the last async task, if a task has left something that could cancel
+        the next task: a cancel scope or a timeout that is still entered, or a stored
+        ``asyncio.current_task()``. Each of these holds a reference to the asyncio task, and
+        references can be counted. See :meth:`goes_on_async`.
+        """
+        this = steps.current_task()
+        references = getrefcount(this)
+        try:
+            if not self._start():
+                return
+            task: BackgroundTask | None
+            while True:
+                if self._begun is not None:  # the awaitable that a plain function returned
+                    task, context, awaitable = self._begun
+                    self._begun = None
+                    move_here(context)
+                else:
+                    task = self._next(True)
+                    if task is None:
+                        return
+                    awaitable = None
+                    context = self._of._context_of(task)
+                calls = task._options.calls
+                try:
+                    if awaitable is None:
+                        if calls is None:
+                            awaitable = context.run(task.func, *task.args, **task.kwargs)
+                        else:
+                            awaitable = context.run(self._make_of(calls), task, None)
+                    if type(awaitable) is not CoroutineType:
+                        awaitable = as_coroutine(awaitable)
+                    # The first step; a coroutine that waits for nothing ends in this step.
+                    waits_for = context.run(next, awaitable.__await__(), DONE)
+                    if waits_for is not DONE:
+                        await RestOf(context, awaitable, waits_for)
+                except BaseException as exc:
+                    if self._is_in_child:
+                        raise
+                    if steps.is_cancellation(exc):
+                        if self._stop:
+                            raise
+                        if self._cause is not None:
+                            exc, self._cause = self._cause, None
+                        references = 0  # the next task gets an asyncio task of its own
+                    self._fail(task, context, exc)
+                else:
+                    if process.generation != self._generation:
+                        return
+                    self._running = None
+                    self.succeeded += 1
+                    if calls is not None:
+                        _run_in(context, calls.finished, task)
+                if process.generation != self._generation:
+                    return
+                self._of._drop(task)
+                del awaitable
+                if this is not None and (
+                    getrefcount(this) > references or steps.is_cancelled(this)
+                ):
+                    return
+        except BaseException as exc:
+            if self._is_in_child:
+                process.end_child(exc)
+            raise
+        finally:
+            if self._is_in_child:
+                process.end_child(None)
+            self.tell_if_ended()
+
+    def abandon(self) -> list[BackgroundTask]:
+        """Begin no further task; claim and return the tasks left, the running task first."""
+        was_abandoned = self._stop == ABANDONED
+        self._stop = ABANDONED
+        self._of._end()
+        running = None if was_abandoned else self._running
+        if running is not None:
+            running._claim()  # if the task was only about to begin
+        left = [task for task in self._of._left() if task._claim()]
+        return left if running is None else [running, *left]
+
+    def _next(self, is_async: bool) -> BackgroundTask | None:
+        """Claim the next task if its ``is_async`` matches; end the batch if no task is left."""
+        of = self._of
+        while not self._stop:
+            front = of._front
+            task = front[-1] if front else of._first()
+            if task is None:
+                return None
+            runs = not self._stopped and (
+                task._options is self._let_run or self._lets_run(task)
+            )
+            if runs and task.is_async is not is_async and task._unclaimed:
+                return None
+            self._running = task  # before the claim: a signal finds its name
+            try:
+                task._unclaimed.pop()  # task._claim(), without the call
+            except IndexError as exc:
+                if not is_raised_here(exc):
+                    raise
+            else:
+                if runs:
+                    if is_async:  # the task may wait for long: free the emptied list
+                        task._unclaimed = CLAIMED
+                    return task
+                self._discard(task)
+                if self._is_in_child:
+                    return None
+            self._running = None
+            self._passed_over = max(0, self._passed_over - 1)  # 0: another thread claimed
+            of._drop(task)
+        of._end()  # again: abandon() may have run between two steps of _first()
+        return None
+
+    def _lets_run(self, task: BackgroundTask) -> bool:
+        """True if the task runs after this outcome of the request.
+
+        Callers compare ``_let_run`` first: in most batches all tasks share their options,
+        and a call for each task would make an inline task a tenth slower.
+        """
+        options = task._options
+        if options.lets_run(self._status):
+            self._let_run = options
+            return True
+        return False
+
+    def _fail(self, task: BackgroundTask, context: Context, exc: BaseException) -> None:
+        self.failed += 1
+        if task._options.stop_on_error:
+            self._stopped = True
+        _run_in(context, report.failure, task, exc, self._done)
+        self._settle()
+        _run_in(context, report.tell_failure, task, exc)
+
+    def _discard(self, task: BackgroundTask) -> None:
+        self.discarded += 1
+        if self._stopped:
+            reason = "a task before it failed, with stop_on_error set"
+        else:
+            reason = task._options.why_not_run(self._status)
+        context = self._of._context_of(task)
+        _run_in(context, report.not_run, task, reason, self._done)
+        self._settle()
+        _run_in(context, report.discarded, task, reason)
+
+    def _settle(self) -> None:
+        """Forget the running task: its outcome is logged."""
+        self._running = None
+        if self._done is not None:
+            self._done.clear()
+
+    def stop_for(self, exc: BaseException) -> None:
+        """Begin no further task, since ``exc`` stops the worker, and log the tasks left."""
+        if self._is_in_child:
+            return
+        running = self._running
+        has_begun = running is not None and not running._unclaimed
+        done: dict[Any, Any] = self._done or {}
+        if log.SAID in done:
+            self._running = None  # the task is logged already
+        elif RESULT in done:
+            result = done[RESULT]
+            if isawaitable(result):
+                steps.drop(copy_context(), result)
+            else:
+                self._running = None  # the task's call has returned
+                self.succeeded += 1
+        left = self.abandon()
+        for task in left:
+            if process.generation != self._generation:  # a hook has forked
+                return
+            self.discarded += 1
+            report.stopped(task, exc, began=has_begun and task is running)
+        self._running = None
+        self.tell_if_ended()
+
+    def __repr__(self) -> str:
+        tasks = self.tasks
+        names = [task.name for task in tasks[:_SHOWN]]
+        names += [f"{len(tasks) - _SHOWN} others"] * (len(tasks) > _SHOWN)
+        return f"<{type(self).__name__} [{', '.join(names)}]>"
+
+
+def _done_here() -> defaultdict[Any, Any] | None:
+    """A new dictionary for :attr:`Batch._done`, on the thread that signal handlers run on."""
+    return defaultdict() if current_thread() is main_thread() else None
+
+
+def _run_in(context: Context, func: Callable[..., object], *args: Any) -> None:
+    """Call ``func(*args)`` in ``context``, or outside if a task still runs in ``context``."""
+    try:
+        context.run(func, *args)
+    except RuntimeError as exc:
+        if not is_raised_here(exc):  # func has begun
+            raise
+        func(*args)

@@ -1,0 +1,109 @@
+"""Checks of the function of a new task, and the function's name in logs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import reprlib
+from inspect import CO_COROUTINE
+from types import NoneType
+from typing import Any
+
+from wsgi_bg._process.interrupts import is_from_signal_handler
+from wsgi_bg._process.log import type_name
+from wsgi_bg.exceptions import TaskTypeError
+
+# These flags suffice for the usual cases, a function or a bound method, plain or async. A
+# test of the flags takes 20 ns, inspect.iscoroutinefunction 240 ns (1.2 us on 3.13).
+NOT_PLAIN = (
+    inspect.CO_GENERATOR
+    | CO_COROUTINE
+    | inspect.CO_ITERABLE_COROUTINE
+    | inspect.CO_ASYNC_GENERATOR
+)
+
+
+def kind_of(func: Any) -> bool:
+    """True if ``func`` is async, also as a partial or as an object with async ``__call__``.
+
+    :raises TypeError: if ``func`` cannot run as a task; a coroutine is closed first.
+    """
+    if not callable(func):
+        raise TaskTypeError(_why_not_callable(func), func)
+    target = _innermost(func)
+    if inspect.isasyncgenfunction(target) or (
+        inspect.isgeneratorfunction(target) and not _is_coroutine_function(target)
+    ):
+        raise TaskTypeError(
+            f"{name_of(func)} is a generator function: calling it runs nothing. "
+            "Add a function that does the work, with a loop over the generator in it.",
+            func,
+        )
+    return _is_coroutine_function(target)
+
+
+def is_coroutine_callable(func: Any) -> bool:
+    """True if calling ``func`` returns a coroutine, as far as is known without the call."""
+    return _is_coroutine_function(_innermost(func))
+
+
+def name_of(func: Any) -> str:
+    """Return ``module.qualname`` of the innermost callable; for an object, of its class.
+
+    Never raises: if reading the name of the callable raises, the name of its class is used.
+    """
+    try:
+        while isinstance(func, functools.partial):
+            func = func.func
+        named = func if hasattr(func, "__qualname__") else type(func)
+        qualname = named.__qualname__
+        # ``__module__`` is None for a method of a builtin type, such as [].append, and
+        # missing for "x".__mul__.
+        module = getattr(named, "__module__", None)
+        if isinstance(qualname, str) and isinstance(module, (str, NoneType)):
+            return f"{module}.{qualname}" if module else str(qualname)
+    except BaseException as exc:
+        if is_from_signal_handler(exc):
+            raise
+    return type_name(func)
+
+
+def _innermost(func: Any) -> Any:
+    """Return the function inside partials, or the ``__call__`` of an object's class."""
+    while isinstance(func, functools.partial):
+        func = func.func
+    # A function or a bound method has flags; so has unittest.mock's AsyncMock.
+    if _flags_of(func) is not None or isinstance(func, type):
+        return func
+    return type(func).__call__
+
+
+def _is_coroutine_function(func: Any) -> bool:
+    flags = _flags_of(func) or 0
+    return bool(flags & (CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE))
+
+
+def _flags_of(func: Any) -> int | None:
+    flags = getattr(getattr(func, "__code__", None), "co_flags", None)
+    return flags if isinstance(flags, int) else None
+
+
+def _why_not_callable(given: Any) -> str:
+    if inspect.iscoroutine(given):
+        name = given.__qualname__
+        given.close()  # or Python warns that it was never awaited
+        return (
+            f"got a coroutine object, {name}(...) has been called already: "
+            f"write add_task({name}, ...) and not add_task({name}(...))"
+        )
+    if inspect.isawaitable(given) or inspect.isgenerator(given) or inspect.isasyncgen(given):
+        return (
+            f"got a {type_name(given)} object, and not the function that makes it: "
+            "write add_task(function, ...) and not add_task(function(...))"
+        )
+    if isinstance(given, str):
+        return f"got the string {reprlib.repr(given)}: give the function itself, not its name"
+    return (
+        f"got {reprlib.repr(given)} of type {type_name(given)}, which cannot be called: "
+        "write add_task(function, *args, **kwargs), without calling the function"
+    )

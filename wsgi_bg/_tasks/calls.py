@@ -1,0 +1,206 @@
+"""``Calls``: calls tasks of layers that have hooks, ``around``, or a runner with ``send``.
+
+Most layers have none of these: their tasks are called directly, and this module does not run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
+from inspect import isawaitable
+from typing import TYPE_CHECKING, Any
+
+from wsgi_bg._loop.coroutines import AwaitedIn
+from wsgi_bg._process import log
+from wsgi_bg._process import per_process as process
+from wsgi_bg._process.interrupts import is_from_signal_handler
+from wsgi_bg._tasks.hooks import Hooks, TaskRecord
+from wsgi_bg._tasks.successors import observe
+
+if TYPE_CHECKING:
+    from wsgi_bg._tasks.background_tasks import BackgroundTasks
+    from wsgi_bg._tasks.task import BackgroundTask
+
+Done = defaultdict[Any, Any] | None
+Send = Callable[["BackgroundTask"], bool]
+Around = Callable[[], AbstractContextManager[Any]]
+
+
+RESULT = "result"
+
+
+def call(task: BackgroundTask, done: Done) -> Any:
+    """Make the call of ``task`` in the current context and return its result.
+
+    :param done: given on a thread that runs signal handlers. Its ``default_factory`` makes
+        the call and stores the result under RESULT, with no bytecode, and so no handler,
+        between call and store.
+    :raises BaseException: the error of the call.
+    """
+    if done is None:
+        return task.func(*task.args, **task.kwargs)
+    done.default_factory = partial(task.func, *task.args, **task.kwargs)
+    return done[RESULT]
+
+
+class Calls:
+    """Calls the tasks of a layer and the layer's hooks.
+
+    :param hooks: called in this order.
+    :param around: makes a context manager, in which a task is called and an awaitable that
+        the call returns is awaited. The context manager must not suppress errors.
+    :param send: the runner's method, which returns True if another process makes the call.
+    :param may_send: the runner's method, which returns True if ``send`` may be called; None
+        if ``send`` may always be called.
+    """
+
+    __slots__ = ("_around", "_hooks", "_may_send", "_send")
+
+    def __init__(
+        self,
+        hooks: tuple[Hooks, ...],
+        around: Around | None,
+        send: Send | None,
+        may_send: Send | None = None,
+    ) -> None:
+        self._hooks = hooks
+        self._around = around
+        self._send = send
+        self._may_send = may_send
+
+    def added(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
+        """Call the hooks for a task that is about to join ``batch``."""
+        if self._hooks:
+            record = TaskRecord(task, batch)
+            task._record = [record]
+            self._tell("task_added", record)
+
+    def send(self, task: BackgroundTask) -> bool:
+        """Send the task to another process; True if the runner sent the task. Blocks.
+
+        :raises Exception: the error of the runner's ``send``; the task fails with this error.
+        """
+        if self._send is None or not self._send(task):
+            return False
+        self._end(task, "task_sent")
+        return True
+
+    def send_or_make(self, task: BackgroundTask, done: Done) -> Any:
+        """Send the task; if the task is not sent, make the call as :meth:`make` does."""
+        if self._may_send is not None and not self._may_send(task):
+            return self.make(task, done)
+        if task.is_async:
+            return self._send_or_make_async(task, done)
+        return None if self.send(task) else self.make(task, done)
+
+    async def _send_or_make_async(self, task: BackgroundTask, done: Done) -> Any:
+        import asyncio  # already loaded: this code runs on a loop
+
+        is_sent = await asyncio.to_thread(self.send, task)  # not on the loop: send() blocks
+        return None if is_sent else await self.make(task, done)
+
+    def make(self, task: BackgroundTask, done: Done) -> Any:
+        """Call the task's function in the current context and return its result.
+
+        :param done: see :func:`call`.
+        :raises BaseException: the error of the call.
+        """
+        generation = process.generation
+        self._started(task)
+        if process.generation != generation:  # a hook has forked: the parent makes the call
+            return None
+        if self._around is None:
+            return call(task, done)
+        inside = self._around()
+        inside.__enter__()  # an ExitStack for each task costs as much again as Flask's context
+        if process.generation != generation:
+            self._exit(inside, task, None)
+            return None
+        try:
+            result = call(task, done)
+        except BaseException as exc:
+            self._exit(inside, task, exc)
+            raise
+        if result is not None and isawaitable(result):
+            stack = ExitStack()
+            stack.push(partial(self._exit_of_stack, inside, task))
+            return AwaitedIn(stack, result)
+        self._exit(inside, task, None)
+        return result
+
+    def _exit(
+        self,
+        inside: AbstractContextManager[Any],
+        task: BackgroundTask,
+        exc: BaseException | None,
+    ) -> None:
+        if exc is None:
+            observe(task, inside.__exit__, None, None, None)
+        else:
+            observe(task, inside.__exit__, type(exc), exc, exc.__traceback__)
+
+    def _exit_of_stack(
+        self,
+        inside: AbstractContextManager[Any],
+        task: BackgroundTask,
+        kind: object,
+        exc: BaseException | None,
+        traceback: object,
+    ) -> None:
+        self._exit(inside, task, exc)
+
+    def _started(self, task: BackgroundTask) -> None:
+        # Not in make(): the error of a call refers to the frame of make(), and the record
+        # refers to the error.
+        for record in getattr(task, "_record", ()):
+            record.started_at = time.monotonic()
+            self._tell("task_started", record)
+
+    def finished(self, task: BackgroundTask) -> None:
+        """Call the hooks for a task that has returned; an awaitable it returned was awaited."""
+        self._end(task, "task_finished")
+
+    def failed(self, task: BackgroundTask, exc: BaseException) -> None:
+        """Call the hooks for a task that has raised ``exc``."""
+        self._end(task, "task_failed", error=exc)
+
+    def discarded(self, task: BackgroundTask, reason: str) -> None:
+        """Call the hooks for a task that will not run, or that was interrupted."""
+        self._end(task, "task_discarded", reason=reason)
+
+    def _end(
+        self,
+        task: BackgroundTask,
+        hook: str,
+        error: BaseException | None = None,
+        reason: str | None = None,
+    ) -> None:
+        try:
+            # Popped, so that a single thread reports the end, and so that task, record and
+            # batch are no cycle that only the garbage collector could free.
+            record = task._record.pop()
+        except (AttributeError, IndexError):
+            return
+        record.ended_at = time.monotonic()
+        record.error = error
+        record.reason = reason
+        self._tell(hook, record)
+
+    def _tell(self, hook: str, record: TaskRecord) -> None:
+        generation = process.generation
+        for hooks in self._hooks:
+            try:
+                observe(record.task, getattr(hooks, hook), record)
+            except BaseException as exc:
+                if is_from_signal_handler(exc) or process.generation != generation:
+                    raise
+                log.error(
+                    "%s.%s raised for background task %s",
+                    log.type_name(hooks),
+                    hook,
+                    record.task.name,
+                    exc_info=exc,
+                )

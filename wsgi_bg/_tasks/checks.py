@@ -1,0 +1,49 @@
+"""Checks of options that are numbers."""
+
+from __future__ import annotations
+
+from math import inf
+
+from wsgi_bg.exceptions import OptionTypeError, OptionValueError
+
+
+def whole_number(
+    option: str, given: object, *, least: int, most: float = inf, or_none: bool = False
+) -> None:
+    """Raise unless ``given`` is an int from ``least`` to ``most``; a bool is not an int here.
+
+    :raises TypeError: if ``given`` is of another type.
+    :raises ValueError: if ``given`` is out of range.
+    """
+    if or_none and given is None:
+        return
+    if isinstance(given, bool) or not isinstance(given, int):
+        raise OptionTypeError(option, given, f"a whole number{' or None' * or_none}")
+    if not least <= given <= most:
+        wanted = f"{least} or more" if most == inf else f"{least} to {most}"
+        raise OptionValueError(option, given, f"{wanted}{', or None' * or_none}")
+
+
+def seconds(
+    option: str,
+    given: object,
+    *,
+    above_zero: bool = False,
+    most: float = inf,
+    or_none: bool = False,
+) -> None:
+    """Raise unless ``given`` is a number of seconds from 0 to ``most``; refuses NaN and bools.
+
+    :param above_zero: True to refuse 0 too.
+    :raises TypeError: if ``given`` is neither an int nor a float.
+    :raises ValueError: if ``given`` is out of range.
+    """
+    if or_none and given is None:
+        return
+    if isinstance(given, bool) or not isinstance(given, (int, float)):
+        raise OptionTypeError(option, given, f"a number of seconds{' or None' * or_none}")
+    if not given >= 0 or (above_zero and given == 0):
+        wanted = "more than 0 seconds" if above_zero else "0 seconds or more"
+        raise OptionValueError(option, given, f"{wanted}{', or None' * or_none}")
+    if given > most:
+        raise OptionValueError(option, given, "a bounded time")

@@ -1,0 +1,162 @@
+"""``@registered_task``: gives functions stable names, by which another process finds them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import reprlib
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import FunctionType, MethodType
+from typing import Any, TypeVar, overload
+
+from wsgi_bg._process.log import type_name
+from wsgi_bg._tasks import engine_options
+from wsgi_bg._tasks.callables import kind_of, name_of
+from wsgi_bg.exceptions import (
+    NameTakenError,
+    OptionTypeError,
+    OptionValueError,
+    RegistrationError,
+)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_NOT_GIVEN: Any = object()
+
+
+@dataclass(frozen=True, eq=False)
+class Registration:
+    """A registered function and its name.
+
+    :ivar name: the name of the function in messages.
+    :ivar func: the function.
+    :ivar signature: the signature of ``func`` itself, not of a function that it wraps.
+    :ivar celery: options for Celery, opaque to all but Celery's runner; None if not given.
+    """
+
+    name: str
+    func: Callable[..., Any]
+    signature: inspect.Signature
+    celery: Any
+
+
+# Guards the three collections below. Reentrant, because a listener may import a module that
+# registers functions.
+_lock = threading.RLock()
+_by_name: dict[str, Registration] = {}
+_by_function: dict[Callable[..., Any], Registration] = {}
+_listeners: list[Callable[[Registration], object]] = []
+
+
+@overload
+def registered_task(func: F, /) -> F: ...
+
+
+@overload
+def registered_task(
+    *, name: str | None = None, celery: Mapping[str, Any] | None = None
+) -> Callable[[F], F]: ...
+
+
+def registered_task(
+    func: Any = _NOT_GIVEN,
+    /,
+    *,
+    name: str | None = None,
+    celery: Mapping[str, Any] | None = None,
+) -> Any:
+    """Register a plain or async function of a module, so that other processes can run it.
+
+    Returns the function unchanged: a direct call works as before, and runners that run tasks
+    in this process treat the function like any function. Put ``registered_task`` above all
+    further decorators, since a function is found by its identity.
+
+    A module that is reloaded registers its functions again, in place of the old functions.
+
+    :param name: the name in messages; default ``module.qualname``. The name must not change
+        as long as messages are under way. With a name of its own the function can be moved.
+    :param celery: options of Celery for this function, see
+        :class:`~wsgi_bg.celery.CeleryRunner`.
+    :raises TypeError: if another process could not find the function: a lambda, a local
+        function, a method, a partial, any object that is not a function, or a function of
+        ``__main__`` without a name; for a generator function; for an option that Celery
+        would refuse.
+    :raises ValueError: if another function has the name; for an unknown option.
+    """
+    if name is not None and not isinstance(name, str):
+        raise OptionTypeError("name", name, "a str")
+    if name == "":
+        raise OptionValueError("name", name, "a str that is not empty")
+    options = None if celery is None else engine_options.for_function("celery", celery)
+    if func is not _NOT_GIVEN:
+        return _register(func, name, options)
+    return lambda func: _register(func, name, options)
+
+
+def find(func: Callable[..., Any]) -> Registration | None:
+    """Return the registration of ``func``, compared by identity; None if not registered."""
+    return _by_function.get(func) if type(func) is FunctionType else None
+
+
+def get(name: str) -> Registration | None:
+    """Return the registration with this name, or None; never imports anything."""
+    return _by_name.get(name)
+
+
+def subscribe(listener: Callable[[Registration], object]) -> None:
+    """Call ``listener`` with each registration, present and future, possibly on any thread."""
+    with _lock:
+        _listeners.append(listener)
+        for registration in list(_by_name.values()):
+            listener(registration)
+
+
+def _register(func: Any, name: str | None, options: Any) -> Any:
+    reason = _why_not(func, name)
+    if reason:
+        raise RegistrationError(f"{_shown(func)} cannot be registered: {reason}", func)
+    kind_of(func)  # raises for a generator function
+    name = name or name_of(func)
+    signature = inspect.signature(func, follow_wrapped=False)
+    new = Registration(name, func, signature, options)
+    with _lock:
+        old = _by_name.get(name)
+        if old is not None and name_of(old.func) != name_of(func):
+            raise NameTakenError(name, name_of(old.func))
+        known = _by_function.get(func)
+        if known is not None and known.name != name:
+            raise RegistrationError(
+                f"{_shown(func)} is registered already, as {known.name!r}", func
+            )
+        _by_name[name] = new
+        _by_function[func] = new
+        for listener in _listeners:
+            listener(new)
+    return func
+
+
+def _why_not(func: Any, name: str | None) -> str:
+    if isinstance(func, functools.partial):
+        return "a partial has no name; register a function that makes the call"
+    if isinstance(func, MethodType):
+        return "a bound method needs its object, which other processes do not have"
+    if type(func) is not FunctionType:
+        return f"only functions written in Python can, and it is a {type_name(func)}"
+    if func.__name__ == "<lambda>":
+        return "all lambdas have the same name; write a def"
+    if "<locals>" in func.__qualname__:
+        return "it is local to a function, where other processes do not find it"
+    if "." in func.__qualname__:
+        return "it belongs to a class; register a function of the module"
+    if func.__module__ == "__main__" and name is None:
+        return (
+            "it is in __main__, which is another module in a worker; give it a name: "
+            '@registered_task(name="...")'
+        )
+    return ""
+
+
+def _shown(func: Any) -> str:
+    return name_of(func) if callable(func) else reprlib.repr(func)

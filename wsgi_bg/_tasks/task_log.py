@@ -1,0 +1,87 @@
+"""Log messages for tasks that failed or were not run.
+
+Messages name tasks without their arguments, since arguments may be private data.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from wsgi_bg._process import log
+from wsgi_bg._process import per_process as process
+from wsgi_bg._process.interrupts import is_from_signal_handler
+from wsgi_bg._tasks.successors import observe
+
+if TYPE_CHECKING:
+    from wsgi_bg._tasks.task import BackgroundTask
+
+observer: Callable[[BackgroundTask, BaseException], None] | None = None
+"""Called with every error that is logged; set by the pytest plugin, which fails the test."""
+
+
+def failure(
+    task: BackgroundTask, exc: BaseException, said: defaultdict[Any, Any] | None = None
+) -> None:
+    """Log the task's error with its traceback.
+
+    Called in the task's context, so that log records carry its correlation ids.
+    """
+    kind = _kind_of(exc)
+    log.error("background task %s raised %s", task.name, kind, exc_info=exc, said=said)
+
+
+def tell_failure(task: BackgroundTask, exc: BaseException) -> None:
+    """Call the hooks and the ``on_error`` of a failed task, in the task's context."""
+    generation = process.generation
+    of_test = observer  # read once: another thread may end the test meanwhile
+    if of_test is not None:
+        of_test(task, exc)
+    calls = task._options.calls
+    if calls is not None:
+        calls.failed(task, exc)
+    on_error = task._options.on_error
+    if on_error is None or process.generation != generation:
+        return
+    try:
+        observe(task, on_error, task, exc)
+    except BaseException as second:
+        if is_from_signal_handler(second) or process.generation != generation:
+            raise
+        log.error("on_error raised for background task %s", task.name, exc_info=second)
+
+
+def not_run(task: BackgroundTask, reason: str, said: defaultdict[Any, Any]) -> None:
+    """Log a task that will not run."""
+    log.warning("background task %s was not run: %s", task.name, reason, said=said)
+
+
+def stopped(task: BackgroundTask, exc: BaseException, *, began: bool) -> None:
+    """Log a task that was interrupted or never began because ``exc`` stopped its worker."""
+    end = " to its end" if began else ""
+    reason = f"{_kind_of(exc)} stopped its worker"
+    log.warning("background task %s was not run%s: %s", task.name, end, reason)
+    discarded(task, reason)
+
+
+def unfinished(task: BackgroundTask, reason: str) -> None:
+    """Log a task that is unfinished when the process exits."""
+    log.error(
+        "background task %s was not finished %s: the process ends without it",
+        task.name,
+        reason,
+    )
+    discarded(task, f"it was not finished {reason}")
+
+
+def discarded(task: BackgroundTask, reason: str) -> None:
+    """Call the hooks for a task that will not run, or that was interrupted."""
+    calls = task._options.calls
+    if calls is not None:
+        calls.discarded(task, reason)
+
+
+def _kind_of(exc: BaseException) -> str:
+    """The name of the class of ``exc``, read without code of the metaclass, which may raise."""
+    return str(type.__dict__["__name__"].__get__(type(exc)))

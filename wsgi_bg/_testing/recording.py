@@ -1,0 +1,150 @@
+"""``TaskRecorder``: the value of the fixture ``background_tasks``. Imports no pytest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from reprlib import Repr
+from typing import TYPE_CHECKING, Any, ParamSpec
+
+from wsgi_bg._tasks.callables import name_of
+from wsgi_bg._testing import Mode
+from wsgi_bg._testing.watching import TEARDOWN_TIMEOUT, Watch
+
+if TYPE_CHECKING:
+    from wsgi_bg._tasks.task import BackgroundTask
+
+P = ParamSpec("P")
+
+_short = Repr()
+_short.maxstring = _short.maxother = 200
+
+
+@dataclass(frozen=True)
+class RecordedTask:
+    """A task that the code under test has added.
+
+    :ivar func: the function.
+    :ivar args: the positional arguments.
+    :ivar kwargs: the keyword arguments.
+    :ivar path: the path of the request that has added the task.
+    :ivar name: ``module.qualname`` of the function.
+    """
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    path: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{format_call(self.name, self.args, self.kwargs)} by {self.path}"
+
+
+class TaskRecorder:
+    """The background tasks of one test; the value of the fixture ``background_tasks``.
+
+    Tasks that are skipped because of their request's outcome (``run_on``) do not count. Each
+    method and attribute first closes the streams that the test client has not read to their
+    end. All may be used from any thread.
+
+    :ivar mode: ``"record"``, ``"run"`` or ``"real"``.
+    """
+
+    def __init__(self, mode: Mode = "record") -> None:
+        self.mode: Mode = mode
+        self._watch = Watch(mode)
+
+    @property
+    def tasks(self) -> list[RecordedTask]:
+        """All tasks, including finished tasks, in the order in which their requests ended."""
+        self._watch.close_streams()
+        return [_recorded(task, path) for task, path in self._watch.added()]
+
+    @property
+    def errors(self) -> list[BaseException]:
+        """The tasks' errors so far. Reading this attribute marks all these errors as read."""
+        self._watch.close_streams()
+        return self._watch.failures.look()
+
+    def assert_added(
+        self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs
+    ) -> None:
+        """Check that ``add_task(func, *args, **kwargs)`` was called, with these arguments.
+
+        Arguments are compared by ``==``: :data:`unittest.mock.ANY` equals any argument.
+
+        :raises AssertionError: if no such task was added; the message lists the added tasks.
+        """
+        __tracebackhide__ = True
+        tasks = self.tasks
+        wanted = (func, args, kwargs)  # on the left, so that ANY's == is tried first
+        if not any(wanted == (task.func, task.args, task.kwargs) for task in tasks):
+            call = format_call(name_of(func), args, kwargs)
+            raise AssertionError(f"{call} was not added; {self._describe(tasks)}")
+
+    def assert_none(self) -> None:
+        """Check that no task was added.
+
+        :raises AssertionError: if a task was added; the message lists all added tasks.
+        """
+        __tracebackhide__ = True
+        tasks = self.tasks
+        if tasks:
+            raise AssertionError(f"no task was expected; {self._describe(tasks)}")
+
+    def run(self) -> None:
+        """Run the recorded tasks that have not run, and any tasks that they add; blocks.
+
+        The tasks run in the order of :attr:`tasks`, each in the context of its ``add_task``
+        call; plain functions run on the calling thread.
+
+        :raises BaseException: after all tasks have run, the first error that the test has
+            not read. All errors are logged, and are in :attr:`errors`.
+        """
+        __tracebackhide__ = True
+        self._watch.close_streams()
+        self._watch.run()
+        self._watch.failures.raise_first()
+
+    def join(self, timeout: float = TEARDOWN_TIMEOUT) -> None:
+        """Wait until all responses are closed and their tasks have run; blocks.
+
+        With a real server call this method before you read the tasks: a client may have its
+        response before the server closes the response. In mode ``"record"`` this method
+        waits for responses only.
+
+        :param timeout: seconds to wait at most.
+        :raises TimeoutError: if a response or task is unfinished; the message names each.
+        :raises BaseException: else, the first error that the test has not read.
+        """
+        __tracebackhide__ = True
+        self._watch.close_streams()
+        self._watch.join(timeout)
+        self._watch.failures.raise_first()
+
+    def _describe(self, tasks: list[RecordedTask]) -> str:
+        text = "added were:" if tasks else "no task was added"
+        text += _lines(tasks)
+        lost = [_recorded(task, path) for task, path in self._watch.not_to_run()]
+        if lost:
+            text += "\nnot to run, after the way their request ended:" + _lines(lost)
+        return text
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} mode={self.mode!r}>"
+
+
+def _recorded(task: BackgroundTask, path: str) -> RecordedTask:
+    return RecordedTask(task.func, task.args, task.kwargs, path, task.name)
+
+
+def _lines(tasks: list[RecordedTask]) -> str:
+    return "".join(f"\n  {task}" for task in tasks)
+
+
+def format_call(name: str, args: Iterable[Any], kwargs: Mapping[str, Any]) -> str:
+    """Format a call as in source code, with long arguments shortened."""
+    given = [_short.repr(arg) for arg in args]
+    given += [f"{key}={_short.repr(value)}" for key, value in kwargs.items()]
+    return f"{name}({', '.join(given)})"

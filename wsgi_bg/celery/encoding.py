@@ -1,0 +1,189 @@
+"""Encodes the arguments of a registered function as text for a worker.
+
+The text is JSON, with ``{"$bytes": ...}`` and the like for types that JSON lacks. A worker
+gets back equal values of the same types (:mod:`wsgi_bg.celery.decoding`). The encoder refuses a
+value that would change on the way.
+
+Celery's message carries the text as one string, since kombu would turn a dictionary with its
+own mark for special types (``__type__``) into an object of such a type.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from enum import Enum
+from inspect import Parameter, Signature
+from typing import Any
+from uuid import UUID
+from zoneinfo import ZoneInfo
+
+from wsgi_bg.exceptions import ArgumentError
+
+VERSION = 1
+"""The first item of each text; a worker refuses a text of an unknown version."""
+
+MAX_DEPTH = 100
+"""The greatest nesting depth of lists and dictionaries."""
+
+MARK = "$"
+"""The first character of keys that name a type that JSON lacks."""
+
+_POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+_SMALL = 2**63  # larger numbers are sent in hexadecimal: Python limits decimal digits
+MICROSECOND = timedelta(microseconds=1)
+_dumps = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+
+
+class _RefusedError(Exception):
+    """A value cannot be sent; ``path`` leads from the argument to the value."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        self.path = ""
+
+
+def encode(
+    name: str, signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> str:
+    """Encode the arguments of one call as ASCII text.
+
+    :raises TypeError: if the function does not accept the arguments, or an argument cannot
+        be sent. The message names the argument and the reason, never the value.
+    """
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as exc:
+        raise ArgumentError(name, "", str(exc)) from None
+    packed: list[Any] = []
+    named: dict[str, Any] = {}
+    argument: int | str = 0
+    try:
+        for argument, value in enumerate(args):  # noqa: B007  # for the error below
+            packed.append(_pack(value))
+        for argument, value in kwargs.items():
+            named[_text(argument)] = _pack(value)
+    except _RefusedError as exc:
+        where = argument if isinstance(argument, str) else _positional(signature, argument)
+        raise ArgumentError(name, where + exc.path, exc.reason) from None
+    return _dumps([VERSION, packed, _escape(named)])
+
+
+def _positional(signature: Signature, index: int) -> str:
+    """Name the parameter of a positional argument; bind() has checked that it exists."""
+    parameters = signature.parameters.values()
+    names = [each.name for each in parameters if each.kind in _POSITIONAL]
+    if index < len(names):
+        return names[index]
+    rest = next(each.name for each in parameters if each.kind is Parameter.VAR_POSITIONAL)
+    return f"{rest}[{index - len(names)}]"
+
+
+def _pack(value: Any, depth: int = 0) -> Any:
+    kind = type(value)
+    if value is None or kind is bool or kind is float:
+        return value
+    if kind is str:
+        return _text(value)
+    if kind is int:
+        return value if -_SMALL < value < _SMALL else {"$int": hex(value)}
+    if kind is list or kind is dict:
+        if depth == MAX_DEPTH:
+            raise _RefusedError(
+                f"it is nested more than {MAX_DEPTH} levels deep, or contains itself"
+            )
+        return _pack_list(value, depth) if kind is list else _pack_dict(value, depth)
+    if kind in _PACK:
+        tag, pack = _PACK[kind]
+        return {tag: pack(value)}
+    raise _RefusedError(_why_not(value))
+
+
+def _text(value: str) -> str:
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise _RefusedError("it has half of a surrogate pair, which is no text") from None
+    return value
+
+
+def _pack_list(values: list[Any], depth: int) -> list[Any]:
+    packed: list[Any] = []
+    try:
+        for value in values:
+            packed.append(_pack(value, depth + 1))  # len(packed) is the index in the path
+    except _RefusedError as exc:
+        exc.path = f"[{len(packed)}]{exc.path}"
+        raise
+    return packed
+
+
+def _pack_dict(values: dict[Any, Any], depth: int) -> dict[str, Any]:
+    packed = {}
+    for key, value in values.items():
+        if type(key) is not str:
+            raise _RefusedError(
+                f"it has a key of type {type(key).__qualname__}, and keys come back as str"
+            )
+        try:
+            packed[_text(key)] = _pack(value, depth + 1)
+        except _RefusedError as exc:
+            exc.path = f"[{reprlib.repr(key)}]{exc.path}"
+            raise
+    return _escape(packed)
+
+
+def _escape(packed: dict[str, Any]) -> dict[str, Any]:
+    """Return a dictionary that the decoder cannot mistake for a special type."""
+    if any(key.startswith(MARK) for key in packed):
+        return {"$dict": [[key, value] for key, value in packed.items()]}
+    return packed
+
+
+def _why_not(value: Any) -> str:
+    kind = type(value)
+    shown = kind.__qualname__
+    if isinstance(value, Enum):
+        return f"{shown} is an Enum, which a worker would not get back: give its value"
+    if kind is tuple:
+        return "a tuple would come back as a list: give a list"
+    if isinstance(value, (set, frozenset)):
+        return f"a {shown} would come back as a list: give a list"
+    for plain in (str, int, float, list, dict, bytes, *_PACK):
+        if isinstance(value, plain):
+            name = plain.__name__
+            return f"{shown} is a subclass of {name} and would come back as {name}"
+    return f"a worker cannot be given an object of type {shown}: pass what it needs of it"
+
+
+def _pack_zone(zone: Any) -> str | int | None:
+    if zone is None:
+        return None
+    if type(zone) is ZoneInfo and zone.key:
+        return zone.key
+    if type(zone) is timezone:
+        offset = zone.utcoffset(None)
+        if repr(zone) == repr(timezone(offset)):  # else the zone has a name
+            return offset // MICROSECOND
+    raise _RefusedError(
+        "its time zone is neither a ZoneInfo with a key nor a timezone without a name"
+    )
+
+
+def _pack_time(value: Any) -> list[Any]:
+    return [value.replace(tzinfo=None).isoformat(), value.fold, _pack_zone(value.tzinfo)]
+
+
+_PACK: dict[type, tuple[str, Callable[[Any], Any]]] = {
+    bytes: ("$bytes", lambda value: base64.b64encode(value).decode()),
+    datetime: ("$datetime", _pack_time),
+    date: ("$date", date.isoformat),
+    time: ("$time", _pack_time),
+    Decimal: ("$decimal", str),
+    UUID: ("$uuid", lambda value: value.hex),
+}

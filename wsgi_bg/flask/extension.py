@@ -1,0 +1,138 @@
+"""``Background``: the Flask extension.
+
+``Background`` wraps ``app.wsgi_app`` in the middleware, injects the request's
+``BackgroundTasks`` into the views that ask for it, and runs each task in a fresh application
+context.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from wsgi_bg._request.middleware import BackgroundTasksMiddleware
+from wsgi_bg.exceptions import (
+    ExtraMissingError,
+    InstalledTwiceError,
+    OptionError,
+    OptionTypeError,
+)
+
+try:
+    from flask import Flask
+except ModuleNotFoundError as _exc:
+    raise ExtraMissingError("flask", "wsgi_bg.flask") from _exc
+
+from wsgi_bg.flask.views import grant_wishes
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+    from wsgi_bg._tasks.hooks import Hooks
+    from wsgi_bg._tasks.options import OnError, RunOn
+    from wsgi_bg.runners import Runner
+
+# The extension's key in app.extensions.
+_NAME = "wsgi_bg"
+
+
+class Background:
+    """Background tasks for a Flask application, without further middleware or setup.
+
+    A view parameter annotated ``BackgroundTasks`` receives the request's object, whatever
+    the parameter's name. A task runs in a fresh application context: ``current_app`` works,
+    ``g`` is the task's own, and ``teardown_appcontext`` functions are called when the task
+    ends, on the thread that runs the task.
+
+    The options are those of :class:`~wsgi_bg.BackgroundTasksMiddleware`. :meth:`init_app`
+    also reads each option from ``app.config``, under the option's name in capitals with the
+    prefix ``WSGI_BG_``: ``WSGI_BG_RUNNER``, ``WSGI_BG_RUN_ON``. The configuration overrides
+    the code.
+
+    :param app: the application; if omitted, call :meth:`init_app` for each application.
+    :raises TypeError: if ``app`` is no Flask application, or an option has the wrong type.
+    :raises ValueError: if an option is an unknown word, or a number out of range.
+    :raises RuntimeError: if ``app`` has the extension already.
+    """
+
+    def __init__(
+        self,
+        app: Flask | None = None,
+        runner: Runner | Literal["inline", "pool"] | None = None,
+        *,
+        run_on: RunOn | None = None,
+        failed_from: int | None = None,
+        on_error: OnError | None = None,
+        stop_on_error: bool | None = None,
+        hooks: Hooks | Sequence[Hooks] | None = None,
+    ) -> None:
+        self._options: dict[str, Any] = {
+            "runner": runner,
+            "run_on": run_on,
+            "failed_from": failed_from,
+            "on_error": on_error,
+            "stop_on_error": stop_on_error,
+            "hooks": hooks,
+        }
+        if app is not None:
+            self.init_app(app)
+
+    def init_app(self, app: Flask) -> None:
+        """Install the middleware around ``app.wsgi_app``; call it before the first request.
+
+        Middleware that wraps ``app.wsgi_app`` later is further out: see the README.
+
+        :raises TypeError: as the constructor does.
+        :raises ValueError: as the constructor does.
+        :raises RuntimeError: if ``app`` has the extension already.
+        """
+        if not isinstance(app, Flask):
+            raise OptionTypeError("app", app, "a Flask application")
+        if _NAME in app.extensions:
+            raise InstalledTwiceError(app.name)
+        middleware = _make_middleware(app, self._options)
+        app.wsgi_app = middleware  # type: ignore[method-assign]
+        app.extensions[_NAME] = self
+
+    def __repr__(self) -> str:
+        given = (
+            f"{name}={value!r}" for name, value in self._options.items() if value is not None
+        )
+        return f"{type(self).__name__}({', '.join(given)})"
+
+
+class _Middleware(BackgroundTasksMiddleware):
+    """The middleware of a Flask application; tasks run in the application's contexts."""
+
+    def __init__(self, app: Flask, **options: Any) -> None:
+        self._around = app.app_context
+        self._flask_app = app
+        self._views_lock = threading.Lock()
+        self._views_are_ready = False
+        super().__init__(app.wsgi_app, **options)
+
+    def _handle_first(
+        self, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Iterable[bytes]:
+        # Flask accepts no more views after the first request has begun.
+        with self._views_lock:
+            if not self._views_are_ready:
+                grant_wishes(self._flask_app)
+                self._views_are_ready = True
+        return super()._handle_first(environ, start_response)
+
+
+def _make_middleware(app: Flask, options: dict[str, Any]) -> BackgroundTasksMiddleware:
+    configured = {
+        option: app.config[key]
+        for option in options
+        if app.config.get(key := f"WSGI_BG_{option.upper()}") is not None
+    }
+    try:
+        return _Middleware(app, **{**options, **configured})
+    except OptionError as exc:
+        if exc.option not in configured:
+            raise
+        key = f"WSGI_BG_{exc.option.upper()}"
+        raise type(exc)(key, exc.given, exc.wanted) from None

@@ -1,0 +1,122 @@
+"""Injects the request's ``BackgroundTasks`` into the views of a Flask application.
+
+A view that asks for the object is replaced in ``app.view_functions`` by a wrapper that
+injects the object. All other views stay as they are, and cost nothing. (A URL value
+preprocessor of Flask could inject the argument too, but costs each request 5 % and shows the
+object to all readers of ``request.view_args``.)
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from flask import Flask, request
+from flask.views import MethodView, View
+
+from wsgi_bg._request.injected import Wish, wishes_of
+from wsgi_bg._request.injection import filling
+from wsgi_bg._tasks.callables import name_of
+from wsgi_bg.exceptions import InjectionError
+
+# The key of a handler for all methods: a function, or the dispatch_request of a class.
+_ANY = ""
+
+
+def grant_wishes(app: Flask) -> None:
+    """Wrap the views of ``app`` that have injected parameters.
+
+    Call this once, after all views are registered. A view whose parameter cannot be injected
+    raises :exc:`InjectionError` when it is called.
+    """
+    views: dict[str, Any] = app.view_functions
+    of_urls: dict[str, set[str]] = {}
+    for rule in app.url_map.iter_rules():
+        of_urls.setdefault(rule.endpoint, set()).update(rule.arguments)
+    for endpoint, view in views.items():
+        of_url = of_urls.get(endpoint, set())  # a view may have no rule
+        try:
+            wishes = {
+                method: wished
+                for method, handler in _handlers_of(view).items()
+                if (wished := _wishes_of(handler, view, of_url))
+            }
+        except InjectionError as exc:
+            views[endpoint] = _raising(view, exc)
+            continue
+        if wishes:
+            views[endpoint] = filling(view, functools.partial(_wishes_now, wishes))
+
+
+def _raising(view: Callable[..., Any], exc: InjectionError) -> Callable[..., Any]:
+    @functools.wraps(view)
+    def refused(**values: Any) -> Any:
+        raise exc.with_traceback(None)  # else each call would lengthen the traceback
+
+    return refused
+
+
+def _handlers_of(view: Any) -> dict[str, Callable[..., Any]]:
+    """Return the functions that take a view's arguments, by the HTTP method they handle."""
+    view_class = getattr(view, "view_class", None)
+    if not isinstance(view_class, type) or not issubclass(view_class, View):
+        return {_ANY: view}  # a mock has any attribute
+    handlers: dict[str, Callable[..., Any]] = {_ANY: view_class.dispatch_request}
+    if issubclass(view_class, MethodView):
+        for method in view_class.methods or ():
+            if hasattr(view_class, method.lower()):
+                handlers[method.lower()] = getattr(view_class, method.lower())
+    return handlers
+
+
+def _wishes_now(wishes: dict[str, list[Wish]]) -> list[Wish]:
+    method = request.method.lower()
+    if method == "head" and method not in wishes:
+        method = "get"  # as MethodView.dispatch_request does
+    return wishes.get(_ANY) or wishes.get(method, [])
+
+
+def _wishes_of(
+    handler: Callable[..., Any], view: Callable[..., Any], of_url: set[str]
+) -> list[Wish]:
+    wishes, unresolved = wishes_of(handler)
+    name = name_of(handler)
+    for parameter, error, is_ours in unresolved:
+        if is_ours and parameter not in of_url and _reaches(handler, view, parameter):
+            raise InjectionError(
+                name,
+                parameter,
+                f"has an annotation that cannot be resolved ({error}): import what it names at "
+                "the top of the module, and not under TYPE_CHECKING only",
+            ) from error
+    wishes = [wish for wish in wishes if _reaches(handler, view, wish.name)]
+    for wish in wishes:
+        if wish.name in of_url:
+            raise InjectionError(
+                name,
+                wish.name,
+                "is annotated BackgroundTasks, and a value of the URL too: rename one of them",
+            )
+        if not wish.by_name:
+            raise InjectionError(
+                name, wish.name, "is positional only, and Flask gives arguments by name"
+            )
+    return wishes
+
+
+def _reaches(handler: Callable[..., Any], view: Callable[..., Any], name: str) -> bool:
+    """True if the argument ``name`` reaches ``handler``: a decorator may not pass it on."""
+    return _takes(view, name) and _takes(handler, name)
+
+
+def _takes(func: Callable[..., Any], name: str) -> bool:
+    """True if ``func``, including its decorators, can be called with ``name``."""
+    try:
+        parameters = inspect.signature(func, follow_wrapped=False).parameters
+    except (TypeError, ValueError):  # functools.cache, in C, has no signature
+        return True
+    return name in parameters or any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
+    )

@@ -1,0 +1,358 @@
+"""Process exit: wait for submitted tasks, and log those that are unfinished."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+from weakref import WeakSet, ref
+
+from wsgi_bg._loop import portal
+from wsgi_bg._process import log, uwsgi
+from wsgi_bg._process.exit import call_at_exit
+from wsgi_bg._process.interrupts import goes_through
+from wsgi_bg._tasks import checks
+from wsgi_bg._tasks import task_log as report
+from wsgi_bg._tasks.background_tasks import CLOSED
+from wsgi_bg._tasks.current import current
+from wsgi_bg._tasks.task import BackgroundTask
+from wsgi_bg.exceptions import InsideTaskError
+from wsgi_bg.runners.waiting import Notice, batches_under_way, wait_for
+
+if TYPE_CHECKING:
+    from wsgi_bg._tasks.batch import Batch
+    from wsgi_bg.runners.base import Runner
+
+DRAIN_TIMEOUT = 30.0
+"""How long exit waits for a runner that has no ``drain_timeout``, in seconds."""
+
+# How long the portal's thread may take to end once its tasks are cancelled, in seconds.
+_PORTAL_TIMEOUT = 0.5
+
+# In seconds; small enough for a time of the clock to be added without overflow.
+_FOR_EVER = 1e300
+
+# A runner's drain() has given up if it returns tasks so many seconds before its timeout.
+_EARLY = 0.05
+
+# By id of the runner.
+_runners: dict[int, _Registered] = {}
+# Tasks logged as unfinished: serve() drains before interpreter exit drains, and no task is
+# logged twice.
+_named: WeakSet[BackgroundTask] = WeakSet()
+# Batches that the main thread waited for at its end, while another thread went on serving.
+_had_their_time: WeakSet[Batch] = WeakSet()
+# By process id: a function that hands over the responses freed without close(), and a function
+# that claims the tasks of all remaining requests.
+_collectors: dict[int, tuple[Callable[[], None], Callable[[], list[BackgroundTask]]]] = {}
+
+
+class _Registered:
+    """A runner that exit drains.
+
+    The package's own runners are referenced weakly: an unfinished batch holds its runner,
+    and these runners have no work besides batches. A user's runner may have, so exit keeps
+    that runner alive.
+
+    :ivar drained_in: id of the process that has drained the runner; a forked child drains
+        the runner again.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self.drained_in: int | None = None
+        self._runner: Callable[[], Runner | None] = lambda: runner
+        if getattr(runner, "work_is_in_ledgers", False):
+            self._runner = ref(runner, partial(self._forget, id(runner)))
+
+    def _forget(self, key: int, _: object) -> None:
+        if _runners.get(key) is self:
+            del _runners[key]
+
+    @property
+    def was_drained(self) -> bool:
+        return self.drained_in == os.getpid()
+
+    @property
+    def runner(self) -> Runner | None:
+        return self._runner()
+
+
+def register(runner: Runner) -> None:
+    """Let interpreter exit drain ``runner``."""
+    known = _runners.get(id(runner))
+    if known is None or known.runner is not runner:
+        _runners[id(runner)] = _Registered(runner)
+
+
+def _registered() -> list[tuple[_Registered, Runner]]:
+    both = [(entry, entry.runner) for entry in list(_runners.values())]
+    return [(entry, runner) for entry, runner in both if runner is not None]
+
+
+def arm(flush: Callable[[], None], abandon: Callable[[], list[BackgroundTask]]) -> None:
+    """Drain at the exit of this process, after ``flush()``.
+
+    Called with the first task. Functions that the application has registered with
+    :mod:`atexit`, such as the closing of a database pool, are called after the tasks that
+    need the pool.
+
+    :param flush: hands over the responses that were freed so far.
+    :param abandon: claims and returns the tasks of requests that have not ended.
+    """
+    _collectors[os.getpid()] = flush, abandon
+    call_at_exit(_drain_at_exit, _wait_at_exit)
+    uwsgi.call_at_exit(partial(_drain_at_exit, True))
+
+
+def _flush() -> None:
+    collector = _collectors.get(os.getpid())
+    if collector is not None:
+        collector[0]()
+
+
+def wait(timeout: float | None = None) -> list[BackgroundTask]:
+    """Block until all tasks that were handed over so far are done.
+
+    ``wait`` includes tasks that these tasks add, and tasks of responses that a server has
+    freed without ``close()``. Runners accept batches during and after the wait. Call ``wait``
+    at any time, any number of times, from any thread, but not from a background task.
+
+    :param timeout: how long to wait, in seconds; None for no limit.
+    :return: the tasks that are not done. They go on.
+    :raises RuntimeError: from a running task or the portal's thread, which would be blocked.
+    :raises TypeError: if ``timeout`` is not a number.
+    :raises ValueError: if ``timeout`` is negative.
+    """
+    limit = _check("wait", timeout)
+    deadline = time.monotonic() + (math.inf if limit is None else limit)
+    _flush()
+    return wait_for(batches_under_way(), deadline, Notice(first=math.inf))
+
+
+def drain(timeout: float | None = None) -> list[BackgroundTask]:
+    """Block until all tasks are done, and stop the runners: call this before process exit.
+
+    Tasks that are not done when the time is up are logged at ERROR and do not begin. A batch
+    that is submitted later runs in ``close()``. During the wait, a WARNING after one second
+    and then every five seconds names the tasks. A second call does not wait for the same
+    runner again.
+
+    :param timeout: how long to wait, in seconds; None for each runner's own
+        ``drain_timeout``.
+    :return: the tasks that were logged as unfinished.
+    :raises RuntimeError: from a running task or the portal's thread, which would be blocked.
+    :raises TypeError: if ``timeout`` is not a number.
+    :raises ValueError: if ``timeout`` is negative.
+    :raises KeyboardInterrupt: if Ctrl-C ends the wait; unfinished tasks are logged too.
+    """
+    limit = _check("drain", timeout)
+    _flush()
+    return finish(limit=limit)
+
+
+def _check(name: str, timeout: float | None) -> float | None:
+    checks.seconds("timeout", timeout, or_none=True)
+    tasks, loop = current.get(None), portal.peek()
+    is_in_task = tasks is not None and tasks._phase == CLOSED
+    if is_in_task or (loop is not None and loop.is_current):
+        raise InsideTaskError(name)
+    # An int may be larger than any float.
+    return math.inf if timeout is not None and timeout > _FOR_EVER else timeout
+
+
+@contextmanager
+def _named_if_interrupted() -> Iterator[None]:
+    try:
+        yield
+    except BaseException as exc:
+        name_all(_interruption(exc))
+        raise
+
+
+@_named_if_interrupted()
+def _drain_at_exit(is_last: bool) -> None:
+    _flush()
+    left = batches_under_way()
+    if left and all(batch in _had_their_time for batch in left):
+        finish(began=time.monotonic() - longest_limit(), names_requests=is_last)
+    else:
+        finish(names_requests=is_last)
+
+
+@_named_if_interrupted()
+def _wait_at_exit() -> None:
+    """Wait as long as a drain would, while another thread may still serve requests."""
+    _flush()
+    batches = batches_under_way()
+    wait_for(batches, time.monotonic() + longest_limit(), Notice())
+    _had_their_time.update(batches)
+
+
+def finish(
+    *,
+    limit: float | None = None,
+    began: float | None = None,
+    notice: Notice | None = None,
+    names_requests: bool = True,
+) -> list[BackgroundTask]:
+    """Drain every runner, log unfinished tasks at ERROR, stop the portal.
+
+    Blocks for the longest ``drain_timeout`` at most, and half a second for the portal. A
+    second call does not wait for the same runner again.
+
+    :param limit: how long to wait, in seconds, in place of each runner's own limit.
+    :param began: start of that time, by :func:`time.monotonic`; None for now.
+    :param notice: logs during the wait; None for a new ``Notice``.
+    :param names_requests: True to log the tasks of requests that have not ended, too.
+    :return: the tasks that were logged as unfinished.
+    :raises KeyboardInterrupt: if Ctrl-C ends the wait; unfinished tasks are logged too.
+    """
+    if began is None:
+        began = time.monotonic()
+    if notice is None:
+        notice = Notice()
+    waiting = [runner for entry, runner in _registered() if not entry.was_drained]
+    batches = batches_under_way()
+    limits = {id(runner): _limit_of(runner, limit) for runner in waiting}
+    latest = began + max(limits.values(), default=0.0)
+    reasons: dict[int, str] = {}
+    all_done = True
+    otherwise = "by the end of the process"
+    try:
+        for runner in waiting:
+            seconds = limits[id(runner)]
+            reason = _drain(runner, seconds, began + seconds, notice, latest)
+            all_done = all_done and reason is None
+            reasons[id(runner)] = reason or _time_is_up(seconds)
+        if waiting and all_done:
+            # A user's drain() may return no tasks although some batches have not ended.
+            wait_for(batches, latest, notice)
+    except BaseException as exc:
+        otherwise = _interruption(exc)
+        raise
+    finally:
+        left = _name_left(reasons, otherwise, names_requests=names_requests)
+        portal.stop(_PORTAL_TIMEOUT if waiting else 0.0)
+    return left
+
+
+def _interruption(exc: BaseException) -> str:
+    return f"before the wait for it was interrupted ({type(exc).__name__})"
+
+
+def _drain(
+    runner: Runner, seconds: float, deadline: float, notice: Notice, latest: float
+) -> str | None:
+    """Drain ``runner``; return why its tasks are unfinished, or None if all are done.
+
+    :param latest: the latest deadline of all runners, by :func:`time.monotonic`.
+    """
+    while True:
+        until = min(deadline, notice.due)
+        try:
+            left = runner.drain(max(0.0, until - time.monotonic()))
+        except BaseException as exc:  # a user's runner: the remaining runners must be drained
+            if _is_interruption(exc, runner):
+                raise
+            log.error("%s could not be drained", runner, exc_info=exc)
+            return "since its runner could not be drained"
+        if not left:
+            return None
+        now = time.monotonic()
+        if now >= deadline:
+            return _time_is_up(seconds)
+        if now < until - _EARLY:
+            return "when the drain of its runner had ended"
+        notice.log_if_due(latest, runner=runner)
+
+
+def _time_is_up(seconds: float) -> str:
+    return f"within the drain time of {seconds:g} seconds"
+
+
+def _is_interruption(exc: BaseException, runner: Runner) -> bool:
+    """True if ``exc``, raised by a method of ``runner``, must end the wait for all runners.
+
+    The package's own runners raise no exceptions themselves. A user's runner may raise, for
+    instance an ``asyncio.CancelledError``.
+    """
+    if isinstance(exc, Exception):
+        return False
+    return getattr(runner, "work_is_in_ledgers", False) or goes_through(exc)
+
+
+def name_all(reason: str) -> None:
+    """Let no more tasks begin and log the unfinished tasks at ERROR; does not wait."""
+    _name_left({}, reason)
+
+
+def _name_left(
+    reasons: dict[int, str], otherwise: str, *, names_requests: bool = True
+) -> list[BackgroundTask]:
+    """Log unfinished tasks by runner, with its reason in ``reasons``, else ``otherwise``.
+
+    Tasks submitted during the drain are logged too. A batch that two runners hold is logged
+    once.
+    """
+    named = []
+    for entry, runner in _registered():
+        entry.drained_in = os.getpid()
+        named += _name(_left_of(runner), reasons.get(id(runner), otherwise))
+    # Tasks that a user's runner has accepted and did not return.
+    named += _name(
+        [task for batch in batches_under_way() for task in batch.abandon()], otherwise
+    )
+    return named + (_name(_unfinished_requests(), otherwise) if names_requests else [])
+
+
+def _name(tasks: list[BackgroundTask], reason: str) -> list[BackgroundTask]:
+    left = [task for task in tasks if task not in _named]
+    for task in left:
+        _named.add(task)
+        report.unfinished(task, reason)
+    return left
+
+
+def _unfinished_requests() -> list[BackgroundTask]:
+    """Claim and return the tasks of requests that are open or were not handed over."""
+    collector = _collectors.get(os.getpid())
+    return [] if collector is None else collector[1]()
+
+
+def longest_limit() -> float:
+    """The longest ``drain_timeout`` of all runners, in seconds."""
+    return max(_limit_of(runner) for _, runner in _registered())
+
+
+def _left_of(runner: Runner) -> list[BackgroundTask]:
+    can_abandon = False
+    try:
+        can_abandon = hasattr(runner, "abandon")
+        left = runner.abandon() if can_abandon else runner.drain(0.0)  # type: ignore[attr-defined]
+        return (
+            [] if left is None else [task for task in left if isinstance(task, BackgroundTask)]
+        )
+    except BaseException as exc:  # a user's runner, as in _drain()
+        if _is_interruption(exc, runner):
+            raise
+        if can_abandon:  # else _drain() has logged the failure
+            log.error("%s could not say what it left undone", runner, exc_info=exc)
+        return []
+
+
+def _limit_of(runner: Runner, limit: float | None = None) -> float:
+    if limit is not None:
+        return limit
+    try:
+        given = float(getattr(runner, "drain_timeout", DRAIN_TIMEOUT))
+        if given >= 0:
+            return given
+        error: Exception = ValueError(f"{given:g} seconds")
+    except Exception as exc:  # a user's runner
+        error = exc
+    log.error("%s has no number of seconds as its drain_timeout", runner, exc_info=error)
+    return DRAIN_TIMEOUT

@@ -1,0 +1,127 @@
+"""Wait for the unfinished batches of this process, and log their tasks during the wait."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from itertools import chain, islice
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+from wsgi_bg._process import log
+
+if TYPE_CHECKING:
+    from wsgi_bg._tasks.batch import Batch
+    from wsgi_bg._tasks.task import BackgroundTask
+    from wsgi_bg.runners.ledger import Ledger
+
+FIRST, EVERY = 1.0, 5.0
+"""Seconds until the first WARNING of a wait, and between the following WARNINGs."""
+
+_NAMES = 5  # the most different names in a WARNING
+_COUNTED = 1000  # read the names of so many tasks: those of a million take seconds
+
+# Weak: an unfinished batch holds its ledger.
+_ledgers: WeakValueDictionary[int, Ledger] = WeakValueDictionary()
+
+
+def watch(ledger: Ledger) -> None:
+    """Let every wait include the batches of ``ledger``."""
+    _ledgers[id(ledger)] = ledger
+
+
+def _ledgers_here() -> list[Ledger]:
+    """The ledgers of this process, without those inherited from a parent by fork."""
+    pid = os.getpid()
+    found = [reference() for reference in _ledgers.valuerefs()]
+    return [ledger for ledger in found if ledger is not None and ledger.pid == pid]
+
+
+def batches_under_way() -> dict[Batch, None]:
+    """The submitted batches that have not ended, each once."""
+    return dict.fromkeys(chain.from_iterable(ledger.batches for ledger in _ledgers_here()))
+
+
+def wait_for(
+    batches: dict[Batch, None], deadline: float, notice: Notice
+) -> list[BackgroundTask]:
+    """Block until ``batches`` have ended, including tasks that their tasks add.
+
+    :param deadline: when to stop waiting, by :func:`time.monotonic`.
+    :param notice: logs during the wait.
+    :return: the tasks that are not done.
+    """
+    for ledger in _ledgers_here():
+        while not ledger.wait_for(batches, min(deadline, notice.due)):
+            if time.monotonic() >= deadline:
+                break
+            notice.log_if_due(deadline)
+    return [task for batch in batches for task in batch.tasks]
+
+
+class Notice:
+    """Logs a WARNING a second after its creation, then every five seconds of a wait.
+
+    :param ended_by: the signal that ends the wait, for the message; None to detect Ctrl-C.
+    :param first: seconds before the first WARNING.
+    :ivar latest: an earlier end of the wait than the deadline, by :func:`time.monotonic`.
+    """
+
+    def __init__(self, ended_by: str | None = None, first: float = FIRST) -> None:
+        self.due: float = time.monotonic() + first
+        self.latest: float = math.inf
+        self._ended_by = _interrupting_signal() if ended_by is None else ended_by
+
+    def log_if_due(self, deadline: float, requests: int = 0, runner: object = None) -> None:
+        """Log the requests and tasks that the process waits for, if a WARNING is due.
+
+        :param deadline: the end of the wait, by :func:`time.monotonic`.
+        :param requests: how many requests the process also waits for.
+        :param runner: is logged if no task and no request is known.
+        """
+        now = time.monotonic()
+        if now < self.due:
+            return
+        self.due = now + EVERY
+        names = Counter[str]()
+        count = 0
+        for batch in batches_under_way():
+            tasks = batch.tasks
+            names.update(task.name for task in islice(tasks, max(0, _COUNTED - count)))
+            count += len(tasks)
+        waits_for = []
+        if requests:
+            waits_for.append(f"{requests} request{'s' * (requests > 1)}")
+        if count:
+            waits_for.append(
+                f"{count} background task{'s' * (count > 1)} ({_list(names, count)})"
+            )
+        if not waits_for:
+            waits_for.append("the runners" if runner is None else log.safe_repr(runner))
+        limit = min(deadline, self.latest) - now
+        how_long = "without a limit" if limit == math.inf else f"for {limit:.0f} s more at most"
+        log.warning(
+            "the process ends, and waits for %s: %s%s",
+            " and ".join(waits_for),
+            how_long,
+            f"; {self._ended_by} ends the wait" if self._ended_by else "",
+        )
+
+
+def _list(names: Counter[str], count: int) -> str:
+    """Format ``names``: ``"2 shop.send_mail, 1 shop.resize, 7 others"``."""
+    shown = names.most_common(_NAMES)
+    others = count - sum(number for _, number in shown)
+    parts = [f"{number} {name}" for name, number in shown]
+    return ", ".join(parts + [f"{others} others"] * bool(others))
+
+
+def _interrupting_signal() -> str:
+    """``"Ctrl-C"`` if SIGINT ends a wait on this thread by an exception, else ``""``."""
+    is_main = threading.current_thread() is threading.main_thread()
+    raises = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return "Ctrl-C" if is_main and raises else ""
