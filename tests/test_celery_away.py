@@ -129,7 +129,7 @@ def test_a_broker_that_did_not_answer_is_asked_again_after_as_long(
     runner = silent.broker.runner(local="inline", publish_timeout=0.1)
     clock = [0.0]
     monkeypatch.setattr(publishing, "monotonic", lambda: clock[0])
-    publisher = runner._crews.get().publisher
+    publisher = runner._states.get().publisher
     message = publishing.Message(NOTE, "", {}, {})
     reasons = []
     for now in (0.0, 0.05, 0.15):
@@ -266,7 +266,7 @@ def test_what_no_thread_has_begun_in_time_is_not_sent_later(
     broker = filesystem(tmp_path)
     runner = broker.runner(local="inline", publish_timeout=0.05)
     send, begun = publishing.Publisher._send, threading.Event()
-    publisher = runner._crews.get().publisher
+    publisher = runner._states.get().publisher
 
     def late(*args: Any) -> None:
         begun.set()
@@ -300,7 +300,7 @@ def test_what_frees_a_thread_from_a_silent_broker_is_set_for_each_transport() ->
 def test_what_the_application_has_set_for_its_broker_stays(tmp_path: Path) -> None:
     broker = Broker("redis://127.0.0.1/0", {"socket_timeout": 77, "max_retries": 5})
     runner = broker.runner(publish_timeout=2)
-    options = runner._crews.get().publisher._connect().connection.transport_options
+    options = runner._states.get().publisher._connect().connection.transport_options
     assert options["socket_timeout"] == 77
     assert options["max_retries"] == 5
     assert options["socket_connect_timeout"] == 4

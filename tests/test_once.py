@@ -37,7 +37,7 @@ from wsgi_bg import (
     get_background_tasks,
 )
 from wsgi_bg._request import middleware
-from wsgi_bg._request.request_tasks import USED_UP, RequestTasks
+from wsgi_bg._request.request_tasks import EXHAUSTED, RequestTasks
 from wsgi_bg._request.unclosed import Collector, Unclosed, collectors
 from wsgi_bg._tasks.background_tasks import ENDED
 from wsgi_bg._tasks.batch import Batch
@@ -400,7 +400,7 @@ def test_what_was_freed_while_no_thread_could_start_is_handed_over_at_the_end(
     )
     environ = make_environ()
     body: Any = app(environ, Server().start_response)
-    own.queue.put(Unclosed(get_background_tasks(environ), environ, USED_UP))  # type: ignore[arg-type]
+    own.queue.put(Unclosed(get_background_tasks(environ), environ, EXHAUSTED))  # type: ignore[arg-type]
     own.flush()
     assert any("freed a response" in message for message in log.warnings)
     assert not get_background_tasks(environ)._is_open

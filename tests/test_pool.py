@@ -288,7 +288,7 @@ def test_a_batch_whose_put_off_is_over_begins_at_once(
     time = SimpleNamespace(monotonic=lambda: now[0], sleep=slept.append)
     monkeypatch.setattr(pool, "time", time)
     submit(runner, int, complete=False)
-    now[0] += pool.PUT_OFF
+    now[0] += pool.START_DELAY
     gate.open()
     assert runner.drain(TIMEOUT) == []
     assert slept == []

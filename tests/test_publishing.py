@@ -30,7 +30,7 @@ from wsgi_bg.celery import headers as celery_headers
 from wsgi_bg.celery import publisher as publishing
 from wsgi_bg.celery.decoding import decode
 from wsgi_bg.exceptions import ArgumentError, MessageError, OptionError, PublishError
-from wsgi_bg.runners.pool import PUT_OFF
+from wsgi_bg.runners.pool import START_DELAY
 
 NOTE = "tests.celery_shop.note"
 
@@ -113,7 +113,7 @@ def test_celerys_signals_see_the_context_in_which_the_task_was_added(broker: Bro
 def test_what_was_sent_in_the_moment_that_its_time_was_up_counts_as_sent(
     broker: Broker, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publisher = broker.runner()._crews.get().publisher
+    publisher = broker.runner()._states.get().publisher
 
     class Late:
         """Its wait ends with nothing, as the message goes out."""
@@ -149,7 +149,7 @@ def test_an_error_of_the_broker_is_freed_without_a_garbage_collection(
     def gone(*_: Any) -> None:
         raise GoneError
 
-    publisher = broker.runner()._crews.get().publisher
+    publisher = broker.runner()._states.get().publisher
     monkeypatch.setattr(publishing.Publisher, "_send", gone)
     with pytest.raises(PublishError) as caught:
         publisher.publish(publishing.Message(NOTE, "", {}, {}))
@@ -198,7 +198,7 @@ def test_the_name_of_an_argument_is_text_too() -> None:
 def test_connections_are_used_again_and_never_by_two_at_the_same_time(
     broker: Broker, monkeypatch: pytest.MonkeyPatch, gate: Gate
 ) -> None:
-    publisher = broker.runner()._crews.get().publisher
+    publisher = broker.runner()._states.get().publisher
     connect, send = publishing.Publisher._connect, publishing.Publisher._send
     made: list[Any] = []
     used: list[Any] = []
@@ -236,7 +236,7 @@ def test_connections_are_used_again_and_never_by_two_at_the_same_time(
 def test_a_connection_that_has_failed_is_closed_and_not_used_again(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publisher = broker.runner()._crews.get().publisher
+    publisher = broker.runner()._states.get().publisher
     made: list[Any] = []
 
     def fail(self: Any, producer: Any, message: Any) -> None:
@@ -255,7 +255,7 @@ def test_a_connection_that_has_failed_is_closed_and_not_used_again(
 def test_an_answer_ends_the_time_in_which_the_broker_is_not_asked(
     broker: Broker, log: Log, monkeypatch: pytest.MonkeyPatch, gate: Gate
 ) -> None:
-    publisher = broker.runner(publish_timeout=TIMEOUT)._crews.get().publisher
+    publisher = broker.runner(publish_timeout=TIMEOUT)._states.get().publisher
     send = publishing.Publisher._send
 
     def late(*args: Any) -> None:
@@ -318,7 +318,7 @@ def test_a_runner_that_stands_in_for_one_that_sends_runs_all_here(
 ) -> None:
     """The pytest plugin's does, and its tests need no broker."""
     monkeypatch.setattr(
-        "wsgi_bg._request.request_tasks.stand_in", lambda runner: InlineRunner()
+        "wsgi_bg._request.request_tasks.runner_override", lambda runner: InlineRunner()
     )
     request(broker.runner(), lambda: background_tasks.add_task(note, str(tmp_path / "note")))
     assert (tmp_path / "note").exists()
@@ -360,7 +360,7 @@ def test_the_batch_of_an_incomplete_response_is_put_off(
     request(runner, lambda: background_tasks.add_task(note, "path"), complete=False)
     assert runner.drain(TIMEOUT) == []
     ((at, not_before),) = begun
-    assert at >= not_before >= asked + PUT_OFF
+    assert at >= not_before >= asked + START_DELAY
 
 
 def test_batches_of_incomplete_responses_do_not_wait_for_each_other(

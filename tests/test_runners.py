@@ -397,7 +397,7 @@ class Many:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
 
-    def when_done(self, functions: Any) -> None:
+    def on_done(self, functions: Any) -> None:
         pass
 
     @property

@@ -275,7 +275,7 @@ def test_a_second_sending_finds_nothing_to_do(gate: Gate) -> None:
             batches.append(batch)
             batch.send()
             batch.send()
-            batch.when_done((lambda batch: done.set(),))
+            batch.on_done((lambda batch: done.set(),))
             batch.run()
 
     runner = Twice("away")

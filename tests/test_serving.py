@@ -495,7 +495,7 @@ def test_the_process_ends_at_the_second_signal_even_if_the_log_fails(
     def fail(reason: str) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("wsgi_bg.runners.shutdown.name_all", fail)
+    monkeypatch.setattr("wsgi_bg.runners.shutdown.log_all_unfinished", fail)
     raise_signal = signal.raise_signal
     with StopSignals(lambda: stops.append("stop")):
         raise_signal(signal.SIGTERM)

@@ -603,7 +603,7 @@ def test_tasks_are_named_without_a_wait_when_there_is_no_time(
     busy = [Busy(), Busy()]
     for runner in busy:
         shutdown.register(runner)
-    shutdown.name_all("since time was up")
+    shutdown.log_all_unfinished("since time was up")
     message = "background task builtins.int was not finished since time was up: "
     assert log.errors == 2 * [f"{message}the process ends without it"]
 

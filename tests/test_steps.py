@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from wsgi_bg._loop.coroutines import AwaitedIn, drop
+from wsgi_bg._loop.coroutines import AwaitableInStack, drop
 
 
 class Waits:
@@ -27,10 +27,10 @@ async def never() -> None:
     raise AssertionError
 
 
-def entered(awaitable: Awaitable[Any], left: list[str]) -> AwaitedIn:
+def entered(awaitable: Awaitable[Any], left: list[str]) -> AwaitableInStack:
     stack = ExitStack()
     stack.callback(left.append, "left")
-    return AwaitedIn(stack, awaitable)
+    return AwaitableInStack(stack, awaitable)
 
 
 @pytest.mark.parametrize("make", [waits, Waits, never])

@@ -48,8 +48,7 @@ from wsgi_bg._process import log, repeated, workers
 from wsgi_bg._request import servers
 from wsgi_bg._request.body import Body
 from wsgi_bg._request.unclosed import Collector
-from wsgi_bg._tasks import batch
-from wsgi_bg._tasks import task_log as report
+from wsgi_bg._tasks import batch, task_log
 
 pytestmark = pytest.mark.usefixtures("no_request_left")
 
@@ -108,7 +107,7 @@ def test_a_task_that_was_to_be_discarded_is_named_in_spite_of_a_time_limit(
 
     app = BackgroundTasksMiddleware(app_that(add), runner=PoolRunner())
     with handler(TimeLimitError) as stop, monkeypatch.context() as patch:
-        patch.setattr(report, "not_run", first_stopped(stop, report.not_run))
+        patch.setattr(task_log, "log_skipped", first_stopped(stop, task_log.log_skipped))
         with pytest.raises(TimeLimitError):
             Server().run(app, make_server_environ())
     assert wait(TIMEOUT) == []

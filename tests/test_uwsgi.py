@@ -21,7 +21,7 @@ def test_the_applications_own_function_is_called_after_ours(
     calls: list[str] = []
     module = SimpleNamespace(atexit=lambda: calls.append("the application's"))
     monkeypatch.setitem(sys.modules, "uwsgi", module)
-    uwsgi.call_at_exit(lambda: calls.append("ours"))
+    uwsgi.call_before_exit(lambda: calls.append("ours"))
     module.atexit()
     assert calls == ["ours", "the application's"]
 
@@ -32,7 +32,7 @@ def test_the_applications_own_function_is_called_if_ours_raises(
     calls: list[str] = []
     module = SimpleNamespace(atexit=lambda: calls.append("the application's"))
     monkeypatch.setitem(sys.modules, "uwsgi", module)
-    uwsgi.call_at_exit(fail)
+    uwsgi.call_before_exit(fail)
     with pytest.raises(ValueError, match="of the drain"):
         module.atexit()
     assert calls == ["the application's"]
@@ -42,7 +42,7 @@ def test_an_application_needs_no_function_of_its_own(monkeypatch: pytest.MonkeyP
     calls: list[str] = []
     module = SimpleNamespace()
     monkeypatch.setitem(sys.modules, "uwsgi", module)
-    uwsgi.call_at_exit(lambda: calls.append("ours"))
+    uwsgi.call_before_exit(lambda: calls.append("ours"))
     module.atexit()
     assert calls == ["ours"]
 
@@ -53,8 +53,8 @@ def test_a_worker_does_not_call_what_its_master_has_registered(
     calls: list[str] = []
     module = SimpleNamespace(atexit=lambda: calls.append("the application's"))
     monkeypatch.setitem(sys.modules, "uwsgi", module)
-    uwsgi.call_at_exit(lambda: calls.append("the master's"))
+    uwsgi.call_before_exit(lambda: calls.append("the master's"))
     monkeypatch.setattr(os, "getpid", lambda: -1)
-    uwsgi.call_at_exit(lambda: calls.append("the worker's"))
+    uwsgi.call_before_exit(lambda: calls.append("the worker's"))
     module.atexit()
     assert calls == ["the worker's", "the application's"]

@@ -70,7 +70,7 @@ class Idle(list[Any]):
 def test_a_light_load_leaves_the_other_threads_idle() -> None:
     """The thread that became idle last works next, so that the others reach their end."""
     runner, names, idle = PoolRunner(), list[str](), Idle()
-    runner._crews.get()._workers._idle = idle
+    runner._states.get()._workers._idle = idle
     barrier = threading.Barrier(3)
 
     def meet() -> None:

@@ -106,7 +106,7 @@ class _Exit:
         try:
             shutdown.finish(notice=self._notice)
         except BaseException:  # from the alarm, perhaps before finish() had begun
-            shutdown.name_all("before gunicorn ends the worker")
+            shutdown.log_all_unfinished("before gunicorn ends the worker")
             raise
         finally:
             self._is_draining = False

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any, ParamSpec, TypeVar, overload
 
 from wsgi_bg._request.invocation import Invocation
-from wsgi_bg._tasks.callables import is_coroutine_callable, kind_of
+from wsgi_bg._tasks.callables import is_async_callable, is_coroutine_callable
 from wsgi_bg._tasks.checks import seconds
 from wsgi_bg.exceptions import OptionTypeError
 
@@ -64,7 +64,7 @@ def _decorate(handler: Callable[..., Any], *, timeout: float | None) -> Callable
         raise OptionTypeError("handler", handler, "a function: handler(event, context)")
 
     try:
-        kind_of(handler)
+        is_async_callable(handler)
     except TypeError as exc:  # a generator's body would run after the invocation
         raise OptionTypeError("handler", handler, "a function that returns a response") from exc
 

@@ -47,7 +47,7 @@ async def in_context(context: Context, awaitable: Awaitable[Any]) -> Any:
         waits_for = context.run(coroutine.send, None)
     except StopIteration as stop:
         return stop.value
-    return await RestOf(context, coroutine, waits_for)
+    return await RemainingSteps(context, coroutine, waits_for)
 
 
 def drop(context: Context, awaitable: Awaitable[Any]) -> None:
@@ -56,7 +56,7 @@ def drop(context: Context, awaitable: Awaitable[Any]) -> None:
     # loop.
     if inspect.iscoroutine(awaitable):
         has_begun = inspect.getcoroutinestate(awaitable) != inspect.CORO_CREATED
-    elif isinstance(awaitable, AwaitedIn):
+    elif isinstance(awaitable, AwaitableInStack):
         has_begun = awaitable.has_begun
     else:
         return
@@ -73,7 +73,7 @@ async def _awaiting(awaitable: Awaitable[Any]) -> Any:
     return await awaitable
 
 
-class AwaitedIn(Coroutine[Any, Any, Any]):
+class AwaitableInStack(Coroutine[Any, Any, Any]):
     """Awaits ``awaitable`` inside ``stack``, which is entered already, and exits ``stack``.
 
     A coroutine function that is never awaited would not exit ``stack``; :meth:`close` does.
@@ -104,7 +104,7 @@ class AwaitedIn(Coroutine[Any, Any, Any]):
                 self._awaitable.close()
 
 
-class RestOf(Generator[Any, Any, Any]):
+class RemainingSteps(Generator[Any, Any, Any]):
     """Awaits the rest of ``coroutine`` after its first step; each step runs in ``context``.
 
     A generator function would do the same, but take 200 bytes more for each task that waits.
@@ -121,7 +121,7 @@ class RestOf(Generator[Any, Any, Any]):
         self._coroutine = coroutine
         self._waits_for = waits_for
 
-    def __await__(self) -> RestOf:
+    def __await__(self) -> RemainingSteps:
         return self
 
     def __next__(self) -> Any:

@@ -32,7 +32,7 @@ def is_exiting() -> bool:
     return os.getpid() not in _armed and not threading.main_thread().is_alive()
 
 
-def call_at_exit(drain: Callable[[bool], object], wait: Callable[[], object]) -> None:
+def call_before_exit(drain: Callable[[bool], object], wait: Callable[[], object]) -> None:
     """Call ``drain(is_last)`` when this process exits, if possible while executors are open.
 
     ``drain(is_last)`` may be called twice, on the main thread or on a thread of its own. A

@@ -10,7 +10,7 @@ from types import CodeType, TracebackType
 from typing import Any
 
 
-def goes_through(exc: BaseException) -> bool:
+def stops_worker(exc: BaseException) -> bool:
     """True if ``exc``, raised while a task ran, stops the server's worker.
 
     Three exceptions stop a worker: a ``KeyboardInterrupt`` on the main thread; a
@@ -31,7 +31,7 @@ def goes_through(exc: BaseException) -> bool:
 
 def is_from_signal_handler(exc: BaseException) -> bool:
     """True if a signal handler has raised ``exc``, of any class, on this thread."""
-    if goes_through(exc):
+    if stops_worker(exc):
         return True
     if threading.current_thread() is not threading.main_thread():
         return False

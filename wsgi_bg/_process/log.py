@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 from wsgi_bg._process import per_process as process
-from wsgi_bg._process.interrupts import goes_through, is_from_signal_handler
+from wsgi_bg._process.interrupts import is_from_signal_handler, stops_worker
 
 logger: logging.Logger = logging.getLogger("wsgi_bg")
 
@@ -76,7 +76,7 @@ def _log(  # %r of a str adds quotes: placeholders are %s, %d and %g
         )
         said[SAID]  # no bytecode comes between the record and the key
     except BaseException as exc:
-        if goes_through(exc) or process.generation != generation:  # a handler has forked
+        if stops_worker(exc) or process.generation != generation:  # a handler has forked
             raise
         if SAID not in said:
             _print_instead(level, message, args, exc_info, exc)
@@ -98,7 +98,7 @@ def _print_instead(
         lines += _format(failure) or [f"{safe_repr(failure)}\n"]
         sys.stderr.write("".join(lines))
     except BaseException as exc:  # no standard error, or no file descriptor left
-        if goes_through(exc):
+        if stops_worker(exc):
             raise
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 
-def call_at_exit(call: Callable[[], object]) -> None:
+def call_before_exit(call: Callable[[], object]) -> None:
     """Call ``call()`` when uWSGI ends this worker; does nothing under another server.
 
     uWSGI skips Python's exit if async cores are on (``uwsgi_python_atexit``), but uWSGI's

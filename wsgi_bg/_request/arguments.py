@@ -13,7 +13,7 @@ from types import BuiltinMethodType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 from wsgi_bg._process import log
-from wsgi_bg._process.interrupts import goes_through
+from wsgi_bg._process.interrupts import stops_worker
 from wsgi_bg._tasks.current import background_tasks
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def look_at(tasks: Iterable[BackgroundTask]) -> None:
                         _look_closely(task)
                         break
         except BaseException as exc:  # raised by a class or a signature
-            if goes_through(exc):
+            if stops_worker(exc):
                 raise
 
 

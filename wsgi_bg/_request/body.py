@@ -7,7 +7,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from wsgi_bg._process.interrupts import is_raised_here
-from wsgi_bg._request.request_tasks import LEFT, RAISED, USED_UP, Outcome, RequestTasks
+from wsgi_bg._request.request_tasks import ABANDONED, EXHAUSTED, RAISED, Outcome, RequestTasks
 from wsgi_bg._request.unclosed import Unclosed, collections
 from wsgi_bg._tasks.background_tasks import ENDED
 
@@ -47,7 +47,7 @@ class Body:
         except BaseException:
             self._outcome = RAISED
             raise
-        self._outcome = USED_UP
+        self._outcome = EXHAUSTED
 
     def close(self) -> None:
         """Close the application's iterable, then end the request; later calls do nothing.
@@ -62,7 +62,7 @@ class Body:
                 raise
             return
         outcome = self._outcome
-        if outcome is LEFT:
+        if outcome is ABANDONED:
             outcome = self._look(is_freed=False)
         try:
             close = getattr(self._app_iter, "close", None)
@@ -75,7 +75,7 @@ class Body:
 
     def _look(self, *, is_freed: bool) -> Outcome:
         """Find how the iteration has ended, if ``__iter__`` did not see the end."""
-        return LEFT
+        return ABANDONED
 
     def __del__(self) -> None:
         # This may run within a garbage collection: put on a SimpleQueue and do no more. A
@@ -86,7 +86,7 @@ class Body:
             return
         if tasks._phase != ENDED and not (tasks.end_if_empty() or tasks._is_handed_over):
             outcome = self._outcome
-            if outcome is LEFT:
+            if outcome is ABANDONED:
                 outcome = self._look(is_freed=True)
             tasks._collector.queue.put(Unclosed(tasks, self._environ, outcome))
 
@@ -106,7 +106,7 @@ class Guard:
     def __del__(self) -> None:
         tasks = self._tasks
         if tasks._phase != ENDED and not tasks._is_handed_over:
-            tasks._collector.queue.put(Unclosed(tasks, self._environ, LEFT))
+            tasks._collector.queue.put(Unclosed(tasks, self._environ, ABANDONED))
 
 
 class GeneratorBody(Body):
@@ -124,7 +124,7 @@ class GeneratorBody(Body):
         if self._is_fresh:  # reading gi_frame of an unfinished generator makes an object
             self._is_fresh = False
         elif self._app_iter.gi_frame is None:
-            self._outcome = USED_UP
+            self._outcome = EXHAUSTED
             return _NOTHING
         return chain(self._app_iter, self)
 
@@ -132,7 +132,7 @@ class GeneratorBody(Body):
         # A generator that raised has no frame. An unfinished generator has a frame until its
         # close() is called, which a garbage collection that frees body and generator may do.
         is_over = self._app_iter.gi_frame is None and not self._is_fresh
-        return RAISED if is_over and not (is_freed and collections.are_running) else LEFT
+        return RAISED if is_over and not (is_freed and collections.are_running) else ABANDONED
 
 
 class SizedBody(Body):

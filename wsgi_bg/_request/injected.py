@@ -19,7 +19,7 @@ from wsgi_bg.exceptions import OutsideRequestError
 _NAME = re.compile(rf"{BackgroundTasks.__name__}\b")
 
 
-class Wish(NamedTuple):
+class InjectedParameter(NamedTuple):
     """An injected parameter."""
 
     name: str
@@ -27,7 +27,7 @@ class Wish(NamedTuple):
     """The index among the positional parameters; None if the parameter is keyword-only."""
     by_name: bool
     """True if the parameter can be passed by keyword."""
-    may_be_left: bool
+    is_optional: bool
     """True if the parameter may be omitted: it has a default and may be None."""
 
 
@@ -40,14 +40,14 @@ class Unresolved(NamedTuple):
     """True if the annotation contains the name ``BackgroundTasks``."""
 
 
-def wishes_of(func: Callable[..., Any]) -> tuple[list[Wish], list[Unresolved]]:
+def find_injected(func: Callable[..., Any]) -> tuple[list[InjectedParameter], list[Unresolved]]:
     """Return the injected parameters, and those whose annotation cannot be resolved.
 
     Each annotation is resolved separately: an annotation whose type is imported under
     ``TYPE_CHECKING`` only, and so cannot be resolved, does not affect the rest.
     """
     given = func.keywords if isinstance(func, functools.partial) else ()
-    wishes: list[Wish] = []
+    injected: list[InjectedParameter] = []
     unresolved: list[Unresolved] = []
     try:
         parameters: Iterable[Parameter] = inspect.signature(func).parameters.values()
@@ -70,23 +70,25 @@ def wishes_of(func: Callable[..., Any]) -> tuple[list[Wish], list[Unresolved]]:
             continue
         may_be_none = type(None) in members or parameter.default is None
         by_name_only = parameter.kind is parameter.KEYWORD_ONLY
-        wishes.append(
-            Wish(
+        injected.append(
+            InjectedParameter(
                 parameter.name,
                 None if by_name_only else place,
                 parameter.kind is not parameter.POSITIONAL_ONLY,
                 has_default and may_be_none,
             )
         )
-    return wishes, unresolved
+    return injected, unresolved
 
 
-def granted(wish: Wish, func: Callable[..., Any]) -> BackgroundTasks | None:
+def injected_value(
+    parameter: InjectedParameter, func: Callable[..., Any]
+) -> BackgroundTasks | None:
     """Return the request's ``BackgroundTasks`` for a parameter of ``func``, or None.
 
     :raises RuntimeError: outside of a request, if the parameter cannot be omitted.
     """
-    if wish.may_be_left and current.get(None) is None:
+    if parameter.is_optional and current.get(None) is None:
         return None
     try:
         return current_background_tasks()

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from wsgi_bg._request.injected import Wish, granted, wishes_of
+from wsgi_bg._request.injected import InjectedParameter, find_injected, injected_value
 from wsgi_bg.exceptions import OptionTypeError
 
 R = TypeVar("R")
@@ -32,30 +32,32 @@ def inject(func: Callable[..., R]) -> Callable[..., R]:
         return typing.cast("Callable[..., R]", type(func)(inject(func.__func__)))
     if not callable(func):
         raise OptionTypeError("inject", func, "used on a function: @inject above a def")
-    wishes: list[Wish] = []
+    injected: list[InjectedParameter] = []
 
-    def look_once() -> list[Wish]:
-        if not wishes:
-            wishes.extend(_wishes_of(func))
-        return wishes
+    def find_once() -> list[InjectedParameter]:
+        if not injected:
+            injected.extend(_find_injected(func))
+        return injected
 
-    return filling(func, look_once)
+    return fill_injected(func, find_once)
 
 
-def filling(func: Callable[..., R], wishes: Callable[[], list[Wish]]) -> Callable[..., R]:
+def fill_injected(
+    func: Callable[..., R], injected: Callable[[], list[InjectedParameter]]
+) -> Callable[..., R]:
     """Wrap ``func``: each call gets the injected parameters, unless the caller passed them."""
 
     def fill(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        for wish in wishes():
-            is_given = wish.place is not None and wish.place < len(args)
-            if is_given or (wish.by_name and wish.name in kwargs):
+        for parameter in injected():
+            is_given = parameter.place is not None and parameter.place < len(args)
+            if is_given or (parameter.by_name and parameter.name in kwargs):
                 continue
-            tasks = granted(wish, func)
+            tasks = injected_value(parameter, func)
             if tasks is None:
                 continue
-            if wish.by_name:
-                kwargs[wish.name] = tasks
-            elif wish.place == len(args):
+            if parameter.by_name:
+                kwargs[parameter.name] = tasks
+            elif parameter.place == len(args):
                 args = (*args, tasks)
         return args
 
@@ -74,17 +76,17 @@ def filling(func: Callable[..., R], wishes: Callable[[], list[Wish]]) -> Callabl
     return filled
 
 
-def _wishes_of(func: Callable[..., Any]) -> list[Wish]:
-    wishes, unresolved = wishes_of(func)
-    if unresolved and not wishes:
+def _find_injected(func: Callable[..., Any]) -> list[InjectedParameter]:
+    injected, unresolved = find_injected(func)
+    if unresolved and not injected:
         name, error, _ = unresolved[0]
         raise OptionTypeError(
             "inject",
             func,
             f"used on a function whose annotations can be resolved ({name}: {error})",
         ) from error
-    if not wishes:
+    if not injected:
         raise OptionTypeError(
             "inject", func, "used on a function with a parameter annotated BackgroundTasks"
         )
-    return wishes
+    return injected

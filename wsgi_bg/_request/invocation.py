@@ -71,7 +71,7 @@ class Invocation:
 
     def hand_over(self, tasks: RequestTasks, batch: Batch) -> None:
         """Wait for ``batch``, which is about to be submitted, in place of its request."""
-        batch.when_done((self._leave,))
+        batch.on_done((self._leave,))
         self._batches[batch] = None
         self._open.pop(tasks, None)
 

@@ -7,13 +7,13 @@ from types import GeneratorType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from wsgi_bg._request.body import Body, GeneratorBody, Guard, SizedBody
-from wsgi_bg._request.request_tasks import LEFT, RAISED, RequestTasks
+from wsgi_bg._request.request_tasks import ABANDONED, RAISED, RequestTasks
 from wsgi_bg._request.servers import is_asked_for, refuse_eventlet
 from wsgi_bg._tasks.background_tasks import ENDED, OPEN, BackgroundTasks, View
 from wsgi_bg._tasks.calls import Around
 from wsgi_bg._tasks.current import ENVIRON_KEY, current
 from wsgi_bg._tasks.hooks import Hooks
-from wsgi_bg._tasks.options import Given, OnError, Options, RunOn
+from wsgi_bg._tasks.options import OnError, OptionOverrides, Options, RunOn
 from wsgi_bg.exceptions import OptionTypeError
 from wsgi_bg.runners import Runner, resolve
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 
-class _Joint(NamedTuple):
+class _MergedOptions(NamedTuple):
     """Options of the outer middleware, and these options merged with the inner middleware's."""
 
     root: Options
@@ -63,7 +63,7 @@ class BackgroundTasksMiddleware:
     # A framework's middleware sets this to wrap the call of each task.
     _around: Around | None = None
     # True if the runner is only a default, which an inner middleware may replace.
-    _runner_yields = False
+    _runner_is_default = False
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class BackgroundTasksMiddleware:
             )
         self._wrapped = app
         self._app: WSGIApplication = self._handle_first
-        self._given = Given(
+        self._overrides = OptionOverrides(
             run_on=run_on,
             failed_from=failed_from,
             on_error=on_error,
@@ -90,10 +90,10 @@ class BackgroundTasksMiddleware:
             hooks=hooks,
             around=self._around,
         )
-        self._joint: _Joint | None = None
+        self._merged: _MergedOptions | None = None
         self._names_runner = runner is not None
-        options = Options(runner=resolve(runner), runner_yields=self._runner_yields)
-        self._options = options.override(**self._given)
+        options = Options(runner=resolve(runner), runner_is_default=self._runner_is_default)
+        self._options = options.override(**self._overrides)
 
     def __call__(
         self, environ: WSGIEnvironment, start_response: StartResponse
@@ -105,7 +105,7 @@ class BackgroundTasksMiddleware:
         if ENVIRON_KEY in environ:
             outer = environ[ENVIRON_KEY]
             if isinstance(outer, BackgroundTasks) and outer._is_open:
-                return self._join(outer, environ, start_response)
+                return self._handle_inner(outer, environ, start_response)
 
         environ[ENVIRON_KEY] = tasks = RequestTasks()
         tasks._list = None
@@ -132,11 +132,11 @@ class BackgroundTasksMiddleware:
                     tasks._phase = OPEN
                 if kind is object:
                     # gunicorn's asynchronous workers compare the iterable with ALREADY_HANDLED.
-                    tasks.end(environ, LEFT)
+                    tasks.end(environ, ABANDONED)
                     return app_iter
                 return _wrap(app_iter, kind, tasks, environ)
             except BaseException as exc:
-                tasks.end(environ, LEFT if is_asked_for(environ, exc) else RAISED)
+                tasks.end(environ, ABANDONED if is_asked_for(environ, exc) else RAISED)
                 raise
         except BaseException:
             # Once more: a signal handler may have raised before the first end() had begun.
@@ -153,21 +153,21 @@ class BackgroundTasksMiddleware:
         self._app = self._wrapped
         return self._wrapped(environ, start_response)
 
-    def _join(
+    def _handle_inner(
         self, tasks: BackgroundTasks, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
         """Handle a request whose tasks an outer middleware runs."""
         tasks = tasks._layer
         root = tasks._root
-        joint = self._joint
+        merged = self._merged
         if (
-            joint is None
-            or joint.root is not root._options
-            or joint.outer is not tasks._options
+            merged is None
+            or merged.root is not root._options
+            or merged.outer is not tasks._options
         ):
-            self._joint = joint = self._meet(root._options, tasks._options)
-        root._options = joint.new_root
-        inner = tasks if joint.inner is tasks._options else View(tasks, joint.inner)
+            self._merged = merged = self._merge_options(root._options, tasks._options)
+        root._options = merged.new_root
+        inner = tasks if merged.inner is tasks._options else View(tasks, merged.inner)
         environ[ENVIRON_KEY] = inner
         token = current.set(inner)
         app_iter: Iterable[bytes] = ()
@@ -183,15 +183,17 @@ class BackgroundTasksMiddleware:
                 # second application that is called with this environ does not find them.
                 inner._has_returned = True
 
-    def _meet(self, root: Options, outer: Options) -> _Joint:
+    def _merge_options(self, root: Options, outer: Options) -> _MergedOptions:
         """Merge the outer options with those of this middleware; each request gets the same."""
         runner = None
-        if self._names_runner and root.runner_yields:
+        if self._names_runner and root.runner_is_default:
             runner = self._options.runner
-        if runner is None and all(option is None for option in self._given.values()):
-            return _Joint(root, outer, root, outer)
+        if runner is None and all(option is None for option in self._overrides.values()):
+            return _MergedOptions(root, outer, root, outer)
         new_root = root if runner is None else root.override(runner=runner)
-        return _Joint(root, outer, new_root, outer.override(**self._given, runner=runner))
+        return _MergedOptions(
+            root, outer, new_root, outer.override(**self._overrides, runner=runner)
+        )
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self._wrapped!r}, {self._options.runner!r}>"
@@ -210,7 +212,7 @@ def _wrap(
         body = Body()
     body._app_iter = app_iter
     body._environ = environ
-    body._outcome = LEFT
+    body._outcome = ABANDONED
     body._open = [None]
     body._tasks = tasks
     tasks._declared_late = not tasks._status

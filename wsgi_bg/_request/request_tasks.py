@@ -9,7 +9,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from wsgi_bg._process import log
-from wsgi_bg._process.interrupts import goes_through, is_from_signal_handler
+from wsgi_bg._process.interrupts import is_from_signal_handler, stops_worker
 from wsgi_bg._request import arguments, invocation, servers
 from wsgi_bg._request.unclosed import Collector, collectors
 from wsgi_bg._tasks.background_tasks import CLOSED, ENDED, BackgroundTasks
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 class Outcome(Enum):
     """How the application's call and the iteration over its body ended."""
 
-    LEFT = "the server has not asked for the end of the body"
-    USED_UP = "the server has taken the whole body"
+    ABANDONED = "the server has not asked for the end of the body"
+    EXHAUSTED = "the server has taken the whole body"
     RAISED = "the application has raised"
 
 
-LEFT, USED_UP, RAISED = Outcome
+ABANDONED, EXHAUSTED, RAISED = Outcome
 
 new_list: Callable[[], list[BackgroundTask]] = list
 """Makes the list of a request's tasks; the pytest plugin sets a function that records them."""
 
-stand_in: Callable[[Runner], Runner] | None = None
+runner_override: Callable[[Runner], Runner] | None = None
 """Overrides the runner of a request; set by the pytest plugin."""
 
 
@@ -157,14 +157,14 @@ class RequestTasks(BackgroundTasks):
 
     def end_unclosed(self, *, failed: bool) -> None:
         """End a request whose response was neither closed nor freed."""
-        self.end({}, RAISED if failed else LEFT, closed=False)
+        self.end({}, RAISED if failed else ABANDONED, closed=False)
 
     def _make_batch(self, environ: WSGIEnvironment, outcome: Outcome, closed: bool) -> Batch:
         status = self._status
         complete = closed and (
             servers.is_test_client(environ)
             or (
-                outcome is USED_UP
+                outcome is EXHAUSTED
                 and servers.is_written(
                     environ,
                     status,
@@ -183,7 +183,7 @@ class RequestTasks(BackgroundTasks):
         runner = self._options.runner
         assert runner is not None
         self._await(batch)
-        in_place = stand_in  # read once: another thread may end the test meanwhile
+        in_place = runner_override  # read once: another thread may end the test meanwhile
         if in_place is not None:
             runner = in_place(runner)
         batch.sends = hasattr(runner, "send")
@@ -221,12 +221,12 @@ class RequestTasks(BackgroundTasks):
         self._is_handed_over = True
         if not self._may_start():
             # The tasks run, on some thread, or are done, or were logged as unfinished.
-            batch.tell_if_ended()  # what was interrupted may have been this call
+            batch.notify_if_ended()  # what was interrupted may have been this call
             return
-        if goes_through(exc):
-            batch.stop_for(exc)
+        if stops_worker(exc):
+            batch.stop(exc)
         else:  # perhaps a time limit, which stops this thread and not the tasks
-            batch.give_back()
+            batch.unclaim_running()
             self._allow_start()
             shared_pool.submit(self._await(batch.again()))
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from wsgi_bg._process import log
 from wsgi_bg._process.exit import is_exiting
-from wsgi_bg._process.interrupts import goes_through
+from wsgi_bg._process.interrupts import stops_worker
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._process.threads import start_daemon
 from wsgi_bg._request import servers
@@ -69,7 +69,7 @@ class Collector:
         self.has_warned: bool = False
         self._has_thread = False
         gc.callbacks.append(collections.note)
-        shutdown.arm(self.flush, self.abandon)
+        shutdown.register_drain(self.flush, self.abandon)
 
     def start(self) -> None:
         """Start the thread that reads the queue.
@@ -93,7 +93,7 @@ class Collector:
         try:
             self._take(self.queue.get())
         except BaseException as exc:
-            if goes_through(exc):
+            if stops_worker(exc):
                 raise
             log.error("the thread for unclosed responses raised", exc_info=exc)
 

@@ -130,7 +130,7 @@ def listen(
 class _Outermost(BackgroundTasksMiddleware):
     """Outermost middleware whose runner an inner middleware may replace."""
 
-    _runner_yields = True
+    _runner_is_default = True
 
 
 def run(server: GracefulServer, drain_timeout: float | None) -> Unfinished:

@@ -58,7 +58,7 @@ class StopSignals:
         for each in self._previous:  # a third signal does not wait for the log
             signal.signal(each, signal.SIG_DFL)
         try:
-            shutdown.name_all(f"before {SECOND} ({signal.Signals(number).name})")
+            shutdown.log_all_unfinished(f"before {SECOND} ({signal.Signals(number).name})")
         finally:
             signal.raise_signal(number)
             # Reached as PID 1 of a container: the kernel ignores a signal to PID 1 without a

@@ -10,9 +10,9 @@ from typing import Any, ParamSpec
 
 from wsgi_bg._loop.asgiref_state import detached
 from wsgi_bg._process import per_process as process
-from wsgi_bg._process.interrupts import goes_through
+from wsgi_bg._process.interrupts import stops_worker
 from wsgi_bg._process.log import safe_repr
-from wsgi_bg._tasks import task_log as report
+from wsgi_bg._tasks import task_log
 from wsgi_bg._tasks.options import DEFAULTS, OnError, Options, RunOn
 from wsgi_bg._tasks.task import BackgroundTask
 from wsgi_bg.exceptions import BatchEndedError, TaskTypeError
@@ -93,7 +93,7 @@ class BackgroundTasks:
         # list. So at least one side sees the other's change, and _claim() decides.
         if self._phase == ENDED and task._claim():
             self._root._remove(task)
-            report.discarded(task, "the batch has ended")
+            task_log.notify_discarded(task, "the batch has ended")
             raise BatchEndedError(task.name)
 
     @property
@@ -226,13 +226,13 @@ class BackgroundTasks:
             try:
                 task._call_in(context)
             except BaseException as exc:
-                if goes_through(exc) or process.generation != generation:
+                if stops_worker(exc) or process.generation != generation:
                     raise
                 if first is None:
                     first = exc
                 else:
-                    context.run(report.failure, task, exc)
-                    context.run(report.tell_failure, task, exc)
+                    context.run(task_log.log_failure, task, exc)
+                    context.run(task_log.notify_failure, task, exc)
             if process.generation != generation:
                 return  # in the child process that the task has forked
             self._remove(task)

@@ -15,11 +15,11 @@ from typing import Any
 from wsgi_bg._loop import coroutines as steps
 from wsgi_bg._loop import portal
 from wsgi_bg._loop.asgiref_state import move_here
-from wsgi_bg._loop.coroutines import DONE, RestOf, as_coroutine
+from wsgi_bg._loop.coroutines import DONE, RemainingSteps, as_coroutine
 from wsgi_bg._process import log
 from wsgi_bg._process import per_process as process
-from wsgi_bg._process.interrupts import goes_through, is_from_signal_handler, is_raised_here
-from wsgi_bg._tasks import task_log as report
+from wsgi_bg._process.interrupts import is_from_signal_handler, is_raised_here, stops_worker
+from wsgi_bg._tasks import task_log
 from wsgi_bg._tasks.background_tasks import ENDED, BackgroundTasks
 from wsgi_bg._tasks.calls import RESULT, Calls
 from wsgi_bg._tasks.options import Options
@@ -68,12 +68,12 @@ class Batch:
         "_has_started",
         "_let_run",
         "_of",
+        "_on_done",
         "_passed_over",
         "_running",
         "_status",
         "_stop",
         "_stopped",
-        "_when_done",
         "discarded",
         "failed",
         "is_kept",
@@ -120,7 +120,7 @@ class Batch:
         self._begun: tuple[BackgroundTask, Context, Any] | None = None
         # The exception for which the running async task is cancelled.
         self._cause: Exception | None = None
-        self._when_done: tuple[Callable[[Any], None], ...] = ()
+        self._on_done: tuple[Callable[[Any], None], ...] = ()
 
     def again(self) -> Batch:
         """Copy this batch for another runner, if the first runner may or may not have it.
@@ -129,10 +129,10 @@ class Batch:
         """
         batch = Batch(self._of, response_complete=False, status=self._status)
         batch._passed_over = self._passed_over
-        batch.when_done((lambda batch: self._tell(),))
+        batch.on_done((lambda batch: self._tell(),))
         return batch
 
-    def give_back(self) -> None:
+    def unclaim_running(self) -> None:
         """Unclaim the running task if an exception kept it from being logged.
 
         Another batch can discard the task then.
@@ -171,20 +171,20 @@ class Batch:
         task = self._of._next_unclaimed()
         return None if task is None else task.is_async
 
-    def when_done(self, functions: tuple[Callable[[Any], None], ...]) -> None:
+    def on_done(self, functions: tuple[Callable[[Any], None], ...]) -> None:
         """Call each of ``functions`` with the batch when its last task is done, or more often.
 
         Most batches keep only the tuple that their ledger gives to all of them.
         """
-        self._when_done += functions
+        self._on_done += functions
 
-    def tell_if_ended(self) -> None:
-        """Call the functions given to :meth:`when_done` if the batch has ended."""
+    def notify_if_ended(self) -> None:
+        """Call the functions given to :meth:`on_done` if the batch has ended."""
         if self.has_ended:
             self._tell()
 
     def _tell(self) -> None:
-        for tell in self._when_done:
+        for tell in self._on_done:
             tell(self)
 
     def discard_excluded(self) -> bool:
@@ -227,10 +227,10 @@ class Batch:
                 while self._run_plain_tasks():
                     self._run_async_tasks()
         except BaseException as exc:
-            self.stop_for(exc)
+            self.stop(exc)
             raise
         finally:
-            self.tell_if_ended()
+            self.notify_if_ended()
 
     def run_plain(self) -> bool:
         """Run the next plain tasks on the calling thread; blocks.
@@ -241,10 +241,10 @@ class Batch:
         try:
             return self._start() and self._run_plain_tasks()
         except BaseException as exc:
-            self.stop_for(exc)
+            self.stop(exc)
             raise
         finally:
-            self.tell_if_ended()
+            self.notify_if_ended()
 
     def send(self) -> None:
         """Offer all tasks that are left to their runner's ``send``, in order; blocks.
@@ -268,10 +268,10 @@ class Batch:
             self._of._allow_start()
             self._has_started = False
         except BaseException as exc:
-            self.stop_for(exc)
+            self.stop(exc)
             raise
         finally:
-            self.tell_if_ended()  # after a stop; else the remaining tasks are still to run
+            self.notify_if_ended()  # after a stop; else the remaining tasks are still to run
 
     def _send_or_keep(self, task: BackgroundTask) -> None:
         calls = task._options.calls
@@ -281,7 +281,7 @@ class Batch:
                 task._unclaimed = [None]  # only the thread that has claimed the task does this
                 return
         except BaseException as exc:
-            if goes_through(exc):
+            if stops_worker(exc):
                 raise
             self._fail(task, context, exc)
         else:
@@ -329,7 +329,7 @@ class Batch:
                     if isgenerator(result) and getgeneratorstate(result) == GEN_CREATED:
                         raise TypeError(_NOT_RUN)
             except BaseException as exc:
-                if goes_through(exc) or self._is_in_child:
+                if stops_worker(exc) or self._is_in_child:
                     raise
                 if done is not None:
                     if is_from_signal_handler(exc) and done:
@@ -445,7 +445,7 @@ class Batch:
                     # The first step; a coroutine that waits for nothing ends in this step.
                     waits_for = context.run(next, awaitable.__await__(), DONE)
                     if waits_for is not DONE:
-                        await RestOf(context, awaitable, waits_for)
+                        await RemainingSteps(context, awaitable, waits_for)
                 except BaseException as exc:
                     if self._is_in_child:
                         raise
@@ -478,7 +478,7 @@ class Batch:
         finally:
             if self._is_in_child:
                 process.end_child(None)
-            self.tell_if_ended()
+            self.notify_if_ended()
 
     def abandon(self) -> list[BackgroundTask]:
         """Begin no further task; claim and return the tasks left, the running task first."""
@@ -540,9 +540,9 @@ class Batch:
         self.failed += 1
         if task._options.stop_on_error:
             self._stopped = True
-        _run_in(context, report.failure, task, exc, self._done)
+        _run_in(context, task_log.log_failure, task, exc, self._done)
         self._settle()
-        _run_in(context, report.tell_failure, task, exc)
+        _run_in(context, task_log.notify_failure, task, exc)
 
     def _discard(self, task: BackgroundTask) -> None:
         self.discarded += 1
@@ -551,9 +551,9 @@ class Batch:
         else:
             reason = task._options.why_not_run(self._status)
         context = self._of._context_of(task)
-        _run_in(context, report.not_run, task, reason, self._done)
+        _run_in(context, task_log.log_skipped, task, reason, self._done)
         self._settle()
-        _run_in(context, report.discarded, task, reason)
+        _run_in(context, task_log.notify_discarded, task, reason)
 
     def _settle(self) -> None:
         """Forget the running task: its outcome is logged."""
@@ -561,7 +561,7 @@ class Batch:
         if self._done is not None:
             self._done.clear()
 
-    def stop_for(self, exc: BaseException) -> None:
+    def stop(self, exc: BaseException) -> None:
         """Begin no further task, since ``exc`` stops the worker, and log the tasks left."""
         if self._is_in_child:
             return
@@ -582,9 +582,9 @@ class Batch:
             if process.generation != self._generation:  # a hook has forked
                 return
             self.discarded += 1
-            report.stopped(task, exc, began=has_begun and task is running)
+            task_log.log_interrupted(task, exc, began=has_begun and task is running)
         self._running = None
-        self.tell_if_ended()
+        self.notify_if_ended()
 
     def __repr__(self) -> str:
         tasks = self.tasks

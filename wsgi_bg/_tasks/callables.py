@@ -23,7 +23,7 @@ NOT_PLAIN = (
 )
 
 
-def kind_of(func: Any) -> bool:
+def is_async_callable(func: Any) -> bool:
     """True if ``func`` is async, also as a partial or as an object with async ``__call__``.
 
     :raises TypeError: if ``func`` cannot run as a task; a coroutine is closed first.

@@ -13,7 +13,7 @@ from functools import partial
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any
 
-from wsgi_bg._loop.coroutines import AwaitedIn
+from wsgi_bg._loop.coroutines import AwaitableInStack
 from wsgi_bg._process import log
 from wsgi_bg._process import per_process as process
 from wsgi_bg._process.interrupts import is_from_signal_handler
@@ -127,7 +127,7 @@ class Calls:
         if result is not None and isawaitable(result):
             stack = ExitStack()
             stack.push(partial(self._exit_of_stack, inside, task))
-            return AwaitedIn(stack, result)
+            return AwaitableInStack(stack, result)
         self._exit(inside, task, None)
         return result
 

@@ -25,7 +25,7 @@ CRASHED = 1000
 OnError = Callable[["BackgroundTask", BaseException], Any]
 
 
-class Given(TypedDict, total=False):
+class OptionOverrides(TypedDict, total=False):
     """The options that a layer sets; an unset option is None or left out."""
 
     run_on: RunOn | None
@@ -41,7 +41,7 @@ class Options:
 
     :ivar is_watched: True if :meth:`admit` must be called for each added task.
     :ivar calls: calls the tasks; None if their functions are called directly.
-    :ivar runner_yields: True if the runner is a default, which an inner layer may replace.
+    :ivar runner_is_default: True if the runner is a default, which an inner layer may replace.
     :ivar celery: options for Celery, ignored by every runner but ``CeleryRunner``.
     """
 
@@ -58,7 +58,7 @@ class Options:
         "on_error",
         "run_on",
         "runner",
-        "runner_yields",
+        "runner_is_default",
         "stop_on_error",
     )
 
@@ -71,7 +71,7 @@ class Options:
         hooks: tuple[Hooks, ...] = (),
         around: Around | None = None,
         celery: Mapping[str, Any] | None = None,
-        runner_yields: bool = False,
+        runner_is_default: bool = False,
         failed_from: int = 500,
     ) -> None:
         self.run_on = run_on
@@ -80,7 +80,7 @@ class Options:
         self.stop_on_error: bool = stop_on_error
         self.runner: Runner | None = runner
         self.celery: Mapping[str, Any] | None = celery
-        self.runner_yields: bool = runner_yields
+        self.runner_is_default: bool = runner_is_default
         # True if a task runs: [False] after a request that succeeded, [True] after a failed
         # request.
         self._runs_after = (run_on != "error", run_on != "success")
@@ -163,7 +163,7 @@ class Options:
             self._hooks if hooks is None else _as_tuple(hooks),
             self._around if around is None else around,
             self.celery if celery is None else engine_options.for_one_call("celery", celery),
-            self.runner_yields and runner is None,
+            self.runner_is_default and runner is None,
             self.failed_from if failed_from is None else failed_from,
         )
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, overload
 
 from wsgi_bg._process.log import type_name
 from wsgi_bg._tasks import engine_options
-from wsgi_bg._tasks.callables import kind_of, name_of
+from wsgi_bg._tasks.callables import is_async_callable, name_of
 from wsgi_bg.exceptions import (
     NameTakenError,
     OptionTypeError,
@@ -117,7 +117,7 @@ def _register(func: Any, name: str | None, options: Any) -> Any:
     reason = _why_not(func, name)
     if reason:
         raise RegistrationError(f"{_shown(func)} cannot be registered: {reason}", func)
-    kind_of(func)  # raises for a generator function
+    is_async_callable(func)  # raises for a generator function
     name = name or name_of(func)
     signature = inspect.signature(func, follow_wrapped=False)
     new = Registration(name, func, signature, options)

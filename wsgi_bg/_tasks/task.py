@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 from wsgi_bg._loop import portal
 from wsgi_bg._loop.asgiref_state import detached
-from wsgi_bg._process.interrupts import goes_through, is_raised_here
-from wsgi_bg._tasks.callables import NOT_PLAIN, kind_of, name_of
+from wsgi_bg._process.interrupts import is_raised_here, stops_worker
+from wsgi_bg._tasks.callables import NOT_PLAIN, is_async_callable, name_of
 from wsgi_bg._tasks.options import DEFAULTS, Options
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class BackgroundTask:
         elif flags == CO_COROUTINE:
             self.is_async = True
         else:
-            self.is_async = kind_of(func)
+            self.is_async = is_async_callable(func)
         self.func = func
         self.args = args
         self.kwargs = kwargs
@@ -119,7 +119,7 @@ class BackgroundTask:
         try:
             result = self._finish(context, context.run(calls.make, self, None))
         except BaseException as exc:
-            if goes_through(exc):  # the loop may still run in this context
+            if stops_worker(exc):  # the loop may still run in this context
                 calls.discarded(self, f"{type(exc).__name__} stopped its worker")
             else:
                 context.run(calls.failed, self, exc)

@@ -21,7 +21,7 @@ observer: Callable[[BackgroundTask, BaseException], None] | None = None
 """Called with every error that is logged; set by the pytest plugin, which fails the test."""
 
 
-def failure(
+def log_failure(
     task: BackgroundTask, exc: BaseException, said: defaultdict[Any, Any] | None = None
 ) -> None:
     """Log the task's error with its traceback.
@@ -32,7 +32,7 @@ def failure(
     log.error("background task %s raised %s", task.name, kind, exc_info=exc, said=said)
 
 
-def tell_failure(task: BackgroundTask, exc: BaseException) -> None:
+def notify_failure(task: BackgroundTask, exc: BaseException) -> None:
     """Call the hooks and the ``on_error`` of a failed task, in the task's context."""
     generation = process.generation
     of_test = observer  # read once: another thread may end the test meanwhile
@@ -52,30 +52,30 @@ def tell_failure(task: BackgroundTask, exc: BaseException) -> None:
         log.error("on_error raised for background task %s", task.name, exc_info=second)
 
 
-def not_run(task: BackgroundTask, reason: str, said: defaultdict[Any, Any]) -> None:
+def log_skipped(task: BackgroundTask, reason: str, said: defaultdict[Any, Any]) -> None:
     """Log a task that will not run."""
     log.warning("background task %s was not run: %s", task.name, reason, said=said)
 
 
-def stopped(task: BackgroundTask, exc: BaseException, *, began: bool) -> None:
+def log_interrupted(task: BackgroundTask, exc: BaseException, *, began: bool) -> None:
     """Log a task that was interrupted or never began because ``exc`` stopped its worker."""
     end = " to its end" if began else ""
     reason = f"{_kind_of(exc)} stopped its worker"
     log.warning("background task %s was not run%s: %s", task.name, end, reason)
-    discarded(task, reason)
+    notify_discarded(task, reason)
 
 
-def unfinished(task: BackgroundTask, reason: str) -> None:
+def log_unfinished(task: BackgroundTask, reason: str) -> None:
     """Log a task that is unfinished when the process exits."""
     log.error(
         "background task %s was not finished %s: the process ends without it",
         task.name,
         reason,
     )
-    discarded(task, f"it was not finished {reason}")
+    notify_discarded(task, f"it was not finished {reason}")
 
 
-def discarded(task: BackgroundTask, reason: str) -> None:
+def notify_discarded(task: BackgroundTask, reason: str) -> None:
     """Call the hooks for a task that will not run, or that was interrupted."""
     calls = task._options.calls
     if calls is not None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from wsgi_bg._tasks.background_tasks import ENDED, BackgroundTasks
 from wsgi_bg._tasks.current import ENVIRON_KEY
-from wsgi_bg._tasks.task_log import discarded
+from wsgi_bg._tasks.task_log import notify_discarded
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -117,4 +117,4 @@ class Visit:
             tasks._phase = ENDED  # before the loop: from now on no task is added
             for task in self._list:
                 if task._claim():
-                    discarded(task, "the test is over")
+                    notify_discarded(task, "the test is over")

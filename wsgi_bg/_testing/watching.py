@@ -1,6 +1,6 @@
 """Intercepts requests and batches while a test uses the pytest plugin's fixture.
 
-After the test the middleware, ``request.stand_in`` and ``report.observer`` are restored.
+After the test the middleware, the runner and the observer of errors are as before.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from wsgi_bg._request import request_tasks as request
 from wsgi_bg._request.body import Body
 from wsgi_bg._request.middleware import BackgroundTasksMiddleware
 from wsgi_bg._request.servers import is_test_client
-from wsgi_bg._tasks import task_log as report
+from wsgi_bg._tasks import task_log
 from wsgi_bg._tasks.background_tasks import BackgroundTasks
 from wsgi_bg._tasks.current import ENVIRON_KEY
 from wsgi_bg._testing import Mode
@@ -89,14 +89,14 @@ class Watch:
         ) -> Iterable[bytes]:
             return watch._handle(partial(handle, self), environ, start_response)
 
-        def stand_in(runner: Runner) -> Runner:
+        def runner_override(runner: Runner) -> Runner:
             return cast("Runner", _StandIn(self._submit, runner))
 
         with (
             patch.object(BackgroundTasksMiddleware, "__call__", call),
-            patch.object(request, "stand_in", stand_in),
+            patch.object(request, "runner_override", runner_override),
             patch.object(request, "new_list", TaskList),
-            patch.object(report, "observer", self._observe),
+            patch.object(task_log, "observer", self._observe),
         ):
             yield
             self._end()
@@ -152,7 +152,7 @@ class Watch:
                 visit.is_done = True
                 self._changed.notify_all()
 
-        batch.when_done((note,))
+        batch.on_done((note,))
         with self._changed:
             visit.take(batch)
             self._closed.append(visit)

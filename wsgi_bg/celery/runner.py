@@ -26,7 +26,7 @@ from wsgi_bg.exceptions import (
 )
 from wsgi_bg.runners import Runner, Statistics, resolve
 from wsgi_bg.runners.ledger import Ledger
-from wsgi_bg.runners.pool import PUT_OFF
+from wsgi_bg.runners.pool import START_DELAY
 
 try:
     from celery import Celery
@@ -100,7 +100,7 @@ class CeleryRunner:
         self._discards = on_publish_error == "discard"
         self._timeout = publish_timeout
         self.drain_timeout = drain_timeout
-        self._crews = PerProcess(lambda: _Crew(self))
+        self._states = PerProcess(lambda: _PoolState(self))
         celery_worker.serve(celery_app)
 
     def check(self, task: BackgroundTask) -> None:
@@ -145,7 +145,7 @@ class CeleryRunner:
         if self._app.conf.task_always_eager:  # Celery's setting to run without a broker
             return False
         try:
-            self._crews.get().publisher.publish(message)
+            self._states.get().publisher.publish(message)
         except PublishError as exc:
             if self._discards:
                 raise
@@ -160,16 +160,16 @@ class CeleryRunner:
 
         :raises KeyboardInterrupt: or another exception that stops the server's worker.
         """
-        crew = self._crews.get()
-        takes_more = crew.ledger.add(batch)
+        state = self._states.get()
+        takes_more = state.ledger.add(batch)
         if not any(map(self.may_send, batch.tasks)):
             self._local.submit(batch)
             return
         if batch.response_complete or not takes_more:
             self._send_now(batch)
             return
-        batch.not_before = time.monotonic() + PUT_OFF
-        if not crew.threads.submit(batch):
+        batch.not_before = time.monotonic() + START_DELAY
+        if not state.threads.submit(batch):
             self._local.submit(batch)  # local sends each task at its turn
 
     def _send_now(self, batch: Batch) -> None:
@@ -194,21 +194,21 @@ class CeleryRunner:
         :param timeout: seconds to wait at most.
         :return: the tasks that are unfinished after ``timeout``; they continue.
         """
-        return self._crews.get().ledger.drain(timeout)
+        return self._states.get().ledger.drain(timeout)
 
     def abandon(self) -> list[BackgroundTask]:
         """Let no batch begin a further task; return the unfinished tasks. Does not block."""
-        return self._crews.get().ledger.abandon()
+        return self._states.get().ledger.abandon()
 
     def statistics(self) -> Statistics:
         """Count the tasks, including those on ``local``; a sent task counts as succeeded."""
-        return self._crews.get().ledger.statistics()
+        return self._states.get().ledger.statistics()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._app.main!r}, local={self._local!r})"
 
 
-class _Crew:
+class _PoolState:
     """A runner's ledger, publisher and threads in one process."""
 
     def __init__(self, runner: CeleryRunner) -> None:

@@ -24,7 +24,7 @@ try:
 except ModuleNotFoundError as _exc:
     raise ExtraMissingError("flask", "wsgi_bg.flask") from _exc
 
-from wsgi_bg.flask.views import grant_wishes
+from wsgi_bg.flask.views import inject_views
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -118,7 +118,7 @@ class _Middleware(BackgroundTasksMiddleware):
         # Flask accepts no more views after the first request has begun.
         with self._views_lock:
             if not self._views_are_ready:
-                grant_wishes(self._flask_app)
+                inject_views(self._flask_app)
                 self._views_are_ready = True
         return super()._handle_first(environ, start_response)
 

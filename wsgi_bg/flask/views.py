@@ -16,8 +16,8 @@ from typing import Any
 from flask import Flask, request
 from flask.views import MethodView, View
 
-from wsgi_bg._request.injected import Wish, wishes_of
-from wsgi_bg._request.injection import filling
+from wsgi_bg._request.injected import InjectedParameter, find_injected
+from wsgi_bg._request.injection import fill_injected
 from wsgi_bg._tasks.callables import name_of
 from wsgi_bg.exceptions import InjectionError
 
@@ -25,7 +25,7 @@ from wsgi_bg.exceptions import InjectionError
 _ANY = ""
 
 
-def grant_wishes(app: Flask) -> None:
+def inject_views(app: Flask) -> None:
     """Wrap the views of ``app`` that have injected parameters.
 
     Call this once, after all views are registered. A view whose parameter cannot be injected
@@ -38,16 +38,16 @@ def grant_wishes(app: Flask) -> None:
     for endpoint, view in views.items():
         of_url = of_urls.get(endpoint, set())  # a view may have no rule
         try:
-            wishes = {
+            injected = {
                 method: wished
                 for method, handler in _handlers_of(view).items()
-                if (wished := _wishes_of(handler, view, of_url))
+                if (wished := _find_injected(handler, view, of_url))
             }
         except InjectionError as exc:
             views[endpoint] = _raising(view, exc)
             continue
-        if wishes:
-            views[endpoint] = filling(view, functools.partial(_wishes_now, wishes))
+        if injected:
+            views[endpoint] = fill_injected(view, functools.partial(_injected_now, injected))
 
 
 def _raising(view: Callable[..., Any], exc: InjectionError) -> Callable[..., Any]:
@@ -71,17 +71,17 @@ def _handlers_of(view: Any) -> dict[str, Callable[..., Any]]:
     return handlers
 
 
-def _wishes_now(wishes: dict[str, list[Wish]]) -> list[Wish]:
+def _injected_now(injected: dict[str, list[InjectedParameter]]) -> list[InjectedParameter]:
     method = request.method.lower()
-    if method == "head" and method not in wishes:
+    if method == "head" and method not in injected:
         method = "get"  # as MethodView.dispatch_request does
-    return wishes.get(_ANY) or wishes.get(method, [])
+    return injected.get(_ANY) or injected.get(method, [])
 
 
-def _wishes_of(
+def _find_injected(
     handler: Callable[..., Any], view: Callable[..., Any], of_url: set[str]
-) -> list[Wish]:
-    wishes, unresolved = wishes_of(handler)
+) -> list[InjectedParameter]:
+    injected, unresolved = find_injected(handler)
     name = name_of(handler)
     for parameter, error, is_ours in unresolved:
         if is_ours and parameter not in of_url and _reaches(handler, view, parameter):
@@ -91,19 +91,19 @@ def _wishes_of(
                 f"has an annotation that cannot be resolved ({error}): import what it names at "
                 "the top of the module, and not under TYPE_CHECKING only",
             ) from error
-    wishes = [wish for wish in wishes if _reaches(handler, view, wish.name)]
-    for wish in wishes:
-        if wish.name in of_url:
+    injected = [wanted for wanted in injected if _reaches(handler, view, wanted.name)]
+    for wanted in injected:
+        if wanted.name in of_url:
             raise InjectionError(
                 name,
-                wish.name,
+                wanted.name,
                 "is annotated BackgroundTasks, and a value of the URL too: rename one of them",
             )
-        if not wish.by_name:
+        if not wanted.by_name:
             raise InjectionError(
-                name, wish.name, "is positional only, and Flask gives arguments by name"
+                name, wanted.name, "is positional only, and Flask gives arguments by name"
             )
-    return wishes
+    return injected
 
 
 def _reaches(handler: Callable[..., Any], view: Callable[..., Any], name: str) -> bool:

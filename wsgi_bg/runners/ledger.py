@@ -44,7 +44,7 @@ class Ledger:
         :param limit: how many batches may be handed over at the same time.
         :return: True if ``batch`` may be handed over; False also while the runner is drained.
         """
-        batch.when_done(self._on_done)
+        batch.on_done(self._on_done)
         batch.is_kept = True
         handed_over = self._handed_over
         handed_over[batch] = None

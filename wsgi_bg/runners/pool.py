@@ -28,7 +28,7 @@ _INCOMPLETE_FACTOR = 10
 
 _RAN_HERE = "%d batches ran on the server's thread since the last record of this kind: "
 
-PUT_OFF = 0.005
+START_DELAY = 0.005
 """How long after ``submit`` the batch of an incomplete response begins, in seconds.
 
 In this time ``close()`` returns and the server writes its last bytes. A task that computes
@@ -67,7 +67,7 @@ class PoolRunner:
         # [True] for complete responses, [False] for incomplete responses.
         self._limits = (max(limit, 1) * _INCOMPLETE_FACTOR, limit)
         self.drain_timeout = drain_timeout
-        self._crews = PerProcess(lambda: _Crew(threads))
+        self._states = PerProcess(lambda: _PoolState(threads))
 
     def submit(self, batch: Batch) -> None:
         """Hand the batch over, or run the batch here and block, if there is no room.
@@ -75,17 +75,17 @@ class PoolRunner:
         :raises KeyboardInterrupt: or another exception that stops the server's worker, from
             a batch that runs here.
         """
-        crew = self._crews.get()
+        state = self._states.get()
         is_complete = batch.response_complete
-        has_room = crew.ledger.add(batch, self._limits[is_complete])
+        has_room = state.ledger.add(batch, self._limits[is_complete])
         if not is_complete:
-            batch.not_before = time.monotonic() + PUT_OFF
-        if is_exiting() or crew.ledger.is_draining:
+            batch.not_before = time.monotonic() + START_DELAY
+        if is_exiting() or state.ledger.is_draining:
             batch.run()
         elif not has_room:
-            self._run_here(batch, crew.full if is_complete else crew.too_full)
-        elif not crew.submit(batch):
-            self._run_here(batch, crew.no_thread)
+            self._run_here(batch, state.full if is_complete else state.too_full)
+        elif not state.submit(batch):
+            self._run_here(batch, state.no_thread)
 
     def _run_here(self, batch: Batch, warning: RepeatedWarning) -> None:
         if batch.tasks:  # else the batch has no task left and only has to end
@@ -101,15 +101,15 @@ class PoolRunner:
         :param timeout: seconds to wait at most.
         :return: the tasks that were not finished in time. They go on.
         """
-        return self._crews.get().ledger.drain(timeout)
+        return self._states.get().ledger.drain(timeout)
 
     def abandon(self) -> list[BackgroundTask]:
         """Let no batch begin more tasks; return the unfinished tasks. Does not block."""
-        return self._crews.get().ledger.abandon()
+        return self._states.get().ledger.abandon()
 
     def statistics(self) -> Statistics:
         """Return numbers of tasks."""
-        return self._crews.get().ledger.statistics()
+        return self._states.get().ledger.statistics()
 
     def __repr__(self) -> str:
         return (
@@ -123,7 +123,7 @@ shared_pool: PoolRunner = PoolRunner()
 register(shared_pool)  # runners hand batches over to this pool even if no option names it
 
 
-class _Crew:
+class _PoolState:
     """Runs the batches of one pool in one process.
 
     Plain functions of a batch run on a worker thread, async functions on the portal's loop.

@@ -13,10 +13,9 @@ from weakref import WeakSet, ref
 
 from wsgi_bg._loop import portal
 from wsgi_bg._process import log, uwsgi
-from wsgi_bg._process.exit import call_at_exit
-from wsgi_bg._process.interrupts import goes_through
-from wsgi_bg._tasks import checks
-from wsgi_bg._tasks import task_log as report
+from wsgi_bg._process.exit import call_before_exit
+from wsgi_bg._process.interrupts import stops_worker
+from wsgi_bg._tasks import checks, task_log
 from wsgi_bg._tasks.background_tasks import CLOSED
 from wsgi_bg._tasks.current import current
 from wsgi_bg._tasks.task import BackgroundTask
@@ -43,7 +42,7 @@ _EARLY = 0.05
 _runners: dict[int, _Registered] = {}
 # Tasks logged as unfinished: serve() drains before interpreter exit drains, and no task is
 # logged twice.
-_named: WeakSet[BackgroundTask] = WeakSet()
+_logged: WeakSet[BackgroundTask] = WeakSet()
 # Batches that the main thread waited for at its end, while another thread went on serving.
 _had_their_time: WeakSet[Batch] = WeakSet()
 # By process id: a function that hands over the responses freed without close(), and a function
@@ -93,7 +92,9 @@ def _registered() -> list[tuple[_Registered, Runner]]:
     return [(entry, runner) for entry, runner in both if runner is not None]
 
 
-def arm(flush: Callable[[], None], abandon: Callable[[], list[BackgroundTask]]) -> None:
+def register_drain(
+    flush: Callable[[], None], abandon: Callable[[], list[BackgroundTask]]
+) -> None:
     """Drain at the exit of this process, after ``flush()``.
 
     Called with the first task. Functions that the application has registered with
@@ -104,8 +105,8 @@ def arm(flush: Callable[[], None], abandon: Callable[[], list[BackgroundTask]]) 
     :param abandon: claims and returns the tasks of requests that have not ended.
     """
     _collectors[os.getpid()] = flush, abandon
-    call_at_exit(_drain_at_exit, _wait_at_exit)
-    uwsgi.call_at_exit(partial(_drain_at_exit, True))
+    call_before_exit(_drain_at_exit, _wait_at_exit)
+    uwsgi.call_before_exit(partial(_drain_at_exit, True))
 
 
 def _flush() -> None:
@@ -165,15 +166,15 @@ def _check(name: str, timeout: float | None) -> float | None:
 
 
 @contextmanager
-def _named_if_interrupted() -> Iterator[None]:
+def _log_if_interrupted() -> Iterator[None]:
     try:
         yield
     except BaseException as exc:
-        name_all(_interruption(exc))
+        log_all_unfinished(_interruption(exc))
         raise
 
 
-@_named_if_interrupted()
+@_log_if_interrupted()
 def _drain_at_exit(is_last: bool) -> None:
     _flush()
     left = batches_under_way()
@@ -183,7 +184,7 @@ def _drain_at_exit(is_last: bool) -> None:
         finish(names_requests=is_last)
 
 
-@_named_if_interrupted()
+@_log_if_interrupted()
 def _wait_at_exit() -> None:
     """Wait as long as a drain would, while another thread may still serve requests."""
     _flush()
@@ -235,7 +236,7 @@ def finish(
         otherwise = _interruption(exc)
         raise
     finally:
-        left = _name_left(reasons, otherwise, names_requests=names_requests)
+        left = _log_left(reasons, otherwise, names_requests=names_requests)
         portal.stop(_PORTAL_TIMEOUT if waiting else 0.0)
     return left
 
@@ -282,15 +283,15 @@ def _is_interruption(exc: BaseException, runner: Runner) -> bool:
     """
     if isinstance(exc, Exception):
         return False
-    return getattr(runner, "work_is_in_ledgers", False) or goes_through(exc)
+    return getattr(runner, "work_is_in_ledgers", False) or stops_worker(exc)
 
 
-def name_all(reason: str) -> None:
+def log_all_unfinished(reason: str) -> None:
     """Let no more tasks begin and log the unfinished tasks at ERROR; does not wait."""
-    _name_left({}, reason)
+    _log_left({}, reason)
 
 
-def _name_left(
+def _log_left(
     reasons: dict[int, str], otherwise: str, *, names_requests: bool = True
 ) -> list[BackgroundTask]:
     """Log unfinished tasks by runner, with its reason in ``reasons``, else ``otherwise``.
@@ -310,10 +311,10 @@ def _name_left(
 
 
 def _name(tasks: list[BackgroundTask], reason: str) -> list[BackgroundTask]:
-    left = [task for task in tasks if task not in _named]
+    left = [task for task in tasks if task not in _logged]
     for task in left:
-        _named.add(task)
-        report.unfinished(task, reason)
+        _logged.add(task)
+        task_log.log_unfinished(task, reason)
     return left
 
 
