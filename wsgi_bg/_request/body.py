@@ -71,7 +71,7 @@ class Body:
         finally:
             tasks = self._tasks
             if not tasks.end_if_empty():
-                tasks.end(self._environ, outcome)
+                tasks.submit(self._environ, outcome)
 
     def _look(self, *, is_freed: bool) -> Outcome:
         """Find how the iteration has ended, if ``__iter__`` did not see the end."""

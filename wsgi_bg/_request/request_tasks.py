@@ -130,16 +130,25 @@ class RequestTasks(BackgroundTasks):
         return False
 
     def end(self, environ: WSGIEnvironment, outcome: Outcome, *, closed: bool = True) -> None:
-        """Submit the tasks to the runner; the application is done with the request.
+        """Submit the tasks, if any: the application is done with the request.
 
         May be called again if the exception of a signal handler has ended the first call.
+        Parameters and exceptions are those of :meth:`submit`.
+        """
+        if self._phase != ENDED and not self.end_if_empty():
+            self.submit(environ, outcome, closed=closed)
+
+    def submit(
+        self, environ: WSGIEnvironment, outcome: Outcome, *, closed: bool = True
+    ) -> None:
+        """Submit the tasks to the runner, after :meth:`end_if_empty` has returned False.
 
         :param closed: True if the server has called ``close()``, or an equivalent of it.
         :raises KeyboardInterrupt: or another exception that stops the server's worker.
         """
         batch = None
         try:
-            if self._phase == ENDED or self.end_if_empty() or self._is_handed_over:
+            if self._is_handed_over:
                 return
             if self._collector.pid != os.getpid():
                 return  # in a forked child: the tasks belong to the parent
@@ -162,8 +171,7 @@ class RequestTasks(BackgroundTasks):
     def _make_batch(self, environ: WSGIEnvironment, outcome: Outcome, closed: bool) -> Batch:
         status = self._status
         complete = closed and (
-            servers.is_test_client(environ)
-            or (
+            (
                 outcome is EXHAUSTED
                 and servers.is_written(
                     environ,
@@ -172,6 +180,7 @@ class RequestTasks(BackgroundTasks):
                     declared_late=getattr(self, "_declared_late", False),
                 )
             )
+            or servers.is_test_client(environ)
         )
         return Batch(
             self,
@@ -182,7 +191,8 @@ class RequestTasks(BackgroundTasks):
     def _submit(self, batch: Batch) -> None:
         runner = self._options.runner
         assert runner is not None
-        self._await(batch)
+        if self._invocation is not None:
+            self._await(batch)
         in_place = runner_override  # read once: another thread may end the test meanwhile
         if in_place is not None:
             runner = in_place(runner)
@@ -190,7 +200,7 @@ class RequestTasks(BackgroundTasks):
         try:
             arguments.look_at(self._list or ())
             runner.submit(batch)
-            if in_place is None:
+            if in_place is None and not batch.is_kept:
                 keep(batch)
         except BaseException as exc:
             if is_from_signal_handler(exc) or self._collector.pid != os.getpid():
@@ -211,7 +221,7 @@ class RequestTasks(BackgroundTasks):
                 shared_pool.submit(again)
 
     def _await(self, batch: Batch) -> Batch:
-        """Let the invocation of the request, if any, wait for ``batch``; return ``batch``."""
+        """Let the invocation of the request, if any, wait for ``batch``, and return it."""
         if self._invocation is not None:
             self._invocation.hand_over(self, batch)
         return batch

@@ -192,11 +192,14 @@ class Batch:
 
         :return: False in a child process that a hook has forked meanwhile.
         """
-        excluded = [
-            task
-            for task in list(self._of._list or ())
-            if not (task._options is self._let_run or self._lets_run(task))
-        ]
+        excluded = []
+        for task in list(self._of._list or ()):
+            options = task._options
+            if options is not self._let_run:
+                if options.lets_run(self._status):
+                    self._let_run = options
+                else:
+                    excluded.append(task)
         if not excluded:
             return True
         self._done = _done_here()

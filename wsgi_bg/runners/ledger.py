@@ -125,12 +125,8 @@ _others = PerProcess(Ledger)
 
 
 def keep(batch: Batch) -> None:
-    """Keep an accepted batch until the batch ends, if no ledger has the batch.
-
-    A user's runner has no ledger. Called after ``submit``, when most batches are in a ledger
-    or have ended.
-    """
-    if batch.is_kept or not batch.length:
+    """Keep a batch that no ledger has until the batch ends; a user's runner has no ledger."""
+    if not batch.length:
         return
     ledger = _others.get()
     ledger.add(batch)
