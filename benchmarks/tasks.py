@@ -17,6 +17,7 @@ from starlette.background import BackgroundTasks as StarletteTasks
 
 from benchmarks.measure import interleave, row, run
 from wsgi_bg import BackgroundTasks
+from wsgi_bg._request.layer import merge_options
 from wsgi_bg._tasks.background_tasks import View
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg._tasks.options import Options
@@ -124,8 +125,8 @@ def watched() -> None:
 
     bare, hooked, in_context, by_hand = interleave(
         within(Options()),
-        within(Options(hooks=(Hooks(),))),
-        within(Options(around=app.app_context)),
+        within(merge_options(Options(), hooks=Hooks())),
+        within(merge_options(Options(), around=app.app_context)),
         in_context_by_hand,
         calls=5,
     )

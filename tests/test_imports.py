@@ -46,7 +46,7 @@ def test_import_wsgi_bg_loads_none_of_its_dependencies() -> None:
         print(names & loaded, [name for name in loaded if name.startswith("wsgi_bg.")])
         """
     )
-    assert done.stdout == "set() []\n", done.stderr
+    assert done.stdout == "set() ['wsgi_bg._version']\n", done.stderr
 
 
 def test_all_names_load_werkzeug_and_neither_asyncio_nor_an_integration() -> None:
@@ -171,7 +171,8 @@ def test_a_run_of_pytest_without_the_fixture_loads_the_plugin_only(
             loaded = {name for name in sys.modules if name.startswith("wsgi_bg")}
             assert loaded == {"wsgi_bg", "wsgi_bg.exceptions", "wsgi_bg._process.interrupts",
                               "wsgi_bg._process.log", "wsgi_bg._process.per_process",
-                              "wsgi_bg._testing", "wsgi_bg._process", "wsgi_bg.pytest_plugin"}
+                              "wsgi_bg._testing", "wsgi_bg._process", "wsgi_bg._version",
+                              "wsgi_bg.pytest_plugin"}
             assert "werkzeug" not in sys.modules
         """
     )

@@ -32,7 +32,7 @@ from tests.support import TIMEOUT, Environ, Server, make_server_environ
 from wsgi_bg import BackgroundTasksMiddleware, InlineRunner, PoolRunner, get_background_tasks
 from wsgi_bg.flask import Background
 from wsgi_bg.hooks import Hooks
-from wsgi_bg.runners.waiting import batches_under_way
+from wsgi_bg.runners.ledger import batches_under_way
 
 pytestmark = [pytest.mark.usefixtures("no_request_left"), pytest.mark.timeout(240)]
 

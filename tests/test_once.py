@@ -400,7 +400,8 @@ def test_what_was_freed_while_no_thread_could_start_is_handed_over_at_the_end(
     )
     environ = make_environ()
     body: Any = app(environ, Server().start_response)
-    own.queue.put(Unclosed(get_background_tasks(environ), environ, EXHAUSTED))  # type: ignore[arg-type]
+    tasks: Any = get_background_tasks(environ)
+    own.queue.put(Unclosed(tasks.end, environ, EXHAUSTED))
     own.flush()
     assert any("freed a response" in message for message in log.warnings)
     assert not get_background_tasks(environ)._is_open

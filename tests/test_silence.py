@@ -28,10 +28,9 @@ from wsgi_bg import (
     background_tasks,
     registered_task,
 )
-from wsgi_bg._tasks.hooks import HOOKS
 from wsgi_bg.exceptions import RegistrationError
 from wsgi_bg.flask import Background
-from wsgi_bg.hooks import Hooks
+from wsgi_bg.hooks import HOOKS, Hooks
 
 SETUP = """
 import logging, logging.config, sys, threading

@@ -505,7 +505,7 @@ def test_a_stop_before_there_is_a_batch_hands_the_tasks_over(
 ) -> None:
     seen: list[int] = []
     with handler(KeyboardInterrupt) as stop, monkeypatch.context() as patch:
-        patch.setattr(servers, "is_test_client", first_stopped(stop, servers.is_test_client))
+        patch.setattr(servers, "is_written", first_stopped(stop, servers.is_written))
         with pytest.raises(KeyboardInterrupt):
             submit(PoolRunner(), partial(seen.append, 1))
     assert wait(TIMEOUT) == []

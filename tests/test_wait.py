@@ -34,7 +34,8 @@ from wsgi_bg import (
 )
 from wsgi_bg.exceptions import InsideTaskError, OptionTypeError, OptionValueError
 from wsgi_bg.runners import Runner, Statistics, shutdown
-from wsgi_bg.runners.waiting import Notice, batches_under_way
+from wsgi_bg.runners.ledger import batches_under_way
+from wsgi_bg.runners.waiting import Notice
 
 
 class Own:
@@ -124,9 +125,9 @@ def test_wait_does_not_wait_for_what_comes_later(gate: Gate) -> None:
 
 def waits() -> bool:
     """Whether a thread is in wait()."""
-    from wsgi_bg.runners import waiting
+    from wsgi_bg.runners.ledger import ledgers_here
 
-    return any(ledger._waiters for ledger in waiting._ledgers_here())
+    return any(ledger._waiters for ledger in ledgers_here())
 
 
 def test_wait_covers_responses_that_were_freed_without_close() -> None:

@@ -13,6 +13,8 @@ import concurrent.futures.thread as _futures  # noqa: F401
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
+from wsgi_bg._version import __version__
+
 __all__ = [
     "ENVIRON_KEY",
     "BackgroundTask",
@@ -29,8 +31,6 @@ __all__ = [
     "serve",
     "wait",
 ]
-
-__version__ = "0.2.0"
 
 # The module that defines each name.
 _HOMES = {

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
-    from wsgi_bg._tasks.hooks import Hooks
-    from wsgi_bg._tasks.options import OnError, Options, RunOn
-    from wsgi_bg._tasks.task import BackgroundTask
+    from wsgi_bg._tasks.options import OnError, Options
+    from wsgi_bg._tasks.task import BackgroundTask, RunOn
+    from wsgi_bg.hooks import Hooks
     from wsgi_bg.runners import Runner
 
 P = ParamSpec("P")

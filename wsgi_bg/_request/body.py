@@ -88,7 +88,7 @@ class Body:
             outcome = self._outcome
             if outcome is ABANDONED:
                 outcome = self._look(is_freed=True)
-            tasks._collector.queue.put(Unclosed(tasks, self._environ, outcome))
+            tasks._collector.queue.put(Unclosed(tasks.end, self._environ, outcome))
 
 
 class Guard:
@@ -106,7 +106,7 @@ class Guard:
     def __del__(self) -> None:
         tasks = self._tasks
         if tasks._phase != ENDED and not tasks._is_handed_over:
-            tasks._collector.queue.put(Unclosed(tasks, self._environ, ABANDONED))
+            tasks._collector.queue.put(Unclosed(tasks.end, self._environ, ABANDONED))
 
 
 class GeneratorBody(Body):

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Protocol, final
 
 from wsgi_bg._process import log
 from wsgi_bg._request import servers
@@ -19,7 +19,6 @@ from wsgi_bg._request.unclosed import collectors
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
-    from wsgi_bg._request.request_tasks import RequestTasks
     from wsgi_bg._tasks.batch import Batch
     from wsgi_bg._tasks.task import BackgroundTask
 
@@ -43,6 +42,16 @@ def current() -> Invocation | None:
     return _of_context.get() or (invocations[0] if len(invocations) == 1 else None)
 
 
+class OpenRequest(Protocol):
+    """A request with tasks that were not submitted yet."""
+
+    @property
+    def tasks(self) -> list[BackgroundTask]: ...
+
+    def end_unclosed(self, *, failed: bool) -> None:
+        """End the request, if the server has not called ``close()``."""
+
+
 @final
 class Invocation:
     """A context manager around a call of a handler; knows the tasks to wait for."""
@@ -52,7 +61,7 @@ class Invocation:
         # threads may submit a batch of the same request at once, and a single one of these
         # batches runs the tasks: the invocation waits for both. No lock is held, as in a
         # Ledger: each step is an atomic operation of a dictionary.
-        self._open: dict[RequestTasks, None] = {}
+        self._open: dict[OpenRequest, None] = {}
         self._batches: dict[Batch, None] = {}
         self._changed = threading.Event()  # set when a batch is done
 
@@ -65,11 +74,11 @@ class Invocation:
         _of_context.reset(self._token)
         running.discard(self)
 
-    def begin(self, tasks: RequestTasks) -> None:
+    def begin(self, tasks: OpenRequest) -> None:
         """Wait for ``tasks``: the request has added its first task."""
         self._open.setdefault(tasks, None)
 
-    def hand_over(self, tasks: RequestTasks, batch: Batch) -> None:
+    def hand_over(self, tasks: OpenRequest, batch: Batch) -> None:
         """Wait for ``batch``, which is about to be submitted, in place of its request."""
         batch.on_done((self._leave,))
         self._batches[batch] = None

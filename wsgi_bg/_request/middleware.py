@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from types import GeneratorType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from wsgi_bg._request.body import Body, GeneratorBody, Guard, SizedBody
+from wsgi_bg._request.calls import Around
+from wsgi_bg._request.layer import OptionOverrides, merge_options
 from wsgi_bg._request.request_tasks import ABANDONED, RAISED, RequestTasks
 from wsgi_bg._request.servers import is_asked_for, refuse_eventlet
 from wsgi_bg._tasks.background_tasks import ENDED, OPEN, BackgroundTasks, View
-from wsgi_bg._tasks.calls import Around
 from wsgi_bg._tasks.current import ENVIRON_KEY, current
-from wsgi_bg._tasks.hooks import Hooks
-from wsgi_bg._tasks.options import OnError, OptionOverrides, Options, RunOn
+from wsgi_bg._tasks.options import OnError, Options
+from wsgi_bg._tasks.task import RunOn
 from wsgi_bg.exceptions import OptionTypeError
+from wsgi_bg.hooks import Hooks
 from wsgi_bg.runners import Runner, resolve
 
 if TYPE_CHECKING:
@@ -87,13 +90,12 @@ class BackgroundTasksMiddleware:
             failed_from=failed_from,
             on_error=on_error,
             stop_on_error=stop_on_error,
-            hooks=hooks,
-            around=self._around,
         )
+        self._hooks = hooks
         self._merged: _MergedOptions | None = None
         self._names_runner = runner is not None
-        options = Options(runner=resolve(runner), runner_is_default=self._runner_is_default)
-        self._options = options.override(**self._overrides)
+        options = self._merge(Options(), resolve(runner))
+        self._options = replace(options, runner_is_default=self._runner_is_default)
 
     def __call__(
         self, environ: WSGIEnvironment, start_response: StartResponse
@@ -188,12 +190,11 @@ class BackgroundTasksMiddleware:
         runner = None
         if self._names_runner and root.runner_is_default:
             runner = self._options.runner
-        if runner is None and all(option is None for option in self._overrides.values()):
-            return _MergedOptions(root, outer, root, outer)
-        new_root = root if runner is None else root.override(runner=runner)
-        return _MergedOptions(
-            root, outer, new_root, outer.override(**self._overrides, runner=runner)
-        )
+        new_root = root if runner is None else merge_options(root, runner=runner)
+        return _MergedOptions(root, outer, new_root, self._merge(outer, runner))
+
+    def _merge(self, outer: Options, runner: Runner | None) -> Options:
+        return merge_options(outer, self._overrides, self._hooks, self._around, runner)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self._wrapped!r}, {self._options.runner!r}>"

@@ -15,8 +15,7 @@ from wsgi_bg._request.unclosed import Collector, collectors
 from wsgi_bg._tasks.background_tasks import CLOSED, ENDED, BackgroundTasks
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg._tasks.current import current
-from wsgi_bg._tasks.options import CRASHED
-from wsgi_bg._tasks.task import BackgroundTask
+from wsgi_bg._tasks.task import CRASHED, BackgroundTask
 from wsgi_bg.runners.ledger import keep
 from wsgi_bg.runners.pool import shared_pool
 
@@ -163,6 +162,11 @@ class RequestTasks(BackgroundTasks):
             if batch is not None and self._collector.pid == os.getpid():
                 self._stop(batch, exc)
             raise
+
+    def abandon(self) -> list[BackgroundTask]:
+        """End the batch; claim and return the tasks that are left."""
+        self._end()
+        return [task for task in self._left() if task._claim()]
 
     def end_unclosed(self, *, failed: bool) -> None:
         """End a request whose response was neither closed nor freed."""

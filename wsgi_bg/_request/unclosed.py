@@ -12,8 +12,9 @@ import gc
 import os
 import queue
 import threading
+from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from wsgi_bg._process import log
 from wsgi_bg._process.exit import is_exiting
@@ -26,7 +27,6 @@ from wsgi_bg.runners import shutdown
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
-    from wsgi_bg._request.request_tasks import Outcome, RequestTasks
     from wsgi_bg._tasks.task import BackgroundTask
 
 
@@ -34,11 +34,19 @@ _FLUSH_TIMEOUT = 1.0  # seconds
 
 
 class Unclosed(NamedTuple):
-    """The tasks, environ and outcome of a response that was freed."""
+    """A response that was freed."""
 
-    tasks: RequestTasks
+    end: Callable[..., None]
+    """Ends the request: ``end(environ, outcome, closed=False)``."""
     environ: WSGIEnvironment
-    outcome: Outcome
+    outcome: Any
+
+
+class UnfinishedRequest(Protocol):
+    """The tasks of a request, which no thread has begun to run."""
+
+    def abandon(self) -> list[BackgroundTask]:
+        """End the batch; claim and return the tasks that are left."""
 
 
 class _Collections:
@@ -65,7 +73,7 @@ class Collector:
         self.queue: queue.SimpleQueue[Unclosed | threading.Event] = queue.SimpleQueue()
         # By id of the request: the requests whose tasks no thread has begun to run, with the
         # list of these tasks. The thread that pops a request runs its tasks or logs them.
-        self.unfinished: dict[int, tuple[RequestTasks, list[BackgroundTask]]] = {}
+        self.unfinished: dict[int, tuple[UnfinishedRequest, list[BackgroundTask]]] = {}
         self.has_warned: bool = False
         self._has_thread = False
         gc.callbacks.append(collections.note)
@@ -116,7 +124,7 @@ class Collector:
             self._hand_over(item)
 
     def _hand_over(self, response: Unclosed) -> None:
-        tasks, environ, outcome = response
+        end, environ, outcome = response
         if not self.has_warned:
             self.has_warned = True
             log.warning(
@@ -124,7 +132,7 @@ class Collector:
                 "background tasks were handed over when it was freed (said once a process)",
                 servers.describe(environ),
             )
-        tasks.end(environ, outcome, closed=False)
+        end(environ, outcome, closed=False)
 
     def abandon(self) -> list[BackgroundTask]:
         """Claim and return the tasks of requests that are open or were not handed over."""
@@ -132,8 +140,7 @@ class Collector:
         while self.unfinished:
             with suppress(KeyError):
                 _, (tasks, _) = self.unfinished.popitem()
-                tasks._end()
-                left += [task for task in tasks._left() if task._claim()]
+                left += tasks.abandon()
         return left
 
 

@@ -14,8 +14,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from wsgi_bg import __version__
 from wsgi_bg._serving import serve as serving
+from wsgi_bg._version import __version__
 from wsgi_bg.exceptions import ExtraMissingError, OptionError
 from wsgi_bg.runners import set_default
 

@@ -13,8 +13,8 @@ from wsgi_bg._process import per_process as process
 from wsgi_bg._process.interrupts import stops_worker
 from wsgi_bg._process.log import safe_repr
 from wsgi_bg._tasks import task_log
-from wsgi_bg._tasks.options import DEFAULTS, OnError, Options, RunOn
-from wsgi_bg._tasks.task import BackgroundTask
+from wsgi_bg._tasks.options import DEFAULTS, OnError, Options
+from wsgi_bg._tasks.task import BackgroundTask, RunOn
 from wsgi_bg.exceptions import BatchEndedError, TaskTypeError
 
 P = ParamSpec("P")
@@ -38,9 +38,9 @@ class BackgroundTasks:
     :raises TypeError: if an item of ``tasks`` is not a :class:`BackgroundTask`.
     """
 
-    __slots__ = ("_front", "_is_endless", "_list", "_options", "_phase")
+    __slots__ = ("_front", "_list", "_options", "_phase", "is_endless")
 
-    _is_endless: bool  # only if an endless row of tasks was cut: see wsgi_bg._tasks.successors
+    is_endless: bool  # only if an endless row of tasks was cut: see wsgi_bg._tasks.successors
     _front: list[BackgroundTask] | None  # taken from the list by a batch, in reverse
     _list: list[BackgroundTask] | None
     _options: Options
@@ -206,7 +206,11 @@ class BackgroundTasks:
             plain callable, or an option in ``celery`` is of the wrong type.
         """
         options = self._options.override(
-            run_on, on_error, stop_on_error, celery=celery, failed_from=failed_from
+            run_on=run_on,
+            failed_from=failed_from,
+            on_error=on_error,
+            stop_on_error=stop_on_error,
+            celery=celery,
         )
         return View(self, options)
 

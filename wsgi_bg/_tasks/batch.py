@@ -21,9 +21,7 @@ from wsgi_bg._process import per_process as process
 from wsgi_bg._process.interrupts import is_from_signal_handler, is_raised_here, stops_worker
 from wsgi_bg._tasks import task_log
 from wsgi_bg._tasks.background_tasks import ENDED, BackgroundTasks
-from wsgi_bg._tasks.calls import RESULT, Calls
-from wsgi_bg._tasks.options import Options
-from wsgi_bg._tasks.task import CLAIMED, BackgroundTask
+from wsgi_bg._tasks.task import CLAIMED, BackgroundTask, Caller, Layer
 
 _NOT_RUN = "it returned a generator that no one runs: nothing was done"
 
@@ -33,6 +31,25 @@ GO_ON, STOP, ABANDONED = range(3)
 
 _CANCEL_TIMEOUT = 1.0
 """Seconds for which a stopped worker waits for the cancelled async task."""
+
+
+Done = defaultdict[Any, Any] | None
+
+RESULT = "result"
+
+
+def call(task: BackgroundTask, done: Done) -> Any:
+    """Make the call of ``task`` in the current context and return its result.
+
+    :param done: given on a thread that runs signal handlers. Its ``default_factory`` makes
+        the call and stores the result under RESULT, with no bytecode, and so no handler,
+        between call and store.
+    :raises BaseException: the error of the call.
+    """
+    if done is None:
+        return task.func(*task.args, **task.kwargs)
+    done.default_factory = partial(task.func, *task.args, **task.kwargs)
+    return done[RESULT]
 
 
 class Batch:
@@ -103,7 +120,7 @@ class Batch:
         # The number of tasks that are claimed but not yet dropped.
         self._passed_over = 0
         self._status = status
-        self._let_run: Options | None = None  # the last options that let a task run
+        self._let_run: Layer | None = None  # the last options that let a task run
         self._generation = process.generation
         self._has_started = self._stopped = False
         # Not GO_ON if no further task begins: STOP if a signal handler raised or another batch
@@ -366,7 +383,7 @@ class Batch:
         """True in a child process that a task, or an observer of a task, has forked."""
         return process.generation != self._generation
 
-    def _make_of(self, calls: Calls) -> Callable[..., Any]:
+    def _make_of(self, calls: Caller) -> Callable[..., Any]:
         return calls.send_or_make if self.sends else calls.make
 
     def _run_async_tasks(self) -> None:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from wsgi_bg.exceptions import EndlessTasksError
 
 if TYPE_CHECKING:
-    from wsgi_bg._tasks.background_tasks import BackgroundTasks
     from wsgi_bg._tasks.task import BackgroundTask
 
 MAX_GENERATIONS = 100
@@ -49,15 +48,15 @@ def observe(task: BackgroundTask, observer: Callable[..., Any], *args: Any) -> N
         _thread.generation = before
 
 
-def admit(task: BackgroundTask, batch: BackgroundTasks) -> None:
-    """Set the generation of a task.
+def admit(task: BackgroundTask, batch: Any) -> None:
+    """Set the generation of a task that is about to join ``batch``, a ``BackgroundTasks``.
 
     :raises RuntimeError: if the generation is beyond the limit; names the function.
     """
     generation = _thread.generation
     if generation:
         if generation > MAX_GENERATIONS:
-            is_first = not getattr(batch, "_is_endless", False)
-            batch._is_endless = True
+            is_first = not getattr(batch, "is_endless", False)
+            batch.is_endless = True
             raise EndlessTasksError(task.name, generation, is_first=is_first)
         task._generation = generation

@@ -3,22 +3,80 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import Context, copy_context
 from inspect import CO_COROUTINE
 from types import FunctionType, MethodType
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import Any, Literal, ParamSpec, Protocol
 
 from wsgi_bg._loop import portal
 from wsgi_bg._loop.asgiref_state import detached
 from wsgi_bg._process.interrupts import is_raised_here, stops_worker
 from wsgi_bg._tasks.callables import NOT_PLAIN, is_async_callable, name_of
-from wsgi_bg._tasks.options import DEFAULTS, Options
-
-if TYPE_CHECKING:
-    from wsgi_bg._tasks.hooks import TaskRecord
 
 P = ParamSpec("P")
+
+
+RunOn = Literal["success", "error", "always"]
+
+CRASHED = 1000
+"""In place of a status code if the application raised; counts as failed for each option."""
+
+
+class Caller(Protocol):
+    """Calls tasks, and observes their calls: see :class:`wsgi_bg._request.calls.Calls`."""
+
+    def added(self, task: BackgroundTask, batch: Any) -> None: ...
+    def send(self, task: BackgroundTask) -> bool: ...
+    def send_or_make(self, task: BackgroundTask, done: Any) -> Any: ...
+    def make(self, task: BackgroundTask, done: Any) -> Any: ...
+    def finished(self, task: BackgroundTask) -> None: ...
+    def failed(self, task: BackgroundTask, exc: BaseException) -> None: ...
+    def discarded(self, task: BackgroundTask, reason: str) -> None: ...
+
+
+class Layer:
+    """The layer of middleware in which a task was added.
+
+    This class itself is the layer of a task that was made by hand, and of a task that joined
+    the list of a request without ``add_task``.
+
+    :ivar run_on: after which requests the tasks run.
+    :ivar failed_from: the lowest status that counts as a failure.
+    :ivar calls: calls the tasks; None if their functions are called directly.
+    :ivar on_error: called with a task and its error.
+    :ivar stop_on_error: True if a task's error skips the rest of the batch.
+    :ivar celery: options for Celery, ignored by every runner but ``CeleryRunner``.
+    """
+
+    __slots__ = ()
+
+    run_on: RunOn = "success"
+    failed_from: int = 500
+    calls: Caller | None = None
+    on_error: Callable[[BackgroundTask, BaseException], Any] | None = None
+    stop_on_error: bool = False
+    celery: Mapping[str, Any] | None = None
+
+    def lets_run(self, status: int) -> bool:
+        """True if a task runs after a request of this outcome.
+
+        :param status: the status code of the response; 0 if there was none, CRASHED if the
+            application raised.
+        """
+        return self.run_on == "always" or (self.run_on == "error") == (
+            status >= self.failed_from
+        )
+
+    def why_not_run(self, status: int) -> str:
+        """Return the reason why :meth:`lets_run` is False, for logs and hooks."""
+        outcome = "failed" if status >= self.failed_from else "succeeded"
+        if status and status != CRASHED:
+            outcome += f" with {status}"
+        return f"the request {outcome}, and run_on is {self.run_on!r}"
+
+
+_NO_LAYER = Layer()
 
 CLAIMED: list[None] = []
 """``_unclaimed`` of all claimed tasks; always empty."""
@@ -60,13 +118,13 @@ class BackgroundTask:
     kwargs: dict[str, Any]
     is_async: bool
     _generation: int  # only if added by a hook, an on_error or a teardown: see successors
-    _record: list[TaskRecord]  # only if hooks observe the task
+    _record: list[Any]  # only if hooks observe the task: the record that the hooks get
     _unclaimed: list[None]
     _unowned: list[None]  # only if the task was made by hand
     _encoded: Any  # only between a runner's check() and its send()
 
     def __init__(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
-        self._fill(func, args, kwargs, None, DEFAULTS)
+        self._fill(func, args, kwargs, None, _NO_LAYER)
         self._unowned = [None]
 
     def _fill(
@@ -75,7 +133,7 @@ class BackgroundTask:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         context: Context | None,
-        options: Options,
+        options: Layer,
     ) -> None:
         flags = NOT_PLAIN
         if type(func) is FunctionType or (
@@ -151,7 +209,7 @@ class BackgroundTask:
         self._unclaimed = CLAIMED  # frees the list
         return True
 
-    def _owned(self, options: Options) -> BackgroundTask:
+    def _owned(self, options: Layer) -> BackgroundTask:
         """Return this task for a new batch, or a copy if another batch owns this task."""
         try:
             self._unowned.pop()

@@ -29,8 +29,9 @@ from wsgi_bg.flask.views import inject_views
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
-    from wsgi_bg._tasks.hooks import Hooks
-    from wsgi_bg._tasks.options import OnError, RunOn
+    from wsgi_bg._tasks.options import OnError
+    from wsgi_bg._tasks.task import RunOn
+    from wsgi_bg.hooks import Hooks
     from wsgi_bg.runners import Runner
 
 # The extension's key in app.extensions.

@@ -6,12 +6,13 @@ import os
 import threading
 import time
 from collections.abc import Iterable
+from itertools import chain
 from math import inf
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg.runners.base import Statistics
-from wsgi_bg.runners.waiting import watch
 
 if TYPE_CHECKING:
     from wsgi_bg._tasks.batch import Batch
@@ -36,7 +37,7 @@ class Ledger:
         self._waiters: list[threading.Event] = []
         self.is_draining: bool = False
         self._on_done = (self.remove,)  # one tuple for all batches
-        watch(self)
+        _ledgers[id(self)] = self
 
     def add(self, batch: Batch, limit: float = inf) -> bool:
         """Keep ``batch`` until its run has ended.
@@ -119,6 +120,22 @@ class Ledger:
             discarded=sum(each[2] for each in ended) + sum(b.discarded for b in batches),
             run_here=sum(each[3] for each in ended) + sum(b.run_here for b in batches),
         )
+
+
+# Weak: an unfinished batch holds its ledger.
+_ledgers: WeakValueDictionary[int, Ledger] = WeakValueDictionary()
+
+
+def ledgers_here() -> list[Ledger]:
+    """The ledgers of this process, without those inherited from a parent by fork."""
+    pid = os.getpid()
+    found = [reference() for reference in _ledgers.valuerefs()]
+    return [ledger for ledger in found if ledger is not None and ledger.pid == pid]
+
+
+def batches_under_way() -> dict[Batch, None]:
+    """The submitted batches that have not ended, each once."""
+    return dict.fromkeys(chain.from_iterable(ledger.batches for ledger in ledgers_here()))
 
 
 _others = PerProcess(Ledger)

@@ -20,7 +20,8 @@ from wsgi_bg._tasks.background_tasks import CLOSED
 from wsgi_bg._tasks.current import current
 from wsgi_bg._tasks.task import BackgroundTask
 from wsgi_bg.exceptions import InsideTaskError
-from wsgi_bg.runners.waiting import Notice, batches_under_way, wait_for
+from wsgi_bg.runners.ledger import batches_under_way
+from wsgi_bg.runners.waiting import Notice, wait_for
 
 if TYPE_CHECKING:
     from wsgi_bg._tasks.batch import Batch

@@ -3,47 +3,25 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import threading
 import time
 from collections import Counter
-from itertools import chain, islice
+from itertools import islice
 from typing import TYPE_CHECKING
-from weakref import WeakValueDictionary
 
 from wsgi_bg._process import log
+from wsgi_bg.runners.ledger import batches_under_way, ledgers_here
 
 if TYPE_CHECKING:
     from wsgi_bg._tasks.batch import Batch
     from wsgi_bg._tasks.task import BackgroundTask
-    from wsgi_bg.runners.ledger import Ledger
 
 FIRST, EVERY = 1.0, 5.0
 """Seconds until the first WARNING of a wait, and between the following WARNINGs."""
 
 _NAMES = 5  # the most different names in a WARNING
 _COUNTED = 1000  # read the names of so many tasks: those of a million take seconds
-
-# Weak: an unfinished batch holds its ledger.
-_ledgers: WeakValueDictionary[int, Ledger] = WeakValueDictionary()
-
-
-def watch(ledger: Ledger) -> None:
-    """Let every wait include the batches of ``ledger``."""
-    _ledgers[id(ledger)] = ledger
-
-
-def _ledgers_here() -> list[Ledger]:
-    """The ledgers of this process, without those inherited from a parent by fork."""
-    pid = os.getpid()
-    found = [reference() for reference in _ledgers.valuerefs()]
-    return [ledger for ledger in found if ledger is not None and ledger.pid == pid]
-
-
-def batches_under_way() -> dict[Batch, None]:
-    """The submitted batches that have not ended, each once."""
-    return dict.fromkeys(chain.from_iterable(ledger.batches for ledger in _ledgers_here()))
 
 
 def wait_for(
@@ -55,7 +33,7 @@ def wait_for(
     :param notice: logs during the wait.
     :return: the tasks that are not done.
     """
-    for ledger in _ledgers_here():
+    for ledger in ledgers_here():
         while not ledger.wait_for(batches, min(deadline, notice.due)):
             if time.monotonic() >= deadline:
                 break

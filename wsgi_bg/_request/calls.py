@@ -6,7 +6,6 @@ Most layers have none of these: their tasks are called directly, and this module
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
@@ -17,33 +16,16 @@ from wsgi_bg._loop.coroutines import AwaitableInStack
 from wsgi_bg._process import log
 from wsgi_bg._process import per_process as process
 from wsgi_bg._process.interrupts import is_from_signal_handler
-from wsgi_bg._tasks.hooks import Hooks, TaskRecord
+from wsgi_bg._tasks.batch import Done, call
 from wsgi_bg._tasks.successors import observe
+from wsgi_bg.hooks import Hooks, TaskRecord
 
 if TYPE_CHECKING:
     from wsgi_bg._tasks.background_tasks import BackgroundTasks
     from wsgi_bg._tasks.task import BackgroundTask
 
-Done = defaultdict[Any, Any] | None
 Send = Callable[["BackgroundTask"], bool]
 Around = Callable[[], AbstractContextManager[Any]]
-
-
-RESULT = "result"
-
-
-def call(task: BackgroundTask, done: Done) -> Any:
-    """Make the call of ``task`` in the current context and return its result.
-
-    :param done: given on a thread that runs signal handlers. Its ``default_factory`` makes
-        the call and stores the result under RESULT, with no bytecode, and so no handler,
-        between call and store.
-    :raises BaseException: the error of the call.
-    """
-    if done is None:
-        return task.func(*task.args, **task.kwargs)
-    done.default_factory = partial(task.func, *task.args, **task.kwargs)
-    return done[RESULT]
 
 
 class Calls:
@@ -57,7 +39,7 @@ class Calls:
         if ``send`` may always be called.
     """
 
-    __slots__ = ("_around", "_hooks", "_may_send", "_send")
+    __slots__ = ("_may_send", "_send", "around", "hooks")
 
     def __init__(
         self,
@@ -66,14 +48,14 @@ class Calls:
         send: Send | None,
         may_send: Send | None = None,
     ) -> None:
-        self._hooks = hooks
-        self._around = around
+        self.hooks: tuple[Hooks, ...] = hooks
+        self.around: Around | None = around
         self._send = send
         self._may_send = may_send
 
     def added(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
         """Call the hooks for a task that is about to join ``batch``."""
-        if self._hooks:
+        if self.hooks:
             record = TaskRecord(task, batch)
             task._record = [record]
             self._tell("task_added", record)
@@ -112,9 +94,9 @@ class Calls:
         self._started(task)
         if process.generation != generation:  # a hook has forked: the parent makes the call
             return None
-        if self._around is None:
+        if self.around is None:
             return call(task, done)
-        inside = self._around()
+        inside = self.around()
         inside.__enter__()  # an ExitStack for each task costs as much again as Flask's context
         if process.generation != generation:
             self._exit(inside, task, None)
@@ -191,7 +173,7 @@ class Calls:
 
     def _tell(self, hook: str, record: TaskRecord) -> None:
         generation = process.generation
-        for hooks in self._hooks:
+        for hooks in self.hooks:
             try:
                 observe(record.task, getattr(hooks, hook), record)
             except BaseException as exc:

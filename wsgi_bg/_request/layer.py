@@ -1,0 +1,76 @@
+"""The options of a middleware layer, merged with those of the layer outside of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, TypedDict
+
+from wsgi_bg._request.calls import Around, Calls
+from wsgi_bg._tasks.callables import is_coroutine_callable
+from wsgi_bg._tasks.options import OnError, Options
+from wsgi_bg._tasks.task import RunOn
+from wsgi_bg.exceptions import OptionTypeError
+from wsgi_bg.hooks import HOOKS, Hooks
+from wsgi_bg.runners import Runner
+
+
+class OptionOverrides(TypedDict, total=False):
+    """The options that a layer sets; None for an option that the layer leaves alone."""
+
+    run_on: RunOn | None
+    failed_from: int | None
+    on_error: OnError | None
+    stop_on_error: bool | None
+
+
+def merge_options(
+    outer: Options,
+    overrides: OptionOverrides | None = None,
+    hooks: Hooks | Sequence[Hooks] | None = None,
+    around: Around | None = None,
+    runner: Runner | None = None,
+) -> Options:
+    """Return the options of the outer layer, in which each option that is not None is set.
+
+    Returns ``outer`` itself if there is none.
+
+    :raises ValueError: if ``run_on`` or ``failed_from`` is out of range.
+    :raises TypeError: if an option is of the wrong type.
+    """
+    options = outer
+    if overrides and any(value is not None for value in overrides.values()):
+        options = outer.override(**overrides)
+    if hooks is None and around is None and runner is None:
+        return options
+    calls: Any = outer.calls
+    all_hooks = _as_tuple(hooks) if hooks is not None else calls.hooks if calls else ()
+    if around is None and calls is not None:
+        around = calls.around
+    is_default = outer.runner_is_default and runner is None
+    runner = outer.runner if runner is None else runner
+    send = getattr(runner, "send", None)
+    may_send = getattr(runner, "may_send", None)
+    is_called_directly = not (all_hooks or around or send)
+    return replace(
+        options,
+        runner=runner,
+        runner_is_default=is_default,
+        calls=None if is_called_directly else Calls(all_hooks, around, send, may_send),
+        # ``around`` may define ``added(task)``, to record where each task was added.
+        checks=tuple(
+            check
+            for check in (getattr(runner, "check", None), getattr(around, "added", None))
+            if check is not None
+        ),
+    )
+
+
+def _as_tuple(hooks: Hooks | Sequence[Hooks]) -> tuple[Hooks, ...]:
+    several = tuple(hooks) if isinstance(hooks, (list, tuple)) else (hooks,)
+    if not all(isinstance(each, Hooks) for each in several):
+        raise OptionTypeError("hooks", hooks, "a wsgi_bg.hooks.Hooks object, or a list of them")
+    for each in several:
+        if any(is_coroutine_callable(getattr(each, name)) for name in HOOKS):
+            raise OptionTypeError("hooks", each, "of plain functions; one is an async def")
+    return several
