@@ -27,6 +27,7 @@ __all__ = [
     "drain",
     "get_background_tasks",
     "inject",
+    "portal",
     "registered_task",
     "serve",
     "wait",
@@ -44,6 +45,7 @@ _HOMES = {
     "drain": "runners.shutdown",
     "get_background_tasks": "_tasks.current",
     "inject": "_request.injection",
+    "portal": "_loop.portal",
     "registered_task": "_tasks.registry",
     "serve": "_serving.serve",
     "wait": "runners.shutdown",
@@ -53,6 +55,7 @@ _HOMES = {
 _MODULES = {"exceptions", "hooks", "runners", "shutdown"}
 
 if TYPE_CHECKING:
+    from wsgi_bg._loop.portal import portal
     from wsgi_bg._request.injection import inject
     from wsgi_bg._request.middleware import BackgroundTasksMiddleware
     from wsgi_bg._serving.serve import serve

@@ -88,6 +88,16 @@ class MiddlewareMissingError(WsgiBgError, LookupError):
         self.key = key
 
 
+class SharedPortalError(WsgiBgError, RuntimeError):
+    """The portal of the process was entered or stopped, which would end it for all requests."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "wsgi_bg.portal() is shared by all requests and ends with the process: use its "
+            "call() and start_task_soon(), and neither stop() nor 'async with'"
+        )
+
+
 class UnsupportedServerError(WsgiBgError, RuntimeError):
     """The application is served by a server that wsgi_bg does not support.
 

@@ -34,9 +34,20 @@ _threads = PerProcess(PortalThread)
 
 
 def portal() -> BlockingPortal:
-    """Return this process's portal; the first call makes the portal and blocks until it runs.
+    """Return the anyio ``BlockingPortal`` of this process, on whose loop the async tasks run.
 
-    If a task has ended the portal's loop, a new portal replaces the ended portal.
+    ``portal().call(func, *args)`` calls an ``async def`` or plain function on the loop and
+    blocks until it is done; ``start_task_soon`` returns a future. Works in views, in plain
+    tasks and on any thread, with every runner: a client that async tasks keep open on this
+    loop serves synchronous code too. The call runs in a copy of the caller's context
+    variables, and its errors, including ``SystemExit``, are raised in the caller.
+
+    Ask for the portal at each use: a forked process has a portal of its own, and a new portal
+    replaces a portal whose loop was ended. The first call makes the portal and blocks until it
+    runs. The portal cannot be stopped: it ends with the process.
+
+    :raises RuntimeError: if the loop's thread cannot start. The methods of the portal raise
+        it on the loop's own thread, which would wait for itself.
     """
     return _thread().portal
 

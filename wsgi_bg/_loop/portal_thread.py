@@ -23,7 +23,7 @@ from wsgi_bg._process.interrupts import is_from_signal_handler
 if TYPE_CHECKING:
     import asyncio
 
-    from anyio.from_thread import BlockingPortal
+    from wsgi_bg._loop.shared_portal import SharedPortal
 
 
 class LoopJob(NamedTuple):
@@ -60,11 +60,11 @@ class PortalThread:
         self._task_class: type[asyncio.Task[None]]
         self._end: asyncio.Future[None]
         self._thread_has_ended = threading.Event()
-        ready: Future[BlockingPortal] = Future()
+        ready: Future[SharedPortal] = Future()
         # A real thread even under gevent: if a loop ran on the thread of the application's
         # greenlets, asyncio.run() would fail in all greenlets.
         start_real_thread(partial(self._run, ready), "wsgi_bg-portal")
-        self.portal: BlockingPortal = ready.result(threading.TIMEOUT_MAX)  # as in PortalCall
+        self.portal: SharedPortal = ready.result(threading.TIMEOUT_MAX)  # as in PortalCall
 
     @property
     def has_ended(self) -> bool:
@@ -85,7 +85,7 @@ class PortalThread:
         except RuntimeError:
             return False
 
-    def _run(self, ready: Future[BlockingPortal]) -> None:
+    def _run(self, ready: Future[SharedPortal]) -> None:
         try:
             import anyio
 
@@ -101,16 +101,17 @@ class PortalThread:
                     "the portal's event loop was ended by a task on it", exc_info=exc
                 )
         finally:
+            if ready.done() and not ready.exception():
+                ready.result().cancel_not_begun()
             self._thread_has_ended.set()
 
-    async def _serve(self, ready: Future[BlockingPortal]) -> None:
+    async def _serve(self, ready: Future[SharedPortal]) -> None:
         import asyncio
 
-        from anyio.from_thread import BlockingPortal
-
         from wsgi_bg._loop.executor import LoopExecutor
+        from wsgi_bg._loop.shared_portal import SharedPortal
 
-        async with BlockingPortal() as portal:
+        async with SharedPortal() as portal:
             self._task_class = asyncio.Task
             self._loop = asyncio.get_running_loop()
             self._loop.set_default_executor(LoopExecutor())
