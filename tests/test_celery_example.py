@@ -1,4 +1,4 @@
-"""The example with Celery: started as a reader would start it, with its worker."""
+"""The example with Celery: started as a reader would start the example, with its worker."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REPORT = "Report for ada@example.com\n"
 
 @contextmanager
 def worker(folder: Path) -> Iterator[None]:
-    """The docstring's command in ``folder``, where the example is not below."""
+    """The docstring's command, run in ``folder`` instead of the repository."""
     with (folder / "worker").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "celery", "-A", "examples.celery_app:queue", "worker"],
@@ -41,7 +41,7 @@ def worker(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # its children too
+        os.killpg(process.pid, signal.SIGKILL)  # and the child processes
         process.wait(TIMEOUT)
 
 
@@ -62,7 +62,7 @@ def order_and_wait(folder: Path) -> None:
     with serving(EXAMPLE, folder, delay=0) as port:
         assert ask(EXAMPLE, port) == EXAMPLE.answer
         assert wait_until(lambda: text_of(log) == EXAMPLE.line), text_of(folder / "stderr")
-    with worker(folder):  # when the application has gone
+    with worker(folder):  # after the application has ended
         assert wait_until(lambda: text_of(log) == EXAMPLE.line + REPORT), text_of(
             folder / "worker"
         )

@@ -30,14 +30,14 @@ def in_request(call: Any) -> None:
     respond(BackgroundTasksMiddleware(app_that(lambda e: call(get_background_tasks(e)))))
 
 
-def test_the_proxy_outside_of_a_request_says_what_to_use() -> None:
+def test_the_proxy_outside_of_a_request_names_the_alternative() -> None:
     with pytest.raises(RuntimeError, match=r"use get_background_tasks\(environ\)") as caught:
         background_tasks.add_task(print)
     assert isinstance(caught.value, OutsideRequestError)
     assert "unbound" in repr(background_tasks)
 
 
-def test_the_proxy_in_a_streamed_body_says_what_to_use() -> None:
+def test_the_proxy_in_a_streamed_body_names_the_alternative() -> None:
     def app(environ: Environ, start_response: Any) -> Iterator[bytes]:
         start_response("200 OK", [])
         with pytest.raises(RuntimeError, match="In a streamed body"):
@@ -72,7 +72,7 @@ def test_the_proxy_works_inside_tasks_wherever_they_were_added() -> None:
 
 
 def test_in_a_task_added_within_another_request_the_proxy_is_that_of_its_own_batch() -> None:
-    """An application that calls another one, and a task of the inner one's own batch."""
+    """The application calls an inner application, whose view adds a task to the outer batch."""
     seen: list[bool] = []
     outer: list[BackgroundTasks] = []
 
@@ -89,7 +89,7 @@ def test_in_a_task_added_within_another_request_the_proxy_is_that_of_its_own_bat
 
     def call_inner(environ: Environ) -> None:
         outer.append(get_background_tasks(environ))
-        respond(inner)  # ended, and its batch too, before the tasks of the outer one run
+        respond(inner)  # the inner request and its batch end before the outer batch runs
 
     respond(BackgroundTasksMiddleware(app_that(call_inner)))
     assert seen == [True] * 4
@@ -107,7 +107,7 @@ def test_the_proxy_is_gone_when_the_application_has_returned_or_raised() -> None
 
 
 def test_the_proxy_works_in_an_async_flask_view() -> None:
-    """Flask runs it on another thread, in a copy of the context."""
+    """Flask runs the view on another thread, in a copy of the context."""
     seen: list[str] = []
     app = Flask(__name__)
 
@@ -281,7 +281,7 @@ def test_inject_says_that_an_annotation_cannot_be_resolved() -> None:
         unknown(1)
 
 
-def test_inject_refuses_what_is_no_function() -> None:
+def test_inject_refuses_objects_that_are_no_functions() -> None:
     with pytest.raises(OptionTypeError, match="@inject above a def"):
         inject("view")  # type: ignore[arg-type]
 
@@ -375,7 +375,7 @@ def test_inject_has_nothing_to_fill_in_a_function_that_does_not_say() -> None:
 
 
 def other_module(source: str, **names: Any) -> dict[str, Any]:
-    """What a module has that knows nothing of this one's names."""
+    """The namespace of another module, which has none of this module's names."""
     module: dict[str, Any] = {"functools": functools, "__name__": "other", **names}
     exec(source, module)
     return module
@@ -390,7 +390,7 @@ def wrap(func):
 """
 
 
-def test_strings_are_resolved_where_the_innermost_function_is() -> None:
+def test_strings_are_resolved_in_the_module_of_the_innermost_function() -> None:
     wrap: Callable[[T], T] = other_module(WRAP)["wrap"]
 
     @wrap

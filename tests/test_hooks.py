@@ -1,4 +1,4 @@
-"""Hooks: what a monitor or a tracer is told of the tasks."""
+"""Hooks: the calls that a monitor or a tracer gets for each task."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MOMENTS = ("added", "sent", "started", "finished", "failed", "discarded")
 
 
 class Diary(Hooks):
-    """Notes the moments of each task."""
+    """Records the hook calls of each task."""
 
     def __init__(self) -> None:
         self.moments: list[str] = []
@@ -80,7 +80,7 @@ def failing() -> None:
 
 
 def request(*functions: Any, **options: Any) -> Diary:
-    """The moments of one request's tasks."""
+    """Handle a request; return the hook calls of its tasks."""
     diary = Diary()
 
     def add(environ: Environ) -> None:
@@ -162,7 +162,7 @@ def test_a_stopped_worker_discards_its_tasks() -> None:
     assert diary.records[-1].reason == "KeyboardInterrupt stopped its worker"
 
 
-def test_what_comes_too_late_is_discarded() -> None:
+def test_a_task_added_to_an_ended_batch_is_discarded() -> None:
     diary = Diary()
     kept: list[BackgroundTasks] = []
 
@@ -177,7 +177,7 @@ def test_what_comes_too_late_is_discarded() -> None:
     assert diary.records[-1].reason == "the batch has ended"
 
 
-def test_what_the_process_ends_without_is_discarded() -> None:
+def test_tasks_left_at_the_exit_are_discarded() -> None:
     result = run_python("""
         import threading
         from tests.support import submit
@@ -233,7 +233,7 @@ def test_tasks_called_by_hand_have_their_moments_once() -> None:
     ]
 
 
-def test_what_a_task_adds_has_its_moments_too() -> None:
+def test_a_task_that_a_task_adds_has_its_moments_too() -> None:
     diary = request(lambda: background_tasks.add_task(plain))
     assert diary.moments[-4:] == [
         "added plain",
@@ -381,13 +381,13 @@ def test_the_arguments_of_a_watched_task_are_freed_without_a_collection() -> Non
 
 
 @pytest.mark.parametrize("hooks", [Hooks, "monitor", [Hooks(), None], {Hooks(): 1}])
-def test_what_is_no_hooks_object_is_refused(hooks: Any) -> None:
+def test_objects_without_hook_methods_are_refused(hooks: Any) -> None:
     with pytest.raises(TypeError, match=r"hooks must be a wsgi_bg\.hooks\.Hooks object") as e:
         BackgroundTasksMiddleware(app_that(lambda environ: None), hooks=hooks)
     assert isinstance(e.value, OptionTypeError)
 
 
-def test_hooks_that_no_one_would_await_are_refused() -> None:
+def test_async_hooks_are_refused_since_none_would_be_awaited() -> None:
     class Later(Hooks):
         async def task_finished(self, record: TaskRecord) -> None:  # type: ignore[override]
             """Would never run."""

@@ -77,7 +77,7 @@ print(wsgi_bg.drain(10), {{"anyio", "asyncio"}} & sys.modules.keys())
 
 
 def test_the_portals_thread_imports_asyncio_for_no_signal_handler_interrupts_it() -> None:
-    """The exception of a handler would leave asyncio half imported, which is for good."""
+    """An exception of a signal handler would leave asyncio half imported for good."""
     done = run_python(
         f"""{REQUEST}
 class Watch:
@@ -127,7 +127,7 @@ def test_drain_may_be_used_first_at_the_exit() -> None:
 def test_each_public_name_is_there_for_all_who_look() -> None:
     assert {*wsgi_bg._HOMES, "__version__"} == set(wsgi_bg.__all__) <= set(dir(wsgi_bg))
     names: dict[str, object] = {}
-    exec("from wsgi_bg import *", names)  # the one place for it is a module's top
+    exec("from wsgi_bg import *", names)  # import * is allowed only at module level
     assert all(names[name] is getattr(wsgi_bg, name) for name in wsgi_bg.__all__)
     with pytest.raises(
         AttributeError, match="module 'wsgi_bg' has no attribute 'BackgroundTaks'"

@@ -1,4 +1,4 @@
-"""Which tasks run when the request failed, and when it did not (rule 3)."""
+"""Which tasks run after a failed request, and which after a successful request (rule 3)."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_a_client_that_leaves_is_no_failure(make: Any, take: int) -> None:
 
 
 def test_a_client_that_leaves_a_real_server_is_no_failure() -> None:
-    """waitress notices at one of the next writes, and calls ``close()`` midway."""
+    """waitress notices in one of the next writes, and calls ``close()`` midway."""
     seen: list[str] = []
     done, gone = threading.Event(), threading.Event()
 

@@ -1,4 +1,4 @@
-"""The kinds of response: how the application answers, how it is asked, what arrives."""
+"""The kinds of response: the application's answer, the request, the expected bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Answer = Callable[[Add, Any], Iterable[bytes]]
 
 
 class Kind(NamedTuple):
-    """One kind of response."""
+    """A kind of response."""
 
     answer: Answer
     body: bytes | None = b""

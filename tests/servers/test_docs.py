@@ -42,7 +42,7 @@ def test_the_table_says_how_a_server_is_known(setup: Setup) -> None:
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
-def test_the_table_says_what_a_server_answers_instead(setup: Setup) -> None:
+def test_the_table_names_the_servers_replacement_responses(setup: Setup) -> None:
     cell = docs.PAGE.rows("The set-ups")[setup.name][INSTEAD]
     assert in_code(cell) == set(setup.instead)
     assert ("never answers" in cell) == (SILENT in setup.instead.values())

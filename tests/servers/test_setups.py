@@ -1,4 +1,4 @@
-"""The list of set-ups: what has to be here is, and what is not is named."""
+"""The list of set-ups: required servers are installed, and missing servers are named."""
 
 from __future__ import annotations
 
