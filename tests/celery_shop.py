@@ -24,7 +24,7 @@ MODULE = "tests.celery_shop"
 
 not_travelling: ContextVar[str] = ContextVar("not_travelling", default="not set")
 local_calls: list[tuple[Any, ...]] = []
-"""What ran in this process without being registered."""
+"""Arguments of the unregistered calls in this process."""
 
 
 def write(path: str, text: object) -> None:

@@ -34,9 +34,9 @@ class Site(NamedTuple):
     """The part of the views that is independent of the framework."""
 
     enter: Callable[[BackgroundTasks], object]
-    """Called first, with what ``get_background_tasks`` has returned."""
+    """Called first, with the result of ``get_background_tasks``."""
     rows: Callable[[], Iterator[bytes]] = two_rows
-    """What ``/stream`` streams."""
+    """The rows of ``/stream``."""
 
     def fail(self) -> Any:
         raise ValueError("a bug")

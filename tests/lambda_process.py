@@ -41,7 +41,7 @@ EVENT: dict[str, Any] = {
     "body": None,
     "isBase64Encoded": False,
 }
-"""A request as AWS's API Gateway passes it on."""
+"""A request as passed on by AWS's API Gateway."""
 
 HANDLERS: dict[str, Callable[[Any], Handler]] = {
     "apig-wsgi": make_lambda_handler,

@@ -14,7 +14,7 @@ from tests.support import Environ, app_that
 from wsgi_bg import BackgroundTasksMiddleware, get_background_tasks
 
 done: list[Any] = []
-"""What has run, or was closed; a test begins with ``done.clear()``, by a fixture."""
+"""Results of tasks and closed bodies; a fixture clears the list before each test."""
 
 
 def send(to: str, *, copies: int = 1) -> None:

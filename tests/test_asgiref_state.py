@@ -166,7 +166,7 @@ def test_a_tasks_context_variables_beside_asgirefs_are_kept(site: Site) -> None:
 
 
 @pytest.mark.parametrize("kind", [BackgroundTask, lambda task: BackgroundTasks([task])])
-def test_a_call_by_hand_uses_no_thread_that_waits_for_it(
+def test_a_call_by_hand_uses_no_thread_that_waits_for_the_call(
     kind: Callable[[BackgroundTask], Callable[[], object]],
 ) -> None:
     """The thread of the view waits in the call, and asgiref would wait for that thread."""
@@ -181,7 +181,7 @@ def test_a_call_by_hand_uses_no_thread_that_waits_for_it(
     assert site.ask("/async") == ("the caller's", "the caller's")
 
 
-def test_the_event_loop_that_a_call_by_hand_goes_on_in_sees_local_state() -> None:
+def test_the_event_loop_of_a_call_by_hand_sees_local_state() -> None:
     async def look() -> object:
         return getattr(local, "value", None)
 

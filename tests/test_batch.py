@@ -85,7 +85,7 @@ def test_a_signal_that_stops_a_submission_keeps_no_batch_from_the_loop(
     assert runner.drain(TIMEOUT) == []
 
 
-def test_a_batch_whose_hand_over_was_stopped_is_not_waited_for(
+def test_a_batch_whose_submission_was_stopped_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def interrupted(*args: Any) -> None:
@@ -161,7 +161,7 @@ def test_a_batch_abandoned_while_its_last_task_is_added_has_ended() -> None:
 
 
 def test_batches_outlive_a_loop_that_a_stray_task_has_ended(log: Log, gate: Gate) -> None:
-    """One task waits on the loop, one batch is postponed, some have not begun; none is lost."""
+    """One task waits on the loop, one batch is delayed, some have not begun; none is lost."""
     runner, wait, seen = PoolRunner(), Wait(), list[str]()
     strays: list[asyncio.Task[None]] = []
 

@@ -106,7 +106,7 @@ def test_with_the_option_discard_a_task_that_cannot_be_sent_is_an_error(
     assert (statistics.succeeded, statistics.failed) == (1, 1)
 
 
-def test_a_broker_that_does_not_answer_is_waited_for_no_longer_than_said(
+def test_a_silent_broker_is_waited_for_no_longer_than_publish_timeout(
     silent: SilentBroker, tmp_path: Path, log: Log
 ) -> None:
     runner = silent.broker.runner(local="inline", publish_timeout=0.2)

@@ -46,7 +46,7 @@ def worker(folder: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("broker", ["filesystem", "redis"])
-def test_the_light_task_runs_here_and_the_heavy_one_on_a_worker(
+def test_the_light_task_runs_here_and_the_heavy_task_on_a_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, broker: str
 ) -> None:
     if broker == "redis":
@@ -68,7 +68,7 @@ def order_and_wait(folder: Path) -> None:
         )
 
 
-def test_the_docstring_says_how_to_run_and_ask_the_example() -> None:
+def test_the_docstring_has_the_commands_to_run_and_ask_the_example() -> None:
     docstring = EXAMPLE.source.split('"""')[1]
     assert f"    python examples/{EXAMPLE.name} [PORT]\n" in docstring
     assert "    celery -A examples.celery_app:queue worker\n" in docstring

@@ -273,7 +273,7 @@ CANVAS: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("name", "args"), CANVAS, ids=range(len(CANVAS)))
-def test_celerys_own_tasks_reach_nothing_more(
+def test_celerys_own_tasks_reach_no_unregistered_function(
     shop: Shop, tmp_path: Path, name: str, args: Any
 ) -> None:
     path, marker = tmp_path / "forged", str(uuid.uuid4())
@@ -285,7 +285,9 @@ def test_celerys_own_tasks_reach_nothing_more(
     assert not path.exists()
 
 
-def test_a_callback_in_a_message_reaches_nothing_more(shop: Shop, tmp_path: Path) -> None:
+def test_a_callback_in_a_message_reaches_no_unregistered_function(
+    shop: Shop, tmp_path: Path
+) -> None:
     path = tmp_path / "forged"
     callback = {"task": "tests.celery_shop.not_registered", "args": [str(path)], "options": {}}
     marker = str(uuid.uuid4())

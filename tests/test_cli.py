@@ -250,7 +250,7 @@ def answer(environ, start_response):
 
 
 @pytest.mark.parametrize("where", ["closed", "full", "broken", "all closed"])
-def test_it_serves_without_a_standard_output(where: str, tmp_path: Path) -> None:
+def test_the_command_serves_without_a_standard_output(where: str, tmp_path: Path) -> None:
     """No socket or pipe may get descriptor 1: output of libraries would go there."""
     write(tmp_path, "shop", SHOP + SOCKETS)
     path = tmp_path / "socket"

@@ -158,7 +158,9 @@ def test_tasks_that_two_threads_run_at_once_run_once(fast_switches: None) -> Non
     assert sorted(seen) == list(range(5000))
 
 
-def test_tasks_that_are_run_by_hand_as_the_request_ends_run_once(fast_switches: None) -> None:
+def test_tasks_that_are_called_by_hand_as_the_request_ends_run_once(
+    fast_switches: None,
+) -> None:
     seen: list[object] = []
     held: list[BackgroundTasks] = []
     bodies: list[Any] = []

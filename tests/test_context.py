@@ -47,7 +47,7 @@ def test_the_proxy_in_a_streamed_body_names_the_alternative() -> None:
     assert respond(BackgroundTasksMiddleware(app)) == b"ok"
 
 
-def test_the_proxy_works_inside_tasks_wherever_they_were_added() -> None:
+def test_the_proxy_works_inside_tasks_added_by_any_way() -> None:
     seen: list[bool] = []
 
     def look(tasks: BackgroundTasks) -> None:
@@ -71,7 +71,7 @@ def test_the_proxy_works_inside_tasks_wherever_they_were_added() -> None:
     assert seen == [True] * 3
 
 
-def test_in_a_task_added_within_another_request_the_proxy_is_that_of_its_own_batch() -> None:
+def test_in_a_task_added_within_an_inner_request_the_proxy_is_that_of_the_tasks_batch() -> None:
     """The application calls an inner application, whose view adds a task to the outer batch."""
     seen: list[bool] = []
     outer: list[BackgroundTasks] = []
@@ -261,7 +261,7 @@ def test_inject_keeps_name_and_docstring() -> None:
     assert (documented.__name__, documented.__doc__) == ("documented", "What it does.")
 
 
-def test_inject_says_that_there_is_nothing_to_fill() -> None:
+def test_inject_refuses_a_function_without_a_parameter_to_fill() -> None:
     @inject
     def plain(x: int) -> int:
         return x
@@ -272,7 +272,7 @@ def test_inject_says_that_there_is_nothing_to_fill() -> None:
         plain(1)
 
 
-def test_inject_says_that_an_annotation_cannot_be_resolved() -> None:
+def test_inject_names_an_annotation_that_cannot_be_resolved() -> None:
     @inject
     def unknown(x: Missing) -> None:  # type: ignore[name-defined]  # noqa: F821
         """Never called."""
@@ -369,7 +369,7 @@ def test_an_annotation_of_another_parameter_need_not_be_resolved() -> None:
     in_request(look)
 
 
-def test_inject_has_nothing_to_fill_in_a_function_that_does_not_say() -> None:
+def test_inject_refuses_a_function_without_a_signature() -> None:
     with pytest.raises(TypeError, match="with a parameter annotated BackgroundTasks"):
         inject(max)(1, 2)
 

@@ -148,7 +148,7 @@ def test_an_on_error_that_raises_is_logged_and_the_next_task_runs(log: Log) -> N
     assert isinstance(log.tracebacks[1], SystemExit)
 
 
-def test_errors_are_told_in_the_tasks_context(log: Log) -> None:
+def test_errors_are_logged_in_the_tasks_context(log: Log) -> None:
     """Correlation ids and the contexts of structlog and Sentry are there."""
     seen: list[str] = []
 
@@ -264,7 +264,7 @@ def test_a_cancellation_that_a_task_swallows_does_not_hit_the_next() -> None:
     assert seen == [1, 0]
 
 
-def test_a_generator_that_no_one_runs_is_a_failure(log: Log) -> None:
+def test_a_generator_that_nobody_runs_is_a_failure(log: Log) -> None:
     """A decorated generator function, which ``add_task`` cannot recognise."""
 
     def generate() -> Any:
@@ -502,7 +502,7 @@ def test_a_pools_thread_outlives_a_greenlets_kill(log: Log) -> None:
     assert "was stopped" in log.errors[0]
 
 
-def test_an_error_in_a_batch_that_was_handed_over_is_reported_from_there(log: Log) -> None:
+def test_an_error_in_a_batch_of_the_pool_is_logged_there(log: Log) -> None:
     runner = InlineRunner()
     told: list[str] = []
 

@@ -142,7 +142,7 @@ def test_an_example_is_shorter_than_40_lines(example: Example) -> None:
 
 
 @each_example
-def test_the_docstring_says_how_to_run_and_ask_the_example(example: Example) -> None:
+def test_the_docstring_has_the_commands_to_run_and_ask_the_example(example: Example) -> None:
     docstring = example.source.split('"""')[1]
     assert f"python examples/{example.name} [PORT]" in docstring
     assert f"http://127.0.0.1:8080{example.path}\n" in docstring

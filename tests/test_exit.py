@@ -227,7 +227,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_thread_that_serves_in_a_child_process_hands_over_until_it_ends(
+def test_a_thread_that_serves_in_a_child_process_may_submit_until_it_ends(
     method: str, tmp_path: Path
 ) -> None:
     """A forked child calls no atexit before Python 3.13."""

@@ -340,7 +340,7 @@ def test_each_task_runs_in_a_new_application_context() -> None:
     ]
 
 
-def test_so_does_a_task_that_is_handed_over_or_called_by_hand() -> None:
+def test_a_task_of_the_pool_or_called_by_hand_runs_in_a_new_context() -> None:
     runner = PoolRunner()
     contexts = Contexts(runner=runner)
 
@@ -357,7 +357,7 @@ def test_so_does_a_task_that_is_handed_over_or_called_by_hand() -> None:
     assert [name for name, _ in contexts.torn_down] == ["async", "plain"]
 
 
-def test_the_views_own_context_is_torn_down_once_and_before_its_tasks() -> None:
+def test_the_views_context_is_torn_down_once_and_before_its_tasks() -> None:
     app, order = make_app(), list[str]()
     Background(app)
 

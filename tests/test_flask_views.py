@@ -299,7 +299,7 @@ def test_an_annotation_of_another_parameter_need_not_be_resolved(app: Flask) -> 
     assert get(app, "/Grace").text == "the request's Ada Grace"
 
 
-def test_a_url_value_of_the_same_name_is_an_error_that_says_so(app: Flask) -> None:
+def test_a_url_value_of_the_same_name_is_an_error_that_names_the_parameter(app: Flask) -> None:
     @app.get("/<tasks>")
     def view(tasks: BackgroundTasks) -> str:
         return ""
@@ -640,7 +640,7 @@ def test_an_argument_of_a_partial_wins(app: Flask) -> None:
 @pytest.mark.parametrize(
     "meant", [BackgroundTasks, BackgroundTasks | None, Annotated[BackgroundTasks, "doc"]]
 )
-def test_a_type_alias_is_seen_through(app: Flask, meant: Any) -> None:
+def test_a_type_alias_is_resolved(app: Flask, meant: Any) -> None:
     # The objects that the statement "type Tasks = ..." makes, from Python 3.12.
     names: dict[str, Any] = {
         "Tasks": TypeAliasType("Tasks", meant),

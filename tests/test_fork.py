@@ -282,7 +282,7 @@ WATCHERS = {
     "entered": "around=Around('__enter__')",
     "left": "around=Around('__exit__')",
 }
-"""Code that is called because of a task, and forks when it is called first."""
+"""Code that is called because of a task, and forks in its first call."""
 
 WATCHING = """
 from wsgi_bg.hooks import Hooks

@@ -156,7 +156,7 @@ def test_tasks_run_after_the_last_row_of_a_stream(framework: Framework) -> None:
 # Bottle and Falcon
 
 
-def test_bottle_stays_a_bottle_whose_own_server_runs_the_middleware() -> None:
+def test_bottle_stays_a_bottle_whose_run_method_uses_the_middleware() -> None:
     from bottle import Bottle
 
     app = frameworks.make_bottle(Site(service))

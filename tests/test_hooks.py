@@ -207,7 +207,7 @@ def test_tasks_left_at_the_exit_are_discarded() -> None:
     ], result.stderr
 
 
-def test_tasks_called_by_hand_have_their_moments_once() -> None:
+def test_hooks_see_tasks_called_by_hand_once() -> None:
     diary = Diary()
 
     def add(environ: Environ) -> None:
@@ -342,7 +342,7 @@ def test_hooks_of_the_innermost_layer_that_has_some_hold() -> None:
     assert (len(inner.moments), len(outer.moments)) == (3, 3)
 
 
-def test_they_are_told_on_the_thread_that_runs_the_task(gate: Gate) -> None:
+def test_hooks_are_called_on_the_thread_that_runs_the_task(gate: Gate) -> None:
     threads: list[threading.Thread] = []
 
     class Where(Hooks):
@@ -418,7 +418,7 @@ def test_without_hooks_nothing_is_kept_of_a_task() -> None:
     assert not hasattr(kept[0], "_record")
 
 
-def test_times_are_set_when_the_hook_is_told() -> None:
+def test_times_are_set_when_the_hook_is_called() -> None:
     seen: list[tuple[str, bool, bool, bool]] = []
 
     class Times(Hooks):
@@ -520,7 +520,7 @@ def test_hooks_may_be_a_tuple() -> None:
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
-def test_the_end_is_told_in_the_tasks_context(by_hand: bool) -> None:
+def test_the_last_hook_is_called_in_the_tasks_context(by_hand: bool) -> None:
     class Tracer(Hooks):
         def task_started(self, record: TaskRecord) -> None:
             span.set(record.task.name)

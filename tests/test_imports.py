@@ -124,7 +124,7 @@ def test_drain_may_be_used_first_at_the_exit() -> None:
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
-def test_each_public_name_is_there_for_all_who_look() -> None:
+def test_each_public_name_is_found_by_import_dir_and_all() -> None:
     assert {*wsgi_bg._HOMES, "__version__"} == set(wsgi_bg.__all__) <= set(dir(wsgi_bg))
     names: dict[str, object] = {}
     exec("from wsgi_bg import *", names)  # import * is allowed only at module level
@@ -202,7 +202,7 @@ def _assert_passes(pytester: pytest.Pytester) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_the_plugin_has_the_names_to_annotate_with_and_no_others() -> None:
+def test_the_plugin_exports_only_the_names_for_annotations() -> None:
     from wsgi_bg._testing import recording
 
     assert pytest_plugin.TaskRecorder is recording.TaskRecorder

@@ -16,7 +16,7 @@ from wsgi_bg import BackgroundTasksMiddleware, PoolRunner, background_tasks
 from wsgi_bg._loop import portal
 
 kept: list[Any] = []
-"""What a task has left open: were it freed, it might be left."""
+"""Scopes that tasks have left open: a freed scope might be closed."""
 
 
 @pytest.fixture(autouse=True)
@@ -187,7 +187,7 @@ def wakes(monkeypatch: pytest.MonkeyPatch, loop: None) -> list[object]:
     return wakes
 
 
-def test_async_tasks_that_leave_nothing_are_one_call_of_the_portal(wakes: list[object]) -> None:
+def test_async_tasks_that_leave_nothing_are_a_single_portal_call(wakes: list[object]) -> None:
     """Seen from the server's thread: the loop is woken once."""
     following = Following()
     run(following.first, following.second, following.first, following.second)

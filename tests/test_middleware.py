@@ -341,7 +341,7 @@ def test_an_environ_may_be_used_again() -> None:
     assert seen == ["ran"] * 3
 
 
-def test_an_object_that_someone_else_put_into_the_environ_is_shared_and_not_run() -> None:
+def test_a_foreign_object_in_the_environ_is_shared_and_not_run() -> None:
     seen: list[str] = []
     mine = BackgroundTasks()
     app = BackgroundTasksMiddleware(

@@ -470,7 +470,7 @@ def test_a_task_that_ran_during_add_task_is_not_refused() -> None:
     assert seen == ["ran"]
 
 
-def test_two_threads_that_add_the_first_task_at_once_add_to_one_list(
+def test_two_threads_that_add_the_first_task_at_once_add_to_the_same_list(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Both threads are held while they make the list, if both come there: only one may."""

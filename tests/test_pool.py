@@ -1,4 +1,4 @@
-"""The pool: the way of a batch between threads and loop, limits, postponed batches."""
+"""The pool: the way of a batch between threads and loop, limits, delayed batches."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_handing_over_does_not_wait_for_the_loop_to_be_made() -> None:
     assert done.stdout == "ran\nran\n", done.stderr
 
 
-def test_the_first_async_task_waits_for_no_plain_one() -> None:
+def test_the_first_async_task_waits_for_no_plain_task() -> None:
     """The loop has not started yet, and all workers are busy."""
     done = run_python(
         """
@@ -257,7 +257,7 @@ class Clock:
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
-def test_an_incomplete_responses_batch_is_put_off(
+def test_an_incomplete_responses_batch_is_delayed(
     is_async: bool, loop: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, runner, (ran, other_ran) = Clock(), PoolRunner(), events(2)
@@ -279,7 +279,7 @@ def test_an_incomplete_responses_batch_is_put_off(
     assert clock.asked == [pytest.approx(0.005)]  # as rule 8 says, and no longer
 
 
-def test_a_batch_whose_put_off_is_over_begins_at_once(
+def test_a_batch_whose_delay_is_over_begins_at_once(
     gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner, slept = PoolRunner(threads=1), list[float]()
@@ -328,7 +328,7 @@ def test_a_plain_task_behind_an_async_task_runs_if_no_thread_can_start(loop: Non
     assert seen == ["async", "wsgi_bg-portal"]
 
 
-def test_a_batch_goes_on_where_threads_are_greenlets(
+def test_a_batch_goes_on_if_threads_are_greenlets(
     loop: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mock; gevent itself is in test_gevent.py, which coverage does not see."""

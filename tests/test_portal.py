@@ -324,7 +324,7 @@ def test_a_portal_call_raises_the_error_of_the_coroutine() -> None:
         portal.run(fail)
 
 
-def test_a_signal_handlers_exception_cancels_what_is_waited_for() -> None:
+def test_a_signal_handlers_exception_cancels_the_awaited_coroutine() -> None:
     """As Celery's ``soft_time_limit`` does; the coroutine must not go on."""
     cancelled = threading.Event()
 

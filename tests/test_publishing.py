@@ -43,7 +43,7 @@ def broker(tmp_path: Path) -> Broker:
 # A broker that is slow, or away
 
 
-def test_a_stop_while_one_is_sent_leaves_nothing_to_wait_for(log: Log) -> None:
+def test_a_stop_while_a_message_is_sent_leaves_nothing_to_wait_for(log: Log) -> None:
     """Otherwise the exit of a stopped worker would wait for its whole drain_timeout."""
     with silent_broker() as silent:
         runner = silent.broker.runner(local="inline", publish_timeout=TIMEOUT)
@@ -291,7 +291,7 @@ def test_a_task_that_was_sent_is_freed_without_a_garbage_collection(broker: Brok
     assert wait_until(lambda: tasks[0]() is None)
 
 
-def test_what_was_sent_is_not_left_undone_while_others_wait(broker: Broker) -> None:
+def test_a_sent_task_is_not_left_undone_while_a_local_task_waits(broker: Broker) -> None:
     """The task is not counted as running either."""
     taken: list[Batch] = []
 
@@ -313,7 +313,7 @@ def test_what_was_sent_is_not_left_undone_while_others_wait(broker: Broker) -> N
     local_calls.clear()
 
 
-def test_a_runner_that_stands_in_for_one_that_sends_runs_all_here(
+def test_a_runner_that_overrides_a_sending_runner_runs_all_tasks_here(
     broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pytest plugin's runner does so, and its tests need no broker."""
@@ -344,7 +344,7 @@ def test_a_retry_policy_of_the_task_holds(
     assert policies == [publishing._RETRY, {"max_retries": 7}]
 
 
-def test_the_batch_of_an_incomplete_response_is_put_off(
+def test_the_batch_of_an_incomplete_response_is_delayed(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[tuple[float, float]] = []

@@ -78,7 +78,7 @@ def inner(pytester: pytest.Pytester) -> Inner:
     return Inner(pytester)
 
 
-def test_without_being_told_the_fixture_records(inner: Inner) -> None:
+def test_the_default_mode_of_the_fixture_is_record(inner: Inner) -> None:
     result = inner.run("""
 def test_it(background_tasks):
     assert shop.client.get("/send").text == "ok"
@@ -95,7 +95,7 @@ def test_the_next(background_tasks):
 
 
 @pytest.mark.parametrize("mode", ["record", "run", "real"])
-def test_the_ini_option_and_the_closest_marker_say_the_mode(inner: Inner, mode: str) -> None:
+def test_the_ini_option_and_the_closest_marker_set_the_mode(inner: Inner, mode: str) -> None:
     result = inner.run(
         f"""
 class TestMarked:
@@ -380,7 +380,7 @@ def test_without():
     result.assert_outcomes(passed=2)
 
 
-def test_pytest_tells_of_the_fixture_the_marker_and_the_option(inner: Inner) -> None:
+def test_the_help_of_pytest_lists_the_fixture_the_marker_and_the_option(inner: Inner) -> None:
     result = inner.run("", "--fixtures")
     result.stdout.fnmatch_lines("background_tasks -- *pytest_plugin.py:*")
     result = inner.run("", "--markers")

@@ -80,7 +80,7 @@ def test_a_task_is_recorded_and_not_run(recorder: TaskRecorder, client: Any, app
 
 
 @pytest.mark.parametrize("runner", ["inline", "pool"])
-def test_recorded_tasks_run_in_order_when_the_test_says_so_and_once(
+def test_recorded_tasks_run_in_order_and_once_at_a_call_of_run(
     recorder: TaskRecorder, runner: Any
 ) -> None:
     by_werkzeug(whole((send, "ada"), (send_async, "grace"), runner=runner))
@@ -183,7 +183,7 @@ def test_a_task_that_the_outcome_of_its_request_skips_is_not_recorded(
     assert "the request failed with 500, and run_on is 'success'" in log.warnings[0]
 
 
-def test_failed_from_holds_for_recorded_tasks_and_for_those_that_they_add(
+def test_failed_from_holds_for_recorded_tasks_and_for_tasks_that_they_add(
     recorder: TaskRecorder,
 ) -> None:
     def first() -> None:
@@ -230,7 +230,7 @@ def test_layers_of_middleware_share_a_single_record(recorder: TaskRecorder) -> N
     assert len(recorder.tasks) == 1
 
 
-def test_hooks_are_told_that_a_recorded_task_was_discarded_with_its_test(
+def test_hooks_see_that_a_recorded_task_was_discarded_with_its_test(
     log: Log,
 ) -> None:
     reasons: list[str | None] = []
@@ -656,7 +656,7 @@ def test_an_error_of_a_task_without_a_request_is_not_this_tests(
     assert recorder.errors == []
 
 
-def test_without_the_fixture_all_is_as_before() -> None:
+def test_without_the_fixture_the_middleware_is_unchanged() -> None:
     before = vars(BackgroundTasksMiddleware)["__call__"]
     with TaskRecorder()._watch.active(), TaskRecorder("run")._watch.active():
         by_werkzeug(whole((send, "ada")))

@@ -138,7 +138,7 @@ def test_a_reloaded_module_registers_its_functions_again() -> None:
     assert still.name == new.name
 
 
-def test_a_listener_is_told_of_functions_registered_before_and_later() -> None:
+def test_a_listener_gets_functions_registered_before_and_later() -> None:
     names: list[str] = []
     listener: Callable[[registry.Registration], None] = lambda new: names.append(new.name)  # noqa: E731
     registry.subscribe(listener)
@@ -176,7 +176,7 @@ def test_options_that_celery_would_refuse_are_refused_at_once(
         registered_task(celery=options)
 
 
-def test_options_are_sorted_by_the_place_that_they_go_to() -> None:
+def test_options_are_sorted_by_their_destination() -> None:
     given = {
         "acks_late": True,
         "retry_backoff": True,

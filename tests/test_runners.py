@@ -215,7 +215,7 @@ def test_the_warning_comes_again_from_each_pool(
     assert len(log.warnings) == 2
 
 
-def test_two_threads_at_the_same_event_log_one_record(
+def test_two_threads_at_the_same_event_log_a_single_record(
     log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second thread counts and logs just after the first thread has looked at the clock."""

@@ -246,7 +246,7 @@ def test_a_task_is_sent_in_the_context_of_its_add_task() -> None:
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_hooks_are_told_of_sent_tasks(late: bool) -> None:
+def test_hooks_see_sent_tasks(late: bool) -> None:
     told: list[tuple[str, str]] = []
 
     class Watch(Hooks):
@@ -287,7 +287,7 @@ def test_a_second_sending_finds_nothing_to_do(gate: Gate) -> None:
     assert runner.sent == [(0,)]
 
 
-def test_a_task_that_was_run_by_hand_meanwhile_is_not_sent() -> None:
+def test_a_task_that_was_called_by_hand_meanwhile_is_not_sent() -> None:
     class RunsTheRest(Sender):
         def send(self, task: BackgroundTask) -> bool:
             if not self.sent:

@@ -442,7 +442,7 @@ def test_a_timeout_that_is_none_is_refused(timeout: Any, error: type[Exception])
         finish_tasks(timeout=timeout)
 
 
-def test_a_handler_that_is_none_is_refused() -> None:
+def test_an_object_that_is_no_handler_is_refused() -> None:
     with pytest.raises(TypeError, match=r"handler must be a function: handler\(event, context"):
         finish_tasks(5)  # type: ignore[call-overload]
 
@@ -483,7 +483,7 @@ def main_loop() -> Iterator[None]:
 
 @pytest.mark.usefixtures("main_loop")
 @pytest.mark.parametrize("adapter", HANDLERS)
-def test_the_page_says_which_adapter_closes_a_response(adapter: str) -> None:
+def test_the_page_names_the_adapters_that_close_a_response(adapter: str) -> None:
     closed: list[bool] = []
 
     def app(environ: Environ, start_response: Any) -> Any:

@@ -73,7 +73,7 @@ def test_a_mark_is_compared_whole(software: str) -> None:
     assert servers.describe(environ) == software
 
 
-def test_pythons_own_server_is_told_from_those_that_write_its_name() -> None:
+def test_pythons_server_is_told_from_servers_that_use_its_name() -> None:
     """The environ has no suffix; socketify's has the same name, but no file wrapper."""
     environ = make_environ(SERVER_SOFTWARE="WSGIServer/0.2")
     assert servers.describe({**environ, "wsgi.file_wrapper": FileWrapper}) == "wsgiref"
@@ -199,7 +199,7 @@ GATEWAY: Environ = {
     "wsgi.input": io.BytesIO(),
     "wsgi.errors": sys.stderr,
 }
-"""What a gateway of one process and one thread sets, whatever the web server sends."""
+"""The environ of a gateway of one process and one thread, under any web server."""
 
 GATEWAYS: dict[str, Environ] = {
     "FastCGI": {"GATEWAY_INTERFACE": "CGI/1.1", "REMOTE_ADDR": "192.0.2.1"},
@@ -270,7 +270,7 @@ def test_falcons_client_is_told_from_gunicorn_whose_name_the_client_uses() -> No
     assert servers.describe({**environ, "SERVER_SOFTWARE": "gunicorn/25.1.0"}) == "gunicorn"
 
 
-def test_an_environ_that_does_not_say_is_not_a_test_clients() -> None:
+def test_an_empty_environ_is_not_a_test_clients() -> None:
     assert not servers.is_test_client({})
 
 

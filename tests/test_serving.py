@@ -68,7 +68,7 @@ def test_a_response_in_the_middle_is_finished_and_then_its_task_runs(
 
 @pytest.mark.parametrize("runner", ["pool", "inline"])
 @pytest.mark.parametrize("path", ["/plain", "/coroutine"])
-def test_tasks_are_waited_for_with_those_that_they_add(
+def test_the_exit_waits_for_tasks_and_for_the_tasks_that_they_add(
     path: str, runner: str, tmp_path: Path
 ) -> None:
     with serving(tmp_path, "--runner", runner) as command:
@@ -446,7 +446,9 @@ def test_serve_outside_of_the_main_thread_is_refused() -> None:
         other.submit(wsgi_bg.serve, app_that(print)).result(TIMEOUT)
 
 
-def test_serve_says_how_to_install_waitress(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_without_waitress_names_the_package_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "waitress", None)
     message = re.escape("pip install 'wsgi_bg[waitress]'")
     with pytest.raises(ImportError, match=message) as raised:
@@ -468,7 +470,7 @@ def serving_options(**options: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("previous", [signal.SIG_IGN, None])
-def test_the_handlers_are_put_back_if_python_knows_them(
+def test_the_signal_handlers_are_restored_if_python_knows_them(
     previous: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[int, Any]] = []

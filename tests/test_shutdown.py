@@ -52,7 +52,7 @@ def run(code: str) -> tuple[int, list[str]]:
 
 
 @pytest.mark.parametrize("runner", ["'inline'", "'pool'", "PoolRunner()", "InlineRunner()"])
-def test_the_process_ends_after_the_tasks_that_were_handed_over(runner: str) -> None:
+def test_the_process_ends_after_the_submitted_tasks(runner: str) -> None:
     assert run(
         f"""
         def slow():
@@ -467,7 +467,7 @@ def test_a_stuck_task_that_two_runners_know_of_is_named_once() -> None:
     assert len(lines) == 1
 
 
-def test_a_signal_handler_may_drain_while_a_batch_is_taken_in() -> None:
+def test_a_signal_handler_may_drain_while_a_batch_is_submitted() -> None:
     assert run(
         """
         import signal
@@ -608,7 +608,7 @@ def test_tasks_are_named_without_a_wait_when_there_is_no_time(
     assert log.errors == 2 * [f"{message}the process ends without it"]
 
 
-def test_runners_are_given_their_time_from_one_beginning(
+def test_the_drain_times_of_all_runners_begin_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Stuck runners cost the longest of their limits, not the sum. The clock is a mock."""
@@ -675,7 +675,7 @@ def test_a_process_of_multiprocessing_waits_for_its_tasks() -> None:
 @needs_threads_at_exit
 @pytest.mark.parametrize("complete", [True, False])
 @pytest.mark.parametrize("first", ["", 'request("pool", int)'])
-def test_a_server_that_outlives_the_main_thread_hands_over_as_before(
+def test_a_server_that_outlives_the_main_thread_may_still_submit(
     first: str, complete: bool
 ) -> None:
     assert run(
@@ -770,7 +770,7 @@ def test_a_stuck_task_is_given_its_time_once(thread: str) -> None:
 
 @needs_threads_at_exit
 @pytest.mark.parametrize("first", ["before", "after"])
-def test_without_atexit_a_thread_drains_that_no_one_waits_for_too_early(first: str) -> None:
+def test_without_atexit_a_thread_drains_that_nobody_joins_too_early(first: str) -> None:
     """As in a forked process of multiprocessing, which stores no coverage."""
     before = 'request("pool", int)' if first == "before" else ""
     assert run(

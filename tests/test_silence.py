@@ -90,7 +90,7 @@ def stuck():
 request(stuck, runner=PoolRunner(drain_timeout=0.1))
 assert begun.wait(10)
 """
-"""A task that fails, one that is not run, one that is lost at the end of the process."""
+"""A task that fails, a task that is not run, a task that is lost at the end of the process."""
 
 
 def run(code: str) -> list[str]:
@@ -405,7 +405,7 @@ def test_following_tasks_and_requests_run_after_a_callable_without_a_name(
 
 
 @pytest.mark.parametrize("kind", NAMELESS)
-def test_a_callable_without_a_name_cannot_be_registered_and_that_is_said(kind: str) -> None:
+def test_a_callable_without_a_name_cannot_be_registered(kind: str) -> None:
     with pytest.raises(RegistrationError, match="cannot be registered"):
         registered_task(NAMELESS[kind]())
 

@@ -87,7 +87,7 @@ def first_stopped(stop: Callable[..., Any], function: Callable[..., Any]) -> Any
     return stopped
 
 
-def test_a_time_limit_in_the_hand_over_hands_the_tasks_over(
+def test_after_a_time_limit_in_submit_the_tasks_still_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[int] = []
@@ -381,7 +381,7 @@ class Closing:
 
 
 @pytest.mark.parametrize("place", ["filter", "printing", "text", "repr"])
-def test_a_ctrl_c_while_something_is_said_goes_through(
+def test_a_ctrl_c_during_a_log_call_goes_through(
     place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Interrupted(Exception):  # noqa: N818
@@ -500,7 +500,7 @@ def test_a_time_limit_after_the_call_of_a_task_is_not_the_tasks_error(
     assert log.warnings == log.errors == []
 
 
-def test_a_stop_before_there_is_a_batch_hands_the_tasks_over(
+def test_after_a_stop_before_the_batch_exists_the_tasks_still_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[int] = []
@@ -557,7 +557,7 @@ def test_a_stop_in_a_repr_is_no_error_of_the_repr() -> None:
         logs.safe_repr(Slow())
 
 
-def test_an_error_in_a_repr_is_told_instead_of_the_repr() -> None:
+def test_an_error_in_a_repr_is_shown_instead_of_the_repr() -> None:
     from wsgi_bg._process import log as logs
 
     class Broken:

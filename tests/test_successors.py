@@ -71,7 +71,7 @@ def check(log: Log, endless: Endless, name: str) -> None:
 
 @both
 @pytest.mark.parametrize("name", ["plain", "coroutine"])
-def test_a_teardown_that_adds_a_task_each_time_ends_with_one_error(
+def test_a_teardown_that_adds_a_task_each_time_ends_with_a_single_error(
     log: Log, name: str, runner: str
 ) -> None:
     """Each task has a new application context, which is torn down too."""
@@ -310,7 +310,7 @@ def subjects(count: int) -> tuple[list[Subject], list[threading.Event]]:
 
 @both
 @pytest.mark.parametrize("is_async", [False, True])
-def test_the_tasks_of_one_view_are_dropped_one_by_one(
+def test_each_task_of_a_view_is_dropped_when_it_has_run(
     no_collection: None, runner: str, is_async: bool
 ) -> None:
     """Each running task sees which earlier tasks are freed."""
@@ -353,7 +353,7 @@ def test_a_batch_that_has_ended_lists_no_task(runner: str) -> None:
     assert held[0].tasks == []
 
 
-def test_tasks_run_by_hand_are_dropped_when_they_are_through(no_collection: None) -> None:
+def test_tasks_called_by_hand_are_dropped_when_they_have_run(no_collection: None) -> None:
     made, freed = subjects(3)
     seen: list[list[bool]] = []
     tasks = BackgroundTasks()

@@ -209,7 +209,7 @@ def test_an_object_that_cannot_run_is_refused_by_add_task(given: Any, message: s
 
 
 @pytest.mark.parametrize("given", [[print], ["print"]])
-def test_tasks_to_begin_with_have_to_be_tasks(given: Any) -> None:
+def test_the_initial_tasks_have_to_be_tasks(given: Any) -> None:
     with pytest.raises(TypeError, match=r"write BackgroundTasks\(\[BackgroundTask\(function"):
         BackgroundTasks(given)
 
@@ -399,7 +399,7 @@ def test_adding_to_an_ended_batch_names_the_function() -> None:
     assert repr(kept[0]).endswith(" ended>")
 
 
-def test_the_first_task_stays_the_first_until_it_is_dropped() -> None:
+def test_the_first_task_stays_first_until_it_is_dropped() -> None:
     tasks = BackgroundTasks()
     for _ in range(2 * _LONG):
         tasks.add_task(int)

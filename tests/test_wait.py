@@ -68,7 +68,7 @@ def names(tasks: list[BackgroundTask]) -> list[str]:
 
 
 @pytest.mark.parametrize("make", [PoolRunner, InlineRunner, Own])
-def test_wait_returns_when_all_that_was_handed_over_is_done(make: Any) -> None:
+def test_wait_returns_when_all_submitted_tasks_are_done(make: Any) -> None:
     runner: Runner = make()
     opened = threading.Event()
     seen: list[str] = []
@@ -149,7 +149,7 @@ def test_a_runner_that_ends_its_batch_in_submit_is_not_waited_for() -> None:
     assert wsgi_bg.wait(TIMEOUT) == []
 
 
-def test_a_batch_that_ends_as_it_is_noted_is_not_waited_for(
+def test_a_batch_that_ends_before_the_ledger_has_it_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The runner's thread may run the batch before the ledger has it."""
@@ -398,7 +398,7 @@ def at(monkeypatch: pytest.MonkeyPatch, now: float) -> None:
     monkeypatch.setattr("wsgi_bg.runners.waiting.time", clock)
 
 
-def test_the_first_warning_comes_after_a_second_and_then_one_every_five(
+def test_the_first_warning_comes_after_a_second_and_the_next_every_five(
     monkeypatch: pytest.MonkeyPatch, log: Log, gate: Gate
 ) -> None:
     """The clock is a mock."""
@@ -493,7 +493,7 @@ def test_one_warning_names_the_tasks_of_all_runners() -> None:
     ]
 
 
-def test_a_warning_says_how_long_the_most_patient_runner_waits() -> None:
+def test_a_warning_names_the_longest_drain_time() -> None:
     lines = run(
         """
         class EndTask(logging.Handler):

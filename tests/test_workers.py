@@ -16,7 +16,7 @@ from wsgi_bg import PoolRunner
 from wsgi_bg._process import workers
 
 
-def test_threads_end_when_they_were_idle_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_end_after_the_idle_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "IDLE_TIMEOUT", 0.01)
     runner, threads = PoolRunner(threads=2), list[threading.Thread]()
     barrier = threading.Barrier(3)  # the third party is this thread, which joins the workers
@@ -67,7 +67,7 @@ class Idle(list[Any]):
         self.came.release()
 
 
-def test_a_light_load_leaves_the_other_threads_idle() -> None:
+def test_a_light_load_uses_a_single_thread() -> None:
     """The thread that became idle last works next, so that the rest reach their time limit."""
     runner, names, idle = PoolRunner(), list[str](), Idle()
     runner._states.get()._workers._idle = idle
@@ -138,7 +138,7 @@ def test_two_threads_that_start_the_last_worker_start_a_single_worker() -> None:
     assert list(noted.workers._backlog) == ["job"]
 
 
-def test_a_start_that_a_signal_handler_stops_takes_no_place(
+def test_a_start_that_a_signal_handler_stops_does_not_count(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     noted = Noted()

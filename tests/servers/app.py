@@ -21,7 +21,7 @@ from wsgi_bg import BackgroundTask, BackgroundTasksMiddleware, PoolRunner, get_b
 from wsgi_bg._request import servers
 
 NONCE = "WSGI_BG_TEST_NONCE"
-"""The environment variable by which a test knows the server that it has started."""
+"""The environment variable by which a test recognises its server."""
 
 DRAIN = "WSGI_BG_TEST_DRAIN"
 """The environment variable with the token that announces the drain of the pool."""

@@ -9,7 +9,7 @@ Add = Callable[[], object]
 """Adds the request's task."""
 
 Answer = Callable[[Add, Any], Iterable[bytes]]
-"""What an application does with it and with ``start_response``."""
+"""The rest of an application: calls :data:`Add` and ``start_response``, returns the body."""
 
 
 class Kind(NamedTuple):
@@ -17,7 +17,7 @@ class Kind(NamedTuple):
 
     answer: Answer
     body: bytes | None = b""
-    """What arrives; None for what the server makes up itself."""
+    """The body that the client gets; None for a page of the server."""
     status: int = 200
     method: str = "GET"
     version: str = "1.1"

@@ -11,7 +11,7 @@ from tests.servers.kinds import KINDS
 from tests.servers.setups import CLOSES, MISSING, SETUPS, SILENT, Setup
 
 COLUMN = "column"
-"""The marker that names a test's column; without it that is its kind of response."""
+"""The marker that names a test's column; the default is the kind of response."""
 
 _CELL = "wsgi_bg cell"
 
