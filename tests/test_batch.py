@@ -209,8 +209,8 @@ def test_a_cancelled_task_does_not_cancel_the_next(log: Log) -> None:
     assert seen == ["ran"]
 
 
-def test_what_would_block_the_loop_for_ever_fails(log: Log) -> None:
-    """test_async_tasks_that_would_block_the_loop_for_ever_fail"""
+def test_async_tasks_that_would_block_the_loop_for_ever_fail(log: Log) -> None:
+    """A task of the loop makes a request in the same process, with async tasks inline."""
     seen: list[str] = []
 
     class Future:

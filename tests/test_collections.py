@@ -33,7 +33,7 @@ from wsgi_bg import (
 def collection_on_another_thread() -> Iterator[None]:
     """Hold a garbage collection open on another thread until the block ends.
 
-    A callback of :mod:`gc` is Python code: while a callback runs, all threads run.
+    A callback of :mod:`gc` is Python code: while a callback runs, other threads run too.
     """
     begun, free = threading.Event(), threading.Event()
 
@@ -266,7 +266,7 @@ def make(add, runner, headers=()):
 def test_what_the_first_requests_context_holds_is_freed_after_its_tasks(
     way: str, runner: str, functions: str
 ) -> None:
-    """The view's context is not kept by the threads that the view started, in a new process."""
+    """No thread that the view has started keeps the view's context; in a new process."""
     done = run_python(
         PLACES
         + f"""
