@@ -240,7 +240,7 @@ def test_the_trace_of_opentelemetry_travels(broker: Broker) -> None:
     assert message["headers"]["traceparent"] == f"00-{1:032x}-{2:016x}-01"
 
 
-def test_without_opentelemetry_the_package_starts_no_trace(
+def test_without_opentelemetry_a_message_has_no_trace(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "opentelemetry.trace", raising=False)

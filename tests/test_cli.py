@@ -28,7 +28,7 @@ each_way = pytest.mark.parametrize("way", ["script", "module"])
 
 
 def command_of(way: str, folder: Path) -> list[str]:
-    """The command ``python -m wsgi_bg``, or the script as pip makes it, in an empty folder."""
+    """The command ``python -m wsgi_bg``, or the script as pip makes it, in ``folder``."""
     if way == "module":
         return list(MODULE)
     setup = configparser.RawConfigParser()

@@ -114,7 +114,7 @@ def test_an_error_without_a_formattable_traceback_is_logged_without_the_tracebac
     ]
 
 
-def test_a_record_whose_filter_raises_such_an_error_goes_to_standard_error(
+def test_a_record_whose_filter_raises_goes_to_standard_error(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def refuse(record: logging.LogRecord) -> bool:

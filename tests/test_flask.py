@@ -496,7 +496,7 @@ def test_a_task_leaves_no_session_and_no_connection_behind(
     assert shop.left_open == (0, 0)
 
 
-def test_uncommitted_changes_of_a_view_are_not_its_tasks(shop: Shop) -> None:
+def test_a_task_does_not_see_uncommitted_changes_of_its_view(shop: Shop) -> None:
     counts: list[int] = []
 
     def count() -> None:

@@ -623,7 +623,7 @@ def test_a_runner_may_refuse_a_task_in_add_task() -> None:
     respond(BackgroundTasksMiddleware(app_that(add), runner=Choosy()))
 
 
-def test_a_test_client_is_served_by_the_pool_on_demand() -> None:
+def test_with_runner_pool_a_test_client_is_served_by_the_pool() -> None:
     names: list[str] = []
     done = threading.Event()
 
