@@ -1,4 +1,4 @@
-"""A Flask view with a light task, which runs in this process, and a heavy one for Celery.
+"""A Flask view with a light task, which runs in this process, and a heavy task for Celery.
 
     python examples/celery_app.py [PORT]
     celery -A examples.celery_app:queue worker

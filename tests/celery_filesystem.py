@@ -1,7 +1,7 @@
-"""Celery's filesystem transport, whose messages are seen whole or not at all.
+"""Celery's filesystem transport with atomic writes: a worker never reads half a message.
 
-kombu's own writes a message where a worker may be looking for one: read too early it is
-empty, and that ends the worker (celery/kombu issue 1551). The rest cannot be tested so.
+kombu's transport writes into the folder that a worker reads. A worker that reads an empty
+message too early ends (celery/kombu issue 1551), and no test could go on without a worker.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from kombu.utils.json import dumps
 
 
 class Channel(filesystem.Channel):  # type: ignore[misc]
-    """Gives a message its name, by which it is found, when it is written."""
+    """Writes a message under a temporary name, then renames the whole file."""
 
     def _put(self, queue: str, payload: Any, **kwargs: Any) -> None:
-        name = f"{time.monotonic_ns():020}_{uuid.uuid4()}.{queue}.msg"  # in order
+        name = f"{time.monotonic_ns():020}_{uuid.uuid4()}.{queue}.msg"  # sorts by time
         part = Path(self.data_folder_out, f"{name}.part")
         part.write_text(dumps(payload), encoding="utf-8")
         part.replace(part.with_suffix(""))
 
 
 class Transport(filesystem.Transport):  # type: ignore[misc]
-    """What ``filesystem://`` means in the processes of the tests."""
+    """The transport behind ``filesystem://`` in the processes of the tests."""
 
     Channel = Channel
 

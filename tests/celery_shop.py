@@ -1,6 +1,6 @@
 """Registered functions, and the module that a worker of the tests loads.
 
-Each function notes what it saw in a file, under a name that the test chooses.
+Each function writes its observations into a file whose name the test chooses.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ MODULE = "tests.celery_shop"
 
 not_travelling: ContextVar[str] = ContextVar("not_travelling", default="not set")
 local_calls: list[tuple[Any, ...]] = []
-"""What ran in this process without being registered."""
+"""Arguments of the unregistered calls in this process."""
 
 
 def write(path: str, text: object) -> None:
-    """Write a file that is seen whole or not at all."""
+    """Write a file atomically: readers see the whole text or no file."""
     part = Path(f"{path}.{os.getpid()}.{threading.get_ident()}.part")
     part.write_text(str(text), encoding="utf-8")
     part.replace(path)
@@ -42,7 +42,7 @@ def append(path: str, line: str) -> list[str]:
 
 @registered_task
 def note(path: str, *args: Any, **kwargs: Any) -> None:
-    """Write the arguments as Python writes them, and the process."""
+    """Write the ``repr`` of the arguments, and the process id."""
     write(path, repr((os.getpid(), args, kwargs)))
 
 
@@ -53,9 +53,9 @@ def note_on_other_queue(path: str) -> None:
 
 @registered_task
 async def note_loop(path: str, together: int = 1) -> None:
-    """Write the process and the loop once ``together`` of them run at the same time."""
+    """Write the process id and the loop's once ``together`` calls run at the same time."""
     lines = append(path, f"{os.getpid()} {id(asyncio.get_running_loop())}")
-    while len(lines) < together:  # of other processes, which can set no event
+    while len(lines) < together:  # polls: no event spans processes
         await asyncio.sleep(0.01)
         lines = text_of(Path(path)).splitlines()
 
@@ -72,7 +72,7 @@ async def note_context_async(path: str) -> None:
 
 @registered_task(celery={"acks_late": True, "reject_on_worker_lost": True})
 def hold(path: str) -> None:
-    """Never end the first time; the second time note it."""
+    """Block in the first call; write ``done`` in the second call."""
     if len(append(path, f"begun {os.getpid()}")) == 1:
         threading.Event().wait(600)
     append(path, "done")
@@ -100,12 +100,12 @@ def double(number: int) -> int:
 
 @registered_task
 def stand_still(path: str) -> None:
-    """Never asked for by its name in these tests, but as an argument of Celery's own."""
+    """Stands for a call that only arguments of Celery's own options name."""
     write(path, "ran")
 
 
 def not_registered(path: str = "") -> None:
-    """What a forged message names: importable, and not registered."""
+    """The target of a forged message: importable, but not registered."""
     local_calls.append((path,))
     if path:
         write(path, f"ran in {os.getpid()}")
@@ -124,4 +124,4 @@ def make_app(url: str, options: dict[str, Any]) -> Celery:
 
 if "SHOP_BROKER" in os.environ:
     app = make_app(*json.loads(os.environ["SHOP_BROKER"]))
-    CeleryRunner(app)  # not held: the worker needs no name for it
+    CeleryRunner(app)  # not kept: the worker needs no variable for the runner

@@ -33,7 +33,7 @@ REQUIRE_REDIS = bool(os.environ.get("WSGI_BG_REQUIRE_REDIS"))
 
 
 class Broker(NamedTuple):
-    """Where messages go."""
+    """The address of a broker, and the options of its transport."""
 
     url: str
     options: dict[str, Any]
@@ -61,7 +61,7 @@ def filesystem(folder: Path) -> Broker:
 
 
 class RedisServer:
-    """A Redis of our own, which keeps nothing on disk."""
+    """A Redis process for the tests, which keeps nothing on disk."""
 
     def __init__(self, folder: Path) -> None:
         program = shutil.which("redis-server")
@@ -76,7 +76,7 @@ class RedisServer:
         self.start()
 
     def start(self) -> None:
-        """Start it, also again, with nothing in it."""
+        """Start Redis with an empty database; may be called again after a stop."""
         self._process = subprocess.Popen(
             self._command,
             cwd=self._folder,
@@ -86,7 +86,7 @@ class RedisServer:
         assert wait_until(self._answers), "redis-server does not answer"
 
     def waiting(self, database: int) -> int:
-        """How many messages no worker has taken."""
+        """Number of messages that no worker has taken."""
         with redis.Redis(port=self.port, db=database) as client:
             length: Any = client.llen("celery")
         return int(length)
@@ -99,7 +99,7 @@ class RedisServer:
             return False
 
     def seconds_held(self, database: int) -> float:
-        """For how long a worker has held a message that it has not acknowledged."""
+        """Seconds for which a worker has held a message without acknowledging the message."""
         with redis.Redis(port=self.port, db=database) as client:
             taken: Any = client.zrange("unacked_index", 0, 0, withscores=True)
         return time.time() - taken[0][1] if taken else 0.0
@@ -122,7 +122,7 @@ def redis_server(folder: Path) -> Iterator[RedisServer]:
 
 
 class Worker:
-    """A Celery worker as a reader of the page about Celery starts it."""
+    """A Celery worker, started as the page about Celery says."""
 
     def __init__(
         self, broker: Broker, folder: Path, *arguments: str, module: str = MODULE
@@ -151,7 +151,7 @@ class Worker:
         return text_of(self._log)
 
     def kill(self) -> None:
-        """kill -9, of the whole worker."""
+        """Kill the whole worker with SIGKILL."""
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait(TIMEOUT)
 
@@ -174,13 +174,13 @@ def worker(broker: Broker, folder: Path, *arguments: str, **options: Any) -> Ite
 
 
 def wait_for(path: Path, worker: Worker) -> str:
-    """What a task has written."""
+    """Wait for a file that a task writes; return the text."""
     assert wait_until(path.exists, TIMEOUT), worker.log
     return path.read_text(encoding="utf-8")
 
 
 def messages(broker: Broker) -> list[dict[str, Any]]:
-    """What lies in the folder of the filesystem transport, in order."""
+    """The messages in the folder of the filesystem transport, in order."""
     found = []
     for file in sorted(Path(broker.options["data_folder_out"]).glob("*.msg")):
         message = json.loads(file.read_text(encoding="utf-8"))
@@ -190,7 +190,7 @@ def messages(broker: Broker) -> list[dict[str, Any]]:
 
 
 class SilentBroker:
-    """Takes connections and never answers, until it ends them all."""
+    """Accepts connections and never answers, until the test ends all connections."""
 
     def __init__(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -224,9 +224,9 @@ def silent_broker() -> Iterator[SilentBroker]:
 
 
 def request(runner: CeleryRunner, do: Callable[[], object], *, complete: bool = True) -> None:
-    """One request in which ``do()`` adds tasks; its response is complete, or is not."""
+    """Handle a request in which ``do()`` adds tasks; the response is complete or not."""
     headers = [("Content-Length", "2")] if complete else []
     app = app_that(lambda environ: do(), headers=headers)
     wrapped = BackgroundTasksMiddleware(app, runner=runner)
-    # Like the thread of a server: what is set in one request is not set in the next.
+    # Like the thread of a server: no request sees the variables of an earlier request.
     copy_context().run(Server().run, wrapped, make_server_environ())

@@ -14,7 +14,7 @@ from tests.support import TIMEOUT
 
 
 class Response(NamedTuple):
-    """What has arrived."""
+    """The part of a response that has arrived."""
 
     status: int
     body: bytes
@@ -22,7 +22,7 @@ class Response(NamedTuple):
 
 
 class Connection:
-    """One connection, for one request after another."""
+    """A connection for requests in sequence."""
 
     def __init__(self, port: int) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT)
@@ -32,7 +32,8 @@ class Connection:
     def ask(self, method: str = "GET", path: str = "/", version: str = "1.1") -> Response:
         """Make a request and read until the response is complete.
 
-        For a server that closes the connection in place of a length, that is the closing.
+        If a response has no length, the response is complete when the server closes the
+        connection.
         """
         if self._framing.our_state is h11.DONE:
             self._framing.start_next_cycle()
@@ -50,7 +51,7 @@ class Connection:
                 return Response(status, body, headers)
 
     def send(self, method: str = "GET", path: str = "/", version: str = "1.1") -> None:
-        """Make a request and read nothing."""
+        """Send a request and read nothing."""
         head = f"{method} {path} HTTP/{version}\r\nHost: test\r\n\r\n"
         self._socket.sendall(head.encode())
         self._framing.send(h11.Request(method=method, target=path, headers=[("Host", "test")]))
@@ -58,11 +59,11 @@ class Connection:
 
     @property
     def is_kept_alive(self) -> bool:
-        """Whether the response that has arrived lets another request follow."""
+        """True if another request may follow the response on this connection."""
         return self._framing.our_state is h11.DONE
 
     def leave(self) -> None:
-        """Go away in the middle of a response: the server's next write fails."""
+        """Disconnect in the middle of a response: the server's next write fails."""
         reset = struct.pack("ii", 1, 0)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
         self._socket.close()
@@ -73,12 +74,12 @@ class Connection:
 
 @contextmanager
 def connect(port: int) -> Iterator[Connection]:
-    """A connection that is closed in the end."""
+    """Open a connection that is closed at the end of the block."""
     with closing(Connection(port)) as connection:
         yield connection
 
 
 def ask(port: int, method: str = "GET", path: str = "/", version: str = "1.1") -> Response:
-    """Make one request on a connection of its own."""
+    """Make a single request on a new connection."""
     with connect(port) as connection:
         return connection.ask(method, path, version)

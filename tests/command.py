@@ -1,7 +1,7 @@
-"""``wsgi-bg`` in a process of its own, for the tests of the command and of its end.
+"""``wsgi-bg`` in a separate process, for the tests of the command and of the exit.
 
-The application that it serves says on its standard output what happens there, and waits
-at its gates for a byte on its standard input: a gate that works across processes.
+The served application prints its events to standard output and waits at gates for a byte on
+standard input: a gate that works across processes.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def coroutine(environ, start_response):
 
 
 class Command:
-    """A process that serves: what it says, what it is sent, how it ends."""
+    """A process that serves: its output lines, its signals, its exit status."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -126,13 +126,13 @@ class Command:
         self.port = int(self.address.rpartition(":")[2]) if "http:" in self.address else 0
 
     def line(self) -> str:
-        """The next line that it says."""
+        """Return the next line of standard output."""
         stdout = self._process.stdout
         assert stdout is not None
         return stdout.readline().rstrip("\n")
 
     def open_gate(self) -> None:
-        """Let one of those pass who wait at a gate."""
+        """Let a single task or view pass the gate."""
         stdin = self._process.stdin
         assert stdin is not None
         stdin.write("\n")
@@ -142,7 +142,7 @@ class Command:
         self._process.send_signal(number)
 
     def child(self) -> int:
-        """The process id of its child."""
+        """The process id of the command's child."""
         pid = self._process.pid
         return int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
 
@@ -155,13 +155,13 @@ class Command:
         while self._process.poll() is None:
             try:
                 socket.create_connection(("127.0.0.1", self.port), TIMEOUT).close()
-            except ConnectionError:  # refused, or reset where the listener just closes
+            except ConnectionError:  # refused, or reset if the listener is closing just now
                 return
             pause.wait(0.01)
         raise AssertionError("it has not stopped: it has ended")
 
     def end(self) -> tuple[int, list[str]]:
-        """Its exit status and the lines on its standard error, once it has ended."""
+        """Wait for the exit; return the exit status and the lines of standard error."""
         code = self._process.wait(TIMEOUT * 2)  # communicate() would open the gates
         stdout, stderr = self._process.stdout, self._process.stderr
         assert stdout is not None
@@ -170,7 +170,7 @@ class Command:
         return code, [line for line in stderr.read().splitlines() if ":waitress" not in line]
 
     def next_error(self) -> str:
-        """The next line on its standard error that is not waitress's."""
+        """The next line of standard error that waitress did not write."""
         stderr = self._process.stderr
         assert stderr is not None
         while ":waitress" in (line := stderr.readline()):
@@ -185,26 +185,26 @@ class Command:
         return True
 
     def connect(self) -> http.client.HTTPConnection:
-        """A connection that is closed with the process."""
+        """Open a connection that is closed with the process."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT)
         connection.connect()
         self.connections.append(connection)
         return connection
 
     def request(self, path: str) -> http.client.HTTPConnection:
-        """A connection of its own that a request was sent on."""
+        """Send a request on a new connection; return the connection."""
         connection = self.connect()
         connection.request("GET", path)
         return connection
 
     def ask(self, path: str) -> http.client.HTTPResponse:
-        """The response to a request, as soon as its headers are here."""
+        """Make a request; return the response as soon as the headers have arrived."""
         return self.request(path).getresponse()
 
 
 @contextmanager
 def running(arguments: list[str], folder: Path) -> Iterator[Command]:
-    """Start a program that serves; it does not outlive the block."""
+    """Start a program that serves; the process ends with the block."""
     process = subprocess.Popen(
         arguments,
         cwd=folder,
@@ -217,11 +217,11 @@ def running(arguments: list[str], folder: Path) -> Iterator[Command]:
     )
 
     def kill() -> None:
-        """End the process and its children."""
+        """Kill the process and its children."""
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 
-    limit = threading.Timer(4 * TIMEOUT, kill)  # bounds each wait for a line
+    limit = threading.Timer(4 * TIMEOUT, kill)  # limits each wait for a line
     limit.start()
     command = None
     try:

@@ -28,7 +28,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 class Log:
-    """What the package has logged."""
+    """The log records of the package."""
 
     def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
         self._caplog = caplog
@@ -65,7 +65,7 @@ def log(caplog: pytest.LogCaptureFixture) -> Log:
 
 @pytest.fixture
 def no_request_left() -> Iterator[None]:
-    """A middleware that was interrupted may leave its request behind on this thread."""
+    """End the request that an interrupted middleware may have left on this thread."""
     nothing: Any = None
     token = current.set(nothing)
     yield
@@ -74,7 +74,7 @@ def no_request_left() -> Iterator[None]:
 
 @pytest.fixture
 def own_collector(monkeypatch: pytest.MonkeyPatch) -> Collector:
-    """A second collector; ``wait()`` flushes the process's own again after the test."""
+    """Replace the collector for the test; ``wait()`` flushes the process's own afterwards."""
     collectors.get()
     monkeypatch.setitem(shutdown._collectors, os.getpid(), shutdown._collectors[os.getpid()])
     return Collector()
@@ -82,7 +82,7 @@ def own_collector(monkeypatch: pytest.MonkeyPatch) -> Collector:
 
 @pytest.fixture
 def gate() -> Iterator[Gate]:
-    """A gate that does not stay shut when a test fails."""
+    """A gate that opens at the end of the test, also if the test fails."""
     gate = Gate()
     yield gate
     gate.open()
@@ -90,13 +90,13 @@ def gate() -> Iterator[Gate]:
 
 @pytest.fixture
 def loop() -> None:
-    """There is a portal: a first async batch makes it."""
+    """Start the portal with a first async batch."""
     portal.portal()
 
 
 @pytest.fixture
 def no_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no portal yet."""
+    """Make the portal start anew in the test."""
     monkeypatch.setattr(portal, "_threads", PerProcess(PortalThread))
 
 

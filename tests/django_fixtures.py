@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture
 def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """The settings of a database in a file; it has a table of orders."""
+    """Settings of a database in a file with a table of orders."""
     from django.db import connection, connections
 
     from tests.django_support import Order

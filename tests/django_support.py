@@ -1,4 +1,4 @@
-"""Django, which a process can configure once: importing this module does, for all tests."""
+"""Configures Django for all tests: a process can configure Django only once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Order", "RequestFactory", "settings"]
 
 settings.configure(
     ALLOWED_HOSTS=["*"],
-    # A test that uses it gives it a file of its own.
+    # A test that uses the database replaces the name by a file of its own.
     DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}},
     DEFAULT_AUTO_FIELD="django.db.models.BigAutoField",
     LOGGING_CONFIG=None,
@@ -20,7 +20,7 @@ django.setup()
 
 
 class Order(models.Model):  # type: ignore[misc]  # Django has no types
-    """What a view writes, or a task."""
+    """A row that a view or a task writes."""
 
     class Meta:
         app_label = "tests"

@@ -1,8 +1,8 @@
-"""One site, made with each framework of the table in docs/how-to/other-frameworks.md.
+"""The same site in each framework of the table in docs/how-to/other-frameworks.md.
 
-The views of its pages all do the same first. Then ``/`` answers, ``/missing`` answers 404
-in the framework's own way, ``/broken`` raises, and ``/stream`` streams rows. What installs
-the middleware and what finds the tasks is written here as it is on that page.
+The views of all pages begin with the same call of the service. Then ``/`` answers, ``/missing``
+answers 404 as the framework does, ``/broken`` raises, and ``/stream`` streams rows. The code
+that installs the middleware and finds the tasks stands here as on that page.
 """
 
 # ruff: noqa: RET504
@@ -31,19 +31,19 @@ def two_rows() -> Iterator[bytes]:
 
 
 class Site(NamedTuple):
-    """What the views do, whatever they are written with."""
+    """The part of the views that is independent of the framework."""
 
     enter: Callable[[BackgroundTasks], object]
-    """Called first, with what ``get_background_tasks`` has returned."""
+    """Called first, with the result of ``get_background_tasks``."""
     rows: Callable[[], Iterator[bytes]] = two_rows
-    """What ``/stream`` streams."""
+    """The rows of ``/stream``."""
 
     def fail(self) -> Any:
         raise ValueError("a bug")
 
 
 class Seen(SimpleQueue[str]):
-    """What tasks and views have put here, on whatever thread."""
+    """Values that tasks and views record, on any thread."""
 
     def next(self, count: int) -> list[str]:
         return [self.get(timeout=TIMEOUT) for _ in range(count)]
@@ -55,14 +55,14 @@ def injected(tasks: BackgroundTasks) -> BackgroundTasks:
 
 
 def service(tasks: BackgroundTasks) -> None:
-    """What a view calls, and does not give the tasks to: it has them to compare."""
+    """Called by a view without the tasks; finds the tasks by ``inject`` and compares both."""
     assert background_tasks == tasks
     assert injected() is tasks
     assert isinstance(tasks, BackgroundTasks)
 
 
 def add_pages(app: Any, site: Site, request: Any, abort: Callable[[int], Any]) -> None:
-    """The views of Flask and Bottle, which have the same words for all of this."""
+    """Add the views of Flask and Bottle, whose route decorators have the same names."""
 
     @app.route("/")  # type: ignore[untyped-decorator]
     def index() -> str:
@@ -147,7 +147,7 @@ def make_django(site: Site) -> Any:
     def stream(request: Any) -> Any:
         return index(request) and StreamingHttpResponse(site.rows())
 
-    # A process has one Django: from now on it has these views.
+    # A process has only one Django: its URLs are these views from now on.
     settings.ROOT_URLCONF = (
         path("", index),
         path("async", index_async),

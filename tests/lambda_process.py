@@ -1,9 +1,9 @@
-"""A process like AWS Lambda's: it is stopped when the handler has returned.
+"""A process like AWS Lambda's: the process is stopped when the handler has returned.
 
-``python -m tests.lambda_process ADAPTER RUNNER [decorated]`` reads one line for each
-invocation from standard input, writes the status of the response to standard output and
-stops itself with SIGSTOP. SIGCONT continues it with the next invocation. What tasks do is
-written to standard output too.
+``python -m tests.lambda_process ADAPTER RUNNER [decorated]`` reads a line of standard input for
+each invocation, writes the status of the response to standard output and stops itself with
+SIGSTOP. SIGCONT continues the process with the next invocation. Tasks write to standard output
+too.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ EVENT: dict[str, Any] = {
     "body": None,
     "isBase64Encoded": False,
 }
-"""A request as AWS's API Gateway passes it on."""
+"""A request as passed on by AWS's API Gateway."""
 
 HANDLERS: dict[str, Callable[[Any], Handler]] = {
     "apig-wsgi": make_lambda_handler,

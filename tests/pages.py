@@ -28,7 +28,7 @@ class Page:
         return self.path
 
     def _lines(self) -> Iterator[tuple[str, str]]:
-        """Each line with the heading that it makes, if it is not part of a code block."""
+        """Each line with the text of its heading; no text if the line is no heading."""
         is_code = False
         for line in self.text.splitlines(keepends=True):
             is_code ^= line.startswith("```")
@@ -42,13 +42,13 @@ class Page:
 
     @property
     def anchors(self) -> list[str]:
-        """The anchors that GitHub makes of the headings."""
+        """The anchors that GitHub derives from the headings."""
         words = [re.sub(r"[^\w -]", "", title.lower()) for title in self.titles]
         return [word.replace(" ", "-") for word in words]
 
     @property
     def links(self) -> list[str]:
-        """The targets of all links, code blocks aside."""
+        """The targets of all links outside of code blocks."""
         prose = re.sub(r"(?ms)^```.*?^```$|`[^`\n]*`", "", self.text)
         return re.findall(r"\]\(([^)]*)\)", prose)
 
@@ -65,7 +65,7 @@ class Page:
         return found
 
     def rows(self, title: str) -> dict[str, list[str]]:
-        """The table below the heading: its cells, by the name in the first cell."""
+        """The table below the heading: a dict of the rows' cells, by the first cell."""
         lines = [line for line in self.section(title).splitlines() if line.startswith("|")]
         cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
         return {name.strip("`"): rest for name, *rest in cells}
@@ -85,9 +85,9 @@ DOCS = [
 
 
 def run(block: str, title: str, **names: Any) -> dict[str, Any]:
-    """Run a block in a namespace of its own, and the tests that it defines.
+    """Run a block in a new namespace, and the tests that the block defines.
 
-    If one of them takes a fixture, pytest runs them, as the reader will.
+    If a test takes a fixture, pytest runs the tests, as for the reader.
     """
     namespace = {"__name__": "block", **names}
     exec(compile(block, title, "exec"), namespace)

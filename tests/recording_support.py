@@ -1,4 +1,4 @@
-"""Applications that add tasks, and the test clients that the pytest plugin is tried with."""
+"""Applications that add tasks, and test clients, for the tests of the pytest plugin."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support import Environ, app_that
 from wsgi_bg import BackgroundTasksMiddleware, get_background_tasks
 
 done: list[Any] = []
-"""What has run, or was closed; a test begins with ``done.clear()``, by a fixture."""
+"""Results of tasks and closed bodies; a fixture clears the list before each test."""
 
 
 def send(to: str, *, copies: int = 1) -> None:
@@ -45,19 +45,19 @@ LENGTH = [*TYPE, ("Content-Length", "2")]
 
 
 def whole(*calls: Any, runner: Any = None, status: str = "200 OK") -> Any:
-    """An application that answers "ok" and says how long that is."""
+    """An application that answers "ok" with a Content-Length."""
     app = app_that(add(*calls), headers=LENGTH, status=status)
     return BackgroundTasksMiddleware(app, runner=runner)
 
 
 def stream(*calls: Any, runner: Any = None) -> Any:
-    """The same with a body of unknown length, "o", "k"."""
+    """An application that answers "o", "k", a body of unknown length."""
     app = app_that(add(*calls), headers=TYPE, body=lambda: iter([b"o", b"k"]))
     return BackgroundTasksMiddleware(app, runner=runner)
 
 
 def late(*calls: Any, runner: Any = None, headers: Any = TYPE) -> Any:
-    """The same as a generator, which begins with its first chunk and adds between them."""
+    """An application as a generator, which adds the tasks between the two chunks."""
 
     def app(environ: Environ, start_response: Any) -> Iterator[bytes]:
         start_response("200 OK", list(headers))

@@ -23,7 +23,7 @@ def taken(x: int) -> int:
 
 
 def with_more(func: Callable[[int, str], object]) -> Callable[[int], object]:
-    """Gives the function an argument that its caller does not."""
+    """Decorator that passes the function an additional argument."""
 
     @wraps(func)
     def wrapper(x: int) -> object:
@@ -43,7 +43,7 @@ def generator() -> object:
 
 
 class Sample:
-    """Has a method."""
+    """A class with a method."""
 
     def method(self) -> None:
         pass

@@ -1,4 +1,4 @@
-"""What the tests share: environs, real servers, a client that sees a response complete."""
+"""Support for all tests: environs, real servers, a client that sees a response complete."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ App = Callable[[Environ, Any], Iterable[bytes]]
 
 
 class Server:
-    """The server's side of one request, without a server."""
+    """The server's side of a request, without a server."""
 
     def __init__(self) -> None:
         self.status = ""
@@ -45,7 +45,7 @@ class Server:
         return self.written.append
 
     def run(self, app: App, environ: Environ) -> bytes:
-        """Handle a request as PEP 3333 describes it and return the body."""
+        """Handle a request as PEP 3333 describes, and return the body."""
         body = app(environ, self.start_response)
         try:
             return b"".join(self.written) + b"".join(body)
@@ -75,7 +75,7 @@ def make_server_environ(**extra: Any) -> Environ:
 
 
 def respond(app: App, environ: Environ | None = None) -> bytes:
-    """The body of one request in a test client."""
+    """Handle a request of a test client; return the body."""
     return Server().run(app, make_environ() if environ is None else environ)
 
 
@@ -97,7 +97,7 @@ def app_that(
 
 
 class Gate:
-    """A task that waits until the client has its whole response."""
+    """A task that waits until the client has the whole response."""
 
     def __init__(self) -> None:
         self._opened = threading.Event()
@@ -148,7 +148,7 @@ def waitress(app: App, threads: int = 2) -> Iterator[int]:
 
 
 def run_python(code: str, *, timeout: float = 30.0) -> subprocess.CompletedProcess[str]:
-    """Run ``code`` in an interpreter of its own."""
+    """Run ``code`` in a new interpreter."""
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         capture_output=True,
@@ -160,7 +160,7 @@ def run_python(code: str, *, timeout: float = 30.0) -> subprocess.CompletedProce
 
 
 def submit(runner: Runner, *functions: Callable[[], Any], complete: bool = True) -> None:
-    """One request whose tasks go to ``runner``; its response is complete, or is not."""
+    """Handle a request whose tasks go to ``runner``; the response is complete or not."""
 
     def add(environ: object) -> None:
         for function in functions:
@@ -181,9 +181,9 @@ _reserved: list[socket.socket] = []
 def free_port() -> int:
     """A port that no other test process on this machine gets while this process lives.
 
-    It lies below the ports that the system gives to clients, and an abstract Unix socket
-    with the port's number in its name reserves it: between this call and the moment at
-    which a server listens, the processes of ``pytest -n`` would otherwise find it free too.
+    The port lies below the ports that the system gives to clients. An abstract Unix socket with
+    the port's number in its name reserves the port: otherwise all processes of ``pytest -n``
+    would find the port free until a server listens.
     """
     while True:
         # pytest-randomly gives random the same seed in each process of pytest -n.
@@ -203,7 +203,7 @@ def free_port() -> int:
 
 @contextmanager
 def no_threads() -> Iterator[None]:
-    """A mock: memory for not one more stack cannot be had here without ending the tests."""
+    """Simulate that no thread can start: using up the real memory would end the tests."""
 
     def start(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -242,7 +242,7 @@ class Wait:
 
 
 class Subject:
-    """An argument of a task, which a test sees freed."""
+    """An argument of a task; the test sees when the argument is freed."""
 
     def __init__(self) -> None:
         self.freed = threading.Event()

@@ -50,7 +50,7 @@ def answer_on_the_socket(environ: dict[str, Any], start_response: Any) -> Iterab
 def echo_by_uwsgi(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
     import uwsgi
 
-    # uWSGI's own handshake is missing where it was built without OpenSSL.
+    # uWSGI lacks the handshake if it was built without OpenSSL.
     key = environ["HTTP_SEC_WEBSOCKET_KEY"].encode()
     digest = hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
     headers = [

@@ -1,4 +1,4 @@
-"""What the tests of real servers in processes of their own (tests/servers) leave out."""
+"""Behaviour that the tests of real servers in separate processes (tests/servers) omit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from wsgi_bg import BackgroundTasksMiddleware, background_tasks
 
 
 def test_the_inline_runner_holds_the_servers_thread() -> None:
-    """The honest limit that the pages state; also shows that ``close()`` runs it."""
+    """A limit that the pages state; the test also shows that ``close()`` runs the task."""
     names: list[str] = []
     done = threading.Event()
 

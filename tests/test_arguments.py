@@ -44,12 +44,12 @@ from wsgi_bg.flask import Background
 
 @pytest.fixture(autouse=True)
 def none_warned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No function was warned of yet."""
+    """Forget all functions that a WARNING has named."""
     monkeypatch.setattr(arguments, "_warned", set[str]())
 
 
 def add(*args: Any, **kwargs: Any) -> None:
-    """One request whose task has these arguments."""
+    """Handle a request whose task has these arguments."""
 
     def view(environ: Environ) -> None:
         get_background_tasks(environ).add_task(*args, **kwargs)
@@ -93,7 +93,7 @@ def unbound() -> Any:
         (lambda: SimpleLazyObject(unbound), "a value, or an id"),
     ],
 )
-def test_what_belongs_to_the_request_is_named_with_what_to_pass_instead(
+def test_an_argument_of_the_request_is_named_with_its_replacement(
     make: Callable[[], Any], expected: str, log: Log
 ) -> None:
     add(store, make())
@@ -124,7 +124,7 @@ def test_each_argument_is_named_by_its_parameter_or_its_position(log: Log) -> No
     assert "; argument 'key' is an uploaded file" in log.warnings[0]
 
 
-def test_a_function_that_does_not_tell_its_parameters_has_positions(log: Log) -> None:
+def test_arguments_of_a_function_without_a_signature_are_named_by_position(log: Log) -> None:
     add(dict, FileStorage())
     assert "dict has an argument of the request: positional argument 1 is" in log.warnings[0]
 
@@ -153,7 +153,7 @@ def test_a_method_of_an_object_of_the_request_is_warned_of(log: Log, tmp_path: P
 
 
 class Unhashable(type):
-    """A class that compares, and so cannot be hashed."""
+    """A class that defines ``__eq__`` and so has no hash."""
 
     def __eq__(cls, other: object) -> bool:
         return False
@@ -167,7 +167,7 @@ def test_a_class_that_cannot_be_hashed_is_no_matter(log: Log) -> None:
 
 
 class Unhappy(type):
-    """A class that raises when it is asked for its module."""
+    """A class that raises when its ``__module__`` is read."""
 
     @property
     def __module__(cls) -> str:  # type: ignore[override]
@@ -177,7 +177,7 @@ class Unhappy(type):
 @pytest.mark.parametrize(
     "value", [1, "x", object(), {"a": 1}, io.BytesIO(), Unhappy("Class", (), {})(), store]
 )
-def test_other_arguments_are_no_matter(value: object, log: Log) -> None:
+def test_ordinary_arguments_are_no_matter(value: object, log: Log) -> None:
     seen: list[object] = []
     for _ in range(2):
         add(seen.append, value)
@@ -186,7 +186,7 @@ def test_other_arguments_are_no_matter(value: object, log: Log) -> None:
 
 
 class Interrupting(type):
-    """A class during whose question for its module Ctrl-C is pressed."""
+    """A class that simulates Ctrl-C when its ``__module__`` is read."""
 
     @property
     def __module__(cls) -> str:  # type: ignore[override]
@@ -223,7 +223,7 @@ def test_types_of_arguments_are_not_kept_without_limit(
 
 @pytest.mark.parametrize("runner", ["inline", "pool"])
 @pytest.mark.parametrize("environ", [make_environ, make_server_environ])
-def test_it_is_the_same_with_each_runner_and_server(
+def test_each_runner_and_server_warns_alike(
     runner: Any, environ: Callable[[], Environ], log: Log
 ) -> None:
     def view(environ: Environ) -> None:

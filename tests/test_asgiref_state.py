@@ -1,4 +1,4 @@
-"""Tasks that use asgiref: Flask's and Django's ``async def`` views run on it."""
+"""Tasks that use asgiref: Flask's and Django's ``async def`` views run on asgiref."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ variable: ContextVar[str] = ContextVar("variable", default="")
 
 
 class Site:
-    """A Flask application whose views call ``add``, and what its tasks have seen."""
+    """A Flask application whose views call ``add``, and the results of its tasks."""
 
     def __init__(self, runner: str) -> None:
         self.seen: SimpleQueue[object] = SimpleQueue()
@@ -55,7 +55,7 @@ class Site:
             return "ok"
 
     def ask(self, path: str) -> object:
-        """The next thing that a task has put, after a request to a real server."""
+        """Make a request to a real server; return the next result of a task."""
         with waitress(self.app) as port:
             client.ask(port, path=path)
             return self.seen.get(timeout=TIMEOUT)
@@ -113,7 +113,7 @@ def test_a_task_sees_the_local_state_of_the_view(
     assert site.ask(path) == ("the view's", "the view's")
 
 
-def test_a_task_that_sync_to_async_has_added_may_use_it_too(site: Site) -> None:
+def test_a_task_that_sync_to_async_has_added_may_use_sync_to_async_too(site: Site) -> None:
     async def add_next() -> None:
         await sync_to_async(background_tasks.add_task)(site.twice)
 
@@ -122,7 +122,7 @@ def test_a_task_that_sync_to_async_has_added_may_use_it_too(site: Site) -> None:
 
 
 def test_a_task_is_not_in_the_views_thread_sensitive_context(site: Site) -> None:
-    """In that context asgiref would give each task a thread that it never ends."""
+    """In the view's context asgiref would give each task a thread that never ends."""
 
     async def look() -> None:
         own = await sync_to_async(threading.get_ident)()
@@ -137,7 +137,7 @@ def test_a_task_is_not_in_the_views_thread_sensitive_context(site: Site) -> None
     assert site.ask("/async") is True
 
 
-def test_what_a_task_sets_in_a_local_stays_in_the_task(site: Site) -> None:
+def test_a_tasks_value_of_a_local_stays_in_the_task(site: Site) -> None:
     def change() -> None:
         local.value = "the task's"
 
@@ -156,7 +156,7 @@ def test_what_a_task_sets_in_a_local_stays_in_the_task(site: Site) -> None:
         assert [site.seen.get(timeout=TIMEOUT) for _ in range(4)] == [None] * 4
 
 
-def test_a_tasks_other_context_variables_are_kept(site: Site) -> None:
+def test_a_tasks_context_variables_beside_asgirefs_are_kept(site: Site) -> None:
     def add() -> None:
         variable.set("the view's")
         background_tasks.add_task(lambda: site.seen.put(variable.get()))
@@ -166,7 +166,7 @@ def test_a_tasks_other_context_variables_are_kept(site: Site) -> None:
 
 
 @pytest.mark.parametrize("kind", [BackgroundTask, lambda task: BackgroundTasks([task])])
-def test_a_call_by_hand_uses_no_thread_that_waits_for_it(
+def test_a_call_by_hand_uses_no_thread_that_waits_for_the_call(
     kind: Callable[[BackgroundTask], Callable[[], object]],
 ) -> None:
     """The thread of the view waits in the call, and asgiref would wait for that thread."""
@@ -181,7 +181,7 @@ def test_a_call_by_hand_uses_no_thread_that_waits_for_it(
     assert site.ask("/async") == ("the caller's", "the caller's")
 
 
-def test_the_event_loop_that_a_call_by_hand_goes_on_in_sees_local_state() -> None:
+def test_the_event_loop_of_a_call_by_hand_sees_local_state() -> None:
     async def look() -> object:
         return getattr(local, "value", None)
 
@@ -194,7 +194,7 @@ def test_the_event_loop_that_a_call_by_hand_goes_on_in_sees_local_state() -> Non
 
 @pytest.fixture
 def other_version() -> Iterator[None]:
-    """Another version of asgiref, which the test makes."""
+    """Simulate another version of asgiref."""
     asgiref_state._asgiref.cache_clear()
     yield
     asgiref_state._asgiref.cache_clear()
@@ -202,7 +202,7 @@ def other_version() -> Iterator[None]:
 
 @pytest.mark.usefixtures("other_version")
 def test_the_executors_of_asgiref_3_9_0_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There a ``Local`` has a context variable for each of its attributes."""
+    """In 3.9.0 a ``Local`` has a context variable for each of its attributes."""
     executor: ContextVar[str] = ContextVar("current")
 
     class Executors:

@@ -1,4 +1,4 @@
-"""What becomes of a batch whose loop ends, whose worker is stopped, which is abandoned."""
+"""Batches whose loop ends, whose worker is stopped, or which are abandoned."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from wsgi_bg.runners import Statistics
 
 
 def test_without_a_loop_an_async_task_has_failed_and_the_next_runs() -> None:
-    """No file descriptor is left for the loop."""
+    """The process has no file descriptor left for the loop."""
     done = run_python(
         """
         import os, resource
@@ -64,7 +64,7 @@ def test_without_a_loop_an_async_task_has_failed_and_the_next_runs() -> None:
     assert "task raised OSError" in done.stderr
 
 
-def test_a_signal_that_stops_a_hand_over_keeps_no_other_from_the_loop(
+def test_a_signal_that_stops_a_submission_keeps_no_batch_from_the_loop(
     loop: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner, (ran,), thread = PoolRunner(), events(1), portal.peek()
@@ -75,7 +75,7 @@ def test_a_signal_that_stops_a_hand_over_keeps_no_other_from_the_loop(
 
     def interrupted(*args: Any, **kwargs: Any) -> None:
         monkeypatch.undo()
-        submit(runner, run)  # another thread's, which counts on this wake
+        submit(runner, run)  # of another thread, which relies on this wake
         raise KeyboardInterrupt
 
     monkeypatch.setattr(thread._loop, "call_soon_threadsafe", interrupted)
@@ -85,7 +85,7 @@ def test_a_signal_that_stops_a_hand_over_keeps_no_other_from_the_loop(
     assert runner.drain(TIMEOUT) == []
 
 
-def test_a_batch_whose_hand_over_was_stopped_is_not_waited_for(
+def test_a_batch_whose_submission_was_stopped_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def interrupted(*args: Any) -> None:
@@ -108,7 +108,7 @@ def test_between_thread_and_loop_no_task_of_a_batch_is_running() -> None:
 
 
 class Meanwhile(BackgroundTasks):
-    """Tasks of which one begins on another thread between two looks at them."""
+    """Calls ``happens`` after each look at the tasks left: another thread comes between."""
 
     happens: Callable[[], object]
 
@@ -139,7 +139,7 @@ def test_a_task_that_begins_as_the_batch_is_abandoned_is_named_too() -> None:
     assert [task.func for task in left] == [second.task]
 
 
-def test_a_batch_that_is_abandoned_as_a_task_is_added_at_its_end_has_ended() -> None:
+def test_a_batch_abandoned_while_its_last_task_is_added_has_ended() -> None:
     class AddedAtTheEnd(BackgroundTasks):
         @property
         def _phase(self) -> int:
@@ -161,7 +161,7 @@ def test_a_batch_that_is_abandoned_as_a_task_is_added_at_its_end_has_ended() -> 
 
 
 def test_batches_outlive_a_loop_that_a_stray_task_has_ended(log: Log, gate: Gate) -> None:
-    """One waits on it, one is put off, some have not begun; none is lost."""
+    """One task waits on the loop, one batch is delayed, some have not begun; none is lost."""
     runner, wait, seen = PoolRunner(), Wait(), list[str]()
     strays: list[asyncio.Task[None]] = []
 
@@ -170,7 +170,7 @@ def test_batches_outlive_a_loop_that_a_stray_task_has_ended(log: Log, gate: Gate
 
     async def end_the_loop() -> None:
         strays.append(asyncio.get_running_loop().create_task(stray()))
-        gate.task()  # blocks the loop while the others are handed over
+        gate.task()  # blocks the loop while more batches are submitted
 
     async def run() -> None:
         seen.append("run")
@@ -185,9 +185,9 @@ def test_batches_outlive_a_loop_that_a_stray_task_has_ended(log: Log, gate: Gate
     gate.open()
     assert runner.drain(TIMEOUT) == []
     assert sorted(seen) == ["plain", "run", "run", "run"]
-    assert runner.statistics().failed == 1  # the one that waited was cancelled
+    assert runner.statistics().failed == 1  # the waiting task was cancelled
     assert any("CancelledError" in error for error in log.errors)
-    before.join(TIMEOUT)  # or it logs its end, and asyncio the stray's, some time later
+    before.join(TIMEOUT)  # or the ends would be logged after the test
     assert isinstance(strays[0].exception(), SystemExit)
 
 
@@ -209,8 +209,8 @@ def test_a_cancelled_task_does_not_cancel_the_next(log: Log) -> None:
     assert seen == ["ran"]
 
 
-def test_what_would_block_the_loop_for_ever_fails(log: Log) -> None:
-    """A request that a task of the loop makes in the same process, with async tasks inline."""
+def test_async_tasks_that_would_block_the_loop_for_ever_fail(log: Log) -> None:
+    """A task of the loop makes a request in the same process, with async tasks inline."""
     seen: list[str] = []
 
     class Future:

@@ -1,4 +1,4 @@
-"""``CeleryRunner`` in the process that serves: what it checks, sends and keeps."""
+"""``CeleryRunner`` in the process that serves: its checks, its messages, its state."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_mixed_batch_goes_two_ways(broker: Broker) -> None:
     assert (statistics.succeeded, statistics.failed, statistics.pending) == (4, 0, 0)
 
 
-def test_what_changes_after_add_task_is_not_sent(broker: Broker) -> None:
+def test_changes_after_add_task_are_not_sent(broker: Broker) -> None:
     items, app = [1], broker.runner()
 
     def do() -> None:
@@ -126,7 +126,9 @@ def test_a_function_that_is_not_registered_takes_any_argument(broker: Broker) ->
     assert local_calls == [("",)]
 
 
-def test_without_a_local_runner_the_others_run_on_the_shared_pool(broker: Broker) -> None:
+def test_without_a_local_runner_unregistered_tasks_run_on_the_shared_pool(
+    broker: Broker,
+) -> None:
     runner = broker.runner()
     threads: list[str] = []
     done = events(1)[0]
@@ -140,13 +142,13 @@ def test_without_a_local_runner_the_others_run_on_the_shared_pool(broker: Broker
     assert threads[0].startswith("wsgi_bg-pool")
 
 
-def test_what_a_running_task_adds_is_sent_too(broker: Broker) -> None:
+def test_tasks_that_a_running_task_adds_are_sent_too(broker: Broker) -> None:
     runner = broker.runner(local="inline")
     request(runner, add(add(note, "later")))
     assert messages(broker)[0]["body"][0] == ['[1,["later"],{}]']
 
 
-def test_what_an_async_task_adds_is_sent_too(broker: Broker) -> None:
+def test_tasks_that_an_async_task_adds_are_sent_too(broker: Broker) -> None:
     runner = broker.runner()
 
     async def adds() -> None:
@@ -157,7 +159,7 @@ def test_what_an_async_task_adds_is_sent_too(broker: Broker) -> None:
     assert messages(broker)[0]["body"][0] == ['[1,["later"],{}]']
 
 
-def test_run_on_holds_for_what_would_be_sent(broker: Broker, log: Log) -> None:
+def test_run_on_holds_for_tasks_to_send(broker: Broker, log: Log) -> None:
     def view(environ: Any) -> None:
         background_tasks.add_task(note, "success")
         background_tasks.using(run_on="error").add_task(note, "error")
@@ -171,7 +173,7 @@ def test_run_on_holds_for_what_would_be_sent(broker: Broker, log: Log) -> None:
     ]
 
 
-def test_options_of_the_function_and_of_one_message(broker: Broker) -> None:
+def test_options_of_the_function_and_of_a_single_message(broker: Broker) -> None:
     runner = broker.runner()
     eta = datetime(2040, 1, 1, tzinfo=UTC)
 
@@ -238,7 +240,7 @@ def test_the_trace_of_opentelemetry_travels(broker: Broker) -> None:
     assert message["headers"]["traceparent"] == f"00-{1:032x}-{2:016x}-01"
 
 
-def test_without_opentelemetry_there_is_no_trace_of_its_own(
+def test_without_opentelemetry_a_message_has_no_trace(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "opentelemetry.trace", raising=False)
@@ -257,7 +259,7 @@ def test_celerys_eager_mode_runs_all_here(
     assert messages(broker) == []
 
 
-def test_what_was_sent_is_nothing_to_the_local_runner(broker: Broker) -> None:
+def test_sent_tasks_are_not_counted_by_the_local_runner(broker: Broker) -> None:
     local = PoolRunner()
     runner = broker.runner(local=local)
     request(runner, add(note, "path"))
@@ -291,7 +293,7 @@ def test_an_incomplete_response_is_sent_on_a_thread_of_the_runner(broker: Broker
     assert threads[0].startswith("wsgi_bg-pool")
 
 
-def test_where_no_thread_can_be_had_tasks_run_in_this_process(
+def test_tasks_run_in_this_process_if_no_thread_can_start(
     broker: Broker, tmp_path: Path, log: Log
 ) -> None:
     with no_threads():
@@ -337,7 +339,7 @@ def test_a_local_runner_that_does_not_take_a_batch_loses_no_task(
     assert "which runs here" in log.errors[1]
 
 
-def test_drain_waits_and_abandon_names_what_is_left(broker: Broker, gate: Gate) -> None:
+def test_drain_waits_and_abandon_names_the_tasks_left(broker: Broker, gate: Gate) -> None:
     runner = broker.runner()
     request(runner, add(gate.task))
     assert gate.begun.wait(TIMEOUT)
@@ -365,7 +367,7 @@ def later() -> None:
     pass
 
 
-def test_two_runners_may_have_one_application(broker: Broker) -> None:
+def test_two_runners_may_have_the_same_application(broker: Broker) -> None:
     app = broker.app()
     CeleryRunner(app)
     request(CeleryRunner(app, publish_timeout=1), add(note, "path"))
@@ -448,16 +450,16 @@ def test_options_out_of_range_are_refused(
 
 
 @pytest.mark.parametrize("app", [None, "redis://localhost", Celery])
-def test_what_is_no_application_is_refused(app: Any) -> None:
+def test_a_runner_without_an_application_is_refused(app: Any) -> None:
     with pytest.raises(OptionError, match=r"celery_app must be a celery\.Celery application"):
         CeleryRunner(app)
 
 
-def test_a_runner_shows_what_it_is(broker: Broker) -> None:
+def test_the_repr_of_a_runner_shows_its_application(broker: Broker) -> None:
     assert repr(broker.runner(local="inline")) == "CeleryRunner('shop', local=InlineRunner())"
 
 
-def test_a_worker_calls_the_function_with_what_it_decodes(
+def test_a_worker_calls_the_function_with_the_decoded_arguments(
     broker: Broker, tmp_path: Path
 ) -> None:
     app = broker.app()
@@ -472,14 +474,14 @@ def test_a_worker_calls_the_function_with_what_it_decodes(
     ("args", "kwargs"),
     [((), {}), (("[1,[],{}]", 1), {}), (("[1,[],{}]",), {"path": "x"}), (("x",), {})],
 )
-def test_a_worker_refuses_what_is_not_ours(broker: Broker, args: Any, kwargs: Any) -> None:
+def test_a_worker_refuses_foreign_messages(broker: Broker, args: Any, kwargs: Any) -> None:
     app = broker.app()
     CeleryRunner(app)
     result = app.tasks[NOTE].apply(args=args, kwargs=kwargs)
     assert isinstance(result.result, MessageError)
 
 
-def test_what_is_not_ours_is_not_tried_again(
+def test_a_foreign_message_is_not_tried_again(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tries: list[object] = []
@@ -497,7 +499,7 @@ def test_what_is_not_ours_is_not_tried_again(
     assert tries == ["x"]
 
 
-def test_the_result_is_for_celery_if_it_is_not_ignored(broker: Broker) -> None:
+def test_the_result_is_for_celery_unless_results_are_ignored(broker: Broker) -> None:
     app = broker.app()
     CeleryRunner(app)
     assert app.tasks["shop.result"].apply(args=("[1,[4],{}]",)).result == 8
@@ -506,7 +508,7 @@ def test_the_result_is_for_celery_if_it_is_not_ignored(broker: Broker) -> None:
 def test_celerys_own_task_class_of_the_application_is_used(
     broker: Broker, tmp_path: Path
 ) -> None:
-    """Flask's documentation has one that enters the application's context."""
+    """Flask's documentation has a task class that enters the application's context."""
     entered: list[str] = []
 
     class Entering(Task):  # type: ignore[misc]
@@ -530,7 +532,7 @@ def test_the_package_imports_no_celery() -> None:
     assert done.stdout == "[]\n", done.stderr
 
 
-def test_without_celery_the_error_says_what_to_install() -> None:
+def test_without_celery_the_error_names_the_package_to_install() -> None:
     done = run_python(
         """
         import sys

@@ -1,4 +1,4 @@
-"""What becomes of registered tasks when the broker is away, and who waits for it."""
+"""Registered tasks while the broker is away: who runs them, and who waits for the broker."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def silent() -> Iterator[SilentBroker]:
 
 
 def refusing() -> Broker:
-    """No one listens there."""
+    """A broker at a port without a listener."""
     return Broker(f"redis://127.0.0.1:{free_port()}/0", {})
 
 
@@ -54,7 +54,7 @@ def of_this_process(path: Path) -> bool:
 
 
 @pytest.mark.parametrize("scheme", ["redis", "amqp"])
-def test_where_the_connection_is_refused_the_task_runs_here(
+def test_a_task_runs_here_if_the_connection_is_refused(
     tmp_path: Path, log: Log, scheme: str
 ) -> None:
     url = refusing().url.replace("redis", scheme)
@@ -71,14 +71,16 @@ def test_where_the_connection_is_refused_the_task_runs_here(
     assert (statistics.succeeded, statistics.failed) == (1, 0)
 
 
-def test_where_no_connection_can_be_made_the_task_runs_here(tmp_path: Path, log: Log) -> None:
+def test_a_task_runs_here_if_no_connection_can_be_made(tmp_path: Path, log: Log) -> None:
     runner = Broker("no-such-transport://", {}).runner(local="inline")
     request(runner, lambda: background_tasks.add_task(note, str(tmp_path / "note")))
     assert of_this_process(tmp_path / "note")
     assert len(log.warnings) == 1
 
 
-def test_where_that_was_chosen_it_is_given_up_with_an_error(tmp_path: Path, log: Log) -> None:
+def test_with_the_option_discard_a_task_that_cannot_be_sent_is_an_error(
+    tmp_path: Path, log: Log
+) -> None:
     told: list[tuple[str, BaseException]] = []
     runner = refusing().runner(on_publish_error="discard", local="inline")
 
@@ -104,7 +106,7 @@ def test_where_that_was_chosen_it_is_given_up_with_an_error(tmp_path: Path, log:
     assert (statistics.succeeded, statistics.failed) == (1, 1)
 
 
-def test_a_broker_that_does_not_answer_is_waited_for_no_longer_than_said(
+def test_a_silent_broker_is_waited_for_no_longer_than_publish_timeout(
     silent: SilentBroker, tmp_path: Path, log: Log
 ) -> None:
     runner = silent.broker.runner(local="inline", publish_timeout=0.2)
@@ -117,7 +119,7 @@ def test_a_broker_that_does_not_answer_is_waited_for_no_longer_than_said(
     assert all(of_this_process(tmp_path / f"{number}") for number in range(3))
     first, *others = log.warnings
     assert first.endswith(f"{NOTE} was not sent: the broker has not answered in 0.2 seconds")
-    # The others have not waited as well.
+    # Only the first message has waited.
     assert [line.rsplit(": ", 1)[1] for line in others] == [
         "the broker has not answered others in time"
     ] * 2
@@ -155,7 +157,7 @@ def test_a_broker_that_did_not_answer_is_asked_again_after_as_long(
 def test_no_response_waits_for_the_broker(
     silent: SilentBroker, tmp_path: Path, status: str, headers: Any, body: Any
 ) -> None:
-    """The broker is the gate: it lets go once the client has its whole response."""
+    """The broker is the gate: it answers after the client has the whole response."""
     runner = silent.broker.runner(publish_timeout=60)
     path = tmp_path / "note"
     app = app_that(
@@ -201,7 +203,7 @@ def test_redis_stops_between_the_request_and_close(
 def test_a_broker_that_was_restarted_is_reached_again(
     redis: RedisServer, tmp_path: Path, log: Log
 ) -> None:
-    """The connection that was kept is dead then, which does not count as a failure."""
+    """The kept connection is dead after the restart, which does not count as a failure."""
     runner = redis.broker(0).runner()
     request(runner, lambda: background_tasks.add_task(note, "path"))
     assert redis.waiting(0) == 1
@@ -212,7 +214,7 @@ def test_a_broker_that_was_restarted_is_reached_again(
     assert log.warnings == []
 
 
-def test_a_forked_child_sends_on_connections_of_its_own(
+def test_a_forked_child_sends_on_new_connections(
     redis: RedisServer, tmp_path: Path, log: Log
 ) -> None:
     runner = redis.broker(0).runner()
@@ -223,7 +225,7 @@ def test_a_forked_child_sends_on_connections_of_its_own(
 
     send()
     child = os.fork()
-    if child == 0:  # no assertion here: pytest would go on in the child
+    if child == 0:  # no assertion in the child: pytest would go on there
         try:
             send()
             done.write_text(f"{runner.statistics().succeeded}", encoding="utf-8")
@@ -236,7 +238,7 @@ def test_a_forked_child_sends_on_connections_of_its_own(
     assert log.warnings == []
 
 
-def test_what_is_sent_after_its_time_was_up_is_said_to_run_twice(
+def test_a_task_sent_after_its_timeout_is_named_since_it_may_run_twice(
     tmp_path: Path, log: Log, monkeypatch: pytest.MonkeyPatch, gate: Gate
 ) -> None:
     broker = filesystem(tmp_path)
@@ -259,7 +261,7 @@ def test_what_is_sent_after_its_time_was_up_is_said_to_run_twice(
     assert len(messages(broker)) == 1
 
 
-def test_what_no_thread_has_begun_in_time_is_not_sent_later(
+def test_a_message_that_no_thread_takes_in_time_is_not_sent_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate
 ) -> None:
     monkeypatch.setattr(publishing, "CONNECTIONS", 1)
@@ -286,7 +288,7 @@ def test_what_no_thread_has_begun_in_time_is_not_sent_later(
     assert [message["body"][0] for message in messages(broker)] == [[""], ["last"]]
 
 
-def test_what_frees_a_thread_from_a_silent_broker_is_set_for_each_transport() -> None:
+def test_each_transport_gets_the_timeouts_that_free_a_thread_from_a_silent_broker() -> None:
     timeouts = {
         name: set(publishing._for_transport(name, 3.0)) for name in ("redis", "amqp", "memory")
     }
@@ -297,7 +299,7 @@ def test_what_frees_a_thread_from_a_silent_broker_is_set_for_each_transport() ->
     }
 
 
-def test_what_the_application_has_set_for_its_broker_stays(tmp_path: Path) -> None:
+def test_the_applications_options_for_its_broker_stay(tmp_path: Path) -> None:
     broker = Broker("redis://127.0.0.1/0", {"socket_timeout": 77, "max_retries": 5})
     runner = broker.runner(publish_timeout=2)
     options = runner._states.get().publisher._connect().connection.transport_options

@@ -1,4 +1,4 @@
-"""The example with Celery: started as a reader would start it, with its worker."""
+"""The example with Celery: started as a reader would start the example, with its worker."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REPORT = "Report for ada@example.com\n"
 
 @contextmanager
 def worker(folder: Path) -> Iterator[None]:
-    """The docstring's command in ``folder``, where the example is not below."""
+    """The docstring's command, run in ``folder`` instead of the repository."""
     with (folder / "worker").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "celery", "-A", "examples.celery_app:queue", "worker"],
@@ -41,12 +41,12 @@ def worker(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # its children too
+        os.killpg(process.pid, signal.SIGKILL)  # and the child processes
         process.wait(TIMEOUT)
 
 
 @pytest.mark.parametrize("broker", ["filesystem", "redis"])
-def test_the_light_task_runs_here_and_the_heavy_one_on_a_worker(
+def test_the_light_task_runs_here_and_the_heavy_task_on_a_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, broker: str
 ) -> None:
     if broker == "redis":
@@ -62,13 +62,13 @@ def order_and_wait(folder: Path) -> None:
     with serving(EXAMPLE, folder, delay=0) as port:
         assert ask(EXAMPLE, port) == EXAMPLE.answer
         assert wait_until(lambda: text_of(log) == EXAMPLE.line), text_of(folder / "stderr")
-    with worker(folder):  # when the application has gone
+    with worker(folder):  # after the application has ended
         assert wait_until(lambda: text_of(log) == EXAMPLE.line + REPORT), text_of(
             folder / "worker"
         )
 
 
-def test_the_docstring_says_how_to_run_and_ask_the_example() -> None:
+def test_the_docstring_has_the_commands_to_run_and_ask_the_example() -> None:
     docstring = EXAMPLE.source.split('"""')[1]
     assert f"    python examples/{EXAMPLE.name} [PORT]\n" in docstring
     assert "    celery -A examples.celery_app:queue worker\n" in docstring

@@ -1,6 +1,6 @@
-"""A real Celery worker: it calls what is registered, and nothing else.
+"""A real Celery worker calls registered functions, and no others.
 
-By default on Celery's filesystem transport, and on Redis where redis-server is.
+The broker is Celery's filesystem transport, and Redis if redis-server is installed.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
 
 
 class Shop(NamedTuple):
-    """A broker with a worker, and the runner that sends to it."""
+    """A broker with a worker, and the runner that sends to the broker."""
 
     broker: Broker
     worker: Worker
@@ -71,7 +71,7 @@ class Shop(NamedTuple):
         request(self.runner, lambda: background_tasks.add_task(func, *args, **kwargs))
 
     def forge(self, name: str, args: Any = (), kwargs: Any = None, **more: Any) -> str:
-        """Put a message into the broker with Celery's own client, which knows no task."""
+        """Put a message into the broker with a plain Celery client, without a task."""
         client = Celery("forger", broker=self.broker.url, set_as_current=False)
         client.conf.broker_transport_options = self.broker.options
         with client.connection_for_write() as connection:
@@ -79,7 +79,7 @@ class Shop(NamedTuple):
         return name
 
     def works(self, path: Path) -> str:
-        """Have the worker make a call: what was sent before it was looked at by then."""
+        """Make the worker run a task: by then the worker has handled all earlier messages."""
         self.send(note, str(path))
         return wait_for(path, self.worker)
 
@@ -98,10 +98,10 @@ def shop(
     try:
         yield Shop(broker, started, broker.runner())
     finally:
-        started.kill()  # to stop it takes seconds
+        started.kill()  # a graceful stop takes seconds
 
 
-def test_every_kind_of_argument_arrives_as_it_was(shop: Shop, tmp_path: Path) -> None:
+def test_every_kind_of_argument_arrives_unchanged(shop: Shop, tmp_path: Path) -> None:
     path = tmp_path / "note"
     values = [value for value in CARRIED if not isinstance(value, int) or abs(value) < 2**500]
     shop.send(note, str(path), *values, values=values)
@@ -114,7 +114,7 @@ def test_a_call_is_made_in_another_process(shop: Shop, tmp_path: Path) -> None:
     assert int(written[1:].split(",")[0]) != os.getpid()
 
 
-def test_what_changes_in_the_view_afterwards_changes_nothing(
+def test_changes_that_the_view_makes_afterwards_are_not_sent(
     shop: Shop, tmp_path: Path
 ) -> None:
     items, path = [1], tmp_path / "note"
@@ -144,8 +144,8 @@ def test_a_task_goes_to_the_queue_of_its_function(shop: Shop, tmp_path: Path) ->
     assert wait_for(tmp_path / "queue", shop.worker) == "other"
 
 
-def test_each_process_keeps_one_loop_for_async_tasks(shop: Shop, tmp_path: Path) -> None:
-    for number in range(2):  # two at the same time, so one in each process
+def test_each_process_keeps_its_loop_for_async_tasks(shop: Shop, tmp_path: Path) -> None:
+    for number in range(2):  # two at the same time: a call for each process
         path = tmp_path / f"{number}"
         shop.send(note_loop, str(path), 2)
         shop.send(note_loop, str(path), 2)
@@ -193,7 +193,7 @@ def test_a_task_is_retried_with_its_arguments_and_its_correlation_id(
     request(shop.runner, do)
     assert wait_until(lambda: has_lines(path, 2)), shop.worker.log
     assert text_of(path) == "request-8 sec-ret\n" * 2
-    assert "sec-ret" not in shop.worker.log  # arguments are data, also when sent again
+    assert "sec-ret" not in shop.worker.log  # arguments are data, in a retry too
 
 
 def test_a_time_limit_ends_an_async_task_on_the_loop(shop: Shop, tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ CANVAS: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("name", "args"), CANVAS, ids=range(len(CANVAS)))
-def test_celerys_own_tasks_reach_nothing_more(
+def test_celerys_own_tasks_reach_no_unregistered_function(
     shop: Shop, tmp_path: Path, name: str, args: Any
 ) -> None:
     path, marker = tmp_path / "forged", str(uuid.uuid4())
@@ -281,11 +281,13 @@ def test_celerys_own_tasks_reach_nothing_more(
     shop.forge(name, args, task_id=marker)
     end = "succeeded" if name == "celery.chunks" else "raised unexpected"
     assert wait_until(lambda: f"{name}[{marker}] {end}" in shop.worker.log)
-    shop.works(tmp_path / "after")  # after what they have sent, too
+    shop.works(tmp_path / "after")  # behind the messages that they have sent, too
     assert not path.exists()
 
 
-def test_a_callback_in_a_message_reaches_nothing_more(shop: Shop, tmp_path: Path) -> None:
+def test_a_callback_in_a_message_reaches_no_unregistered_function(
+    shop: Shop, tmp_path: Path
+) -> None:
     path = tmp_path / "forged"
     callback = {"task": "tests.celery_shop.not_registered", "args": [str(path)], "options": {}}
     marker = str(uuid.uuid4())
@@ -320,7 +322,7 @@ def test_a_pickled_message_is_refused(shop: Shop, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pool", ["solo", "threads"])
-def test_other_pools_of_celery_keep_a_loop_too(tmp_path: Path, pool: str) -> None:
+def test_celerys_pools_without_processes_keep_a_loop_too(tmp_path: Path, pool: str) -> None:
     broker, path = filesystem(tmp_path), tmp_path / "loops"
     with worker(broker, tmp_path, f"--pool={pool}", "--concurrency=2") as started:
         shop = Shop(broker, started, broker.runner())
@@ -334,7 +336,7 @@ def test_other_pools_of_celery_keep_a_loop_too(tmp_path: Path, pool: str) -> Non
 def test_a_task_whose_process_was_killed_in_the_middle_runs_again(
     shop: Shop, tmp_path: Path
 ) -> None:
-    """One process of the pool: the worker itself lives and still has the message."""
+    """A process of the pool is killed: the worker itself lives and still has the message."""
     path = tmp_path / "held"
     shop.send(hold, str(path))
     assert wait_until(lambda: text_of(path).startswith("begun")), shop.worker.log
@@ -347,14 +349,14 @@ def test_a_task_whose_process_was_killed_in_the_middle_runs_again(
 def test_a_task_whose_worker_was_killed_in_the_middle_runs_again(
     redis: RedisServer, tmp_path: Path
 ) -> None:
-    """On Redis only: the filesystem transport forgets a message when a worker takes it."""
+    """On Redis only: the filesystem transport forgets a message that a worker takes."""
     broker, path = redis.broker(1, visibility_timeout=1), tmp_path / "held"
     with worker(broker, tmp_path, "--pool=solo") as first:
         Shop(broker, first, broker.runner()).send(hold, str(path))
         assert wait_until(lambda: text_of(path).startswith("begun")), first.log
         first.kill()
-    # A worker gives back what others have held for longer than that when it starts, and
-    # every ten seconds.
+    # A worker gives back messages that were held for longer than that: when the worker starts
+    # and every ten seconds.
     assert wait_until(lambda: redis.seconds_held(1) > 1)
     with worker(broker, tmp_path, "--pool=solo") as second:
         assert wait_until(lambda: "done" in text_of(path), TIMEOUT), second.log

@@ -28,7 +28,7 @@ each_way = pytest.mark.parametrize("way", ["script", "module"])
 
 
 def command_of(way: str, folder: Path) -> list[str]:
-    """``python -m wsgi_bg``, or the script as pip makes it, in a folder of its own."""
+    """The command ``python -m wsgi_bg``, or the script as pip makes it, in ``folder``."""
     if way == "module":
         return list(MODULE)
     setup = configparser.RawConfigParser()
@@ -44,7 +44,7 @@ def command_of(way: str, folder: Path) -> list[str]:
 def refused(
     *arguments: str, folder: Path, way: str = "module"
 ) -> subprocess.CompletedProcess[str]:
-    """A run of the command that does not get as far as to serve."""
+    """Run the command with arguments that the command refuses."""
     return subprocess.run(
         [*command_of(way, folder), *arguments],
         cwd=folder,
@@ -55,7 +55,7 @@ def refused(
     )
 
 
-# What it serves.
+# Serving.
 
 
 @pytest.mark.parametrize("path", ["/plain", "/coroutine"])
@@ -114,7 +114,9 @@ def test_addresses_may_be_given_to_waitress(tmp_path: Path) -> None:
         assert command.end() == (0, [])
 
 
-def test_it_serves_on_a_unix_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_serves_on_a_unix_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path, "shop", SHOP)
     with running([*MODULE, "shop:app", "--", "--unix-socket=here"], tmp_path) as command:
         assert command.address == "unix:here"
@@ -162,7 +164,7 @@ def test_middleware_without_a_runner_gets_that_of_the_command(
         assert command.ask("/quick").read() == b"ok\n"
         assert command.line() == "task ran"
         command.send(signal.SIGTERM)
-        assert command.end() == (0, [])  # and has said nothing more: the task has run once
+        assert command.end() == (0, [])  # no further output: the task has run once
 
 
 OWN_RUNNER = """
@@ -182,7 +184,7 @@ app = wsgi_bg.BackgroundTasksMiddleware(
 """
 
 
-def test_the_runner_that_the_application_names_holds_unless_the_command_names_one(
+def test_the_applications_runner_holds_unless_the_command_has_an_option(
     tmp_path: Path,
 ) -> None:
     write(tmp_path, "outer", SHOP + OWN_RUNNER)
@@ -216,7 +218,7 @@ def test_an_inline_runner_runs_the_task_on_the_threads_of_waitress(tmp_path: Pat
 
 
 def test_the_readmes_command_serves_the_example(tmp_path: Path) -> None:
-    """The example has middleware of its own; one task is run, once."""
+    """The example has middleware too; the task runs once all the same."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     with running([*MODULE, "examples.flask_app:app", "--port", "0"], tmp_path) as command:
         connection = command.connect()
@@ -248,8 +250,8 @@ def answer(environ, start_response):
 
 
 @pytest.mark.parametrize("where", ["closed", "full", "broken", "all closed"])
-def test_it_serves_without_a_standard_output(where: str, tmp_path: Path) -> None:
-    """No socket or pipe is to get its number: what a library prints would go there."""
+def test_the_command_serves_without_a_standard_output(where: str, tmp_path: Path) -> None:
+    """No socket or pipe may get descriptor 1: output of libraries would go there."""
     write(tmp_path, "shop", SHOP + SOCKETS)
     path = tmp_path / "socket"
     options = shlex.join([*MODULE, "shop:app", "--", f"--unix-socket={path}"])
@@ -276,7 +278,7 @@ def test_it_serves_without_a_standard_output(where: str, tmp_path: Path) -> None
 
 
 def ask_unix(path: Path) -> bytes:
-    """The answer of a server that begins to listen at ``path`` at some time."""
+    """Return the response of a server that begins to listen at ``path`` some time later."""
     pause = threading.Event()
     for _ in range(int(TIMEOUT / 0.05)):
         with socket.socket(socket.AF_UNIX) as client:
@@ -292,14 +294,14 @@ def ask_unix(path: Path) -> bytes:
     raise AssertionError("it does not listen")
 
 
-def test_the_address_goes_to_what_stands_in_for_standard_output(
+def test_the_address_goes_to_the_replacement_of_standard_output(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     announce("here\n")
     assert capsys.readouterr().out == "here\n"
 
 
-# What it refuses: one line, status 2.
+# Refused arguments: an error of a single line, status 2.
 
 REFUSED = {
     "": "the following arguments are required: MODULE:APP (see wsgi-bg --help)",
@@ -356,7 +358,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("arguments", REFUSED)
-def test_what_the_user_has_to_put_right_is_one_line_and_status_2(
+def test_a_mistake_of_the_user_is_a_single_line_and_status_2(
     arguments: str, tmp_path: Path
 ) -> None:
     write(tmp_path, "shop", SHOP)
@@ -366,7 +368,7 @@ def test_what_the_user_has_to_put_right_is_one_line_and_status_2(
 
 
 @each_way
-def test_a_port_that_is_taken_is_one_line_and_status_2(way: str, tmp_path: Path) -> None:
+def test_a_port_in_use_is_a_single_line_and_status_2(way: str, tmp_path: Path) -> None:
     write(tmp_path, "shop", SHOP)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -375,7 +377,7 @@ def test_a_port_that_is_taken_is_one_line_and_status_2(way: str, tmp_path: Path)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
 
 
-def test_without_waitress_the_line_says_how_to_install_it(tmp_path: Path) -> None:
+def test_without_waitress_the_error_names_the_package_to_install(tmp_path: Path) -> None:
     write(tmp_path, "waitress_is_missing", "import sys\nsys.modules['waitress'] = None\n")
     write(tmp_path, "run", "import waitress_is_missing, wsgi_bg.__main__\n")
     done = subprocess.run(

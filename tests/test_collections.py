@@ -1,4 +1,4 @@
-"""Judgements and claims that hold beside garbage collections and without a global lock."""
+"""Outcomes and claims hold during garbage collections and without a global lock."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from wsgi_bg import (
 
 @contextmanager
 def collection_on_another_thread() -> Iterator[None]:
-    """A garbage collection is under way for as long as this is entered.
+    """Hold a garbage collection open on another thread until the block ends.
 
-    A callback of :mod:`gc` is Python code: while one runs, other threads do too.
+    A callback of :mod:`gc` is Python code: while a callback runs, other threads run too.
     """
     begun, free = threading.Event(), threading.Event()
 
@@ -43,7 +43,7 @@ def collection_on_another_thread() -> Iterator[None]:
             free.wait(TIMEOUT)
 
     thread = threading.Thread(target=gc.collect)
-    gc.callbacks.append(hold)  # behind that of the package, if it has one
+    gc.callbacks.append(hold)  # behind the package's callback, if there is one
     try:
         thread.start()
         assert begun.wait(TIMEOUT)
@@ -117,7 +117,7 @@ def test_a_stream_that_the_client_left_has_not_failed_while_another_thread_colle
 
 @pytest.fixture
 def fast_switches() -> Iterator[None]:
-    """Have threads take turns as often as can be."""
+    """Make threads take turns as often as possible."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -125,7 +125,7 @@ def fast_switches() -> Iterator[None]:
 
 
 def race(count: int, *functions: Callable[[], object]) -> None:
-    """Call each function ``count`` times on a thread of its own, each time at once."""
+    """Call each function ``count`` times on its thread, each time at the same moment."""
     barrier = threading.Barrier(len(functions))
     errors: list[BaseException] = []
 
@@ -158,7 +158,9 @@ def test_tasks_that_two_threads_run_at_once_run_once(fast_switches: None) -> Non
     assert sorted(seen) == list(range(5000))
 
 
-def test_tasks_that_are_run_by_hand_as_the_request_ends_run_once(fast_switches: None) -> None:
+def test_tasks_that_are_called_by_hand_as_the_request_ends_run_once(
+    fast_switches: None,
+) -> None:
     seen: list[object] = []
     held: list[BackgroundTasks] = []
     bodies: list[Any] = []
@@ -264,7 +266,7 @@ def make(add, runner, headers=()):
 def test_what_the_first_requests_context_holds_is_freed_after_its_tasks(
     way: str, runner: str, functions: str
 ) -> None:
-    """Though its view has started the threads; in a process where none is there yet."""
+    """No thread that the view has started keeps the view's context; in a new process."""
     done = run_python(
         PLACES
         + f"""
@@ -324,7 +326,7 @@ print(seen)
 
 
 def test_a_thread_of_the_pool_does_not_see_the_first_requests_context() -> None:
-    """A handler of logging sees the thread's own context where no task runs."""
+    """A handler of logging sees the thread's own context outside of tasks."""
     done = run_python(
         PLACES
         + """

@@ -14,17 +14,17 @@ from flask import Flask, abort
 from werkzeug.test import Client
 
 from tests.conftest import Log
-from tests.pages import Page
+from tests.pages import Page, run
 from wsgi_bg import BackgroundTasks
 from wsgi_bg.flask import Background
 
-FASTAPI, OURS = Page("docs/how-to/coming-from-fastapi.md").blocks("python")
+FASTAPI, OURS, ON_THE_LOOP = Page("docs/how-to/coming-from-fastapi.md").blocks("python")
 
 
 def post(app: Any, path: str) -> int:
-    """The status, once the tasks have ended too.
+    """Make a request; return the status after the tasks have ended.
 
-    :raises Exception: what reaches the server.
+    :raises Exception: the error that reaches the server.
     """
     if isinstance(app, Flask):
         return Client(app).post(path, buffered=True).status_code
@@ -112,7 +112,7 @@ def flask_app(done: list[str]) -> Flask:
     return app
 
 
-def test_what_fastapi_does() -> None:
+def test_the_page_states_the_behaviour_of_fastapi() -> None:
     done: list[str] = []
     app = fastapi_app(done)
     assert post(app, "/refused") == 400
@@ -124,7 +124,7 @@ def test_what_fastapi_does() -> None:
     assert done == ["broken"]
 
 
-def test_what_we_do(log: Log) -> None:
+def test_the_page_states_our_behaviour(log: Log) -> None:
     done: list[str] = []
     app = flask_app(done)
     assert post(app, "/refused") == 400
@@ -135,3 +135,7 @@ def test_what_we_do(log: Log) -> None:
     assert post(app, "/failing") == 200
     assert done == ["refused", "after the failing one"]
     assert len(log.errors) == 1
+
+
+def test_synchronous_code_calls_async_code_as_the_page_shows() -> None:
+    run(ON_THE_LOOP, "docs/how-to/coming-from-fastapi.md")

@@ -30,14 +30,14 @@ def in_request(call: Any) -> None:
     respond(BackgroundTasksMiddleware(app_that(lambda e: call(get_background_tasks(e)))))
 
 
-def test_the_proxy_outside_of_a_request_says_what_to_use() -> None:
+def test_the_proxy_outside_of_a_request_names_the_alternative() -> None:
     with pytest.raises(RuntimeError, match=r"use get_background_tasks\(environ\)") as caught:
         background_tasks.add_task(print)
     assert isinstance(caught.value, OutsideRequestError)
     assert "unbound" in repr(background_tasks)
 
 
-def test_the_proxy_in_a_streamed_body_says_what_to_use() -> None:
+def test_the_proxy_in_a_streamed_body_names_the_alternative() -> None:
     def app(environ: Environ, start_response: Any) -> Iterator[bytes]:
         start_response("200 OK", [])
         with pytest.raises(RuntimeError, match="In a streamed body"):
@@ -47,7 +47,7 @@ def test_the_proxy_in_a_streamed_body_says_what_to_use() -> None:
     assert respond(BackgroundTasksMiddleware(app)) == b"ok"
 
 
-def test_the_proxy_works_inside_tasks_wherever_they_were_added() -> None:
+def test_the_proxy_works_inside_tasks_added_by_any_way() -> None:
     seen: list[bool] = []
 
     def look(tasks: BackgroundTasks) -> None:
@@ -71,8 +71,8 @@ def test_the_proxy_works_inside_tasks_wherever_they_were_added() -> None:
     assert seen == [True] * 3
 
 
-def test_in_a_task_added_within_another_request_the_proxy_is_that_of_its_own_batch() -> None:
-    """An application that calls another one, and a task of the inner one's own batch."""
+def test_in_a_task_added_within_an_inner_request_the_proxy_is_that_of_the_tasks_batch() -> None:
+    """The application calls an inner application, whose view adds a task to the outer batch."""
     seen: list[bool] = []
     outer: list[BackgroundTasks] = []
 
@@ -89,7 +89,7 @@ def test_in_a_task_added_within_another_request_the_proxy_is_that_of_its_own_bat
 
     def call_inner(environ: Environ) -> None:
         outer.append(get_background_tasks(environ))
-        respond(inner)  # ended, and its batch too, before the tasks of the outer one run
+        respond(inner)  # the inner request and its batch end before the outer batch runs
 
     respond(BackgroundTasksMiddleware(app_that(call_inner)))
     assert seen == [True] * 4
@@ -107,7 +107,7 @@ def test_the_proxy_is_gone_when_the_application_has_returned_or_raised() -> None
 
 
 def test_the_proxy_works_in_an_async_flask_view() -> None:
-    """Flask runs it on another thread, in a copy of the context."""
+    """Flask runs the view on another thread, in a copy of the context."""
     seen: list[str] = []
     app = Flask(__name__)
 
@@ -261,7 +261,7 @@ def test_inject_keeps_name_and_docstring() -> None:
     assert (documented.__name__, documented.__doc__) == ("documented", "What it does.")
 
 
-def test_inject_says_that_there_is_nothing_to_fill() -> None:
+def test_inject_refuses_a_function_without_a_parameter_to_fill() -> None:
     @inject
     def plain(x: int) -> int:
         return x
@@ -272,7 +272,7 @@ def test_inject_says_that_there_is_nothing_to_fill() -> None:
         plain(1)
 
 
-def test_inject_says_that_an_annotation_cannot_be_resolved() -> None:
+def test_inject_names_an_annotation_that_cannot_be_resolved() -> None:
     @inject
     def unknown(x: Missing) -> None:  # type: ignore[name-defined]  # noqa: F821
         """Never called."""
@@ -281,7 +281,7 @@ def test_inject_says_that_an_annotation_cannot_be_resolved() -> None:
         unknown(1)
 
 
-def test_inject_refuses_what_is_no_function() -> None:
+def test_inject_refuses_objects_that_are_no_functions() -> None:
     with pytest.raises(OptionTypeError, match="@inject above a def"):
         inject("view")  # type: ignore[arg-type]
 
@@ -369,13 +369,13 @@ def test_an_annotation_of_another_parameter_need_not_be_resolved() -> None:
     in_request(look)
 
 
-def test_inject_has_nothing_to_fill_in_a_function_that_does_not_say() -> None:
+def test_inject_refuses_a_function_without_a_signature() -> None:
     with pytest.raises(TypeError, match="with a parameter annotated BackgroundTasks"):
         inject(max)(1, 2)
 
 
 def other_module(source: str, **names: Any) -> dict[str, Any]:
-    """What a module has that knows nothing of this one's names."""
+    """The namespace of another module, which has none of this module's names."""
     module: dict[str, Any] = {"functools": functools, "__name__": "other", **names}
     exec(source, module)
     return module
@@ -390,7 +390,7 @@ def wrap(func):
 """
 
 
-def test_strings_are_resolved_where_the_innermost_function_is() -> None:
+def test_strings_are_resolved_in_the_module_of_the_innermost_function() -> None:
     wrap: Callable[[T], T] = other_module(WRAP)["wrap"]
 
     @wrap

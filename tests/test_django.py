@@ -1,4 +1,4 @@
-"""Django's own: async views, errors that it lets out, and transactions."""
+"""Features of Django: async views, errors that leave the application, transactions."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ from wsgi_bg import BackgroundTasks, BackgroundTasksMiddleware, PoolRunner, back
 
 @pytest.fixture
 def pool() -> Iterator[PoolRunner]:
-    """A pool of one thread, on which every task finds what those before it have left."""
+    """A pool of one thread, on which each task finds the state of earlier tasks."""
     pool = PoolRunner(threads=1)
     yield pool
     assert pool.drain(TIMEOUT) == []
 
 
 def run(pool: PoolRunner, enter: Callable[[BackgroundTasks], object], path: str = "/") -> None:
-    """One request whose tasks run in ``pool``."""
+    """Handle a request whose tasks run in ``pool``."""
     via_werkzeug(BackgroundTasksMiddleware(make_django(Site(enter)), runner=pool), path)
 
 
-def test_an_async_view_and_what_it_calls_in_a_thread_reach_the_tasks(gate: Gate) -> None:
+def test_an_async_view_and_the_functions_that_run_in_a_thread_reach_the_tasks(
+    gate: Gate,
+) -> None:
     seen = Seen()
 
     def enter(tasks: BackgroundTasks) -> None:

@@ -1,4 +1,4 @@
-"""Tasks of requests that ``django.test.Client`` makes, which calls no WSGI application."""
+"""Tasks of requests from ``django.test.Client``, which calls no WSGI application."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Enter = Callable[[Any], object]
 
 
 def serve(enter: Enter) -> Client:
-    """A client of views that call ``enter(request)`` and answer in their own ways."""
+    """A client of views that call ``enter(request)`` and answer in different ways."""
 
     def plain(request: Any) -> Any:
         enter(request)
@@ -61,7 +61,7 @@ def serve(enter: Enter) -> Client:
 
 
 class Run:
-    """A task, and the threads that it ran on."""
+    """A task, and the threads on which the task ran."""
 
     def __init__(self) -> None:
         self.threads: list[int] = []
@@ -76,7 +76,7 @@ class Run:
 
 @pytest.fixture(autouse=True)
 def no_request_left() -> Iterator[None]:
-    """The last request lasts until the next one, for the callbacks of ``on_commit``."""
+    """End the last request, which otherwise lasts until the next for ``on_commit``."""
     yield
     left: Any = current.get(None)
     if left is not None:
@@ -192,7 +192,7 @@ def test_the_proxy_works_in_requests_only(task: Run) -> None:
         background_tasks.add_task(task)
 
 
-def test_a_task_may_add_others(task: Run) -> None:
+def test_a_task_may_add_tasks(task: Run) -> None:
     serve(
         lambda request: background_tasks.add_task(lambda: background_tasks.add_task(task))
     ).get("/")
@@ -340,7 +340,7 @@ def test_a_task_leaves_the_connection_of_the_test_open(database: dict[str, Any])
 def test_the_thread_of_an_async_tasks_queries_keeps_no_connection(
     database: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else the database of a test run could not be dropped."""
+    """Otherwise the database of a test run could not be dropped."""
     monkeypatch.setitem(database, "CONN_MAX_AGE", 600)
     serve(lambda request: background_tasks.add_task(Order.objects.acreate)).get("/")
     assert Order.objects.count() == 1

@@ -34,7 +34,7 @@ Add = Callable[[], object]
 
 
 def serve_views(add: Add) -> None:
-    """Give Django views that call ``add``: a process has one Django."""
+    """Make Django serve views that call ``add``: a process has only one Django."""
 
     def plain(request: Any) -> Any:
         add()
@@ -68,7 +68,7 @@ def serving(add: Add, runner: Any = "pool", **options: Any) -> Iterator[int]:
 
 
 def ask(add: Add, runner: Any = "pool", path: str = "/") -> None:
-    """One request to a real server."""
+    """Make a request to a real server."""
     with serving(add, runner) as port:
         client.ask(port, path=path)
 
@@ -84,7 +84,7 @@ def state() -> tuple[str | None, str]:
 
 
 class Look:
-    """Tasks that look at the language and the time zone."""
+    """Tasks that record the language and the time zone."""
 
     def __init__(self) -> None:
         self.seen: SimpleQueue[object] = SimpleQueue()
@@ -114,7 +114,7 @@ def german(task: Callable[[], object]) -> None:
 @pytest.mark.parametrize(
     "task", [Look.plain, Look.on_the_loop, Look.in_a_thread, Look.returns_an_awaitable]
 )
-def test_a_task_has_the_language_and_the_time_zone_of_where_it_was_added(
+def test_a_task_has_the_language_and_the_time_zone_of_its_add_task(
     runner: str, path: str, task: Callable[[Look], object]
 ) -> None:
     look = Look()
@@ -133,7 +133,7 @@ def test_the_middleware_alone_keeps_language_and_time_zone_too(runner: Any) -> N
 
 
 @each_runner
-def test_a_language_that_a_task_activates_is_its_own(runner: str) -> None:
+def test_a_language_that_a_task_activates_stays_in_the_task(runner: str) -> None:
     look = Look()
 
     def add() -> None:
@@ -152,7 +152,7 @@ def test_a_language_that_a_task_activates_is_its_own(runner: str) -> None:
 
 
 class Cache(LocMemCache):  # type: ignore[misc]
-    """A connection to a cache, which knows its thread and whether it was closed."""
+    """A connection to a cache, which records its thread and its closing."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -210,7 +210,7 @@ class Opened:
 
     @property
     def open(self) -> int:
-        SyncToAsync.single_thread_executor.submit(int).result(TIMEOUT)  # after its other calls
+        SyncToAsync.single_thread_executor.submit(int).result(TIMEOUT)  # behind earlier calls
         return sum(each.connection is not None for each in set(self.wrappers))
 
 
@@ -381,7 +381,7 @@ def test_a_wrong_option_is_named(
     get_wsgi_application()
 
 
-def test_without_django_the_error_says_what_to_install() -> None:
+def test_without_django_the_error_names_the_package_to_install() -> None:
     done = run_python("""
         import sys
         sys.modules["django"] = None

@@ -1,4 +1,4 @@
-"""The arguments of registered functions as text: what is carried, and what is refused."""
+"""The arguments of registered functions as text: accepted values and refused values."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ CARRIED = [
 def test_a_value_comes_back_as_the_same_value_of_the_same_type(value: Any) -> None:
     for sent in (value, [value], {"key": value}, {"$key": [value]}):
         back = carried(sent)
-        # How Python writes it tells types, zones, folds and the sign of a zero.
+        # The ``repr`` shows types, zones, folds and the sign of a zero.
         assert type(back) is type(sent)
         assert back == sent
         assert repr(back) == repr(sent)
@@ -99,7 +99,7 @@ def test_an_int_of_more_digits_than_python_writes_is_carried() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, Decimal("NaN"), Decimal("sNaN12")])
-def test_what_is_no_number_comes_back_as_none(value: Any) -> None:
+def test_infinity_and_nan_come_back_as_none(value: Any) -> None:
     back = carried(value)
     assert type(back) is type(value)
     assert repr(back) == repr(value)
@@ -111,12 +111,12 @@ def test_the_text_is_ascii_and_names_its_version() -> None:
     assert json.loads(text) == [1, ["Zoë"], {"note": [1]}]
 
 
-def test_positional_and_keyword_arguments_stay_what_they_are() -> None:
+def test_positional_and_keyword_arguments_stay_apart() -> None:
     args, kwargs = decode(written([1], 2, 3, note=4, **{"$bytes": "x"}))
     assert (args, kwargs) == ([[1], 2, 3], {"note": 4, "$bytes": "x"})
 
 
-def test_what_changes_later_is_not_in_the_text() -> None:
+def test_later_changes_are_not_in_the_text() -> None:
     items = [1]
     text = written(items)
     items.append(2)
@@ -181,7 +181,7 @@ def nested(depth: int) -> Any:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_would_not_come_back_is_refused_with_the_reason(value: Any, reason: str) -> None:
+def test_values_that_would_change_are_refused_with_the_reason(value: Any, reason: str) -> None:
     with pytest.raises(ArgumentError) as caught:
         written(value)
     message = str(caught.value)
@@ -198,7 +198,7 @@ def test_a_zone_without_a_key_is_refused() -> None:
         written(datetime(2024, 1, 1, tzinfo=zone))
 
 
-def test_what_is_nested_as_deep_as_may_be_is_carried() -> None:
+def test_values_nested_to_the_limit_are_accepted() -> None:
     assert carried(nested(MAX_DEPTH)) == nested(MAX_DEPTH)
 
 
@@ -215,7 +215,7 @@ def test_what_is_nested_as_deep_as_may_be_is_carried() -> None:
         ((1, [{"$x": [[], {1}]}]), {}, "count[0]['$x'][1]"),
     ],
 )
-def test_the_argument_is_named_with_the_place_inside_it(
+def test_the_error_names_the_argument_and_the_place_inside(
     args: tuple[Any, ...], kwargs: dict[str, Any], argument: str
 ) -> None:
     with pytest.raises(ArgumentError, match="would come back as a list") as caught:
@@ -290,7 +290,7 @@ def test_arguments_that_the_function_does_not_take_are_refused(
     ],
     ids=range(33),
 )
-def test_a_forged_text_is_refused_without_saying_what_is_in_it(text: Any) -> None:
+def test_a_forged_text_is_refused_and_its_content_is_not_shown(text: Any) -> None:
     with pytest.raises(MessageError, match=r"^the arguments are not wsgi_bg's") as caught:
         decode(text)
     assert caught.value.__cause__ is None

@@ -1,4 +1,4 @@
-"""What a task's error does, and what it does not (rules 4, 5 and 10)."""
+"""The effects of a task's error, and their limits (rules 4, 5 and 10)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def fail_at_once(error: BaseException) -> None:
 
 
 def run(*calls: Any, **options: Any) -> None:
-    """One request in a test client that adds ``calls`` as tasks."""
+    """Handle a request of a test client that adds ``calls`` as tasks."""
 
     def add(environ: object) -> None:
         for func, *args in calls:
@@ -97,14 +97,14 @@ def test_a_tasks_error_is_logged_and_the_next_task_runs(
 
 
 class UnformattableError(Exception):
-    """In place of any error on Python 3.15 while no file can be opened."""
+    """Stands for any error on Python 3.15 while no file can be opened."""
 
     @property
     def __suppress_context__(self) -> bool:  # type: ignore[override]
         raise OSError
 
 
-def test_an_error_whose_traceback_cannot_be_formatted_is_logged_without_it(
+def test_an_error_without_a_formattable_traceback_is_logged_without_the_traceback(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     run((fail, UnformattableError()))
@@ -114,7 +114,7 @@ def test_an_error_whose_traceback_cannot_be_formatted_is_logged_without_it(
     ]
 
 
-def test_a_record_whose_filter_raises_such_an_error_goes_to_standard_error(
+def test_a_record_whose_filter_raises_goes_to_standard_error(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def refuse(record: logging.LogRecord) -> bool:
@@ -148,8 +148,8 @@ def test_an_on_error_that_raises_is_logged_and_the_next_task_runs(log: Log) -> N
     assert isinstance(log.tracebacks[1], SystemExit)
 
 
-def test_errors_are_told_in_the_tasks_context(log: Log) -> None:
-    """Correlation ids, structlog's and Sentry's context are there."""
+def test_errors_are_logged_in_the_tasks_context(log: Log) -> None:
+    """Correlation ids and the contexts of structlog and Sentry are there."""
     seen: list[str] = []
 
     class Filter(logging.Filter):
@@ -264,8 +264,8 @@ def test_a_cancellation_that_a_task_swallows_does_not_hit_the_next() -> None:
     assert seen == [1, 0]
 
 
-def test_a_generator_that_no_one_runs_is_a_failure(log: Log) -> None:
-    """A decorated generator function, which could not be told when it was added."""
+def test_a_generator_that_nobody_runs_is_a_failure(log: Log) -> None:
+    """A decorated generator function, which ``add_task`` cannot recognise."""
 
     def generate() -> Any:
         yield
@@ -276,7 +276,7 @@ def test_a_generator_that_no_one_runs_is_a_failure(log: Log) -> None:
     ] * 2
 
 
-def test_a_generator_that_was_begun_is_a_result_like_any_other(log: Log) -> None:
+def test_a_generator_that_was_begun_is_an_ordinary_result(log: Log) -> None:
     def begun() -> Any:
         generator = (x for x in (1, 2))
         next(generator)
@@ -299,7 +299,7 @@ def test_adding_to_a_batch_whose_worker_was_stopped_is_refused(log: Log) -> None
         kept[0].add_task(print)
 
 
-# What stops the server's worker goes through (rule 5).
+# Exceptions that stop the server's worker leave close() (rule 5).
 
 
 def test_a_keyboard_interrupt_on_the_main_thread_goes_through_and_names_the_rest(
@@ -341,7 +341,7 @@ cancelled = threading.Event()
 
 
 async def raise_signal_from_the_loop() -> None:
-    """At once, while the main thread still waits for the loop to take the task over."""
+    """Raise the signal while the main thread still waits for the loop to take the task."""
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
     try:
         await asyncio.sleep(60)
@@ -351,7 +351,7 @@ async def raise_signal_from_the_loop() -> None:
 
 
 async def raise_signal_later() -> None:
-    """While the main thread waits for the task."""
+    """Raise the signal while the main thread waits for the task."""
     await asyncio.sleep(0.1)
     await raise_signal_from_the_loop()
 
@@ -396,13 +396,13 @@ def test_a_signal_handlers_exit_goes_through_and_names_the_rest(
 def test_an_async_task_that_had_not_begun_when_its_worker_was_stopped_does_not_begin(
     log: Log,
 ) -> None:
-    """The loop is busy, the main thread waits for it, and the signal comes."""
+    """The signal comes while the loop is busy and the main thread waits for the loop."""
     seen: list[str] = []
     blocking, stopped = threading.Event(), threading.Event()
 
     async def block() -> None:
         blocking.set()
-        threading.Event().wait(0.2)  # slow, and the main thread comes to wait for the loop
+        threading.Event().wait(0.2)  # slow, so that the main thread begins to wait for the loop
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
         stopped.wait(10)
 
@@ -420,7 +420,7 @@ def test_an_async_task_that_had_not_begun_when_its_worker_was_stopped_does_not_b
         signal.signal(signal.SIGUSR1, before)
         stopped.set()
     other.join(10)
-    run((seen.append, "then"), (fail_async, ValueError()))  # behind it on the loop
+    run((seen.append, "then"), (fail_async, ValueError()))  # queued behind on the loop
     assert seen == ["then"]
     assert "never was not run: SystemExit" in log.warnings[0]
 
@@ -437,7 +437,7 @@ def test_a_partials_signal_handler_is_known_too(log: Log) -> None:
 
 
 def test_a_signal_to_a_real_server_process_ends_it() -> None:
-    """werkzeug on the main thread, stopped as a supervisor does it, in the middle of a task."""
+    """werkzeug on the main thread, stopped in the middle of a task, as a supervisor does."""
     done = run_python(
         """
         import http.client, logging, os, signal, sys, threading
@@ -479,7 +479,7 @@ def test_a_signal_to_a_real_server_process_ends_it() -> None:
 
 
 def test_a_greenlets_kill_goes_through(log: Log) -> None:
-    """GreenletExit, thrown as gevent does it; the greenlet swallows it at its end."""
+    """gevent throws GreenletExit in this way; the greenlet swallows the exception."""
     seen: list[str] = []
 
     def work() -> None:
@@ -502,7 +502,7 @@ def test_a_pools_thread_outlives_a_greenlets_kill(log: Log) -> None:
     assert "was stopped" in log.errors[0]
 
 
-def test_an_error_in_a_batch_that_was_handed_over_is_reported_from_there(log: Log) -> None:
+def test_an_error_in_a_batch_of_the_pool_is_logged_there(log: Log) -> None:
     runner = InlineRunner()
     told: list[str] = []
 

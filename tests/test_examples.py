@@ -20,7 +20,7 @@ TIMEOUT = 20.0  # seconds
 
 
 class Example(NamedTuple):
-    """What the docstring of an example has its reader type, and what is to be seen."""
+    """The commands in the docstring of an example, and the output to expect."""
 
     name: str
     method: str
@@ -63,7 +63,7 @@ each_example = pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: 
 
 
 def wait_until(predicate: Callable[[], object], timeout: float = TIMEOUT) -> bool:
-    """Whether ``predicate`` came true within ``timeout`` seconds."""
+    """True if ``predicate`` comes true within ``timeout`` seconds."""
     pause = threading.Event()
     for _ in range(int(timeout / 0.01)):
         if predicate():
@@ -78,7 +78,7 @@ def text_of(file: Path) -> str:
 
 @contextmanager
 def serving(example: Example, folder: Path, delay: float) -> Iterator[int]:
-    """Run the example in ``folder``, with tasks that take ``delay`` seconds; its port."""
+    """Run the example in ``folder``, with tasks that take ``delay`` seconds; yield the port."""
     said, complaints = folder / "stdout", folder / "stderr"
     with said.open("w") as stdout, complaints.open("w") as stderr:
         process = subprocess.Popen(
@@ -99,7 +99,7 @@ def serving(example: Example, folder: Path, delay: float) -> Iterator[int]:
 
 
 def ask(example: Example, port: int) -> str:
-    """The answer to the example's request."""
+    """Return the answer to the example's request."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
     try:
         kind = {"Content-Type": "application/x-www-form-urlencoded"} if example.form else {}
@@ -119,7 +119,7 @@ def test_the_task_writes_its_line_to_the_log(example: Example, tmp_path: Path) -
 
 @each_example
 def test_the_answer_comes_before_the_log_line(example: Example, tmp_path: Path) -> None:
-    # No gate and no clock: an answer that waited for this task would not come at all.
+    # Neither gate nor clock: an answer that waited for this task would never come.
     with serving(example, tmp_path, delay=3600) as port:
         assert ask(example, port) == example.answer
         assert not (tmp_path / "log.txt").exists()
@@ -142,7 +142,7 @@ def test_an_example_is_shorter_than_40_lines(example: Example) -> None:
 
 
 @each_example
-def test_the_docstring_says_how_to_run_and_ask_the_example(example: Example) -> None:
+def test_the_docstring_has_the_commands_to_run_and_ask_the_example(example: Example) -> None:
     docstring = example.source.split('"""')[1]
     assert f"python examples/{example.name} [PORT]" in docstring
     assert f"http://127.0.0.1:8080{example.path}\n" in docstring

@@ -1,4 +1,4 @@
-"""What ``asyncio.to_thread`` and host look-ups use on the portal's loop."""
+"""The executor behind ``asyncio.to_thread`` and host look-ups on the portal's loop."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from wsgi_bg._loop.executor import LoopExecutor
 
 
 def test_a_task_may_use_a_thread_and_a_host_name_while_the_exit_waits() -> None:
-    """The standard library's executor takes nothing any more by then."""
+    """The standard library's executor accepts no calls any more by then."""
     done = run_python(
         """
         import asyncio, sys, threading
@@ -70,7 +70,9 @@ def test_a_function_stuck_in_asyncios_thread_does_not_keep_the_process() -> None
     assert "background task __main__.task was not finished" in done.stderr
 
 
-def test_a_function_that_was_cancelled_before_a_thread_had_it_is_not_called(gate: Gate) -> None:
+def test_a_function_that_is_cancelled_before_a_thread_takes_the_call_is_not_called(
+    gate: Gate,
+) -> None:
     executor, seen = LoopExecutor(), list[str]()
     for _ in range(int(executor._workers._limit)):
         executor.submit(gate.task)
@@ -85,7 +87,7 @@ def test_a_function_that_was_cancelled_before_a_thread_had_it_is_not_called(gate
 def test_a_function_for_which_there_is_no_thread_is_called_right_here(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A mock: memory for not one more stack cannot be had here without ending the tests."""
+    """Simulate that no thread can start: using up the real memory would end the tests."""
 
     def start(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

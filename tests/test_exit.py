@@ -119,14 +119,14 @@ threading.Thread(target=lambda: (threading.main_thread().join(), server.shutdown
 
 @contextmanager
 def serving_with(program: str, folder: Path) -> Iterator[Command]:
-    """A program that serves ``shop``, in ``folder``; it has PORT, and prints SERVING."""
+    """Start a program in ``folder`` that serves ``shop`` at PORT and prints SERVING."""
     write(folder, "shop", TASKS)
     port = free_port()
     names = f'PORT = {port}\nSERVING = "Serving on http://127.0.0.1:{port}"\n'
     write(folder, "outer", names + program)
     with running([sys.executable, "outer.py"], folder) as command:
         pause = threading.Event()
-        while True:  # bounded by the timer of the command
+        while True:  # the timer of the command bounds this loop
             try:
                 command.connect().close()
                 break
@@ -137,7 +137,7 @@ def serving_with(program: str, folder: Path) -> Iterator[Command]:
 
 
 def lines(command: Command, count: int) -> list[str]:
-    """The next lines of the tasks: not those of the server's log, nor of ours."""
+    """The next lines of the tasks, without the logs of the server and the package."""
     found: list[str] = []
     while len(found) < count:
         line = command.line()
@@ -148,7 +148,7 @@ def lines(command: Command, count: int) -> list[str]:
 
 
 def next_with(command: Command, text: str) -> str:
-    """The next line with ``text`` in it."""
+    """The next line that contains ``text``."""
     while text not in (line := command.line()):
         assert line or not command.ends_within(0), "it has ended"
     return line
@@ -157,7 +157,7 @@ def next_with(command: Command, text: str) -> str:
 @needs_threads_at_exit
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("server", PROGRAMS)
-def test_a_task_may_use_executors_while_the_exit_waits_for_it(
+def test_a_task_may_use_executors_while_the_exit_waits_for_the_task(
     server: str, number: signal.Signals, tmp_path: Path
 ) -> None:
     with serving_with(PROGRAMS[server], tmp_path) as command:
@@ -227,10 +227,10 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_thread_that_serves_in_a_child_process_hands_over_until_it_ends(
+def test_a_thread_that_serves_in_a_child_process_may_submit_until_it_ends(
     method: str, tmp_path: Path
 ) -> None:
-    """A forked one calls no atexit before Python 3.13."""
+    """A forked child calls no atexit before Python 3.13."""
     write(tmp_path, "shop", TASKS)
     write(
         tmp_path,
@@ -286,7 +286,7 @@ run()
 
 @contextmanager
 def changing(folder: Path, module: str, source: str) -> Iterator[None]:
-    """Change a module again and again: gunicorn's reloader may not have seen it before."""
+    """Rewrite a module until the block ends: gunicorn's reloader may notice the file late."""
     done = threading.Event()
 
     def change() -> None:
@@ -305,7 +305,7 @@ def changing(folder: Path, module: str, source: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("server", RELOADING)
-def test_a_reload_says_for_which_tasks_it_waits(server: str, tmp_path: Path) -> None:
+def test_a_reload_names_the_tasks_under_way(server: str, tmp_path: Path) -> None:
     with serving_with(RELOADING[server], tmp_path) as command:
         assert command.ask("/plain").read() == b"ok\n"
         next_with(command, "task begins")

@@ -1,4 +1,4 @@
-"""The Flask extension: how it is installed, and the contexts that its tasks run in."""
+"""The Flask extension: its installation, and the contexts in which tasks run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make_app(name: str = "shop", **config: Any) -> Flask:
 
 
 def visit(app: Flask, view: Callable[[], Any]) -> int:
-    """Have ``app`` answer one request by ``view``; the status."""
+    """Make ``app`` handle a request by ``view``; return the status."""
     app.add_url_rule("/", view_func=view, endpoint="view")
     return app.test_client().get("/", buffered=True).status_code
 
@@ -54,7 +54,7 @@ def adding(*functions: Callable[[], Any]) -> Callable[[], str]:
 
 
 class Known(InlineRunner):
-    """A runner that says that it was used."""
+    """A runner that records its use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def test_nothing_but_the_extension_is_to_be_installed() -> None:
     assert app.extensions["wsgi_bg"] is extension
 
 
-def test_one_extension_serves_several_applications_of_a_factory() -> None:
+def test_an_extension_serves_several_applications_of_a_factory() -> None:
     runner = Known()
     extension = Background(runner=runner)
     done: list[str] = []
@@ -132,7 +132,7 @@ def test_the_configuration_wins() -> None:
     assert runner.batches == 1
 
 
-def test_what_the_configuration_leaves_out_is_that_of_the_constructor() -> None:
+def test_the_constructors_options_hold_if_the_configuration_omits_them() -> None:
     failed: list[str] = []
     added: list[str] = []
 
@@ -213,7 +213,7 @@ def test_a_wrong_option_names_itself() -> None:
         Background(make_app)  # type: ignore[arg-type]
 
 
-def test_its_repr_shows_what_it_was_given() -> None:
+def test_the_repr_shows_the_options() -> None:
     assert repr(Background(runner="pool")) == "Background(runner='pool')"
     assert repr(Background()) == "Background()"
 
@@ -221,7 +221,9 @@ def test_its_repr_shows_what_it_was_given() -> None:
 @pytest.mark.parametrize(
     ("package", "module"), [("flask", "flask"), ("pytest", "pytest_plugin")]
 )
-def test_without_the_package_the_error_says_what_to_install(package: str, module: str) -> None:
+def test_without_flask_the_error_names_the_package_to_install(
+    package: str, module: str
+) -> None:
     result = run_python(f"""
         import sys
         sys.modules["{package}"] = None
@@ -280,7 +282,7 @@ def test_an_error_of_the_clients_is_none(code: int) -> None:
 
 
 class Contexts:
-    """An application that notes the contexts of its tasks and what is torn down."""
+    """An application that records the contexts of its tasks and the teardowns."""
 
     def __init__(self, **options: Any) -> None:
         self.app = make_app()
@@ -324,7 +326,7 @@ class Contexts:
         return "ok"
 
 
-def test_each_task_runs_in_an_application_context_of_its_own() -> None:
+def test_each_task_runs_in_a_new_application_context() -> None:
     contexts = Contexts()
     visit(contexts.app, contexts.view)
     assert contexts.seen == [(True, None)] * 6
@@ -338,7 +340,7 @@ def test_each_task_runs_in_an_application_context_of_its_own() -> None:
     ]
 
 
-def test_so_does_a_task_that_is_handed_over_or_called_by_hand() -> None:
+def test_a_task_of_the_pool_or_called_by_hand_runs_in_a_new_context() -> None:
     runner = PoolRunner()
     contexts = Contexts(runner=runner)
 
@@ -355,7 +357,7 @@ def test_so_does_a_task_that_is_handed_over_or_called_by_hand() -> None:
     assert [name for name, _ in contexts.torn_down] == ["async", "plain"]
 
 
-def test_the_views_own_context_is_torn_down_once_and_before_its_tasks() -> None:
+def test_the_views_context_is_torn_down_once_and_before_its_tasks() -> None:
     app, order = make_app(), list[str]()
     Background(app)
 
@@ -398,7 +400,7 @@ def test_templates_are_there_for_a_mail() -> None:
 
 
 def test_request_is_still_found_in_a_task_and_not_promised() -> None:
-    """Flask 3.0 and 3.1, whose contexts of request and application are two."""
+    """Flask 3.0 and 3.1 have separate contexts for request and application."""
     app, paths = make_app(), list[str]()
     Background(app)
     visit(app, adding(lambda: paths.append(request.path)))
@@ -462,7 +464,7 @@ class Shop:
 
     @property
     def left_open(self) -> tuple[int, int]:
-        """How many sessions and connections are held."""
+        """The numbers of open sessions and connections."""
         with self.app.app_context():
             pool: Any = self.db.engine.pool
         return len(self.db.session.registry.registry), pool.checkedout()
@@ -483,7 +485,7 @@ def test_a_task_leaves_no_session_and_no_connection_behind(
     save = getattr(shop, kind)
 
     def view() -> str:
-        for name in ("Ada", "Ada", "Grace"):  # the second one fails
+        for name in ("Ada", "Ada", "Grace"):  # the second "Ada" fails
             background_tasks.add_task(save, name)
         return "ok"
 
@@ -494,7 +496,7 @@ def test_a_task_leaves_no_session_and_no_connection_behind(
     assert shop.left_open == (0, 0)
 
 
-def test_what_a_view_has_not_committed_is_not_its_tasks(shop: Shop) -> None:
+def test_a_task_does_not_see_uncommitted_changes_of_its_view(shop: Shop) -> None:
     counts: list[int] = []
 
     def count() -> None:
@@ -535,7 +537,7 @@ def test_without_a_loop_the_context_of_a_task_is_left(
     assert [str(exc) for exc in log.tracebacks] == ["no thread"]
 
 
-def test_with_options_of_its_own_a_task_keeps_the_applications_context_and_hooks() -> None:
+def test_a_task_with_options_keeps_the_applications_context_and_hooks() -> None:
     app, names, diary = make_app(), list[str](), Diary()
     Background(app, hooks=diary)
 
@@ -551,7 +553,7 @@ def test_with_options_of_its_own_a_task_keeps_the_applications_context_and_hooks
     assert len(diary.moments) == 3
 
 
-def test_no_record_is_kept_where_only_the_runner_looks() -> None:
+def test_no_record_is_kept_if_only_the_runner_checks_tasks() -> None:
     class Looking(PoolRunner):
         def check(self, task: Any) -> None:
             pass

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def done() -> list[Any]:
-    """What tasks have done."""
+    """Results of tasks."""
     return []
 
 
@@ -53,7 +53,7 @@ def add(app: Flask, view: Callable[..., Any], rule: str = "/", **options: Any) -
 
 
 def looks_like(tasks: Any) -> str:
-    """Whether a view was given what the proxy stands for."""
+    """Check that a view got the same tasks as the proxy."""
     assert isinstance(tasks, BackgroundTasks)
     assert tasks == background_tasks
     return "the request's"
@@ -77,14 +77,14 @@ PARAMETERS = [
 @pytest.mark.parametrize("parameter", PARAMETERS)
 @pytest.mark.parametrize("kind", ["def", "async def"])
 @pytest.mark.parametrize("future", ["", "from __future__ import annotations\n"])
-def test_a_view_gets_what_it_asks_for(
+def test_a_view_gets_the_tasks_of_its_annotation(
     app: Flask, parameter: str, kind: str, future: str
 ) -> None:
     name = parameter.removeprefix("*, ").split(":")[0]
     names: dict[str, Any] = {**vars(typing), **vars(wsgi_bg), "wsgi_bg": wsgi_bg}
     names["looks_like"] = looks_like
     source = f"{future}{kind} view({parameter}):\n    return looks_like({name})"
-    # Not with this module's own import of annotations.
+    # Compiled without this module's import of annotations.
     exec(compile(source, "views.py", "exec", dont_inherit=True), names)
     add(app, names["view"])
     assert get(app).text == "the request's"
@@ -132,7 +132,9 @@ class Decorated(Items):
 
 
 @pytest.mark.parametrize("items", [Items, Decorated])
-def test_each_method_of_a_method_view_gets_its_own(app: Flask, items: type[MethodView]) -> None:
+def test_each_method_of_a_method_view_gets_its_tasks(
+    app: Flask, items: type[MethodView]
+) -> None:
     add(app, items.as_view("items"))
     for method in ("GET", "POST", "PUT"):
         assert get(app, "/", method).text == "the request's"
@@ -141,7 +143,7 @@ def test_each_method_of_a_method_view_gets_its_own(app: Flask, items: type[Metho
     assert get(app, "/", "OPTIONS").status_code == 200
 
 
-def test_a_view_class_gets_it_in_dispatch_request(app: Flask) -> None:
+def test_a_view_class_gets_the_tasks_in_dispatch_request(app: Flask) -> None:
     class Page(View):
         def dispatch_request(self, tasks: BackgroundTasks) -> str:  # type: ignore[override]
             return looks_like(tasks)
@@ -150,7 +152,7 @@ def test_a_view_class_gets_it_in_dispatch_request(app: Flask) -> None:
     assert get(app).text == "the request's"
 
 
-def test_a_method_view_with_a_dispatch_of_its_own_gets_it_there_or_passes_it_on(
+def test_a_method_view_that_overrides_dispatch_gets_the_tasks_or_passes_them_on(
     app: Flask,
 ) -> None:
     class Asks(Items):
@@ -167,7 +169,7 @@ def test_a_method_view_with_a_dispatch_of_its_own_gets_it_there_or_passes_it_on(
     assert get(app, "/passes").text == "the request's"
 
 
-def test_views_of_nested_blueprints_get_it(app: Flask) -> None:
+def test_views_of_nested_blueprints_get_the_tasks(app: Flask) -> None:
     outer, inner = Blueprint("outer", __name__), Blueprint("inner", __name__)
 
     @inner.get("/<lang>/page")
@@ -184,7 +186,7 @@ def test_views_of_nested_blueprints_get_it(app: Flask) -> None:
     assert get(app, "/outer/inner/en/page").text == "the request's en"
 
 
-def test_decorated_views_get_it(app: Flask) -> None:
+def test_decorated_views_get_the_tasks(app: Flask) -> None:
     @app.get("/")
     @named
     @named
@@ -208,7 +210,7 @@ def test_decorated_views_get_it(app: Flask) -> None:
     assert get(app, "/partial").text == "the request's5"
 
 
-def test_a_decorator_with_an_argument_of_its_own_is_left_alone(app: Flask) -> None:
+def test_a_decorator_with_a_tasks_argument_is_left_alone(app: Flask) -> None:
     mine = BackgroundTasks()
 
     def with_mine(view: Callable[..., Any]) -> Callable[..., Any]:
@@ -227,7 +229,7 @@ def test_a_decorator_with_an_argument_of_its_own_is_left_alone(app: Flask) -> No
     assert get(app).text == "its own"
 
 
-def test_what_another_preprocessor_gives_wins(app: Flask) -> None:
+def test_a_value_of_another_preprocessor_wins(app: Flask) -> None:
     mine = BackgroundTasks()
     other = Flask("other")
 
@@ -297,7 +299,7 @@ def test_an_annotation_of_another_parameter_need_not_be_resolved(app: Flask) -> 
     assert get(app, "/Grace").text == "the request's Ada Grace"
 
 
-def test_a_url_value_of_the_same_name_is_an_error_that_says_so(app: Flask) -> None:
+def test_a_url_value_of_the_same_name_is_an_error_that_names_the_parameter(app: Flask) -> None:
     @app.get("/<tasks>")
     def view(tasks: BackgroundTasks) -> str:
         return ""
@@ -313,7 +315,7 @@ def test_a_url_value_of_the_same_name_is_an_error_that_says_so(app: Flask) -> No
     assert caught.value.function.endswith("view")
 
 
-def test_an_annotation_that_cannot_be_resolved_says_where_to_import_it(app: Flask) -> None:
+def test_an_annotation_that_cannot_be_resolved_names_the_import(app: Flask) -> None:
     @app.get("/")
     def view(tasks: HiddenBackgroundTasks) -> str:
         return ""
@@ -357,7 +359,7 @@ def test_without_the_middleware_in_the_way_the_view_is_named(app: Flask) -> None
         assert app.dispatch_request() == "none"
 
 
-def test_what_others_see_of_a_view_stays(app: Flask) -> None:
+def test_the_metadata_of_a_view_stays(app: Flask) -> None:
     seen: list[Any] = []
 
     @app.get("/<int:number>")
@@ -377,7 +379,7 @@ def test_what_others_see_of_a_view_stays(app: Flask) -> None:
     assert seen == ["view", "What it does.", True, {"number": 5}]
 
 
-def test_first_requests_on_many_threads_get_it_too(app: Flask) -> None:
+def test_first_requests_on_many_threads_get_the_tasks_too(app: Flask) -> None:
     @app.get("/")
     def view(tasks: BackgroundTasks) -> str:
         return looks_like(tasks)
@@ -421,7 +423,7 @@ def test_a_streaming_view_adds_tasks_while_it_streams(app: Flask, done: list[Any
     assert done == ["from the stream"]
 
 
-# Views that cannot be looked at, or not be met
+# Views that cannot be inspected, or cannot be injected
 
 
 def odd_cache() -> Any:
@@ -494,7 +496,7 @@ def test_a_view_without_a_rule_harms_none(app: Flask) -> None:
     assert get(app).text == "the request's"
 
 
-def test_a_view_that_cannot_be_met_leaves_the_others_alone(app: Flask) -> None:
+def test_a_refused_view_leaves_all_further_views_alone(app: Flask) -> None:
     @app.get("/<tasks>")
     def refused(tasks: BackgroundTasks) -> str:
         """What it does."""
@@ -538,7 +540,7 @@ class Mine(MethodView):
         return "its own"
 
 
-def test_what_a_decorator_gives_is_no_wish_of_the_view(app: Flask) -> None:
+def test_a_parameter_that_a_decorator_fills_is_not_injected(app: Flask) -> None:
     @mine
     def positional(tasks: BackgroundTasks, /) -> str:
         return "its own"
@@ -570,7 +572,7 @@ def test_a_url_values_annotation_need_not_be_resolved(app: Flask) -> None:
     assert get(app, "/5").text == "5"
 
 
-def test_a_method_view_may_have_a_head_of_its_own_and_methods_without_a_function(
+def test_a_method_view_may_define_head_and_name_methods_without_a_function(
     app: Flask,
 ) -> None:
     heads: list[str] = []
@@ -625,7 +627,7 @@ def test_first_requests_on_two_threads_look_once() -> None:
     assert len(looks) == 1
 
 
-def test_what_a_partial_has_given_wins(app: Flask) -> None:
+def test_an_argument_of_a_partial_wins(app: Flask) -> None:
     mine = BackgroundTasks()
 
     def view(tasks: BackgroundTasks) -> str:
@@ -638,8 +640,8 @@ def test_what_a_partial_has_given_wins(app: Flask) -> None:
 @pytest.mark.parametrize(
     "meant", [BackgroundTasks, BackgroundTasks | None, Annotated[BackgroundTasks, "doc"]]
 )
-def test_a_type_alias_is_seen_through(app: Flask, meant: Any) -> None:
-    # What the statement "type Tasks = ..." makes, from Python 3.12.
+def test_a_type_alias_is_resolved(app: Flask, meant: Any) -> None:
+    # The objects that the statement "type Tasks = ..." makes, from Python 3.12.
     names: dict[str, Any] = {
         "Tasks": TypeAliasType("Tasks", meant),
         "looks_like": looks_like,

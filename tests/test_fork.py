@@ -1,6 +1,7 @@
 """A child that a task has forked runs no task of its parent, and ends as without the package.
 
-Each process says who it is. In real processes, since a test's own child would go on as pytest.
+Each process prints its role and its steps. The tests start real processes, since a child of a
+test would go on as pytest.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ PARENTS = ["parent coroutine", "parent plain", "parent plain"]
 
 
 def check(done: Done, *said: str) -> None:
-    """The parent's tasks ran once, in the parent, and none was named."""
+    """Check that the parent's tasks ran once, in the parent, and none was named."""
     assert done.said == sorted([*PARENTS, "child was forked", *said])
     assert [line for line in done.logged if "fork" not in line] == []
     assert done.status == 0
@@ -120,7 +121,7 @@ def check(done: Done, *said: str) -> None:
 def test_a_child_of_an_inline_task_leaves_close_as_the_task_does(
     end: str, said: list[str]
 ) -> None:
-    """It ends at once: it waits for no task of its parent, and names none."""
+    """The child ends at once, without waiting for a task of the parent or naming a task."""
     done = run(
         end,
         """
@@ -163,7 +164,7 @@ def test_a_child_of_a_workers_task_ends_as_a_threads_function_does(
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_a_child_of_an_async_task_ends_and_runs_nothing(end: str, runner: str) -> None:
-    """It has the loop's thread only."""
+    """The child has the loop's thread only."""
     done = run(
         end,
         f"""
@@ -181,7 +182,7 @@ def test_a_child_of_an_async_task_ends_and_runs_nothing(end: str, runner: str) -
 
 @pytest.mark.parametrize("runner", ["inline", "pool"])
 def test_a_child_runs_no_task_of_another_request(runner: str) -> None:
-    """A batch of the parent waits for a thread as its child is forked."""
+    """A batch of the parent waits for a thread when the child is forked."""
     done = run(
         "return",
         f"""
@@ -205,7 +206,7 @@ def test_a_child_runs_no_task_of_another_request(runner: str) -> None:
 
 @pytest.mark.parametrize("runner", ["inline", "pool"])
 def test_a_child_that_serves_on_has_its_own_tasks_run(runner: str) -> None:
-    """As one of a server that forks in a task, returns and goes on with its requests."""
+    """The child of a server that forks in a task, returns and goes on serving."""
     done = run(
         "return",
         f"""
@@ -281,7 +282,7 @@ WATCHERS = {
     "entered": "around=Around('__enter__')",
     "left": "around=Around('__exit__')",
 }
-"""Code that is called because of a task, and forks when it is called first."""
+"""Code that is called because of a task, and forks in its first call."""
 
 WATCHING = """
 from wsgi_bg.hooks import Hooks
@@ -335,7 +336,7 @@ WATCHED = ["parent fails", *PARENTS]
 @pytest.mark.parametrize("task", ["fails", "fails_async"])
 @pytest.mark.parametrize("runner", ["InlineRunner()", "PoolRunner()"])
 @pytest.mark.parametrize("watcher", WATCHERS)
-def test_a_child_of_what_watches_a_task_ends_and_runs_nothing(
+def test_a_child_that_a_watcher_of_a_task_forks_ends_and_runs_nothing(
     watcher: str, runner: str, task: str, end: str
 ) -> None:
     done = run(
@@ -353,7 +354,7 @@ def test_a_child_of_what_watches_a_task_ends_and_runs_nothing(
     said = [word for word in done.said if word == "child goes on"]
     assert done.said == sorted(["parent goes on", "child was forked", saw, *said, *WATCHED])
     assert done.status == 0
-    # A task_discarded comes from close(), and the task that finishes first is a plain one.
+    # A task_discarded comes from close(), and the first task to finish is a plain one.
     runs_here = runner == "InlineRunner()" and (task == "fails" or watcher == "task_finished")
     if runs_here or watcher == "task_discarded":
         raises = watcher == "left" and end == "return"  # the task's error goes on there

@@ -1,4 +1,4 @@
-"""The real frameworks: their views reach the tasks, and their errors decide what runs."""
+"""The real frameworks: their views reach the tasks, and their errors decide which tasks run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from wsgi_bg import (
 
 
 class Framework(NamedTuple):
-    """A row of the page's table, and how it is tested."""
+    """A row of the page's table, and the way to test the framework."""
 
     name: str
     make: Callable[[Site], Any]
@@ -68,7 +68,7 @@ each_framework = pytest.mark.parametrize("framework", FRAMEWORKS, ids=name_of)
 
 
 @each_framework
-def test_proxy_environ_and_inject_give_a_view_one_object(framework: Framework) -> None:
+def test_proxy_environ_and_inject_give_a_view_the_same_object(framework: Framework) -> None:
     seen = Seen()
 
     def enter(tasks: BackgroundTasks) -> None:
@@ -83,7 +83,7 @@ def test_proxy_environ_and_inject_give_a_view_one_object(framework: Framework) -
 
 @pytest.mark.parametrize("path", ["/", "/missing", "/broken", "/stream"])
 @each_framework
-def test_a_task_runs_when_the_client_has_its_whole_response(
+def test_a_task_runs_when_the_client_has_the_whole_response(
     framework: Framework, path: str, gate: Gate
 ) -> None:
     def enter(tasks: BackgroundTasks) -> None:
@@ -156,16 +156,16 @@ def test_tasks_run_after_the_last_row_of_a_stream(framework: Framework) -> None:
 # Bottle and Falcon
 
 
-def test_bottle_stays_a_bottle_whose_own_server_runs_the_middleware() -> None:
+def test_bottle_stays_a_bottle_whose_run_method_uses_the_middleware() -> None:
     from bottle import Bottle
 
     app = frameworks.make_bottle(Site(service))
-    assert isinstance(app, Bottle)  # so that app.run() is there
+    assert isinstance(app, Bottle)  # so app.run() exists
     assert isinstance(app.wsgi, BackgroundTasksMiddleware)  # which its __call__ calls
 
 
 def test_an_exception_of_bottles_leaves_werkzeugs_test_client() -> None:
-    # Bottle gives the exception to start_response; this client raises it there.
+    # Bottle gives the exception to start_response; this client raises the exception there.
     with pytest.raises(ValueError, match="a bug"):
         via_werkzeug(frameworks.make_bottle(Site(service)), "/broken")
 
@@ -182,7 +182,7 @@ def test_in_falcons_test_client_a_streams_tasks_run_inline() -> None:
     assert threads == [threading.get_ident()] * 2
 
 
-def test_what_a_falcon_responder_returns_is_not_sent() -> None:
+def test_the_return_value_of_a_falcon_responder_is_not_sent() -> None:
     class Page:
         def on_get(self, req: falcon.Request, resp: falcon.Response) -> Any:
             resp.media = {"from": "media"}
@@ -219,7 +219,7 @@ def test_each_framework_here_has_a_row_in_the_table() -> None:
 
 
 @each_framework
-def test_the_code_in_a_row_is_what_makes_the_site(framework: Framework) -> None:
+def test_the_code_in_a_row_is_the_code_of_the_site(framework: Framework) -> None:
     [cells] = [row[1:3] for row in table_rows() if row[0] == framework.name]
     pieces = [code for cell in cells for code in re.findall("`(.+?)`", cell)]
     assert len(pieces) == 2

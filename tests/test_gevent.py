@@ -1,4 +1,4 @@
-"""gevent, monkey-patched and not, in processes of their own; eventlet is refused."""
+"""gevent, with and without monkey-patching, in separate processes; eventlet is refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from tests.support import Server, app_that, make_server_environ, run_python
 from wsgi_bg import BackgroundTasksMiddleware
 
-# A server and a client in one process: greenlets of one thread. Whatever blocks that thread
+# A server and a client in one process: greenlets of one thread. Code that blocks that thread
 # keeps the client from its answer and the tasks from their gate.
 SETUP = """
 import asyncio, logging, sys, threading, time, warnings
@@ -113,7 +113,7 @@ def test_the_application_may_use_asyncio_while_the_portal_does(start: str) -> No
 
 
 @each_start
-def test_waiting_async_tasks_hold_no_place_of_a_plain_one(start: str) -> None:
+def test_waiting_async_tasks_take_no_thread_from_plain_tasks(start: str) -> None:
     assert run(
         start,
         """
@@ -252,7 +252,7 @@ def test_a_greenlet_may_wait_for_a_task_while_all_else_is_idle(start: str) -> No
     ) == ["async"]
 
 
-def test_a_killed_greenlet_takes_its_task_with_it_and_says_so() -> None:
+def test_a_killed_greenlet_ends_its_task_which_is_named() -> None:
     lines = run(
         "not patched",
         """

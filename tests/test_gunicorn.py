@@ -1,6 +1,6 @@
-"""How long the exit of a gunicorn worker may take; tests/servers starts real ones.
+"""Limits of the exit of a gunicorn worker; tests/servers starts real workers.
 
-The worker is a mock with what the hooks use of gunicorn's, in a process of its own.
+The worker is a mock with the attributes of gunicorn's that the hooks use, in a new process.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def test_the_arbiter_does_not_drain_for_a_worker_that_is_gone() -> None:
     gunicorn.worker_exit(None, SimpleNamespace())
 
 
-def test_a_worker_that_ends_by_itself_has_the_drain_time_and_a_heartbeat_for_it() -> None:
+def test_a_worker_that_exits_by_itself_has_the_drain_time_and_a_heartbeat() -> None:
     ended = run_python(
         WORKER
         + """
@@ -121,7 +121,7 @@ end(worker)
 
 
 def test_a_worker_that_a_signal_would_end_at_once_leaves_by_an_exit() -> None:
-    """uvicorn's, whose server raises the signal again when it has answered its requests."""
+    """uvicorn's worker: its server raises the signal again after the last request."""
     ended = run_python(
         WORKER
         + """
@@ -142,7 +142,7 @@ except SystemExit:
     assert UNFINISHED in ended.stderr
 
 
-def test_after_a_signal_no_runner_has_more_than_its_own_drain_time() -> None:
+def test_after_a_signal_each_runner_has_its_own_drain_time_at_most() -> None:
     ended = run_python(
         WORKER
         + """
@@ -200,7 +200,7 @@ print("not reached")
     assert UNFINISHED in ended.stderr
 
 
-def test_the_warning_says_how_long_gunicorn_waits_and_what_ends_the_wait() -> None:
+def test_the_warning_names_gunicorns_limit_and_the_signal_that_ends_the_wait() -> None:
     ended = run_python(
         WORKER
         + """

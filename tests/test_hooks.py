@@ -1,4 +1,4 @@
-"""Hooks: what a monitor or a tracer is told of the tasks."""
+"""Hooks: the calls that a monitor or a tracer gets for each task."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MOMENTS = ("added", "sent", "started", "finished", "failed", "discarded")
 
 
 class Diary(Hooks):
-    """Notes the moments of each task."""
+    """Records the hook calls of each task."""
 
     def __init__(self) -> None:
         self.moments: list[str] = []
@@ -80,7 +80,7 @@ def failing() -> None:
 
 
 def request(*functions: Any, **options: Any) -> Diary:
-    """The moments of one request's tasks."""
+    """Handle a request; return the hook calls of its tasks."""
     diary = Diary()
 
     def add(environ: Environ) -> None:
@@ -162,7 +162,7 @@ def test_a_stopped_worker_discards_its_tasks() -> None:
     assert diary.records[-1].reason == "KeyboardInterrupt stopped its worker"
 
 
-def test_what_comes_too_late_is_discarded() -> None:
+def test_a_task_added_to_an_ended_batch_is_discarded() -> None:
     diary = Diary()
     kept: list[BackgroundTasks] = []
 
@@ -177,7 +177,7 @@ def test_what_comes_too_late_is_discarded() -> None:
     assert diary.records[-1].reason == "the batch has ended"
 
 
-def test_what_the_process_ends_without_is_discarded() -> None:
+def test_tasks_left_at_the_exit_are_discarded() -> None:
     result = run_python("""
         import threading
         from tests.support import submit
@@ -207,7 +207,7 @@ def test_what_the_process_ends_without_is_discarded() -> None:
     ], result.stderr
 
 
-def test_tasks_called_by_hand_have_their_moments_once() -> None:
+def test_hooks_see_tasks_called_by_hand_once() -> None:
     diary = Diary()
 
     def add(environ: Environ) -> None:
@@ -233,7 +233,7 @@ def test_tasks_called_by_hand_have_their_moments_once() -> None:
     ]
 
 
-def test_what_a_task_adds_has_its_moments_too() -> None:
+def test_a_task_that_a_task_adds_has_its_moments_too() -> None:
     diary = request(lambda: background_tasks.add_task(plain))
     assert diary.moments[-4:] == [
         "added plain",
@@ -342,7 +342,7 @@ def test_hooks_of_the_innermost_layer_that_has_some_hold() -> None:
     assert (len(inner.moments), len(outer.moments)) == (3, 3)
 
 
-def test_they_are_told_on_the_thread_that_runs_the_task(gate: Gate) -> None:
+def test_hooks_are_called_on_the_thread_that_runs_the_task(gate: Gate) -> None:
     threads: list[threading.Thread] = []
 
     class Where(Hooks):
@@ -381,13 +381,13 @@ def test_the_arguments_of_a_watched_task_are_freed_without_a_collection() -> Non
 
 
 @pytest.mark.parametrize("hooks", [Hooks, "monitor", [Hooks(), None], {Hooks(): 1}])
-def test_what_is_no_hooks_object_is_refused(hooks: Any) -> None:
+def test_objects_without_hook_methods_are_refused(hooks: Any) -> None:
     with pytest.raises(TypeError, match=r"hooks must be a wsgi_bg\.hooks\.Hooks object") as e:
         BackgroundTasksMiddleware(app_that(lambda environ: None), hooks=hooks)
     assert isinstance(e.value, OptionTypeError)
 
 
-def test_hooks_that_no_one_would_await_are_refused() -> None:
+def test_async_hooks_are_refused_since_none_would_be_awaited() -> None:
     class Later(Hooks):
         async def task_finished(self, record: TaskRecord) -> None:  # type: ignore[override]
             """Would never run."""
@@ -418,7 +418,7 @@ def test_without_hooks_nothing_is_kept_of_a_task() -> None:
     assert not hasattr(kept[0], "_record")
 
 
-def test_times_are_set_when_the_hook_is_told() -> None:
+def test_times_are_set_when_the_hook_is_called() -> None:
     seen: list[tuple[str, bool, bool, bool]] = []
 
     class Times(Hooks):
@@ -520,7 +520,7 @@ def test_hooks_may_be_a_tuple() -> None:
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
-def test_the_end_is_told_in_the_tasks_context(by_hand: bool) -> None:
+def test_the_last_hook_is_called_in_the_tasks_context(by_hand: bool) -> None:
     class Tracer(Hooks):
         def task_started(self, record: TaskRecord) -> None:
             span.set(record.task.name)

@@ -77,7 +77,7 @@ print(wsgi_bg.drain(10), {{"anyio", "asyncio"}} & sys.modules.keys())
 
 
 def test_the_portals_thread_imports_asyncio_for_no_signal_handler_interrupts_it() -> None:
-    """The exception of a handler would leave asyncio half imported, which is for good."""
+    """An exception of a signal handler would leave asyncio half imported for good."""
     done = run_python(
         f"""{REQUEST}
 class Watch:
@@ -124,10 +124,10 @@ def test_drain_may_be_used_first_at_the_exit() -> None:
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
-def test_each_public_name_is_there_for_all_who_look() -> None:
+def test_each_public_name_is_found_by_import_dir_and_all() -> None:
     assert {*wsgi_bg._HOMES, "__version__"} == set(wsgi_bg.__all__) <= set(dir(wsgi_bg))
     names: dict[str, object] = {}
-    exec("from wsgi_bg import *", names)  # the one place for it is a module's top
+    exec("from wsgi_bg import *", names)  # import * is allowed only at module level
     assert all(names[name] is getattr(wsgi_bg, name) for name in wsgi_bg.__all__)
     with pytest.raises(
         AttributeError, match="module 'wsgi_bg' has no attribute 'BackgroundTaks'"
@@ -203,7 +203,7 @@ def _assert_passes(pytester: pytest.Pytester) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_the_plugin_has_the_names_to_annotate_with_and_no_others() -> None:
+def test_the_plugin_exports_only_the_names_for_annotations() -> None:
     from wsgi_bg._testing import recording
 
     assert pytest_plugin.TaskRecorder is recording.TaskRecorder

@@ -1,8 +1,8 @@
 """Exactly once, at whatever bytecode a signal handler raises (rule 7).
 
-A tracer raises one exception a request: at the first line or bytecode of the package that runs
-after the view has returned, then, in the next request, at the second, until a request has no
-such line or bytecode. Each task has then either run to its end or is named in the log.
+A tracer raises one exception in each request: first at the first line or bytecode of the
+package that runs after the view has returned, in the next request at the second, until a
+request has no such line or bytecode. Each task must have run to its end or be named in the log.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class TimeLimit(Exception):  # noqa: N818
 
 
 class UsualLimit(IndexError, KeyError, RuntimeError, ValueError):  # noqa: N818
-    """Such an exception, of classes that the package catches for reasons of its own."""
+    """An exception of several classes, which the package catches for reasons of its own."""
 
 
 def exit_for(number: int, frame: object) -> None:
@@ -74,7 +74,7 @@ def usual_limit_for(number: int, frame: object) -> None:
 
 @contextmanager
 def handler_of(kind: str) -> Iterator[Callable[[], object]]:
-    """Give a function that raises ``kind``; for the main thread."""
+    """Yield a function that raises ``kind`` by a signal on the main thread."""
     handlers: dict[str, Any] = {
         "KeyboardInterrupt": signal.default_int_handler,
         "SystemExit": exit_for,
@@ -97,7 +97,7 @@ class Tracer:
         self.place = ""
 
     def start(self) -> None:
-        """Trace from here on, the functions of the package that have called this one too."""
+        """Trace from here on, including the package's functions further up on the stack."""
         frame: FrameType | None = sys._getframe()
         while frame is not None:
             if is_ours(frame.f_code):
@@ -148,7 +148,7 @@ class Names(logging.Handler):
 
 
 class StandardError(io.StringIO):
-    """Takes the records that :mod:`logging` could not."""
+    """Reads the records that :mod:`logging` prints because a handler failed."""
 
     def __init__(self, names: Names) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class StandardError(io.StringIO):
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[Names]:
-    """The tasks that were named; errors of finalizers are dropped, as in a server."""
+    """Collect the names of logged tasks; errors of finalizers are dropped, as in a server."""
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
     logger = logging.getLogger("wsgi_bg")
     names = Names()
@@ -195,7 +195,7 @@ KINDS = {
 
 
 class View:
-    """Adds the tasks of one request after another and answers in one of :data:`RESPONSES`."""
+    """Adds the tasks of each request and answers in one of :data:`RESPONSES`."""
 
     def __init__(self, response: str, tasks: str) -> None:
         self._response = response
@@ -209,7 +209,7 @@ class View:
 
     def add(self, environ: Environ) -> None:
         tasks = get_background_tasks(environ)
-        if self._response == "raises":  # the first one is not to run then
+        if self._response == "raises":  # the first task must not run then
             tasks = tasks.using(run_on="always")
         for name, is_async in zip(self.names_of(self.number), self._kinds, strict=True):
             batch = get_background_tasks(environ) if name.endswith("_0") else tasks
@@ -228,7 +228,7 @@ class View:
         return (chunk for chunk in (b"ok", b"ok"))
 
     def traced(self, app: Any) -> Any:
-        """``app``, with the tracer started as soon as it has returned or raised."""
+        """Wrap ``app``: the tracer starts as soon as ``app`` has returned or raised."""
 
         def wrapped(environ: Environ, start_response: Any) -> Any:
             try:
@@ -244,7 +244,7 @@ RESPONSES = ("list", "generator", "stream", "raises", "unclosed")
 
 
 def serve(app: Any, environ: Environ, *, close: bool) -> None:
-    """The server's side; the response is freed when this has returned or raised."""
+    """The server's side; the response is freed when this function has returned or raised."""
     body = app(environ, Server().start_response)
     try:
         for _ in body:
@@ -255,7 +255,7 @@ def serve(app: Any, environ: Environ, *, close: bool) -> None:
 
 
 class Case:
-    """Requests of one kind, interrupted at one place after another."""
+    """Requests of the same kind, each interrupted at the next place."""
 
     def __init__(self, view: View, app: Any, names: Names, *, close: bool) -> None:
         self._view = view
@@ -284,7 +284,7 @@ class Case:
         environ = make_server_environ()
         with handler_of(kind) as interrupt:
             self._view.tracer = tracer = Tracer(number, interrupt)
-            # ValueError: the view's own. Any of these may be raised, or be swallowed.
+            # ValueError: the view's own. Each of these may leave the package, or be swallowed.
             with suppress(KeyboardInterrupt, SystemExit, TimeLimit, ValueError):
                 try:
                     serve(self._app, environ, close=self._close)
@@ -294,7 +294,7 @@ class Case:
         return tracer
 
     def ends_of(self, name: str) -> int:
-        """How often a task has come to its end: it ran, or it was named in the log."""
+        """Number of ends of a task: the task ran, or the log names the task."""
         return self._view.ran[name] + bool(self._names.said[name])
 
     def _is_settled(self, number: int, timeout: float) -> bool:
@@ -308,7 +308,7 @@ class Case:
         return False
 
     def work_still(self) -> bool:
-        """Whether a request that is not interrupted has its tasks run."""
+        """True if a request without an interruption still runs its tasks."""
         number = len(self._places) + 1000
         self._view.tracer, self._view.number = None, number
         with suppress(ValueError):
@@ -316,7 +316,7 @@ class Case:
         return self._is_settled(number, TIMEOUT) and not self.faults([number])
 
     def faults(self, numbers: Iterable[int] | None = None) -> list[str]:
-        """The requests of which a task did not come to one end, each with its interruption."""
+        """Requests with a task that did not end exactly once, each with its interruption."""
         return [
             f"{self._places.get(number)}: ran {[self._view.ran[name] for name in names]}, "
             f"named {[self._names.said[name] for name in names]}"
@@ -338,7 +338,7 @@ RUNNERS: dict[str, Callable[[], Any]] = {
 
 
 class Watch(Hooks):
-    """Hooks that do something."""
+    """Hooks that have an effect."""
 
     def __init__(self) -> None:
         self.seen: list[str] = []
@@ -391,12 +391,12 @@ def check(
         hooks = Watch() if layer == "hooks" else None
         app = BackgroundTasksMiddleware(view.traced(view), runner=own, hooks=hooks)
     case = Case(view, app, names, close=response != "unclosed")
-    with redirect_stderr(StandardError(names)):  # here: pytest sets it anew for each phase
+    with redirect_stderr(StandardError(names)):  # here: pytest replaces stderr for each phase
         case.interrupt_everywhere(kinds)
-    assert case.work_still()  # the queue for freed responses is worked off in order, too
+    assert case.work_still()  # behind all responses in the queue for freed responses
     if not isinstance(own, str):
         assert own.drain(TIMEOUT) == []
-        assert not batches_under_way()  # which the end of the process would wait for
+        assert not batches_under_way()  # the end of the process would wait for them
     faults = case.faults()
     print(f"{case.count} places, {len(faults)} faults")
     assert not faults, "\n".join(faults[:20])

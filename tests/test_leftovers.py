@@ -1,4 +1,4 @@
-"""What an async task or a library leaves behind does not hit the next task."""
+"""Leftovers of an async task or a library do not cancel the next task."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from wsgi_bg import BackgroundTasksMiddleware, PoolRunner, background_tasks
 from wsgi_bg._loop import portal
 
 kept: list[Any] = []
-"""What a task has left open: were it freed, it might be left."""
+"""Scopes that tasks have left open: a freed scope might be closed."""
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +119,7 @@ SEEN = [
 
 
 class Following:
-    """An async task that waits in several ways and says when it is through."""
+    """An async task that waits in several ways and records its end."""
 
     def __init__(self) -> None:
         self.ran: list[str] = []
@@ -164,7 +164,7 @@ def test_the_next_async_task_is_not_cancelled(
 
 
 @pytest.mark.parametrize("leave", SEEN, ids=lambda leave: leave.__name__)
-def test_an_async_task_behind_a_plain_one_is_not_cancelled(
+def test_an_async_task_behind_a_plain_task_is_not_cancelled(
     log: Log, leave: Callable[[], Awaitable[None]]
 ) -> None:
     following = Following()
@@ -187,15 +187,15 @@ def wakes(monkeypatch: pytest.MonkeyPatch, loop: None) -> list[object]:
     return wakes
 
 
-def test_async_tasks_that_leave_nothing_are_one_call_of_the_portal(wakes: list[object]) -> None:
-    """As the server's thread sees it: the loop is woken once."""
+def test_async_tasks_that_leave_nothing_are_a_single_portal_call(wakes: list[object]) -> None:
+    """Seen from the server's thread: the loop is woken once."""
     following = Following()
     run(following.first, following.second, following.first, following.second)
     assert following.ran == ["first", "second"] * 2
     assert len(wakes) == 1
 
 
-def test_async_tasks_behind_leftovers_are_one_call_of_the_portal(wakes: list[object]) -> None:
+def test_async_tasks_behind_leftovers_are_a_single_portal_call(wakes: list[object]) -> None:
     following = Following()
     run(
         leave_a_scope_cancelled, following.first, leave_a_timeout_that_is_over, following.second
@@ -321,7 +321,7 @@ def test_no_task_is_skipped_nor_blamed_if_a_library_replaces(
 def test_a_task_factory_that_raises_keeps_no_task_from_running(
     runner: str,
 ) -> None:
-    """It is for the asyncio tasks that users start; the package makes its own without it."""
+    """The factory is for users' asyncio tasks; the package does not use the factory."""
     done = run_python(
         SETUP
         + f"""

@@ -1,4 +1,4 @@
-"""``BackgroundTasksMiddleware``: one object a request, the order of things, transparency."""
+"""``BackgroundTasksMiddleware``: one object for each request, order, transparency."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def fail(error: BaseException) -> None:
     raise error
 
 
-def test_one_object_is_in_the_environ_and_behind_the_proxy() -> None:
+def test_the_object_in_the_environ_is_the_object_behind_the_proxy() -> None:
     seen: list[object] = []
 
     def look(environ: Environ) -> None:
@@ -54,7 +54,7 @@ def test_one_object_is_in_the_environ_and_behind_the_proxy() -> None:
     assert seen == ["by the proxy", "by the environ"]
 
 
-def test_each_request_has_an_object_of_its_own() -> None:
+def test_each_request_has_a_new_object() -> None:
     seen: list[BackgroundTasks] = []
     app = BackgroundTasksMiddleware(app_that(lambda e: seen.append(get_background_tasks(e))))
     respond(app)
@@ -81,7 +81,7 @@ def test_tasks_run_in_order_after_the_body_and_in_the_thread_of_close() -> None:
     assert seen == [1, 2, 3, threading.get_ident()]
 
 
-def test_tasks_of_a_thread_of_the_request_belong_to_it() -> None:
+def test_tasks_of_a_thread_of_the_request_belong_to_the_request() -> None:
     seen: list[int] = []
 
     def add(environ: Environ) -> None:
@@ -161,7 +161,7 @@ def test_an_error_of_the_applications_close_reaches_the_server_after_the_tasks()
     assert seen == ["ran"]
 
 
-def test_what_a_task_adds_runs_after_it_in_the_same_batch() -> None:
+def test_a_task_that_a_task_adds_runs_after_it_in_the_same_batch() -> None:
     seen: list[str] = []
 
     def first() -> None:
@@ -196,7 +196,7 @@ def test_a_stream_adds_tasks_between_its_chunks() -> None:
     assert seen == ["midway"]
 
 
-def test_a_middleware_inside_shares_the_object_of_the_one_outside() -> None:
+def test_an_inner_middleware_shares_the_object_of_the_outer_middleware() -> None:
     seen: list[str] = []
     objects: list[BackgroundTasks] = []
     outside, inside = InlineRunner(), InlineRunner()
@@ -248,7 +248,7 @@ def test_options_of_the_innermost_layer_that_sets_them_hold() -> None:
 
 
 def test_options_of_an_inner_layer_do_not_hold_for_the_next() -> None:
-    """A cascade: the first application answers 404, the second one is asked."""
+    """A cascade: the first application answers 404, then the second application is asked."""
     seen: list[str] = []
 
     @Request.application
@@ -290,7 +290,7 @@ def test_a_task_of_an_inner_layer_adds_tasks_under_its_options() -> None:
     assert seen == ["second"]
 
 
-def test_an_inner_layer_inherits_what_it_does_not_set() -> None:
+def test_an_inner_layer_inherits_the_options_that_it_does_not_set() -> None:
     seen: list[str] = []
 
     def add(environ: Environ) -> None:
@@ -341,7 +341,7 @@ def test_an_environ_may_be_used_again() -> None:
     assert seen == ["ran"] * 3
 
 
-def test_an_object_that_someone_else_put_into_the_environ_is_shared_and_not_run() -> None:
+def test_a_foreign_object_in_the_environ_is_shared_and_not_run() -> None:
     seen: list[str] = []
     mine = BackgroundTasks()
     app = BackgroundTasksMiddleware(
@@ -367,7 +367,7 @@ def test_a_view_in_the_environ_is_shared_as_its_list_is() -> None:
     assert seen == ["x"]
 
 
-def test_a_request_within_a_request_has_its_own_object() -> None:
+def test_a_request_within_a_request_has_a_new_object() -> None:
     seen: list[str] = []
     inner = BackgroundTasksMiddleware(
         app_that(lambda e: background_tasks.add_task(seen.append, "in"))
@@ -442,7 +442,7 @@ def test_a_generator_can_be_iterated_in_two_parts() -> None:
     body.close()
 
 
-def test_start_response_gets_what_the_application_gave() -> None:
+def test_start_response_gets_the_arguments_of_the_application() -> None:
     error = (ValueError, ValueError(), None)
     returned: list[object] = []
 
@@ -499,7 +499,7 @@ class FileWrapper:
 
 
 @pytest.mark.parametrize("adds", [False, True])
-def test_the_servers_file_wrapper_passes_through_where_no_task_was_added(adds: bool) -> None:
+def test_the_servers_file_wrapper_passes_through_if_no_task_was_added(adds: bool) -> None:
     seen: list[str] = []
 
     def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
@@ -556,14 +556,14 @@ def test_werkzeugs_lint_middleware_is_content_inside_and_outside() -> None:
     assert seen == ["x"]
 
 
-def test_an_applications_error_reaches_the_server_as_it_is() -> None:
+def test_an_applications_error_reaches_the_server_unchanged() -> None:
     error = ValueError("a bug")
     with pytest.raises(ValueError, match="a bug") as caught:
         respond(BackgroundTasksMiddleware(app_that(lambda e: fail(error))))
     assert caught.value is error
 
 
-def test_a_middleware_shows_what_it_wraps() -> None:
+def test_the_repr_of_a_middleware_shows_the_application() -> None:
     app = BackgroundTasksMiddleware(respond, runner="inline")  # type: ignore[arg-type]
     assert repr(app).startswith("<BackgroundTasksMiddleware of <function respond")
     assert repr(app).endswith("InlineRunner()>")
@@ -606,7 +606,7 @@ def test_bad_options_are_refused_at_once(
     assert message in str(caught.value)
 
 
-def test_a_runner_may_refuse_a_task_when_it_is_added() -> None:
+def test_a_runner_may_refuse_a_task_in_add_task() -> None:
     class Choosy(InlineRunner):
         def check(self, task: BackgroundTask) -> None:
             if task.args:
@@ -623,7 +623,7 @@ def test_a_runner_may_refuse_a_task_when_it_is_added() -> None:
     respond(BackgroundTasksMiddleware(app_that(add), runner=Choosy()))
 
 
-def test_a_test_client_is_served_by_the_pool_if_it_is_asked_for() -> None:
+def test_with_runner_pool_a_test_client_is_served_by_the_pool() -> None:
     names: list[str] = []
     done = threading.Event()
 

@@ -51,7 +51,7 @@ OK = [("Content-Length", "2")]
 
 @pytest.fixture
 def warns_again() -> Iterator[None]:
-    """Have the warning that is given once a process given once more."""
+    """Let the warning of once a process be logged again."""
     gc.collect()
     collectors.get().flush()
     collectors.get().has_warned = False
@@ -144,7 +144,7 @@ def asgi_scope() -> dict[str, Any]:
 
 
 def ask_through(adapter: Any) -> bytes:
-    """One request through an ASGI adapter, until it has sent the end of its response."""
+    """Make a request through an ASGI adapter, until the end of the response."""
 
     async def main() -> bytes:
         body = b""
@@ -180,7 +180,7 @@ BODIES: dict[str, Callable[[], Iterable[bytes]]] = {
 def test_an_adapter_that_never_calls_close_has_its_tasks_run(
     log: Log, warns_again: None, adapter: Any, body: str
 ) -> None:
-    """They keep nothing but the iterator; the tasks wait until the body was iterated."""
+    """The adapters keep only the iterator; the tasks wait until the body was iterated."""
     gate = Gate()
     order: list[str] = []
 
@@ -225,7 +225,7 @@ def wait_for_success(runner: Any) -> None:
 
 
 @pytest.mark.parametrize("raises", [False, True])
-def test_a_response_that_is_freed_midway_is_judged_as_if_it_was_closed(
+def test_a_response_that_is_freed_midway_is_judged_like_a_closed_response(
     log: Log, raises: bool
 ) -> None:
     seen: list[str] = []
@@ -282,7 +282,7 @@ def test_a_response_that_is_freed_within_a_garbage_collection_is_handed_over() -
 
 
 def test_a_closed_response_leaves_no_cycle_behind() -> None:
-    """Its tasks' contexts hold its tasks; the arguments should not wait for the collector."""
+    """Contexts of tasks hold the tasks; the arguments must not wait for the collector."""
     freed = threading.Event()
 
     class Payload:
@@ -302,7 +302,7 @@ def test_a_closed_response_leaves_no_cycle_behind() -> None:
 
 
 def garbage_of_idle_requests() -> int:
-    """How many objects only the garbage collector could free; nothing else may run."""
+    """Number of objects that only the garbage collector can free; nothing else may run."""
     server_apps = [
         app_that(lambda e: None, body=body) for body in (*BODIES.values(), lambda: [b"ok"])
     ]
@@ -313,7 +313,7 @@ def garbage_of_idle_requests() -> int:
             environ = make_server_environ()
 
             def start_response(*args: Any, environ: Environ = environ) -> Any:
-                """A server's usually holds its environ, and that holds the tasks."""
+                """A server's function usually holds the environ, which holds the tasks."""
 
             body: Any = BackgroundTasksMiddleware(app)(environ, start_response)
             list(body)
@@ -326,7 +326,7 @@ def garbage_of_idle_requests() -> int:
 
 
 def test_idle_requests_leave_no_cycle_behind() -> None:
-    # In an interpreter of its own: threads of other tests' libraries leave cycles too.
+    # In a new interpreter: threads of other tests' libraries leave cycles too.
     result = run_python("""
         from tests.test_once import garbage_of_idle_requests
 
@@ -344,7 +344,7 @@ def test_an_idle_response_that_is_freed_is_no_matter(log: Log) -> None:
 
 
 def test_a_forked_child_forgets_the_parents_tasks() -> None:
-    """os.fork in the middle of a request, and both processes close the response."""
+    """The process forks in the middle of a request, and both processes close the response."""
     done = run_python(
         """
         import logging, os, sys
@@ -390,11 +390,11 @@ def test_a_forked_child_forgets_the_parents_tasks() -> None:
     assert lines[2:] == ["parent's ran in the parent"] * 3
 
 
-def test_what_was_freed_while_no_thread_could_start_is_handed_over_at_the_end(
+def test_a_response_freed_while_no_thread_can_start_is_submitted_by_flush(
     log: Log, own_collector: Collector
 ) -> None:
     seen: list[str] = []
-    own = own_collector  # whose thread is not started
+    own = own_collector  # its thread is not started
     app = BackgroundTasksMiddleware(
         app_that(lambda e: background_tasks.add_task(seen.append, "ran")), runner=PoolRunner()
     )
@@ -410,7 +410,7 @@ def test_what_was_freed_while_no_thread_could_start_is_handed_over_at_the_end(
 
 @pytest.mark.parametrize("iterated", [False, True])
 def test_a_generator_in_a_cycle_that_the_collector_frees_has_not_failed(iterated: bool) -> None:
-    """The collector closes the generator first, and it looks as if it had raised."""
+    """The collector closes the generator first, as if the generator had raised."""
     done = threading.Event()
 
     class Cycle:
@@ -438,7 +438,7 @@ def test_a_task_that_arrives_as_an_idle_request_ends_is_run(
     seen: list[str] = []
 
     class Late(RequestTasks):
-        """To which another thread adds just when the end is marked, and before the look."""
+        """Another thread adds a task after the end is marked, and before the last look."""
 
         __slots__ = ("phase",)
 
@@ -457,11 +457,11 @@ def test_a_task_that_arrives_as_an_idle_request_ends_is_run(
     assert seen == ["late"]
 
 
-def test_a_task_that_ran_while_it_was_added_is_not_refused() -> None:
+def test_a_task_that_ran_during_add_task_is_not_refused() -> None:
     class Taken(list[BackgroundTask]):
         def append(self, task: BackgroundTask) -> None:
             super().append(task)
-            tasks()  # another thread runs it, and then the batch ends
+            tasks()  # another thread runs the task, and then the batch ends
             tasks._phase = ENDED
 
     seen: list[str] = []
@@ -471,10 +471,10 @@ def test_a_task_that_ran_while_it_was_added_is_not_refused() -> None:
     assert seen == ["ran"]
 
 
-def test_two_threads_that_add_the_first_task_at_once_add_to_one_list(
+def test_two_threads_that_add_the_first_task_at_once_add_to_the_same_list(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Both are held where they make the list, if both get there: only one may."""
+    """Both threads are held while they make the list, if both come there: only one may."""
     seen: list[int] = []
     both = threading.Barrier(2)
 
@@ -499,7 +499,7 @@ def test_two_threads_that_add_the_first_task_at_once_add_to_one_list(
 
 
 def test_a_task_that_arrives_as_the_batch_ends_is_run_or_refused() -> None:
-    """What add_task and the end of a batch promise each other, step by step."""
+    """The agreement between add_task and the end of a batch, step by step."""
     seen: list[str] = []
 
     class Late(list[BackgroundTask]):
@@ -510,7 +510,7 @@ def test_a_task_that_arrives_as_the_batch_ends_is_run_or_refused() -> None:
         def __len__(self) -> int:
             if super().__len__() == 0:
                 self.looks += 1
-                if self.looks == 2:  # _first: at the end, and once more after the mark
+                if self.looks == 2:  # _first looks at the end, and once more after the mark
                     self.append(BackgroundTask(seen.append, "late"))
             return super().__len__()
 

@@ -1,4 +1,4 @@
-"""Which tasks run when the request failed, and when it did not (rule 3)."""
+"""Which tasks run after a failed request, and which after a successful request (rule 3)."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_a_client_that_leaves_is_no_failure(make: Any, take: int) -> None:
 
 
 def test_a_client_that_leaves_a_real_server_is_no_failure() -> None:
-    """waitress notices at one of the next writes, and calls ``close()`` midway."""
+    """waitress notices in one of the next writes, and calls ``close()`` midway."""
     seen: list[str] = []
     done, gone = threading.Event(), threading.Event()
 
@@ -214,7 +214,7 @@ def run_with(status: str, **options: Any) -> set[str]:
     return set(seen)
 
 
-def test_failed_from_says_from_which_status_a_request_has_failed(log: Log) -> None:
+def test_failed_from_is_the_lowest_status_of_a_failed_request(log: Log) -> None:
     assert run_with("404 NOT FOUND", failed_from=400) == FAILURE
     assert log.warnings[0].endswith("the request failed with 404, and run_on is 'success'")
     assert run_with("400 BAD REQUEST", failed_from=400) == FAILURE
@@ -224,7 +224,7 @@ def test_failed_from_says_from_which_status_a_request_has_failed(log: Log) -> No
     assert run_with("500 OOPS", failed_from=HTTPStatus.NOT_IMPLEMENTED) == SUCCESS
 
 
-def test_an_application_that_raises_has_failed_whatever_failed_from_says() -> None:
+def test_an_application_that_raises_has_failed_with_any_failed_from() -> None:
     seen: list[str] = []
     app = app_that(add_one_of_each(seen), status="200 OK", body=raising_generator)
     with pytest.raises(ValueError, match="midway"):
@@ -297,7 +297,7 @@ def test_a_task_that_a_task_adds_follows_the_outcome_too(log: Log) -> None:
     assert len(log.warnings) == 1
 
 
-def test_a_failed_request_with_nothing_to_run_hands_nothing_over(log: Log) -> None:
+def test_a_failed_request_with_nothing_to_run_submits_no_batch(log: Log) -> None:
     runner = InlineRunner()
     app: App = app_that(lambda e: background_tasks.add_task(print), status="500 OOPS")
     Server().run(BackgroundTasksMiddleware(app, runner=runner), make_server_environ())

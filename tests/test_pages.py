@@ -37,7 +37,7 @@ LINKS = sorted(
 
 
 @pytest.mark.parametrize(("block", "title"), BLOCKS)
-def test_each_python_block_runs_on_its_own(
+def test_each_python_block_runs_alone(
     block: str, title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -58,7 +58,7 @@ def test_the_python_blocks_are_typed(tmp_path: Path) -> None:
             (tmp_path / f"block_{number}.py").write_text(block, encoding="utf-8")
     options = ["--strict", f"--config-file={ROOT / 'setup.cfg'}", f"--cache-dir={tmp_path}"]
     options.append("--no-warn-unused-ignores")
-    # How Flask's documentation installs a middleware is an error to mypy.
+    # mypy rejects Flask's documented way to install a middleware.
     options.append("--disable-error-code=method-assign")
     report, errors, status = api.run([*options, *map(str, tmp_path.glob("*.py"))])
     assert (status, errors) == (0, ""), report
@@ -96,7 +96,7 @@ def test_the_architecture_has_a_room_for_each_module() -> None:
     }
 
 
-def test_contributors_find_the_files_and_benchmarks_that_they_are_told_of() -> None:
+def test_the_files_and_benchmarks_that_contributing_names_exist() -> None:
     paths = re.findall(r"(?:tests|wsgi_bg|docs|\.ci)/[\w/-]+(?:\.\w+)?", CONTRIBUTING.text)
     benchmarks = re.findall(r"-m (benchmarks\.\w+)", CONTRIBUTING.text)
     files = [*paths, *(f"{name.replace('.', '/')}.py" for name in benchmarks)]

@@ -1,7 +1,7 @@
-"""What Starlette's and FastAPI's own tests of background tasks check, for ours.
+"""The checks of Starlette's and FastAPI's tests of background tasks, for our classes.
 
-Starlette: tests/test_background.py; FastAPI: the tests of its tutorial on background
-tasks, with a dependency that adds a task beside the handler's.
+Starlette: tests/test_background.py; FastAPI: the tests of its tutorial on background tasks,
+with a dependency that adds a task beside the handler's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from wsgi_bg import (
 
 
 def get(*tasks: BackgroundTask, stop_on_error: bool = False) -> TestResponse:
-    """A request whose handler adds ``tasks``."""
+    """Handle a request whose handler adds ``tasks``."""
 
     @Request.application
     def app(request: Request) -> Response:
@@ -68,7 +68,7 @@ def test_multiple_tasks_run_with_their_arguments() -> None:
 
 
 def test_a_failure_avoids_the_next_execution_with_stop_on_error() -> None:
-    """Starlette's rule. There the error leaves the application; here it is logged."""
+    """Starlette's rule. Here the error is logged and does not leave the application."""
     counter = 0
 
     def increment() -> None:
@@ -102,7 +102,7 @@ def test_a_handlers_task_writes_its_log(tmp_path: Path) -> None:
     assert log.read_text() == "notification for foo@example.com: some notification"
 
 
-def test_a_dependency_and_the_handler_add_to_one_object(tmp_path: Path) -> None:
+def test_a_dependency_and_the_handler_add_to_the_same_object(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     app = Flask(__name__)
 

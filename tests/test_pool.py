@@ -1,4 +1,4 @@
-"""The pool: the way of a batch between threads and loop, bounds, what is put off."""
+"""The pool: the way of a batch between threads and loop, limits, delayed batches."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_plain_functions_of_a_mixed_batch_hold_no_loop(gate: Gate) -> None:
     assert runner.drain(TIMEOUT) == []
 
 
-def test_consecutive_plain_functions_of_a_mixed_batch_take_one_thread_hop() -> None:
+def test_consecutive_plain_functions_of_a_mixed_batch_take_a_single_thread_hop() -> None:
     runner, seen = PoolRunner(threads=1), list[str]()
     begun, submitted = events(2)
 
@@ -75,7 +75,7 @@ def test_consecutive_plain_functions_of_a_mixed_batch_take_one_thread_hop() -> N
     assert seen == ["first", "second", "other batch"]
 
 
-def test_what_tasks_add_runs_in_order_on_thread_and_loop() -> None:
+def test_tasks_that_tasks_add_run_in_order_on_thread_and_loop() -> None:
     runner, seen = PoolRunner(), list[tuple[str, bool]]()
 
     def note(name: str) -> None:
@@ -106,7 +106,7 @@ def test_handing_over_does_not_wait_for_the_loop(loop: None, gate: Gate) -> None
     runner, (ran,) = PoolRunner(), events(1)
 
     async def block() -> None:
-        gate.task()  # on the loop's thread
+        gate.task()  # blocks the loop's thread
 
     async def run() -> None:
         ran.set()
@@ -123,7 +123,7 @@ def test_handing_over_does_not_wait_for_the_loop(loop: None, gate: Gate) -> None
 
 
 def test_handing_over_does_not_wait_for_the_loop_to_be_made() -> None:
-    """The loop comes up only after the response was closed."""
+    """The loop starts only after the response was closed."""
     done = run_python(
         """
         import sys, threading
@@ -151,8 +151,8 @@ def test_handing_over_does_not_wait_for_the_loop_to_be_made() -> None:
     assert done.stdout == "ran\nran\n", done.stderr
 
 
-def test_the_first_async_task_waits_for_no_plain_one() -> None:
-    """The loop is not there yet, and all workers are taken."""
+def test_the_first_async_task_waits_for_no_plain_task() -> None:
+    """The loop has not started yet, and all workers are busy."""
     done = run_python(
         """
         import threading
@@ -172,7 +172,7 @@ def test_the_first_async_task_waits_for_no_plain_one() -> None:
 
 
 def test_a_flood_is_bounded_and_each_task_runs_once(gate: Gate) -> None:
-    """Eight server threads; the server's threads run what there is no room for."""
+    """Eight server threads; they run the batches for which the pool has no room."""
     runner, counts = PoolRunner(threads=2, max_pending=10), Counter[int]()
     lock, here = threading.Lock(), list[int]()
     pending: list[int] = []
@@ -225,12 +225,12 @@ def test_waiting_async_batches_are_bounded_too() -> None:
     assert runner.drain(TIMEOUT) == []
 
 
-def test_what_runs_in_close_for_want_of_room_takes_no_room(gate: Gate, log: Log) -> None:
+def test_batches_that_run_in_close_for_want_of_room_take_no_room(gate: Gate, log: Log) -> None:
     runner = PoolRunner(threads=1, max_pending=1)
     submit(runner, gate.task)
 
     def within_close() -> None:
-        for _ in range(9):  # max_pending times ten, less the one that waits
+        for _ in range(9):  # max_pending times ten, less the waiting batch
             submit(runner, int, complete=False)
 
     submit(runner, within_close)
@@ -241,7 +241,7 @@ def test_what_runs_in_close_for_want_of_room_takes_no_room(gate: Gate, log: Log)
 
 
 class Clock:
-    """Lets a test see what a batch waits for; real time is for the benchmark."""
+    """Records the times that a batch waits for; real time is for the benchmark."""
 
     def __init__(self) -> None:
         self.asked: list[float] = []
@@ -257,7 +257,7 @@ class Clock:
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
-def test_an_incomplete_responses_batch_is_put_off(
+def test_an_incomplete_responses_batch_is_delayed(
     is_async: bool, loop: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, runner, (ran, other_ran) = Clock(), PoolRunner(), events(2)
@@ -270,7 +270,7 @@ def test_an_incomplete_responses_batch_is_put_off(
 
     submit(runner, run if is_async else ran.set, complete=False)
     assert clock.begun.wait(TIMEOUT)
-    submit(runner, other_ran.set)  # a complete one is not
+    submit(runner, other_ran.set)  # a complete response's batch does not wait
     assert other_ran.wait(TIMEOUT)
     assert not ran.is_set()
     clock.over.set()
@@ -279,7 +279,7 @@ def test_an_incomplete_responses_batch_is_put_off(
     assert clock.asked == [pytest.approx(0.005)]  # as rule 8 says, and no longer
 
 
-def test_a_batch_whose_put_off_is_over_begins_at_once(
+def test_a_batch_whose_delay_is_over_begins_at_once(
     gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner, slept = PoolRunner(threads=1), list[float]()
@@ -305,7 +305,7 @@ def test_a_batch_of_which_nothing_is_to_run_takes_no_thread(log: Log) -> None:
     assert "was not run: the request succeeded" in log.warnings[0]
 
 
-def test_async_tasks_run_where_no_thread_can_start_for_the_loop(no_loop: None) -> None:
+def test_async_tasks_run_if_no_thread_can_start_for_the_loop(no_loop: None) -> None:
     seen: list[str] = []
 
     async def run() -> None:
@@ -316,7 +316,7 @@ def test_async_tasks_run_where_no_thread_can_start_for_the_loop(no_loop: None) -
     assert seen == ["MainThread"]
 
 
-def test_a_plain_task_behind_an_async_one_runs_where_no_thread_can_start(loop: None) -> None:
+def test_a_plain_task_behind_an_async_task_runs_if_no_thread_can_start(loop: None) -> None:
     runner, seen = PoolRunner(), list[str]()
 
     async def run() -> None:
@@ -328,10 +328,10 @@ def test_a_plain_task_behind_an_async_one_runs_where_no_thread_can_start(loop: N
     assert seen == ["async", "wsgi_bg-portal"]
 
 
-def test_a_batch_goes_on_where_threads_are_greenlets(
+def test_a_batch_goes_on_if_threads_are_greenlets(
     loop: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A mock; gevent itself is in test_gevent.py, where coverage does not see this."""
+    """A mock; gevent itself is in test_gevent.py, which coverage does not see."""
     runner, seen = PoolRunner(), list[str]()
 
     async def run() -> None:
@@ -343,7 +343,7 @@ def test_a_batch_goes_on_where_threads_are_greenlets(
     assert seen == ["first", "async", "last"]
 
 
-def test_a_process_that_can_start_no_thread_for_its_end_has_atexit() -> None:
+def test_a_process_that_can_start_no_exit_thread_uses_atexit() -> None:
     done = run_python(
         """
         import threading

@@ -1,4 +1,4 @@
-"""The process's event loop: one, shared, and robust."""
+"""The process's event loop: single, shared, and robust."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(*functions: Any) -> None:
     respond(BackgroundTasksMiddleware(app_that(add)))
 
 
-def test_all_requests_and_threads_share_one_loop() -> None:
+def test_all_requests_and_threads_share_the_same_loop() -> None:
     loops: list[object] = []
 
     async def look() -> None:
@@ -53,7 +53,7 @@ def test_all_requests_and_threads_share_one_loop() -> None:
     assert len(set(loops)) == 1
 
 
-def test_threads_that_race_for_the_first_portal_get_one() -> None:
+def test_threads_that_race_for_the_first_portal_get_the_same_portal() -> None:
     done = run_python(
         """
         import threading
@@ -76,16 +76,18 @@ def test_threads_that_race_for_the_first_portal_get_one() -> None:
     assert done.stdout == "16 1 1\n", done.stderr
 
 
-def test_threads_that_find_the_loop_ended_replace_it_once() -> None:
+def test_threads_that_find_the_loop_ended_replace_the_loop_once() -> None:
     threads = PerProcess(object)
     ended = threads.get()
     threads.forget(ended)
     replaced = threads.get()
-    threads.forget(ended)  # the slower one
+    threads.forget(ended)  # the slower thread
     assert threads.get() is replaced is not ended
 
 
-def test_consecutive_async_tasks_make_one_trip(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_consecutive_async_tasks_make_a_single_portal_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     trips: list[object] = []
     make = portal.PortalCall.make
 
@@ -111,7 +113,7 @@ def test_consecutive_async_tasks_make_one_trip(monkeypatch: pytest.MonkeyPatch) 
     assert len(trips) == 1
 
 
-def test_async_tasks_of_one_trip_have_contexts_of_their_own() -> None:
+def test_async_tasks_of_a_portal_call_have_separate_contexts() -> None:
     seen: list[str] = []
 
     async def task(name: str) -> None:
@@ -137,7 +139,7 @@ def test_async_tasks_of_one_trip_have_contexts_of_their_own() -> None:
 
 
 def test_what_coroutines_expect_of_a_loop_works() -> None:
-    """Timeouts, task groups and exceptions thrown into a coroutine that waits."""
+    """Timeouts, task groups and exceptions thrown into a waiting coroutine."""
     seen: list[str] = []
 
     async def asyncio_timeout() -> None:
@@ -179,11 +181,11 @@ def test_a_plain_function_in_a_batch_does_not_run_on_the_loop() -> None:
     assert names == ["wsgi_bg-portal", threading.current_thread().name, "wsgi_bg-portal"]
 
 
-def test_a_slow_async_task_does_not_keep_another_request_from_its_own() -> None:
+def test_a_slow_async_task_does_not_hold_up_the_task_of_another_request() -> None:
     gate = Gate()
     thread = threading.Thread(target=run, args=(gate.async_task,))
     thread.start()
-    run(lambda: None, BackgroundTask(asyncio.sleep, 0).func)  # finishes while the other waits
+    run(lambda: None, BackgroundTask(asyncio.sleep, 0).func)  # ends while the gate's task waits
     gate.open()
     gate.wait()
     thread.join(TIMEOUT)
@@ -221,7 +223,7 @@ def test_tasks_run_by_hand_from_an_async_task_leave_no_coroutine_behind(log: Log
 
 
 def test_a_loop_that_a_stray_task_has_ended_is_replaced(log: Log) -> None:
-    """asyncio lets a SystemExit of any task end the loop; of those a coroutine starts, too."""
+    """asyncio lets a SystemExit of any task end the loop, even of a coroutine's subtask."""
     seen: list[str] = []
 
     async def stray() -> None:
@@ -229,7 +231,7 @@ def test_a_loop_that_a_stray_task_has_ended_is_replaced(log: Log) -> None:
 
     async def start_stray() -> None:
         stray_task = asyncio.create_task(stray())
-        stray_task.add_done_callback(asyncio.Task.exception)  # or asyncio logs it
+        stray_task.add_done_callback(asyncio.Task.exception)  # or asyncio logs the exception
         await asyncio.sleep(60)
 
     async def then() -> None:
@@ -244,7 +246,7 @@ def test_a_loop_that_a_stray_task_has_ended_is_replaced(log: Log) -> None:
     assert "the portal's event loop was ended by a task on it" in log.errors
 
 
-def test_what_is_given_to_a_loop_that_has_ended_comes_back() -> None:
+def test_a_job_for_a_loop_that_has_ended_comes_back() -> None:
     thread, back = PortalThread(), list[str]()
 
     async def never(subject: str) -> None:
@@ -255,7 +257,7 @@ def test_what_is_given_to_a_loop_that_has_ended_comes_back() -> None:
     assert back == ["subject"]
 
 
-def test_stop_waits_for_what_a_cancelled_task_still_does() -> None:
+def test_stop_waits_for_the_clean_up_of_a_cancelled_task() -> None:
     thread, begun, seen = PortalThread(), threading.Event(), list[str]()
 
     async def clean_up(subject: str) -> None:
@@ -273,7 +275,7 @@ def test_stop_waits_for_what_a_cancelled_task_still_does() -> None:
 
 
 def test_a_loop_that_cannot_be_had_is_the_tasks_error() -> None:
-    """No file descriptor is left for the loop: the async task fails, the plain one runs."""
+    """No file descriptor is left for the loop: the async task fails, the plain task runs."""
     done = run_python(
         """
         import logging, os, resource, sys
@@ -313,7 +315,7 @@ def test_a_loop_that_cannot_be_had_is_the_tasks_error() -> None:
     ], done.stdout + done.stderr
 
 
-def test_what_a_coroutine_raises_comes_out_of_a_trip() -> None:
+def test_a_portal_call_raises_the_error_of_the_coroutine() -> None:
     async def fail() -> None:
         await asyncio.sleep(0)
         raise ValueError("its own")
@@ -322,12 +324,12 @@ def test_what_a_coroutine_raises_comes_out_of_a_trip() -> None:
         portal.run(fail)
 
 
-def test_a_signal_handlers_exception_cancels_what_is_waited_for() -> None:
+def test_a_signal_handlers_exception_cancels_the_awaited_coroutine() -> None:
     """As Celery's ``soft_time_limit`` does; the coroutine must not go on."""
     cancelled = threading.Event()
 
     class TimeLimitError(Exception):
-        """What the handler raises."""
+        """The handler's exception."""
 
     def handler(number: int, frame: object) -> None:
         raise TimeLimitError
@@ -348,19 +350,19 @@ def test_a_signal_handlers_exception_cancels_what_is_waited_for() -> None:
     assert cancelled.wait(TIMEOUT)
 
 
-def test_a_signal_handlers_exception_before_the_coroutine_has_begun_keeps_it_from_beginning(
+def test_a_coroutine_does_not_begin_after_a_signal_handlers_exception(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gate, begun = Gate(), list[str]()
 
     class TimeLimitError(Exception):
-        """What the handler raises."""
+        """The handler's exception."""
 
     def handler(number: int, frame: object) -> None:
         raise TimeLimitError
 
     class SignalledEvent(threading.Event):
-        """The signal comes as soon as the caller waits for the loop."""
+        """Sends the signal as soon as the caller waits for the loop."""
 
         def wait(self, timeout: float | None = None) -> bool:
             os.kill(os.getpid(), signal.SIGUSR1)
@@ -383,11 +385,11 @@ def test_a_signal_handlers_exception_before_the_coroutine_has_begun_keeps_it_fro
     finally:
         signal.signal(signal.SIGUSR1, before)
         gate.open()
-    portal.run(nothing)  # its turn is after that of the other
+    portal.run(nothing)  # queued behind the first call
     assert begun == []
 
 
-def test_a_call_that_is_cancelled_before_it_has_begun_does_not_begin() -> None:
+def test_a_call_that_is_cancelled_before_its_begin_does_not_begin() -> None:
     begun: list[bool] = []
 
     async def begin() -> None:

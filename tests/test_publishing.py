@@ -1,4 +1,4 @@
-"""Sending to a broker: what waits, what is kept, what is said, and what goes wrong."""
+"""Sending to a broker: waiting messages, state, log records, and errors."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def broker(tmp_path: Path) -> Broker:
 # A broker that is slow, or away
 
 
-def test_a_stop_while_one_is_sent_leaves_nothing_to_wait_for(log: Log) -> None:
-    """Or the exit of a worker that was stopped would wait for its whole drain_timeout."""
+def test_a_stop_while_a_message_is_sent_leaves_nothing_to_wait_for(log: Log) -> None:
+    """Otherwise the exit of a stopped worker would wait for its whole drain_timeout."""
     with silent_broker() as silent:
         runner = silent.broker.runner(local="inline", publish_timeout=TIMEOUT)
 
@@ -64,7 +64,7 @@ def test_a_stop_while_one_is_sent_leaves_nothing_to_wait_for(log: Log) -> None:
         assert (statistics.pending, statistics.running, statistics.discarded) == (0, 0, 1)
 
 
-def test_what_was_named_as_left_undone_is_not_sent_later(
+def test_tasks_that_were_named_as_left_undone_are_not_sent_later(
     broker: Broker, monkeypatch: pytest.MonkeyPatch, gate: Gate
 ) -> None:
     runner = broker.runner()
@@ -92,7 +92,7 @@ span: ContextVar[str] = ContextVar("span", default="none")
 
 
 def test_celerys_signals_see_the_context_in_which_the_task_was_added(broker: Broker) -> None:
-    """Tracers, Sentry and loggers for Celery put what they find there into the headers."""
+    """Tracers, Sentry and loggers for Celery put values of this context into the headers."""
     seen: list[str] = []
 
     def look(**_: Any) -> None:
@@ -110,13 +110,13 @@ def test_celerys_signals_see_the_context_in_which_the_task_was_added(broker: Bro
     assert seen == ["of the request"]
 
 
-def test_what_was_sent_in_the_moment_that_its_time_was_up_counts_as_sent(
+def test_a_message_sent_in_the_moment_of_its_timeout_counts_as_sent(
     broker: Broker, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publisher = broker.runner()._states.get().publisher
 
     class Late:
-        """Its wait ends with nothing, as the message goes out."""
+        """The wait times out although the message is sent."""
 
         def __init__(self, lock: Any) -> None:
             self.lock = lock
@@ -144,7 +144,7 @@ def test_an_error_of_the_broker_is_freed_without_a_garbage_collection(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class GoneError(Exception):
-        """Can be seen to be freed."""
+        """An error; the test sees when the error is freed."""
 
     def gone(*_: Any) -> None:
         raise GoneError
@@ -160,7 +160,7 @@ def test_an_error_of_the_broker_is_freed_without_a_garbage_collection(
     assert wait_until(lambda: freed() is None)
 
 
-# What is refused
+# Refused values
 
 
 @pytest.mark.parametrize("value", [float("inf"), 1e12])
@@ -176,7 +176,7 @@ def test_an_application_that_takes_whatever_comes_is_refused_with_the_reason() -
         CeleryRunner(app)
 
 
-def test_a_correlation_id_that_is_no_text_is_refused_where_the_task_is_added(
+def test_a_correlation_id_that_is_no_text_is_refused_by_add_task(
     broker: Broker,
 ) -> None:
     def do() -> None:
@@ -192,7 +192,7 @@ def test_the_name_of_an_argument_is_text_too() -> None:
         written(1, **{"\ud83d\ude00": 1})
 
 
-# Connections, contexts, and what is kept
+# Connections, contexts, and kept state
 
 
 def test_connections_are_used_again_and_never_by_two_at_the_same_time(
@@ -272,13 +272,13 @@ def test_an_answer_ends_the_time_in_which_the_broker_is_not_asked(
     gate.open()
     assert wait_until(lambda: publisher._silent_until == 0.0)
     publisher.publish(message)
-    # The late one is logged by its own thread, if need be after the end of this test.
+    # The late message is logged by its thread, perhaps after the end of this test.
     assert wait_until(lambda: len(log.warnings) == 1)
 
 
 @pytest.mark.usefixtures("no_collection")
 def test_a_task_that_was_sent_is_freed_without_a_garbage_collection(broker: Broker) -> None:
-    """Its context holds the batch, and so the task again."""
+    """The context of a task holds the batch, and so the task again."""
     tasks: list[Any] = []
 
     def do() -> None:
@@ -291,8 +291,8 @@ def test_a_task_that_was_sent_is_freed_without_a_garbage_collection(broker: Brok
     assert wait_until(lambda: tasks[0]() is None)
 
 
-def test_what_was_sent_is_not_left_undone_while_others_wait(broker: Broker) -> None:
-    """Nor is it said to run."""
+def test_a_sent_task_is_not_left_undone_while_a_local_task_waits(broker: Broker) -> None:
+    """The task is not counted as running either."""
     taken: list[Batch] = []
 
     class Holds(InlineRunner):
@@ -313,10 +313,10 @@ def test_what_was_sent_is_not_left_undone_while_others_wait(broker: Broker) -> N
     local_calls.clear()
 
 
-def test_a_runner_that_stands_in_for_one_that_sends_runs_all_here(
+def test_a_runner_that_overrides_a_sending_runner_runs_all_tasks_here(
     broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pytest plugin's does, and its tests need no broker."""
+    """The pytest plugin's runner does so, and its tests need no broker."""
     monkeypatch.setattr(
         "wsgi_bg._request.request_tasks.runner_override", lambda runner: InlineRunner()
     )
@@ -344,7 +344,7 @@ def test_a_retry_policy_of_the_task_holds(
     assert policies == [publishing._RETRY, {"max_retries": 7}]
 
 
-def test_the_batch_of_an_incomplete_response_is_put_off(
+def test_the_batch_of_an_incomplete_response_is_delayed(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[tuple[float, float]] = []
@@ -379,13 +379,13 @@ def test_batches_of_incomplete_responses_do_not_wait_for_each_other(
     assert gate.begun.wait(TIMEOUT)
     request(runner, lambda: background_tasks.add_task(note, "quick"), complete=False)
     assert wait_until(lambda: len(messages(broker)) == 1)
-    assert gate.passed == []  # it waits still
+    assert gate.passed == []  # the slow message still waits
     gate.open()
     assert runner.drain(TIMEOUT) == []
 
 
 def stays_out() -> None:
-    """Registered by one test."""
+    """Registered by a single test."""
 
 
 def test_exceptions_that_are_not_to_be_tried_again_are_kept(broker: Broker) -> None:
@@ -437,7 +437,7 @@ def test_of_opentelemetrys_headers_only_the_trace_travels(broker: Broker) -> Non
     assert "tracestate" not in messages(broker)[0]["headers"]
 
 
-def test_base64_with_other_letters_in_it_is_refused() -> None:
+def test_base64_with_invalid_letters_is_refused() -> None:
     with pytest.raises(MessageError):
         decode('[1,[{"$bytes":"AA==!"}],{}]')
 

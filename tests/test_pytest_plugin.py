@@ -1,4 +1,4 @@
-"""The plugin in pytest: its fixture, marker and ini option, and what fails a test."""
+"""The plugin in pytest: fixture, marker and ini option, and the reasons why a test fails."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def rows():
 """
 
 
-# Here, and only here, wsgi_bg is there before pytest looks for plugins.
+# Only here pytest finds wsgi_bg imported before pytest looks for plugins.
 FILTER = """filterwarnings =
     error
     ignore:Module already imported:pytest.PytestAssertRewriteWarning
@@ -59,7 +59,7 @@ FILTER = """filterwarnings =
 
 
 class Inner:
-    """pytest on test modules of a folder of its own."""
+    """Runs pytest on test modules of a new folder."""
 
     def __init__(self, pytester: pytest.Pytester) -> None:
         self._pytester = pytester
@@ -78,7 +78,7 @@ def inner(pytester: pytest.Pytester) -> Inner:
     return Inner(pytester)
 
 
-def test_without_being_told_the_fixture_records(inner: Inner) -> None:
+def test_the_default_mode_of_the_fixture_is_record(inner: Inner) -> None:
     result = inner.run("""
 def test_it(background_tasks):
     assert shop.client.get("/send").text == "ok"
@@ -95,7 +95,7 @@ def test_the_next(background_tasks):
 
 
 @pytest.mark.parametrize("mode", ["record", "run", "real"])
-def test_the_ini_option_and_the_closest_marker_say_the_mode(inner: Inner, mode: str) -> None:
+def test_the_ini_option_and_the_closest_marker_set_the_mode(inner: Inner, mode: str) -> None:
     result = inner.run(
         f"""
 class TestMarked:
@@ -120,7 +120,7 @@ def test_ini(background_tasks):
     result.assert_outcomes(passed=4)
 
 
-def test_a_marked_test_has_the_fixture_though_it_does_not_ask_for_it(inner: Inner) -> None:
+def test_a_marked_test_has_the_fixture_without_asking(inner: Inner) -> None:
     result = inner.run("""
 import unittest
 pytestmark = pytest.mark.wsgi_bg(mode="run")
@@ -139,7 +139,7 @@ class TestCase(unittest.TestCase):
     result.assert_outcomes(passed=3)
 
 
-def test_a_marker_does_not_keep_what_has_no_fixtures_from_running(
+def test_a_marker_does_not_keep_items_without_fixtures_from_running(
     inner: Inner, pytester: pytest.Pytester
 ) -> None:
     pytester.makeconftest("""
@@ -169,7 +169,9 @@ def test_it(): pass
         "wsgi_bg(mode=[])",
     ],
 )
-def test_a_wrong_marker_is_one_error_that_names_the_test(inner: Inner, marker: str) -> None:
+def test_a_wrong_marker_is_a_single_error_that_names_the_test(
+    inner: Inner, marker: str
+) -> None:
     result = inner.run(f"""
 def test_first(): pass
 
@@ -209,7 +211,7 @@ def test_it(): pass
     )
 
 
-def test_a_wrong_ini_option_is_one_error(inner: Inner) -> None:
+def test_a_wrong_ini_option_is_a_single_error(inner: Inner) -> None:
     result = inner.run("def test_it(): pass", ini="wsgi_bg_mode = fast")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(
@@ -217,7 +219,7 @@ def test_a_wrong_ini_option_is_one_error(inner: Inner) -> None:
     )
 
 
-def test_an_error_that_no_one_looked_at_fails_the_test_in_its_teardown(inner: Inner) -> None:
+def test_an_unseen_error_fails_the_test_in_its_teardown(inner: Inner) -> None:
     result = inner.run("""
 @pytest.mark.wsgi_bg(mode="run")
 def test_stream(background_tasks):
@@ -252,7 +254,7 @@ def test_looked_at(background_tasks):
     result.stdout.fnmatch_lines("E *background task raised this, and the test did not look*")
 
 
-def test_an_error_that_the_test_does_not_catch_fails_it_and_not_its_teardown(
+def test_an_error_that_the_test_does_not_catch_fails_the_test_and_not_its_teardown(
     inner: Inner,
 ) -> None:
     result = inner.run("""
@@ -285,7 +287,7 @@ def unread(environ, start_response):
     result.stdout.fnmatch_lines("ERROR test_it.py::test_it - ValueError: unread")
 
 
-def test_the_end_of_a_test_waits_for_its_tasks_and_names_what_does_not_end(
+def test_the_end_of_a_test_waits_for_its_tasks_and_names_unfinished_tasks(
     inner: Inner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("wsgi_bg._testing.watching.TEARDOWN_TIMEOUT", 0.05)
@@ -378,7 +380,7 @@ def test_without():
     result.assert_outcomes(passed=2)
 
 
-def test_pytest_tells_of_the_fixture_the_marker_and_the_option(inner: Inner) -> None:
+def test_the_help_of_pytest_lists_the_fixture_the_marker_and_the_option(inner: Inner) -> None:
     result = inner.run("", "--fixtures")
     result.stdout.fnmatch_lines("background_tasks -- *pytest_plugin.py:*")
     result = inner.run("", "--markers")
@@ -412,7 +414,7 @@ def _clear():
 """
 
 
-def test_a_marked_parameter_changes_no_other(inner: Inner) -> None:
+def test_a_marked_parameter_changes_no_further_parameter(inner: Inner) -> None:
     result = inner.run(
         CLEAR
         + """
@@ -427,7 +429,7 @@ def test_it(marked):
     result.assert_outcomes(passed=2)
 
 
-def test_a_marked_test_has_the_fixture_before_its_others_and_setup_method(
+def test_a_marked_test_has_the_fixture_before_further_fixtures_and_setup_method(
     inner: Inner,
 ) -> None:
     result = inner.run(

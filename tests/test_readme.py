@@ -16,7 +16,7 @@ TIMEOUT = 10.0  # seconds
 
 
 def command(title: str) -> str:
-    """The last line of the first shell block below the heading: the command itself."""
+    """The command in the last line of the first shell block below the heading."""
     return README.blocks("sh", title)[0].splitlines()[-1]
 
 
@@ -55,7 +55,7 @@ def test_the_test_command_stands_alone_under_its_heading() -> None:
     )
 
 
-def test_the_test_extra_installs_what_the_test_command_starts() -> None:
+def test_the_test_extra_installs_the_program_of_the_test_command() -> None:
     setup = configparser.RawConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
     wanted = setup["options.extras_require"]["test"].split()

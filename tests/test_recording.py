@@ -80,7 +80,7 @@ def test_a_task_is_recorded_and_not_run(recorder: TaskRecorder, client: Any, app
 
 
 @pytest.mark.parametrize("runner", ["inline", "pool"])
-def test_recorded_tasks_run_in_order_when_the_test_says_so_and_once(
+def test_recorded_tasks_run_in_order_and_once_at_a_call_of_run(
     recorder: TaskRecorder, runner: Any
 ) -> None:
     by_werkzeug(whole((send, "ada"), (send_async, "grace"), runner=runner))
@@ -91,7 +91,7 @@ def test_recorded_tasks_run_in_order_when_the_test_says_so_and_once(
     assert len(done) == len(recorder.tasks) == 3
 
 
-def test_what_a_recorded_task_adds_runs_too_and_is_shown(recorder: TaskRecorder) -> None:
+def test_a_task_that_a_recorded_task_adds_runs_too_and_is_shown(recorder: TaskRecorder) -> None:
     def outer() -> None:
         background_tasks.using(run_on="error").add_task(send, "no one")
         background_tasks.add_task(send, "ada", copies=2)
@@ -151,7 +151,7 @@ def test_a_task_of_flask_has_its_application_context_and_the_test_needs_none(
     assert done == ["shop"]
 
 
-def test_the_first_error_is_raised_when_all_have_run_and_the_others_are_kept(
+def test_run_raises_the_first_error_after_all_tasks_and_keeps_every_error(
     recorder: TaskRecorder, log: Log
 ) -> None:
     by_werkzeug(whole((fail, "first"), (fail, "second"), (send, "ada")))
@@ -172,7 +172,7 @@ def test_stop_on_error_holds_for_recorded_tasks(recorder: TaskRecorder, log: Log
     assert "with stop_on_error set" in log.warnings[0]
 
 
-def test_a_task_that_its_request_keeps_from_running_is_not_recorded(
+def test_a_task_that_the_outcome_of_its_request_skips_is_not_recorded(
     recorder: TaskRecorder, log: Log
 ) -> None:
     by_werkzeug(whole((send, "ada"), status="500 OOPS"))
@@ -183,7 +183,7 @@ def test_a_task_that_its_request_keeps_from_running_is_not_recorded(
     assert "the request failed with 500, and run_on is 'success'" in log.warnings[0]
 
 
-def test_failed_from_holds_for_recorded_tasks_and_for_those_that_they_add(
+def test_failed_from_holds_for_recorded_tasks_and_for_tasks_that_they_add(
     recorder: TaskRecorder,
 ) -> None:
     def first() -> None:
@@ -224,13 +224,13 @@ def test_the_path_is_that_of_the_url(recorder: TaskRecorder) -> None:
     assert [task.path for task in recorder.tasks] == ["/shop/caf\u00e9"] * 2
 
 
-def test_layers_of_middleware_share_one_record(recorder: TaskRecorder) -> None:
+def test_layers_of_middleware_share_a_single_record(recorder: TaskRecorder) -> None:
     inner = BackgroundTasksMiddleware(app_that(add((send, "ada"))), run_on="always")
     by_werkzeug(BackgroundTasksMiddleware(inner))
     assert len(recorder.tasks) == 1
 
 
-def test_hooks_are_told_that_a_recorded_task_was_discarded_with_its_test(
+def test_hooks_see_that_a_recorded_task_was_discarded_with_its_test(
     log: Log,
 ) -> None:
     reasons: list[str | None] = []
@@ -274,7 +274,7 @@ def test_any_is_asked_before_an_argument_that_equals_nothing(recorder: TaskRecor
     recorder.assert_added(print, ANY)
 
 
-def test_assert_added_says_what_was_added_and_what_would_not_run(
+def test_assert_added_shows_added_tasks_and_skipped_tasks(
     recorder: TaskRecorder,
 ) -> None:
     with pytest.raises(AssertionError) as nothing:
@@ -309,14 +309,14 @@ def test_a_message_shortens_long_arguments_and_survives_their_repr(
     assert len(str(info.value)) < 400
 
 
-def test_assert_none_says_what_was_added(recorder: TaskRecorder) -> None:
+def test_assert_none_shows_added_tasks(recorder: TaskRecorder) -> None:
     recorder.assert_none()
     by_werkzeug(whole((send, "ada")))
     with pytest.raises(AssertionError, match=r"was expected; added were:\n  .*\('ada'\) by /"):
         recorder.assert_none()
 
 
-def test_the_recorder_says_its_mode(recorder: TaskRecorder) -> None:
+def test_the_repr_of_the_recorder_shows_the_mode(recorder: TaskRecorder) -> None:
     assert repr(recorder) == "<TaskRecorder mode='record'>"
 
 
@@ -355,7 +355,7 @@ def test_an_error_of_a_task_is_raised_to_the_client(
 
 
 @run
-def test_only_the_request_that_had_the_error_raises_it(recorder: TaskRecorder) -> None:
+def test_only_the_request_with_the_error_raises_the_error(recorder: TaskRecorder) -> None:
     with pytest.raises(ValueError, match="boom"):
         by_werkzeug(whole(fail, (fail, "second")))
     by_werkzeug(whole((send, "ada")))
@@ -401,7 +401,7 @@ def test_on_a_server_no_stream_waits_for_its_tasks(recorder: TaskRecorder, gate:
 
 
 class Here:
-    """A runner that runs a batch where it is."""
+    """A runner that runs a batch in ``submit()``."""
 
     def __init__(self) -> None:
         self.sends: list[bool] = []
@@ -418,7 +418,7 @@ class Here:
 
 
 class Sender(Here):
-    """One that sends to another process."""
+    """A runner that sends to another process."""
 
     def send(self, task: Any) -> bool:
         done.append("sent")
@@ -440,7 +440,7 @@ def test_the_applications_own_runner_has_the_tasks_and_join_waits_for_them(
 
 
 @real
-def test_join_names_what_was_not_finished_and_then_raises_the_first_error(
+def test_join_names_unfinished_tasks_and_then_raises_the_first_error(
     recorder: TaskRecorder, gate: Gate
 ) -> None:
     by_werkzeug(whole(fail, gate.task, (send, "ada"), runner="pool"))
@@ -464,7 +464,7 @@ def test_a_runner_that_sends_does(recorder: TaskRecorder) -> None:
 
 
 @pytest.mark.parametrize("mode", ["record", "run"])
-def test_in_the_other_modes_nothing_is_sent(mode: Any) -> None:
+def test_in_the_modes_record_and_run_nothing_is_sent(mode: Any) -> None:
     recorder = TaskRecorder(mode)
     sender = Sender()
     with recorder._watch.active():
@@ -549,7 +549,7 @@ def test_join_finds_no_request_in_an_environ_that_the_application_has_emptied(
     recorder.join(0)
 
 
-def test_a_batch_without_a_name_left_is_told_by_its_path(recorder: TaskRecorder) -> None:
+def test_a_batch_without_a_name_is_described_by_its_path(recorder: TaskRecorder) -> None:
     by_werkzeug(whole((send, "ada")))
     visit = recorder._watch._visits[0]
     assert visit.describe() == "tests.recording_support.send"
@@ -568,7 +568,9 @@ def test_join_ends_while_a_test_has_stopped_the_time(
             recorder.join(0.02)
 
 
-def test_what_a_server_frees_without_closing_is_recorded(recorder: TaskRecorder) -> None:
+def test_a_response_that_a_server_frees_without_closing_is_recorded(
+    recorder: TaskRecorder,
+) -> None:
     body: Any = stream((send, "ada"))(make_server_environ(), Server().start_response)
     del body
     recorder.join(TIMEOUT)
@@ -588,16 +590,16 @@ def test_requests_on_several_threads_are_all_recorded(recorder: TaskRecorder) ->
     assert done == ["ada"] * 8
 
 
-# One test after another
+# Tests in sequence
 
 
-def test_a_request_of_an_earlier_test_stays_with_that_and_its_runner(log: Log) -> None:
+def test_a_request_of_an_earlier_test_stays_with_that_test_and_its_runner(log: Log) -> None:
     first, second = TaskRecorder("real"), TaskRecorder()
     sender = Sender()
     app = stream(fail, runner=sender)
     with first._watch.active():
         body: Any = app(make_server_environ(), Server().start_response)
-        first._watch._visits.clear()  # or its end would wait
+        first._watch._visits.clear()  # or the end of the test would wait
     with second._watch.active():
         body.close()
         second.assert_none()
@@ -605,7 +607,7 @@ def test_a_request_of_an_earlier_test_stays_with_that_and_its_runner(log: Log) -
     assert (sender.sends, done) == ([True], ["sent"])
 
 
-def test_what_a_server_closes_after_the_test_never_runs(log: Log) -> None:
+def test_tasks_of_a_response_closed_after_the_test_never_run(log: Log) -> None:
     sender = Sender()
     environ = make_server_environ()
     with TaskRecorder()._watch.active():
@@ -617,7 +619,7 @@ def test_what_a_server_closes_after_the_test_never_runs(log: Log) -> None:
     assert log.errors == []
 
 
-def test_the_end_of_a_test_waits_for_a_server_to_close_what_has_tasks() -> None:
+def test_the_end_of_a_test_waits_for_a_server_to_close_a_response_with_tasks() -> None:
     closed = threading.Event()
     recorder = TaskRecorder("run")
 
@@ -643,7 +645,7 @@ def test_the_end_of_a_test_waits_for_no_response_without_tasks(log: Log) -> None
     body.close()
 
 
-def test_an_error_of_a_task_that_is_no_ones_is_not_this_tests(
+def test_an_error_of_a_task_without_a_request_is_not_this_tests(
     recorder: TaskRecorder, log: Log
 ) -> None:
     tasks = BackgroundTasks()
@@ -654,7 +656,7 @@ def test_an_error_of_a_task_that_is_no_ones_is_not_this_tests(
     assert recorder.errors == []
 
 
-def test_without_the_fixture_all_is_as_before() -> None:
+def test_without_the_fixture_the_middleware_is_unchanged() -> None:
     before = vars(BackgroundTasksMiddleware)["__call__"]
     with TaskRecorder()._watch.active(), TaskRecorder("run")._watch.active():
         by_werkzeug(whole((send, "ada")))
@@ -670,7 +672,7 @@ def test_without_the_fixture_all_is_as_before() -> None:
 
 
 def test_falcons_client_finds_a_wsgi_application(recorder: TaskRecorder) -> None:
-    """It counts the arguments of ``__call__``: three are ASGI's."""
+    """Falcon counts the arguments of ``__call__``: three mean ASGI."""
 
     class Page:
         def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
@@ -698,7 +700,7 @@ def test_the_end_waits_for_tasks_though_the_close_of_a_stream_raises() -> None:
     def test_it() -> None:
         with TaskRecorder("real")._watch.active():
             by_werkzeug(whole(slow, runner="pool"))
-            responses.append(by_werkzeug(broken))  # and held, or it would close itself
+            responses.append(by_werkzeug(broken))  # held, since a freed response closes itself
 
     with pytest.raises(ValueError, match="in close"):
         test_it()

@@ -1,4 +1,4 @@
-"""``@registered_task``: what can be registered, and under which name."""
+"""``@registered_task``: allowed functions, and their names."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def test_a_function_may_be_registered_under_another_name() -> None:
     assert registry.get(f"{MODULE}.coroutine") is None
 
 
-def test_a_decorated_function_takes_what_its_decorator_takes() -> None:
+def test_a_decorated_function_takes_the_arguments_of_its_decorator() -> None:
     found = registry.find(registry_samples.decorated)
     assert found is not None
     assert list(found.signature.parameters) == ["x"]
 
 
-def test_calling_a_registered_function_still_just_calls_it() -> None:
+def test_calling_a_registered_function_is_a_plain_call() -> None:
     assert plain(1) == 2
     assert asyncio.run(registry_samples.coroutine(1)) == 2
 
@@ -75,7 +75,9 @@ def local_function() -> Callable[[], None]:
         (None, "None cannot be registered: only functions"),
     ],
 )
-def test_what_another_process_could_not_find_is_refused(given: Any, reason: str) -> None:
+def test_functions_that_another_process_could_not_find_are_refused(
+    given: Any, reason: str
+) -> None:
     with pytest.raises(RegistrationError) as caught:
         registered_task(given)
     assert reason in str(caught.value)
@@ -107,7 +109,7 @@ def test_a_function_of_main_is_refused_without_a_name() -> None:
 
 
 @pytest.mark.parametrize("name", ["", 3, b"mail.send"])
-def test_a_name_is_a_str_with_something_in_it(name: Any) -> None:
+def test_a_name_is_a_non_empty_str(name: Any) -> None:
     with pytest.raises(OptionError, match="name must be a str"):
         registered_task(name=name)
 
@@ -119,7 +121,7 @@ def test_a_name_that_another_function_has_is_refused() -> None:
     assert registry.find(taken) is None
 
 
-def test_a_second_name_for_one_function_is_refused() -> None:
+def test_a_second_name_for_the_same_function_is_refused() -> None:
     with pytest.raises(RegistrationError, match=f"is registered already, as '{MODULE}.plain'"):
         registered_task(name="samples.plain")(plain)
 
@@ -131,12 +133,12 @@ def test_a_reloaded_module_registers_its_functions_again() -> None:
     assert new is not None
     assert new.func is registry_samples.plain
     assert new.func is not old
-    still = registry.find(old)  # a view may have it from an import by name
+    still = registry.find(old)  # a view may have imported the old function by name
     assert still is not None
     assert still.name == new.name
 
 
-def test_a_listener_is_told_of_functions_registered_before_and_later() -> None:
+def test_a_listener_gets_functions_registered_before_and_later() -> None:
     names: list[str] = []
     listener: Callable[[registry.Registration], None] = lambda new: names.append(new.name)  # noqa: E731
     registry.subscribe(listener)
@@ -174,7 +176,7 @@ def test_options_that_celery_would_refuse_are_refused_at_once(
         registered_task(celery=options)
 
 
-def test_options_are_sorted_by_the_place_that_they_go_to() -> None:
+def test_options_are_sorted_by_their_destination() -> None:
     given = {
         "acks_late": True,
         "retry_backoff": True,

@@ -1,4 +1,4 @@
-"""The inline runner and the pool: who runs what, bounds, drain, numbers."""
+"""The inline runner and the pool: which thread runs a batch, limits, drain, statistics."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from wsgi_bg.runners.ledger import Ledger
 
 
 def submit(runner: Runner, func: Any, *args: Any, complete: bool = True) -> None:
-    """One request whose task goes to ``runner``; its response is complete, or is not."""
+    """Handle a request whose task goes to ``runner``; the response is complete or not."""
     headers = [("Content-Length", "2")] if complete else []
     app = app_that(lambda e: background_tasks.add_task(func, *args), headers=headers)
     Server().run(BackgroundTasksMiddleware(app, runner=runner), make_server_environ())
@@ -38,7 +38,7 @@ def test_a_name_means_the_processs_shared_runner() -> None:
     assert isinstance(resolve("pool"), PoolRunner)
 
 
-def test_runners_show_what_they_are() -> None:
+def test_the_repr_of_a_runner_shows_its_options() -> None:
     assert repr(InlineRunner()) == "InlineRunner()"
     assert repr(PoolRunner(max_pending=None)) == (
         "PoolRunner(threads=40, max_pending=None, drain_timeout=30.0)"
@@ -66,7 +66,7 @@ def test_a_pool_refuses_numbers_out_of_range(option: str, value: Any, message: s
         PoolRunner(**{option: value})
 
 
-def test_a_pool_starts_threads_when_they_are_needed_up_to_its_limit() -> None:
+def test_a_pool_starts_threads_on_demand_up_to_its_limit() -> None:
     runner = PoolRunner(threads=2)
     names: set[str] = set()
     barrier = threading.Barrier(2)
@@ -137,14 +137,14 @@ def test_beyond_max_pending_a_complete_batch_runs_in_close(gate: Gate) -> None:
 
 @pytest.fixture
 def minutes(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time for repeated warnings, in minutes: a list of one."""
+    """The time for repeated warnings, in minutes: a list with a single number."""
     minutes = [0.0]
     monkeypatch.setattr(repeated, "clock", lambda: minutes[0] * 60)
     return minutes
 
 
 @pytest.mark.parametrize("complete", [True, False])
-def test_a_full_pool_warns_once_a_minute_with_the_number_of_batches_that_it_ran(
+def test_a_full_pool_warns_once_a_minute_with_the_number_of_batches_run_here(
     complete: bool, log: Log, gate: Gate, minutes: list[float]
 ) -> None:
     runner = PoolRunner(threads=1, max_pending=1)
@@ -175,7 +175,7 @@ def test_tasks_of_a_full_pool_are_counted_as_they_begin_and_each_kind_warns_by_i
     assert runner.statistics().run_here == 3
 
 
-def test_the_inline_runner_counts_what_the_pool_ran_on_the_servers_thread(
+def test_the_inline_runner_counts_batches_of_the_pool_that_ran_on_the_servers_thread(
     monkeypatch: pytest.MonkeyPatch, gate: Gate
 ) -> None:
     pool, runner = PoolRunner(threads=1, max_pending=0), InlineRunner()
@@ -215,10 +215,10 @@ def test_the_warning_comes_again_from_each_pool(
     assert len(log.warnings) == 2
 
 
-def test_two_threads_at_the_same_event_log_one_record(
+def test_two_threads_at_the_same_event_log_a_single_record(
     log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second thread counts and logs when the first one has just looked at the clock."""
+    """The second thread counts and logs just after the first thread has looked at the clock."""
     warning = repeated.RepeatedWarning("%d events")
 
     class Now(float):
@@ -241,7 +241,7 @@ def test_an_event_while_another_thread_logs_is_counted_only(
     def clock() -> float:
         nonlocal times
         times += 1
-        if times == 2:  # the first thread has its turn
+        if times == 2:  # the first thread is logging
             warning.count()
         return 60.0 * (times > 3)
 
@@ -275,7 +275,7 @@ def test_beyond_max_pending_an_incomplete_batch_is_still_taken(log: Log, gate: G
     assert len(threads) == 10
 
 
-def test_a_pool_that_keeps_nothing_pending_still_takes_what_is_incomplete(log: Log) -> None:
+def test_a_pool_with_max_pending_0_still_takes_incomplete_batches(log: Log) -> None:
     runner = PoolRunner(max_pending=0)
     threads: list[int] = []
     submit(runner, lambda: threads.append(threading.get_ident()), complete=False)
@@ -304,7 +304,7 @@ def test_waiting_async_batches_count_as_pending_too(gate: Gate) -> None:
 
 
 @pytest.mark.parametrize("make", [PoolRunner, InlineRunner])
-def test_drain_returns_what_is_not_finished_and_takes_no_more_in(
+def test_drain_returns_unfinished_tasks_and_takes_no_more_in(
     make: Any, gate: Gate, log: Log
 ) -> None:
     runner = make()
@@ -317,11 +317,11 @@ def test_drain_returns_what_is_not_finished_and_takes_no_more_in(
     assert threads == [threading.get_ident()] * 2
     gate.open()
     assert runner.drain(TIMEOUT) == []
-    assert log.warnings == []  # that the runner is full, which it is not
+    assert log.warnings == []  # a record would wrongly claim that the runner is full
     assert gate.passed == [True]
 
 
-def test_drain_waits_for_what_is_running() -> None:
+def test_drain_waits_for_running_tasks() -> None:
     runner, gate = PoolRunner(), Gate()
     submit(runner, gate.task)
     waiting = threading.Event()
@@ -341,7 +341,7 @@ def test_drain_waits_for_what_is_running() -> None:
     assert gate.passed == [True]
 
 
-def test_an_inline_runner_counts_what_it_ran_and_what_it_handed_over() -> None:
+def test_an_inline_runner_counts_batches_run_here_and_batches_of_the_pool() -> None:
     runner = InlineRunner()
     submit(runner, int)
     submit(runner, int, complete=False)
@@ -370,7 +370,7 @@ def test_the_order_within_a_batch_is_kept_in_a_pool() -> None:
 def test_a_pool_that_can_start_no_thread_runs_batches_in_close(
     monkeypatch: pytest.MonkeyPatch, log: Log, minutes: list[float]
 ) -> None:
-    """A mock: memory for not one more stack cannot be had here without ending the tests."""
+    """Simulate that no thread can start: using up the real memory would end the tests."""
     runner = PoolRunner()
     threads: list[int] = []
 
@@ -389,7 +389,7 @@ def test_a_pool_that_can_start_no_thread_runs_batches_in_close(
 
 
 class Many:
-    """A batch that others want to join the ledger of while its tasks are counted."""
+    """A batch; while its tasks are counted, another batch joins the ledger."""
 
     succeeded = failed = discarded = run_here = 0
     is_running = True
@@ -416,7 +416,7 @@ def test_requests_are_not_held_up_while_statistics_counts() -> None:
 
 
 def test_a_runner_of_the_users_own() -> None:
-    """The protocol: no base class."""
+    """A runner needs the methods of the protocol, not a base class."""
 
     class Mine:
         def __init__(self) -> None:

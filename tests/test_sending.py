@@ -31,7 +31,7 @@ from wsgi_bg.runners import Statistics
 
 
 class Sender:
-    """Sends the tasks named ``take``; before the others run or, if ``late``, at their turn."""
+    """Sends the tasks named ``take``: early, or in their order if ``late``."""
 
     def __init__(self, *take: str, local: Any = None, late: bool = False) -> None:
         self.take = take
@@ -122,7 +122,7 @@ def add(*functions: Callable[..., Any]) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_what_is_sent_does_not_run_here(late: bool) -> None:
+def test_a_sent_task_does_not_run_here(late: bool) -> None:
     runner = Sender("away", "away_async", late=late)
     request(runner, add(away, here, away_async, here_async))
     assert runner.sent == [(0,), (2,)]
@@ -131,7 +131,7 @@ def test_what_is_sent_does_not_run_here(late: bool) -> None:
     assert runner.statistics().succeeded == 4
 
 
-def test_what_is_sent_early_is_sent_before_anything_runs() -> None:
+def test_tasks_sent_early_are_sent_before_any_task_runs() -> None:
     runner = Sender("away")
 
     def look(number: int) -> None:
@@ -142,7 +142,7 @@ def test_what_is_sent_early_is_sent_before_anything_runs() -> None:
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_what_a_running_task_adds_is_sent_too(late: bool) -> None:
+def test_a_task_that_a_running_task_adds_is_sent_too(late: bool) -> None:
     runner = Sender("away", "away_async", late=late)
 
     def again(number: int) -> None:
@@ -180,7 +180,7 @@ def test_a_task_that_cannot_be_sent_is_given_up_and_the_next_runs(log: Log, late
     assert log.errors == [f"background task {__name__}.lost raised ConnectionError"]
 
 
-def test_under_stop_on_error_nothing_is_sent_after_one_that_was_given_up(log: Log) -> None:
+def test_under_stop_on_error_nothing_is_sent_after_a_task_that_was_given_up(log: Log) -> None:
     runner = Sender("away")
 
     def do() -> None:
@@ -193,7 +193,7 @@ def test_under_stop_on_error_nothing_is_sent_after_one_that_was_given_up(log: Lo
     assert "away was not run: a task before it failed" in log.warnings[0]
 
 
-def test_what_the_runner_refuses_is_refused_where_it_is_added() -> None:
+def test_a_task_that_the_runner_refuses_is_refused_by_add_task() -> None:
     def do() -> None:
         with pytest.raises(TypeError, match="refused"):
             background_tasks.add_task(refused)
@@ -209,7 +209,7 @@ def test_a_task_whose_request_failed_is_not_sent(log: Log) -> None:
     assert len(log.warnings) == 1
 
 
-def test_a_stop_while_one_is_sent_goes_through_and_names_the_others(log: Log) -> None:
+def test_a_stop_while_a_task_is_sent_goes_through_and_names_the_rest(log: Log) -> None:
     runner = Sender("away")
 
     def do() -> None:
@@ -225,7 +225,7 @@ def test_a_stop_while_one_is_sent_goes_through_and_names_the_others(log: Log) ->
     assert runner.sent == ran == []
 
 
-def test_a_task_is_sent_in_the_context_that_it_was_added_in() -> None:
+def test_a_task_is_sent_in_the_context_of_its_add_task() -> None:
     from contextvars import ContextVar
 
     variable: ContextVar[str] = ContextVar("variable", default="of the server")
@@ -246,7 +246,7 @@ def test_a_task_is_sent_in_the_context_that_it_was_added_in() -> None:
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_hooks_are_told_of_what_was_sent(late: bool) -> None:
+def test_hooks_see_sent_tasks(late: bool) -> None:
     told: list[tuple[str, str]] = []
 
     class Watch(Hooks):
@@ -287,7 +287,7 @@ def test_a_second_sending_finds_nothing_to_do(gate: Gate) -> None:
     assert runner.sent == [(0,)]
 
 
-def test_what_was_run_by_hand_meanwhile_is_not_sent_too() -> None:
+def test_a_task_that_was_called_by_hand_meanwhile_is_not_sent() -> None:
     class RunsTheRest(Sender):
         def send(self, task: BackgroundTask) -> bool:
             if not self.sent:

@@ -70,7 +70,7 @@ class Frozen:
         )
 
     def invoke(self) -> list[str]:
-        """Handle one request; return what was written until the process was stopped."""
+        """Handle a request; return the output until the process was stopped."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.send_signal(signal.SIGCONT)
@@ -105,7 +105,7 @@ def test_all_tasks_are_done_when_the_process_is_frozen(adapter: str, runner: str
 
 
 @pytest.mark.parametrize("adapter", HANDLERS)
-def test_a_warning_names_the_decorator_where_tasks_are_frozen(adapter: str) -> None:
+def test_a_warning_names_the_decorator_if_tasks_are_frozen(adapter: str) -> None:
     lines: list[str] = []
     with frozen(adapter, "pool") as process:
         while not any(WARNING in line for line in lines):  # its thread may be frozen first
@@ -119,7 +119,7 @@ def test_a_warning_names_the_decorator_where_tasks_are_frozen(adapter: str) -> N
 
 
 def invoke(app: App, environ: Environ | None = None) -> Any:
-    """What an adapter does that closes nothing; the response stays open in a cycle."""
+    """Act like an adapter that closes nothing; the response stays open in a cycle."""
     body = app(make_environ() if environ is None else environ, Server().start_response)
     cycle: list[Any] = [body]
     cycle.append(cycle)
@@ -149,7 +149,7 @@ def on_lambda(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=["waitress", "uvicorn"],
 )
-def test_no_warning_comes_where_a_real_server_runs_inside(environ: Environ, log: Log) -> None:
+def test_no_warning_comes_if_a_real_server_runs_inside(environ: Environ, log: Log) -> None:
     Server().run(adding(int), environ)
     assert log.warnings == []
 
@@ -259,7 +259,7 @@ def test_a_wait_that_is_interrupted_names_the_tasks() -> None:
         """
     )
     assert (done.returncode, done.stdout) == (3, "")
-    # A garbage collection may free the response first, and a WARNING says so.
+    # A garbage collection may free the response first, which a WARNING names.
     assert "background task __main__.stuck was not finished when its" in done.stderr
 
 
@@ -324,7 +324,7 @@ def test_an_async_handler_that_a_plain_decorator_hides_is_awaited() -> None:
 
 
 class Mine:
-    """A runner of a user's own, which knows no more than ``submit``."""
+    """A runner of a user's, with the methods of the protocol only."""
 
     def submit(self, batch: Batch) -> None:
         threading.Thread(target=batch.run).start()
@@ -349,7 +349,7 @@ def test_a_runner_of_the_users_own_is_awaited() -> None:
 
 
 class Broken(Mine):
-    """Refuses a batch and keeps it all the same."""
+    """Refuses each batch, but keeps the batch."""
 
     def __init__(self) -> None:
         self.kept: list[Batch] = []
@@ -363,12 +363,12 @@ def test_tasks_that_a_runner_does_not_take_are_awaited(log: Log, gate: Gate) -> 
     runner = Broken()
 
     def run_again() -> None:
-        runner.kept[0].run()  # runs nothing, and says so: the shared pool has the tasks
+        runner.kept[0].run()  # runs nothing and logs that: the shared pool has the tasks
         threading.Timer(0.05, gate.open).start()
 
     finish_tasks(invoke)(adding(run_again, gate.task, runner=runner))
     assert gate.passed == [True]
-    assert len(log.errors) == 1  # that the runner did not take them
+    assert len(log.errors) == 1  # the record names the refusal
 
 
 def test_a_registered_task_is_sent_before_the_handler_returns(tmp_path: Any) -> None:
@@ -442,7 +442,7 @@ def test_a_timeout_that_is_none_is_refused(timeout: Any, error: type[Exception])
         finish_tasks(timeout=timeout)
 
 
-def test_a_handler_that_is_none_is_refused() -> None:
+def test_an_object_that_is_no_handler_is_refused() -> None:
     with pytest.raises(TypeError, match=r"handler must be a function: handler\(event, context"):
         finish_tasks(5)  # type: ignore[call-overload]
 
@@ -473,7 +473,7 @@ def test_the_page_has_the_adapters() -> None:
 
 @pytest.fixture
 def main_loop() -> Iterator[None]:
-    """A loop for Mangum, which makes one of its own elsewhere and leaves it open."""
+    """A loop for Mangum, which otherwise makes a loop and leaves that open."""
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     yield
@@ -483,7 +483,7 @@ def main_loop() -> Iterator[None]:
 
 @pytest.mark.usefixtures("main_loop")
 @pytest.mark.parametrize("adapter", HANDLERS)
-def test_the_page_says_which_adapter_closes_a_response(adapter: str) -> None:
+def test_the_page_names_the_adapters_that_close_a_response(adapter: str) -> None:
     closed: list[bool] = []
 
     def app(environ: Environ, start_response: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The rules by which a server, a test client and a complete response are recognised."""
+"""The rules that recognise a server, a test client and a complete response."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def test_a_mark_is_compared_whole(software: str) -> None:
     assert servers.describe(environ) == software
 
 
-def test_pythons_own_server_is_told_from_those_that_write_its_name() -> None:
-    """Its environ has no suffix; socketify's is the same text, without a file wrapper."""
+def test_pythons_server_is_told_from_servers_that_use_its_name() -> None:
+    """The environ has no suffix; socketify's has the same name, but no file wrapper."""
     environ = make_environ(SERVER_SOFTWARE="WSGIServer/0.2")
     assert servers.describe({**environ, "wsgi.file_wrapper": FileWrapper}) == "wsgiref"
     assert servers.recognise({**environ, "wsgi.file_wrapper": None}) is None
@@ -93,7 +93,7 @@ def test_every_server_of_the_table_is_tried() -> None:
         (make_environ(), "a test client"),
     ],
 )
-def test_an_unknown_server_is_described_by_what_it_says(
+def test_an_unknown_server_is_described_by_its_environ(
     environ: Environ, description: str
 ) -> None:
     assert servers.recognise(environ) is None
@@ -199,7 +199,7 @@ GATEWAY: Environ = {
     "wsgi.input": io.BytesIO(),
     "wsgi.errors": sys.stderr,
 }
-"""What a gateway of one process and one thread sets, whatever the web server sends."""
+"""The environ of a gateway of one process and one thread, under any web server."""
 
 GATEWAYS: dict[str, Environ] = {
     "FastCGI": {"GATEWAY_INTERFACE": "CGI/1.1", "REMOTE_ADDR": "192.0.2.1"},
@@ -228,7 +228,7 @@ GATEWAYS: dict[str, Environ] = {
 
 
 @pytest.mark.parametrize("name", GATEWAYS)
-def test_a_gateway_of_one_thread_is_no_test_client(name: str) -> None:
+def test_a_gateway_with_a_single_thread_is_no_test_client(name: str) -> None:
     environ = {**GATEWAY, **GATEWAYS[name]}
     assert not servers.is_test_client(environ)
     headers = [("Content-Length", "2")]
@@ -263,14 +263,14 @@ def test_a_request_within_the_application_is_no_test_clients() -> None:
     assert not servers.is_test_client(Request.blank("/").environ)
 
 
-def test_falcons_client_is_told_from_the_gunicorn_that_it_names_itself_after() -> None:
+def test_falcons_client_is_told_from_gunicorn_whose_name_the_client_uses() -> None:
     environ = falcon.testing.create_environ()
     assert servers.describe(environ) == "a test client"
     assert servers.describe({**environ, "gunicorn.socket": object()}) == "gunicorn"
     assert servers.describe({**environ, "SERVER_SOFTWARE": "gunicorn/25.1.0"}) == "gunicorn"
 
 
-def test_an_environ_that_does_not_say_is_not_a_test_clients() -> None:
+def test_an_empty_environ_is_not_a_test_clients() -> None:
     assert not servers.is_test_client({})
 
 
@@ -290,7 +290,7 @@ def test_the_declared_length(headers: list[tuple[str, str]], length: int) -> Non
 
 
 def where_the_task_runs(app: Any, environ: Environ) -> str:
-    """``"here"``, or ``"elsewhere"`` for a task that was handed over."""
+    """``"here"``, or ``"elsewhere"`` if the task was handed to the pool."""
     done = threading.Event()
     threads: list[int] = []
 

@@ -46,7 +46,7 @@ def not_finished(name: str, reason: str) -> str:
 def test_a_server_with_nothing_to_do_hears_the_signal(
     options: tuple[str, ...], number: signal.Signals, tmp_path: Path
 ) -> None:
-    # Its loop would look up once an hour.
+    # waitress's loop would look up once an hour.
     with serving(tmp_path, "--", "--asyncore-loop-timeout=3600", *options) as command:
         command.send(number)
         assert command.end() == (0, [])
@@ -68,7 +68,7 @@ def test_a_response_in_the_middle_is_finished_and_then_its_task_runs(
 
 @pytest.mark.parametrize("runner", ["pool", "inline"])
 @pytest.mark.parametrize("path", ["/plain", "/coroutine"])
-def test_tasks_are_waited_for_with_those_that_they_add(
+def test_the_exit_waits_for_tasks_and_for_the_tasks_that_they_add(
     path: str, runner: str, tmp_path: Path
 ) -> None:
     with serving(tmp_path, "--runner", runner) as command:
@@ -94,7 +94,7 @@ def test_requests_that_wait_for_a_thread_are_answered(tmp_path: Path) -> None:
         assert command.end() == (0, [])
 
 
-def test_the_last_response_on_a_connection_says_that_it_is_the_last(tmp_path: Path) -> None:
+def test_the_last_response_on_a_connection_announces_the_close(tmp_path: Path) -> None:
     with serving(tmp_path) as command:
         before = command.ask("/answer")
         assert before.headers["Connection"] is None
@@ -130,7 +130,7 @@ def test_a_request_of_which_a_part_has_come_is_answered(tmp_path: Path) -> None:
 
 
 def test_a_request_whose_client_has_left_is_finished_too(tmp_path: Path) -> None:
-    options = ("--", "--channel-request-lookahead", "1")  # notices that at once
+    options = ("--", "--channel-request-lookahead", "1")  # waitress notices that at once
     with serving(tmp_path, *options) as command:
         connection = command.request("/held")
         assert command.line() == "request begins"
@@ -230,7 +230,7 @@ def may_unshare() -> bool:
 def test_a_second_signal_ends_a_container_without_an_init(
     number: signal.Signals, tmp_path: Path
 ) -> None:
-    """Its first process is PID 1, which no signal without a handler ends."""
+    """The container's first process is PID 1, which no signal without a handler ends."""
     write(tmp_path, "shop", SHOP)
     first = ["unshare", "--pid", "--fork", "--kill-child", *MODULE]
     options = ["--port", "0", "--drain-timeout", "3600"]
@@ -263,7 +263,7 @@ def test_a_hangup_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
         ((), "/held", "1 request"),
     ],
 )
-def test_while_it_waits_it_says_for_what(
+def test_the_waiting_command_names_the_tasks(
     options: tuple[str, ...], path: str, what: str, tmp_path: Path
 ) -> None:
     with serving(tmp_path, *options) as command:
@@ -280,7 +280,7 @@ def test_while_it_waits_it_says_for_what(
         assert command.end() == (0, [])
 
 
-def test_a_request_whose_client_has_left_is_named_while_it_is_waited_for(
+def test_a_waiting_request_whose_client_has_left_is_named(
     tmp_path: Path,
 ) -> None:
     options = ("--", "--channel-request-lookahead", "1")
@@ -322,7 +322,7 @@ def test_a_runner_of_the_programs_own_keeps_its_drain_time(tmp_path: Path) -> No
         assert command.end() == (0, [not_finished("shop.slow", reason)])
 
 
-# The server alone, in this process: what came before the stop, but was not looked at yet.
+# The server alone, in this process: requests that arrived before the stop, but were not read.
 
 
 def finish(app: App, connect: Any, **options: Any) -> int:
@@ -385,11 +385,11 @@ def test_a_thread_that_waits_for_its_client_to_read_is_let_go() -> None:
         assert server.finish(time.monotonic(), Notice()) == 1
         assert let_go.wait(TIMEOUT)
     assert threads_have_ended()
-    server._close()  # what is left open while a thread goes on
+    server._close()  # the descriptors that stay open while a thread goes on
 
 
 def threads_have_ended() -> bool:
-    """Whether no thread of waitress is left, but those that are just ending."""
+    """True if no thread of waitress is left, apart from threads that are just ending."""
     threads = [each for each in threading.enumerate() if each.name.startswith("waitress-")]
     for thread in threads:
         thread.join(TIMEOUT)
@@ -407,7 +407,7 @@ def test_an_address_that_cannot_be_had_leaves_nothing_open() -> None:
     assert threads_have_ended()
 
 
-def test_an_ipv6_address_is_written_as_clients_write_it() -> None:
+def test_an_ipv6_address_is_written_as_in_urls() -> None:
     listener = SimpleNamespace(effective_host="::1", effective_port=8080)
     assert graceful._address_of(listener) == "http://[::1]:8080"
 
@@ -436,17 +436,19 @@ def test_an_ipv6_address_is_written_as_clients_write_it() -> None:
         ({"thread": 4}, "Unknown adjustment 'thread'"),
     ],
 )
-def test_serve_refuses_options_before_it_listens(options: Any, message: str) -> None:
+def test_serve_refuses_options_before_listening(options: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         wsgi_bg.serve(**{"app": app_that(print), **options})
 
 
-def test_serve_says_that_it_is_for_the_main_thread() -> None:
+def test_serve_outside_of_the_main_thread_is_refused() -> None:
     with ThreadPoolExecutor() as other, pytest.raises(MainThreadError, match="main thread"):
         other.submit(wsgi_bg.serve, app_that(print)).result(TIMEOUT)
 
 
-def test_serve_says_how_to_install_waitress(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_without_waitress_names_the_package_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "waitress", None)
     message = re.escape("pip install 'wsgi_bg[waitress]'")
     with pytest.raises(ImportError, match=message) as raised:
@@ -468,7 +470,7 @@ def serving_options(**options: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("previous", [signal.SIG_IGN, None])
-def test_the_handlers_are_put_back_if_python_knows_them(
+def test_the_signal_handlers_are_restored_if_python_knows_them(
     previous: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[int, Any]] = []
@@ -488,7 +490,7 @@ def test_the_handlers_are_put_back_if_python_knows_them(
 def test_the_process_ends_at_the_second_signal_even_if_the_log_fails(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Real signals; the one that would end this process is only noted."""
+    """Real signals; the test only records the last signal, which would end this process."""
     raised: list[int] = []
     stops: list[str] = []
 

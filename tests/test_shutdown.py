@@ -52,7 +52,7 @@ def run(code: str) -> tuple[int, list[str]]:
 
 
 @pytest.mark.parametrize("runner", ["'inline'", "'pool'", "PoolRunner()", "InlineRunner()"])
-def test_the_process_ends_after_the_tasks_that_were_handed_over(runner: str) -> None:
+def test_the_process_ends_after_the_submitted_tasks(runner: str) -> None:
     assert run(
         f"""
         def slow():
@@ -69,7 +69,7 @@ def test_the_process_ends_after_the_tasks_that_were_handed_over(runner: str) -> 
     ) == (0, ["plain", "async"])
 
 
-def test_what_the_application_registered_on_import_ends_after_the_tasks() -> None:
+def test_functions_that_the_application_registered_on_import_run_after_the_tasks() -> None:
     assert run(
         """
         atexit.register(print, "pool of connections closed")
@@ -161,7 +161,7 @@ def test_a_stuck_inline_task_of_a_daemon_thread_is_named(tmp_path: object) -> No
     )
 
 
-def test_a_runner_of_the_users_own_is_drained_and_what_it_leaves_is_named() -> None:
+def test_a_runner_of_the_users_own_is_drained_and_its_unfinished_tasks_are_named() -> None:
     assert run(
         """
         from wsgi_bg.runners import Statistics
@@ -215,7 +215,7 @@ assert begun.wait(10)
     ], done.stderr
 
 
-def test_a_runner_that_cannot_be_drained_keeps_no_other_from_it() -> None:
+def test_a_runner_that_cannot_be_drained_keeps_no_further_runner_from_draining() -> None:
     assert run(
         """
         class Broken(InlineRunner):
@@ -263,7 +263,7 @@ def test_a_runner_that_cannot_be_drained_is_complained_of_once() -> None:
         "def abandon(self): return None",
     ],
 )
-def test_a_users_runner_with_a_mistake_keeps_no_other_from_being_drained(body: str) -> None:
+def test_a_users_runner_with_a_mistake_keeps_no_further_runner_from_draining(body: str) -> None:
     code, lines = run(
         f"""
         import math
@@ -304,7 +304,7 @@ def test_a_stop_that_comes_while_tasks_are_named_is_not_the_runners_error() -> N
     ) == (0, ["goes through"])
 
 
-def test_what_a_users_runner_does_not_return_is_waited_for() -> None:
+def test_tasks_that_a_users_runner_does_not_return_are_waited_for() -> None:
     assert run(
         """
         from wsgi_bg.runners import Statistics
@@ -320,7 +320,7 @@ def test_what_a_users_runner_does_not_return_is_waited_for() -> None:
     ) == (0, ["ran"])
 
 
-def test_what_a_users_runner_does_not_return_is_named_when_the_time_is_up() -> None:
+def test_tasks_that_a_users_runner_does_not_return_are_named_when_time_is_up() -> None:
     assert run(
         """
         from wsgi_bg.runners import Statistics
@@ -347,7 +347,7 @@ def test_what_a_users_runner_does_not_return_is_named_when_the_time_is_up() -> N
     )
 
 
-def test_a_child_is_drained_though_its_parent_was_before_the_fork() -> None:
+def test_a_child_is_drained_although_its_parent_was_drained_before_the_fork() -> None:
     assert run(
         """
         import os, wsgi_bg
@@ -363,7 +363,7 @@ def test_a_child_is_drained_though_its_parent_was_before_the_fork() -> None:
     ) == (0, ["ran"])
 
 
-def test_a_runner_that_cannot_say_what_it_left_keeps_no_other_from_it() -> None:
+def test_a_runner_that_cannot_name_its_tasks_keeps_no_further_runner_from_naming() -> None:
     code, lines = run(
         """
         class Broken(InlineRunner):
@@ -387,7 +387,7 @@ def test_a_runner_that_cannot_say_what_it_left_keeps_no_other_from_it() -> None:
     assert "background task __main__.stuck was not finished" in "".join(lines)
 
 
-def test_what_a_broken_runner_did_not_take_is_waited_for_too() -> None:
+def test_tasks_that_a_broken_runner_did_not_take_are_waited_for_too() -> None:
     assert run(
         """
         class Broken(InlineRunner):
@@ -400,7 +400,7 @@ def test_what_a_broken_runner_did_not_take_is_waited_for_too() -> None:
     ) == (0, ["ran"])
 
 
-def test_a_batch_that_comes_while_the_exit_waits_for_others_is_named() -> None:
+def test_a_batch_that_comes_during_the_wait_of_the_exit_is_named() -> None:
     code, lines = run(
         """
         begun, running = threading.Event(), threading.Event()
@@ -467,7 +467,7 @@ def test_a_stuck_task_that_two_runners_know_of_is_named_once() -> None:
     assert len(lines) == 1
 
 
-def test_a_signal_handler_may_drain_while_a_batch_is_taken_in() -> None:
+def test_a_signal_handler_may_drain_while_a_batch_is_submitted() -> None:
     assert run(
         """
         import signal
@@ -527,12 +527,12 @@ def test_a_second_drain_neither_waits_nor_names_again() -> None:
     name = "ERROR background task {} was not finished {}: the process ends without it"
     assert code == 0
     assert lines == [
-        "drain 0.0",  # its time
-        "drain 0.0",  # and what is left
+        "drain 0.0",  # the runner's time
+        "drain 0.0",  # and a look at the tasks left
         name.format("builtins.int", "within the drain time of 0 seconds"),
         name.format("__main__.stuck", "within the drain time of 0 seconds"),
         "['builtins.int', '__main__.stuck']",
-        "drain 0.0",  # as the main thread ends: what is left
+        "drain 0.0",  # as the main thread ends: a look at the tasks left
         name.format("builtins.float", "by the end of the process"),
         "drain 0.0",  # from atexit
     ]
@@ -560,7 +560,7 @@ def test_a_process_without_tasks_has_no_thread_and_nothing_to_wait_for() -> None
     ) == (0, ["1"])
 
 
-def test_a_response_freed_at_the_very_end_has_its_tasks_run() -> None:
+def test_a_response_freed_at_the_very_end_still_has_its_tasks_run() -> None:
     code, lines = run(
         """
         def add(environ): background_tasks.add_task(print, "ran")
@@ -608,7 +608,7 @@ def test_tasks_are_named_without_a_wait_when_there_is_no_time(
     assert log.errors == 2 * [f"{message}the process ends without it"]
 
 
-def test_runners_are_given_their_time_from_one_beginning(
+def test_the_drain_times_of_all_runners_begin_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Stuck runners cost the longest of their limits, not the sum. The clock is a mock."""
@@ -637,7 +637,7 @@ def test_runners_are_given_their_time_from_one_beginning(
 
 
 def test_a_process_of_multiprocessing_waits_for_its_tasks() -> None:
-    """It calls nothing of atexit: a worker of granian is one."""
+    """Such a process calls nothing of atexit: a worker of granian is an example."""
     code, lines = run(
         """
         import multiprocessing
@@ -675,7 +675,7 @@ def test_a_process_of_multiprocessing_waits_for_its_tasks() -> None:
 @needs_threads_at_exit
 @pytest.mark.parametrize("complete", [True, False])
 @pytest.mark.parametrize("first", ["", 'request("pool", int)'])
-def test_a_server_that_outlives_the_main_thread_hands_over_as_before(
+def test_a_server_that_outlives_the_main_thread_may_still_submit(
     first: str, complete: bool
 ) -> None:
     assert run(
@@ -723,7 +723,7 @@ def test_a_task_may_use_processes_that_it_imports_while_the_exit_waits() -> None
 
 @pytest.mark.parametrize("thread", ["an idle executor", "a server"])
 def test_a_stuck_task_is_given_its_time_once(thread: str) -> None:
-    """The workers of an executor keep the process, and end after the drain only."""
+    """The workers of an executor keep the process alive, and end only after the drain."""
     code, lines = run(
         f"""
         from concurrent.futures import ThreadPoolExecutor
@@ -770,7 +770,7 @@ def test_a_stuck_task_is_given_its_time_once(thread: str) -> None:
 
 @needs_threads_at_exit
 @pytest.mark.parametrize("first", ["before", "after"])
-def test_without_atexit_a_thread_drains_that_no_one_waits_for_too_early(first: str) -> None:
+def test_without_atexit_a_thread_drains_that_nobody_joins_too_early(first: str) -> None:
     """As in a forked process of multiprocessing, which stores no coverage."""
     before = 'request("pool", int)' if first == "before" else ""
     assert run(

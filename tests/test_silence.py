@@ -1,4 +1,4 @@
-"""Nothing is silent by accident, and what a user's code raises harms no other task."""
+"""Nothing is silent by accident, and no exception of a user's code harms another task."""
 
 from __future__ import annotations
 
@@ -89,11 +89,11 @@ def stuck():
 request(stuck, runner=PoolRunner(drain_timeout=0.1))
 assert begun.wait(10)
 """
-"""A task that fails, one that is not run, one that is lost at the end of the process."""
+"""A task that fails, a task that is not run, a task that is lost at the end of the process."""
 
 
 def run(code: str) -> list[str]:
-    """The records on standard output, of a process that ends well."""
+    """Run a process that must succeed; return its records on standard output."""
     done = run_python(SETUP + textwrap.dedent(code))
     assert done.returncode == 0, done.stderr
     levels = ("ERROR", "WARNING", "CRITICAL", "INFO")
@@ -113,7 +113,7 @@ def check_records(lines: list[str], wanted: list[str]) -> None:
         assert line.startswith(beginning)
 
 
-# 1. Configurations that disable every logger which they do not name.
+# 1. Configurations that disable every logger without an entry.
 
 
 @pytest.mark.parametrize("configure", [DICT_CONFIG, FILE_CONFIG, DICT_CONFIG + FILE_CONFIG])
@@ -168,7 +168,7 @@ def test_a_user_who_names_the_logger_without_a_level_hears_all() -> None:
 
 
 def test_a_configuration_of_the_module_does_not_silence_the_command(tmp_path: Path) -> None:
-    """It imports the package before the module, which configures logging as Flask says."""
+    """The command imports the package before the module, which configures logging."""
     write(
         tmp_path,
         "shop",
@@ -290,14 +290,14 @@ async def fail_async() -> None:
 
 
 class Odd:
-    """A callable object that raises when it is called."""
+    """A callable object that raises in each call."""
 
     def __call__(self, *args: Any) -> None:
         raise ValueError
 
 
 def odd(name: str, answer: Callable[[], Any]) -> Any:
-    """Make an object that answers with ``answer()`` when it is asked for ``name``."""
+    """Make an object that returns ``answer()`` for the attribute ``name``."""
 
     def ask(self: object, asked: str) -> Any:
         return answer() if asked == name else object.__getattribute__(self, asked)
@@ -404,7 +404,7 @@ def test_following_tasks_and_requests_run_after_a_callable_without_a_name(
 
 
 @pytest.mark.parametrize("kind", NAMELESS)
-def test_a_callable_without_a_name_cannot_be_registered_and_that_is_said(kind: str) -> None:
+def test_a_callable_without_a_name_cannot_be_registered(kind: str) -> None:
     with pytest.raises(RegistrationError, match="cannot be registered"):
         registered_task(NAMELESS[kind]())
 
@@ -460,7 +460,7 @@ def test_an_application_context_that_raises_fails_that_task_alone(
         seen.append("async")
 
     def around(environ: Any, start_response: Any) -> Any:
-        """The contexts of tasks raise, and those of requests do not."""
+        """The contexts of tasks raise; the contexts of requests do not."""
         raises[0] = False
         try:
             return inner(environ, start_response)
@@ -542,7 +542,7 @@ PoolRunner = Runner
 
 
 @pytest.mark.parametrize("what", AT_EXIT)
-def test_the_other_tasks_are_named_at_exit_although_one_cannot_be(what: str) -> None:
+def test_all_further_tasks_are_named_at_exit_although_a_task_cannot_be(what: str) -> None:
     done = run_python(
         SETUP
         + "hooks = None\n"
@@ -575,7 +575,7 @@ begun.wait(10)
 """
     )
     assert done.returncode == 0, done.stderr
-    named = done.stdout + done.stderr  # the record of a filter that raises goes there
+    named = done.stdout + done.stderr  # a record goes there if a filter raises
     for name, times in (("first", 1), ("second", 1), ("third", 2)):
         assert named.count(f"background task __main__.{name} was not finished") == times, named
 

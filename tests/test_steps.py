@@ -1,4 +1,4 @@
-"""Coroutines that no one will await any more."""
+"""Coroutines that nobody will await any more."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def entered(awaitable: Awaitable[Any], left: list[str]) -> AwaitableInStack:
 
 
 @pytest.mark.parametrize("make", [waits, Waits, never])
-def test_what_was_entered_for_a_dropped_awaitable_is_left(make: Any) -> None:
+def test_the_contexts_entered_for_a_dropped_awaitable_are_left(make: Any) -> None:
     left: list[str] = []
     drop(copy_context(), entered(make(), left))
     assert left == ["left"]
 
 
 @pytest.mark.parametrize("make", [waits, Waits])
-def test_what_has_begun_is_not_dropped(make: Any) -> None:
+def test_an_awaitable_that_has_begun_is_not_dropped(make: Any) -> None:
     left: list[str] = []
     awaited = entered(make(), left)
     begun = awaited.__await__()
@@ -60,5 +60,5 @@ def test_a_coroutine_that_has_begun_is_not_dropped() -> None:
         coroutine.send(None)
 
 
-def test_what_cannot_be_closed_is_left_alone() -> None:
+def test_an_awaitable_without_close_is_left_alone() -> None:
     drop(copy_context(), Waits())

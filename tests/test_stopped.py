@@ -54,12 +54,12 @@ pytestmark = pytest.mark.usefixtures("no_request_left")
 
 
 class TimeLimitError(Exception):
-    """What a handler of SIGALRM may raise."""
+    """An error that a handler of SIGALRM may raise."""
 
 
 @contextmanager
 def handler(exc: type[BaseException]) -> Iterator[Callable[..., Any]]:
-    """A function that raises ``exc`` from a signal handler, at its first call only."""
+    """Yield a function that raises ``exc`` from a signal handler, at its first call only."""
 
     def raise_it(number: int, frame: object) -> None:
         raise exc
@@ -78,7 +78,7 @@ def handler(exc: type[BaseException]) -> Iterator[Callable[..., Any]]:
 
 
 def first_stopped(stop: Callable[..., Any], function: Callable[..., Any]) -> Any:
-    """``function``, whose first call is stopped before it begins."""
+    """Wrap ``function``: ``stop()`` interrupts the first call before its begin."""
 
     def stopped(*args: Any, **kwargs: Any) -> Any:
         stop()
@@ -87,7 +87,7 @@ def first_stopped(stop: Callable[..., Any], function: Callable[..., Any]) -> Any
     return stopped
 
 
-def test_a_time_limit_in_the_hand_over_hands_the_tasks_over(
+def test_after_a_time_limit_in_submit_the_tasks_still_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[int] = []
@@ -121,7 +121,7 @@ def test_a_task_that_was_to_be_discarded_is_named_in_spite_of_a_time_limit(
 def test_a_time_limit_while_an_async_task_runs_is_that_tasks_error(
     ends: bool, monkeypatch: pytest.MonkeyPatch, log: Log
 ) -> None:
-    """A task that does not end when it is cancelled stops the batch."""
+    """A task that goes on after its cancellation stops the batch."""
     monkeypatch.setattr(batch, "_CANCEL_TIMEOUT", TIMEOUT if ends else 0.01)
     seen, gate = list[str](), Gate()
 
@@ -164,7 +164,7 @@ def awaits() -> Any:
 
 
 @pytest.mark.parametrize("function", [lambda: "result", awaits])
-def test_a_stop_behind_the_call_of_a_task_names_it_only_if_it_waits(
+def test_a_stop_after_the_call_of_a_task_names_the_task_only_if_it_waits(
     function: Any, monkeypatch: pytest.MonkeyPatch, log: Log
 ) -> None:
     def add(environ: object) -> None:
@@ -180,7 +180,7 @@ def test_a_stop_behind_the_call_of_a_task_names_it_only_if_it_waits(
     assert "builtins.int" in log.warnings[-1]
 
 
-def test_a_stop_behind_the_record_of_a_failed_task_does_not_name_it_again(
+def test_a_stop_after_the_record_of_a_failed_task_does_not_name_the_task_again(
     monkeypatch: pytest.MonkeyPatch, log: Log
 ) -> None:
     def add(environ: object) -> None:
@@ -198,7 +198,7 @@ def test_a_stop_behind_the_record_of_a_failed_task_does_not_name_it_again(
     ]
 
 
-def test_what_is_said_in_a_context_that_is_in_use_is_said_outside_of_it() -> None:
+def test_a_call_in_a_context_in_use_runs_outside_of_that_context() -> None:
     context, seen = copy_context(), list[int]()
     context.run(batch._run_in, context, seen.append, 1)
     assert seen == [1]
@@ -252,7 +252,7 @@ def test_without_a_loops_thread_a_leftover_does_not_hit_the_next_task(no_loop: N
     assert seen == ["ran"]
 
 
-def test_a_runner_that_raises_when_it_has_run_the_batch_is_logged(log: Log) -> None:
+def test_a_runner_that_raises_after_the_batch_is_logged(log: Log) -> None:
     class Odd(InlineRunner):
         def submit(self, batch: Any) -> None:
             super().submit(batch)
@@ -264,7 +264,7 @@ def test_a_runner_that_raises_when_it_has_run_the_batch_is_logged(log: Log) -> N
     assert log.errors == ["Odd() raised in submit()"]
 
 
-def test_two_threads_do_not_log_one_warning_at_a_time(log: Log) -> None:
+def test_two_threads_do_not_log_the_same_warning_at_a_time(log: Log) -> None:
     warning = repeated.RepeatedWarning("%d")
     warning._turn.pop()  # by another thread, which logs
     warning.count()
@@ -274,7 +274,7 @@ def test_two_threads_do_not_log_one_warning_at_a_time(log: Log) -> None:
     assert log.warnings == ["2"]
 
 
-def test_the_thread_for_unclosed_responses_survives_what_it_does_not_expect(
+def test_the_thread_for_unclosed_responses_survives_an_unexpected_error(
     log: Log, own_collector: Collector
 ) -> None:
     collector = own_collector
@@ -310,7 +310,7 @@ def test_a_thread_for_unclosed_responses_that_is_killed_is_replaced(
 
 
 class Said(defaultdict[Any, Any]):
-    """The record is made, and then something raises."""
+    """Raises after the record has been made."""
 
     def __getitem__(self, key: Any) -> Any:
         super().__getitem__(key)
@@ -332,7 +332,7 @@ class Silent(Exception):  # noqa: N818
         raise ValueError
 
 
-def test_an_error_without_a_text_is_logged_by_its_type(log: Log) -> None:
+def test_an_error_whose_str_raises_is_logged_by_its_type(log: Log) -> None:
     from wsgi_bg._process import log as logs
 
     logs.error("%s", Silent())
@@ -381,7 +381,7 @@ class Closing:
 
 
 @pytest.mark.parametrize("place", ["filter", "printing", "text", "repr"])
-def test_a_ctrl_c_while_something_is_said_goes_through(
+def test_a_ctrl_c_during_a_log_call_goes_through(
     place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Interrupted(Exception):  # noqa: N818
@@ -403,7 +403,7 @@ def test_a_ctrl_c_while_something_is_said_goes_through(
 
 
 class StoppingList(list[Any]):
-    """A list whose ``pop`` is stopped before it begins."""
+    """A list whose ``pop`` is stopped before its begin."""
 
     stop: Callable[..., Any]
 
@@ -486,7 +486,7 @@ def test_a_runtime_error_of_a_signal_handler_is_not_taken_for_a_missing_thread(
             portal.run(nothing)
 
 
-def test_a_time_limit_behind_the_call_of_a_task_is_not_its_error(
+def test_a_time_limit_after_the_call_of_a_task_is_not_the_tasks_error(
     monkeypatch: pytest.MonkeyPatch, log: Log
 ) -> None:
     def add(environ: object) -> None:
@@ -500,7 +500,7 @@ def test_a_time_limit_behind_the_call_of_a_task_is_not_its_error(
     assert log.warnings == log.errors == []
 
 
-def test_a_stop_before_there_is_a_batch_hands_the_tasks_over(
+def test_after_a_stop_before_the_batch_exists_the_tasks_still_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[int] = []
@@ -518,7 +518,7 @@ def test_the_exit_of_another_process_drains_nothing_here() -> None:
     assert drained == []
 
 
-def test_a_generator_may_be_asked_for_its_chunks_twice() -> None:
+def test_a_generator_may_be_iterated_twice() -> None:
     app = BackgroundTasksMiddleware(app_that(bool, body=lambda: (c for c in (b"o", b"k"))))
     body: Any = app(make_server_environ(), Server().start_response)
     assert next(iter(body)) == b"o"
@@ -557,7 +557,7 @@ def test_a_stop_in_a_repr_is_no_error_of_the_repr() -> None:
         logs.safe_repr(Slow())
 
 
-def test_an_error_in_a_repr_is_told_instead_of_the_repr() -> None:
+def test_an_error_in_a_repr_is_shown_instead_of_the_repr() -> None:
     from wsgi_bg._process import log as logs
 
     class Broken:

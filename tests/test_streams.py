@@ -1,4 +1,4 @@
-"""Responses that test clients leave open are closed for them, and are else as before."""
+"""Responses that test clients leave open are closed for them, and are otherwise unchanged."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def _clear() -> None:
 
 
 def closing(*chunks: bytes) -> Callable[[], Any]:
-    """A body that notes when it is closed."""
+    """A body that records its closing."""
     return lambda: ClosingIterator(iter(chunks), lambda: done.append("closed"))
 
 
 def call(app: Any, **environ: Any) -> Any:
-    """What a test client gets to iterate over."""
+    """The iterable that a test client gets."""
     return app(make_environ(**environ), Server().start_response)
 
 
@@ -77,14 +77,16 @@ def test_a_list_is_closed_at_once_and_keeps_its_length(recorder: TaskRecorder) -
     assert call(BackgroundTasksMiddleware(app)) == [b"a", b"b"]
 
 
-def test_webtest_gets_streams_read_for_it_reads_them_anyway(recorder: TaskRecorder) -> None:
+def test_webtest_gets_read_streams_since_webtest_reads_them_anyway(
+    recorder: TaskRecorder,
+) -> None:
     app = app_that(print, headers=TYPE, body=closing(b"o", b"k"))
     assert call(BackgroundTasksMiddleware(app), **{"paste.testing": True}) == [b"o", b"k"]
     assert done == ["closed"]
 
 
 @pytest.mark.parametrize("client", [by_flask, by_werkzeug])
-def test_a_stream_is_not_read_ahead_and_is_closed_at_its_end(
+def test_a_stream_is_not_read_ahead_and_is_closed_at_the_end(
     recorder: TaskRecorder, client: Any
 ) -> None:
     def chunks() -> Iterator[bytes]:
@@ -127,7 +129,7 @@ def test_any_use_of_the_fixture_closes_the_streams_that_were_not_read(
         _ = response.data
 
 
-def test_what_was_read_for_the_client_is_still_there_when_the_fixture_is_used(
+def test_chunks_read_for_the_client_are_still_there_after_a_use_of_the_fixture(
     recorder: TaskRecorder,
 ) -> None:
     for app in (whole((send, "ada")), late_whole((send, "ada"))):
@@ -136,14 +138,14 @@ def test_what_was_read_for_the_client_is_still_there_when_the_fixture_is_used(
         assert response.data == b"ok"
 
 
-def test_assert_none_closes_a_stream_whose_tasks_it_then_sees(recorder: TaskRecorder) -> None:
+def test_assert_none_closes_a_stream_and_sees_its_tasks(recorder: TaskRecorder) -> None:
     response = by_werkzeug(stream((send, "ada")))
     with pytest.raises(AssertionError, match="no task was expected"):
         recorder.assert_none()
     assert response.status_code == 200
 
 
-def test_all_streams_are_closed_in_order_even_if_one_raises(recorder: TaskRecorder) -> None:
+def test_all_streams_are_closed_in_order_even_if_a_close_raises(recorder: TaskRecorder) -> None:
     def close(number: int) -> None:
         done.append(number)
         if number == 1:
@@ -181,7 +183,7 @@ def test_an_unread_stream_is_closed_at_the_end_of_the_test() -> None:
 
 
 @run
-def test_an_error_after_a_stream_is_raised_where_the_client_closes_it(
+def test_an_error_after_a_stream_is_raised_to_the_client_that_closes(
     recorder: TaskRecorder,
 ) -> None:
     response = by_werkzeug(stream(fail))
@@ -194,7 +196,7 @@ def test_an_error_after_a_stream_is_raised_where_the_client_closes_it(
 
 @run
 @pytest.mark.parametrize("buffered", [True, False])
-def test_closing_it_again_is_harmless(recorder: TaskRecorder, buffered: bool) -> None:
+def test_closing_again_is_harmless(recorder: TaskRecorder, buffered: bool) -> None:
     for app in (whole((send, "ada")), stream((send, "ada"))):
         done.clear()
         with Client(app).get("/", buffered=buffered) as response:
@@ -258,7 +260,7 @@ def test_a_file_wrapper_is_read_if_there_are_tasks(
 
 @pytest.mark.parametrize("headers", [TYPE, LENGTH])
 @pytest.mark.parametrize("is_late", [True, False])
-def test_an_error_in_the_body_comes_where_it_would_come(
+def test_an_error_in_the_body_comes_at_its_usual_place(
     recorder: TaskRecorder, headers: Any, is_late: bool
 ) -> None:
     def app(environ: Environ, start_response: Any) -> Any:
@@ -315,7 +317,7 @@ def test_an_error_in_the_body_is_not_hidden_by_a_task(recorder: TaskRecorder) ->
     assert [str(error) for error in recorder.errors] == ["boom"] * 3
 
 
-def test_what_is_no_exception_is_not_put_off(recorder: TaskRecorder) -> None:
+def test_a_base_exception_is_not_postponed(recorder: TaskRecorder) -> None:
     def body() -> Iterator[bytes]:
         yield b"o"
         pytest.fail("in the body")
@@ -390,7 +392,7 @@ def test_a_client_that_closes_a_stream_again_gets_the_first_error(
 
 @run
 @pytest.mark.parametrize("headers", [TYPE, LENGTH])
-def test_an_error_in_the_body_is_not_hidden_by_one_of_a_task(
+def test_an_error_in_the_body_is_not_hidden_by_the_error_of_a_task(
     recorder: TaskRecorder, headers: Any
 ) -> None:
     def app(environ: Environ, start_response: Any) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""Tasks that add tasks: without end it is an error, step by step it is legal and cheap."""
+"""Tasks that add tasks: endless tasks are an error, finite steps are legal and cheap."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def request(runner: Any, add: Callable[[], object], **options: Any) -> None:
 
 
 class Endless:
-    """A task that something adds each time that it has run."""
+    """A task that is added again each time after the task has run."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -71,10 +71,10 @@ def check(log: Log, endless: Endless, name: str) -> None:
 
 @both
 @pytest.mark.parametrize("name", ["plain", "coroutine"])
-def test_a_teardown_that_adds_a_task_each_time_ends_with_one_error(
+def test_a_teardown_that_adds_a_task_each_time_ends_with_a_single_error(
     log: Log, name: str, runner: str
 ) -> None:
-    """Each task has an application context of its own, which is torn down too."""
+    """Each task has a new application context, which is torn down too."""
     app = flask.Flask("shop")
     endless = Endless()
     own = RUNNERS[runner]()
@@ -97,7 +97,7 @@ def test_a_teardown_that_adds_a_task_each_time_ends_with_one_error(
 @both
 @pytest.mark.parametrize("name", ["plain", "coroutine"])
 @pytest.mark.parametrize("hook", ["task_finished", "task_started"])
-def test_a_hook_that_adds_a_task_each_time_ends_with_one_error(
+def test_a_hook_that_adds_a_task_each_time_ends_with_a_single_error(
     log: Log, hook: str, name: str, runner: str
 ) -> None:
     endless = Endless()
@@ -147,9 +147,7 @@ def test_an_on_error_that_adds_a_task_that_fails_each_time_ends(log: Log, runner
 
 
 @both
-def test_the_next_request_has_its_tasks_run_after_one_without_end(
-    log: Log, runner: str
-) -> None:
+def test_the_request_after_an_endless_batch_has_its_tasks_run(log: Log, runner: str) -> None:
     app = flask.Flask("shop")
     endless = Endless()
     own = RUNNERS[runner]()
@@ -178,7 +176,7 @@ def test_the_next_request_has_its_tasks_run_after_one_without_end(
 
 
 @both
-def test_a_teardown_that_adds_a_task_once_has_it_run(log: Log, runner: str) -> None:
+def test_a_teardown_that_adds_a_task_once_has_that_task_run(log: Log, runner: str) -> None:
     app = flask.Flask("shop")
     seen: list[str] = []
     own = RUNNERS[runner]()
@@ -203,7 +201,7 @@ def test_a_teardown_that_adds_a_task_once_has_it_run(log: Log, runner: str) -> N
 
 
 class Steps:
-    """A task that adds its successor, with an argument of its own for each step."""
+    """A task that adds its successor, with a new argument for each step."""
 
     def __init__(self, count: int, *, fails: bool = False) -> None:
         self._count = count
@@ -214,7 +212,7 @@ class Steps:
         self._alive: weakref.WeakSet[Subject] = weakref.WeakSet()
 
     def add(self, function: Callable[..., Any]) -> None:
-        subject = Subject.__new__(Subject)  # without the event, which takes longer
+        subject = Subject.__new__(Subject)  # without the event, whose creation takes longer
         self._alive.add(subject)
         background_tasks.add_task(function, subject, named=subject)
 
@@ -244,7 +242,7 @@ class Steps:
 
 @both
 @pytest.mark.parametrize("kind", ["plain", "coroutine", "waiting"])
-def test_ten_thousand_steps_run_and_each_is_dropped_when_it_is_through(
+def test_ten_thousand_steps_run_and_each_is_dropped_at_its_end(
     log: Log, no_collection: None, kind: str, runner: str
 ) -> None:
     steps = Steps(10_000)
@@ -266,7 +264,7 @@ class Nothing(Hooks):
 @both
 @pytest.mark.parametrize("kind", ["plain", "coroutine", "waiting", "mixed"])
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_step_is_dropped_when_its_hooks_and_on_error_are_through(
+def test_a_step_is_dropped_after_its_hooks_and_on_error(
     no_collection: None, monkeypatch: pytest.MonkeyPatch, fails: bool, kind: str, runner: str
 ) -> None:
     monkeypatch.setattr("logging.Logger.isEnabledFor", lambda *args: False)  # caplog keeps
@@ -286,7 +284,7 @@ def test_a_step_is_dropped_when_its_hooks_and_on_error_are_through(
 
 
 @both
-def test_a_step_in_flask_is_dropped_when_its_context_was_torn_down(
+def test_a_step_in_flask_is_dropped_after_the_teardown_of_its_context(
     no_collection: None, runner: str
 ) -> None:
     app = flask.Flask("shop")
@@ -312,10 +310,10 @@ def subjects(count: int) -> tuple[list[Subject], list[threading.Event]]:
 
 @both
 @pytest.mark.parametrize("is_async", [False, True])
-def test_the_tasks_of_one_view_are_dropped_one_by_one(
+def test_each_task_of_a_view_is_dropped_when_it_has_run(
     no_collection: None, runner: str, is_async: bool
 ) -> None:
-    """Each task sees which of the others are freed as it runs."""
+    """Each running task sees which earlier tasks are freed."""
     own = RUNNERS[runner]()
     made, freed = subjects(4)
     seen: list[list[bool]] = []
@@ -355,7 +353,7 @@ def test_a_batch_that_has_ended_lists_no_task(runner: str) -> None:
     assert held[0].tasks == []
 
 
-def test_tasks_run_by_hand_are_dropped_when_they_are_through(no_collection: None) -> None:
+def test_tasks_called_by_hand_are_dropped_when_they_have_run(no_collection: None) -> None:
     made, freed = subjects(3)
     seen: list[list[bool]] = []
     tasks = BackgroundTasks()

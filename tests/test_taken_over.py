@@ -127,7 +127,7 @@ def test_a_socket_on_which_the_application_has_answered_is_a_success(tmp_path: P
     assert "Traceback" not in text_of(log)
 
 
-def test_what_cannot_be_iterated_goes_back_to_the_server_as_it_is() -> None:
+def test_a_response_that_cannot_be_iterated_goes_back_to_the_server_unchanged() -> None:
     handled, ran = object(), threading.Event()
 
     def app(environ: Environ, start_response: Any) -> Any:

@@ -1,4 +1,4 @@
-"""``BackgroundTask`` and ``BackgroundTasks``: what they take, and what a call of them does."""
+"""``BackgroundTask`` and ``BackgroundTasks``: accepted functions, and calls by hand."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def decorated(func: Any) -> Any:
     return wrapper
 
 
-def test_a_task_shows_its_call() -> None:
+def test_the_repr_of_a_task_shows_its_call() -> None:
     task = BackgroundTask(plain, 1, y=2)
     assert (task.func, task.args, task.kwargs, task.is_async) == (plain, (1,), {"y": 2}, False)
     assert task.name == "tests.test_tasks.plain"
@@ -79,7 +79,7 @@ def test_a_task_may_have_arguments_named_func_and_self() -> None:
     assert seen == {"func": 3, "self": 2, "task": 4}
 
 
-def test_calling_a_plain_task_runs_it_here_and_returns_its_result() -> None:
+def test_calling_a_plain_task_runs_the_function_here_and_returns_the_result() -> None:
     assert BackgroundTask(plain, 1, y=2)() == 3
     assert BackgroundTask(threading.get_ident)() == threading.get_ident()
 
@@ -89,7 +89,7 @@ def test_calling_an_async_task_waits_for_it_on_the_portal() -> None:
 
 
 @pytest.mark.parametrize("func", [lambda: 1 / 0, lambda: _divide()], ids=["plain", "async"])
-def test_calling_a_task_lets_its_error_out(func: Any) -> None:
+def test_calling_a_task_raises_the_error_of_the_function(func: Any) -> None:
     with pytest.raises(ZeroDivisionError):
         BackgroundTask(func)()
 
@@ -126,7 +126,7 @@ def test_calling_a_task_lets_a_system_exit_out_and_leaves_the_portal_alive() -> 
         (decorated(later), False),
     ],
 )
-def test_is_async_sees_what_a_call_will_return(func: Any, is_async: bool) -> None:
+def test_is_async_tells_whether_a_call_returns_a_coroutine(func: Any, is_async: bool) -> None:
     assert BackgroundTask(func).is_async is is_async
 
 
@@ -139,7 +139,7 @@ def test_is_async_sees_what_a_call_will_return(func: Any, is_async: bool) -> Non
         AsyncCallable(),
     ],
 )
-def test_what_a_function_returns_is_awaited_if_it_can_be(func: Any) -> None:
+def test_an_awaitable_result_is_awaited(func: Any) -> None:
     assert BackgroundTask(func, 5)() == 5
 
 
@@ -177,7 +177,7 @@ def test_an_awaitable_that_is_no_coroutine_is_awaited_too() -> None:
         ([].append, "list.append"),
     ],
 )
-def test_a_task_is_named_after_what_is_called_in_the_end(func: Any, name: str) -> None:
+def test_a_task_is_named_after_the_innermost_function(func: Any, name: str) -> None:
     assert BackgroundTask(func).name == name
 
 
@@ -198,7 +198,7 @@ def test_a_task_is_named_after_what_is_called_in_the_end(func: Any, name: str) -
         (async_generator(1), "got a async_generator object, and not the function"),
     ],
 )
-def test_what_cannot_run_is_refused_when_it_is_added(given: Any, message: str) -> None:
+def test_an_object_that_cannot_run_is_refused_by_add_task(given: Any, message: str) -> None:
     with pytest.raises(TypeError) as caught:
         BackgroundTasks().add_task(given)
     assert message in str(caught.value)
@@ -209,13 +209,13 @@ def test_what_cannot_run_is_refused_when_it_is_added(given: Any, message: str) -
 
 
 @pytest.mark.parametrize("given", [[print], ["print"]])
-def test_tasks_to_begin_with_have_to_be_tasks(given: Any) -> None:
+def test_the_initial_tasks_have_to_be_tasks(given: Any) -> None:
     with pytest.raises(TypeError, match=r"write BackgroundTasks\(\[BackgroundTask\(function"):
         BackgroundTasks(given)
 
 
 def test_a_coroutine_object_is_refused_and_closed() -> None:
-    """Unclosed it would warn that it was never awaited, and warnings are errors here."""
+    """A coroutine that nobody closes warns that nobody awaited it; here warnings are errors."""
     coroutine: Any = later(1)
     message = (
         r"later\(\.\.\.\) has been called already: write add_task\(later, \.\.\.\) and not"
@@ -252,7 +252,7 @@ def test_tasks_called_by_hand_run_in_order_each_once() -> None:
     assert tasks.tasks == []
 
 
-def test_tasks_called_by_hand_run_what_their_tasks_add() -> None:
+def test_tasks_called_by_hand_run_the_tasks_that_they_add() -> None:
     seen: list[str] = []
     tasks = BackgroundTasks()
     tasks.add_task(lambda: tasks.add_task(seen.append, "second"))
@@ -261,7 +261,9 @@ def test_tasks_called_by_hand_run_what_their_tasks_add() -> None:
     assert seen == ["first", "second"]
 
 
-def test_tasks_called_by_hand_raise_the_first_error_and_log_the_others(log: Log) -> None:
+def test_tasks_called_by_hand_raise_the_first_error_and_log_all_further_errors(
+    log: Log,
+) -> None:
     seen: list[str] = []
 
     def fail(error: BaseException) -> None:
@@ -294,7 +296,7 @@ def test_tasks_called_from_eight_threads_run_once() -> None:
     assert sorted(seen) == list(range(1000))
 
 
-def test_one_task_may_be_in_two_batches() -> None:
+def test_the_same_task_may_be_in_two_batches() -> None:
     seen: list[int] = []
     shared = BackgroundTask(seen.append, 1)
     first, second = BackgroundTasks([shared]), BackgroundTasks([shared])
@@ -312,7 +314,7 @@ def test_a_task_that_joined_the_list_by_itself_runs_too() -> None:
     assert seen == [1]
 
 
-def test_a_task_runs_in_a_copy_of_the_context_it_was_added_in() -> None:
+def test_a_task_runs_in_a_copy_of_the_context_of_its_add_task() -> None:
     seen: list[str] = []
 
     def look() -> None:
@@ -333,7 +335,7 @@ def test_a_task_runs_in_a_copy_of_the_context_it_was_added_in() -> None:
     assert variable.get() == "unset"
 
 
-def test_a_task_of_a_batch_called_by_itself_runs_in_its_context() -> None:
+def test_a_single_call_of_a_batchs_task_runs_in_the_tasks_context() -> None:
     tasks = BackgroundTasks()
     token = variable.set("when added")
     tasks.add_task(variable.get)
@@ -397,7 +399,7 @@ def test_adding_to_an_ended_batch_names_the_function() -> None:
     assert repr(kept[0]).endswith(" ended>")
 
 
-def test_the_first_task_stays_the_first_until_it_is_dropped() -> None:
+def test_the_first_task_stays_first_until_it_is_dropped() -> None:
     tasks = BackgroundTasks()
     for _ in range(2 * _LONG):
         tasks.add_task(int)

@@ -38,7 +38,7 @@ def test_the_applications_own_function_is_called_if_ours_raises(
     assert calls == ["the application's"]
 
 
-def test_an_application_needs_no_function_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_application_needs_no_atexit_function(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     module = SimpleNamespace()
     monkeypatch.setitem(sys.modules, "uwsgi", module)
@@ -47,7 +47,7 @@ def test_an_application_needs_no_function_of_its_own(monkeypatch: pytest.MonkeyP
     assert calls == ["ours"]
 
 
-def test_a_worker_does_not_call_what_its_master_has_registered(
+def test_a_worker_does_not_call_the_functions_of_its_master(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls: list[str] = []

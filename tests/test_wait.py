@@ -1,4 +1,4 @@
-"""``wsgi_bg.wait`` and ``wsgi_bg.drain``, and what is logged while a process waits."""
+"""``wsgi_bg.wait`` and ``wsgi_bg.drain``, and the log of a process that waits."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from wsgi_bg.runners.waiting import Notice
 
 
 class Own:
-    """A runner with no more than the protocol asks for."""
+    """A runner with the methods of the protocol only."""
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(1)
@@ -69,7 +69,7 @@ def names(tasks: list[BackgroundTask]) -> list[str]:
 
 
 @pytest.mark.parametrize("make", [PoolRunner, InlineRunner, Own])
-def test_wait_returns_when_all_that_was_handed_over_is_done(make: Any) -> None:
+def test_wait_returns_when_all_submitted_tasks_are_done(make: Any) -> None:
     runner: Runner = make()
     opened = threading.Event()
     seen: list[str] = []
@@ -94,17 +94,17 @@ def test_wait_returns_when_all_that_was_handed_over_is_done(make: Any) -> None:
 
 
 @pytest.mark.parametrize("make", [PoolRunner, InlineRunner, Own])
-def test_wait_returns_what_is_not_done_and_may_be_called_again(make: Any, gate: Gate) -> None:
+def test_wait_returns_unfinished_tasks_and_may_be_called_again(make: Any, gate: Gate) -> None:
     runner = make()
     submit(runner, gate.task, int, complete=False)
     assert names(wsgi_bg.wait(0.01)) == ["task", "int"]
     gate.open()
     assert wsgi_bg.wait() == []
-    submit(runner, int, complete=False)  # which is taken in as before
+    submit(runner, int, complete=False)  # accepted as before
     assert wsgi_bg.wait(TIMEOUT) == []
 
 
-def test_wait_does_not_wait_for_what_comes_later(gate: Gate) -> None:
+def test_wait_does_not_wait_for_later_batches(gate: Gate) -> None:
     first, later = Gate(), gate
     submit(PoolRunner(), first.task)
     runner = PoolRunner()
@@ -124,7 +124,7 @@ def test_wait_does_not_wait_for_what_comes_later(gate: Gate) -> None:
 
 
 def waits() -> bool:
-    """Whether a thread is in wait()."""
+    """True if a thread is in wait()."""
     from wsgi_bg.runners.ledger import ledgers_here
 
     return any(ledger._waiters for ledger in ledgers_here())
@@ -150,10 +150,10 @@ def test_a_runner_that_ends_its_batch_in_submit_is_not_waited_for() -> None:
     assert wsgi_bg.wait(TIMEOUT) == []
 
 
-def test_a_batch_that_ends_as_it_is_noted_is_not_waited_for(
+def test_a_batch_that_ends_before_the_ledger_has_it_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its runner's thread may be as fast as that."""
+    """The runner's thread may run the batch before the ledger has it."""
     from wsgi_bg.runners import ledger
 
     add = ledger.Ledger.add
@@ -263,7 +263,7 @@ def run(code: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_drain_names_what_is_not_done_and_takes_no_more_in() -> None:
+def test_drain_names_unfinished_tasks_and_takes_no_more_in() -> None:
     assert run(
         """
         runner = PoolRunner()
@@ -299,7 +299,7 @@ def test_drain_waits_as_long_as_each_runner_wants() -> None:
     ]
 
 
-def test_leave_still_works_and_says_what_to_call() -> None:
+def test_leave_still_works_and_names_its_replacement() -> None:
     assert run(
         """
         import time, warnings
@@ -320,7 +320,7 @@ def test_leave_still_works_and_says_what_to_call() -> None:
 
 
 def test_an_exit_that_is_interrupted_beside_a_server_names_the_tasks_at_once() -> None:
-    """A thread serves on, so that the main one's end is not the time of the drain."""
+    """A server's thread goes on, so that the drain does not begin when the main thread ends."""
     assert run(
         """
         import os, signal
@@ -346,7 +346,7 @@ def test_an_exit_that_is_interrupted_beside_a_server_names_the_tasks_at_once() -
 
 
 def test_an_exit_that_is_interrupted_before_it_drains_names_the_tasks_at_once() -> None:
-    """Ctrl-C may come while freed responses are handed over."""
+    """Ctrl-C may come while freed responses are submitted."""
     assert run(
         """
         import os
@@ -399,7 +399,7 @@ def at(monkeypatch: pytest.MonkeyPatch, now: float) -> None:
     monkeypatch.setattr("wsgi_bg.runners.waiting.time", clock)
 
 
-def test_the_first_warning_comes_after_a_second_and_then_one_every_five(
+def test_the_first_warning_comes_after_a_second_and_the_next_every_five(
     monkeypatch: pytest.MonkeyPatch, log: Log, gate: Gate
 ) -> None:
     """The clock is a mock."""
@@ -422,7 +422,7 @@ def test_the_first_warning_comes_after_a_second_and_then_one_every_five(
 def test_a_batch_that_two_runners_know_of_is_counted_once(
     monkeypatch: pytest.MonkeyPatch, log: Log, gate: Gate
 ) -> None:
-    submit(InlineRunner(), gate.task, complete=False)  # which hands over to the pool
+    submit(InlineRunner(), gate.task, complete=False)  # hands the batch to the pool
     notice = Notice(ended_by="")
     notice.due = 0.0
     notice.log_if_due(math.inf)
@@ -447,7 +447,7 @@ def test_the_names_in_a_warning_are_bounded(log: Log, gate: Gate) -> None:
     ]
 
 
-def test_where_no_task_is_known_the_runner_is_named(log: Log) -> None:
+def test_a_runner_is_named_if_no_task_is_known(log: Log) -> None:
     notice = Notice(ended_by="")
     notice.due = 0.0
     notice.log_if_due(math.inf, runner=InlineRunner())
@@ -460,7 +460,7 @@ def test_a_wait_on_another_thread_is_not_ended_by_ctrl_c() -> None:
 
 
 def test_one_warning_names_the_tasks_of_all_runners() -> None:
-    """A real wait, with a runner of the user's own, whose drain gets parts of its time."""
+    """A real wait, with a runner of the user's, whose drain gets parts of the time."""
     assert run(
         """
         from tests.test_wait import Own
@@ -494,7 +494,7 @@ def test_one_warning_names_the_tasks_of_all_runners() -> None:
     ]
 
 
-def test_a_warning_says_how_long_the_most_patient_runner_waits() -> None:
+def test_a_warning_names_the_longest_drain_time() -> None:
     lines = run(
         """
         class EndTask(logging.Handler):
@@ -532,11 +532,11 @@ def test_a_thread_that_serves_on_is_waited_beside_with_a_warning() -> None:
     ]
 
 
-# Runners that no one holds.
+# Runners without a reference.
 
 
 @pytest.mark.parametrize("make", [PoolRunner, InlineRunner])
-def test_a_runner_that_no_one_holds_is_freed(make: Any) -> None:
+def test_a_runner_without_a_reference_is_freed(make: Any) -> None:
     runner = make()
     submit(runner, int, complete=False)
     assert wsgi_bg.wait(TIMEOUT) == []
@@ -549,7 +549,7 @@ def test_a_runner_that_no_one_holds_is_freed(make: Any) -> None:
     assert key not in shutdown._runners
 
 
-def test_a_runner_with_work_is_kept_until_its_work_is_done(gate: Gate) -> None:
+def test_a_runner_with_work_is_kept_until_the_work_is_done(gate: Gate) -> None:
     runner = PoolRunner()
     submit(runner, gate.task)
     freed = threading.Event()
@@ -566,7 +566,7 @@ def test_a_runner_with_work_is_kept_until_its_work_is_done(gate: Gate) -> None:
     assert freed.wait(TIMEOUT)
 
 
-def test_a_users_runner_is_kept_since_it_may_have_work_of_its_own() -> None:
+def test_a_users_runner_is_kept_since_it_may_have_work() -> None:
     runner = Own()
     submit(runner, int)
     key = id(runner)
@@ -575,11 +575,11 @@ def test_a_users_runner_is_kept_since_it_may_have_work_of_its_own() -> None:
     assert shutdown._runners.pop(key).runner is not None
 
 
-def test_a_runner_at_the_address_of_a_freed_one_is_drained_too() -> None:
+def test_a_runner_at_the_address_of_a_freed_runner_is_drained_too() -> None:
     first, second = InlineRunner(), InlineRunner()
     shutdown._runners[id(second)] = old = shutdown._Registered(first)
     shutdown.register(second)
-    del first  # whose entry is not there any more
+    del first  # its entry is removed
     gc.collect()
     assert shutdown._runners[id(second)].runner is second
     assert old.runner is None

@@ -1,4 +1,4 @@
-"""The pool's threads: how many there are, who works next, when they end."""
+"""The pool's threads: their number, their order, their end."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from wsgi_bg import PoolRunner
 from wsgi_bg._process import workers
 
 
-def test_threads_end_when_they_were_idle_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_end_after_the_idle_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "IDLE_TIMEOUT", 0.01)
     runner, threads = PoolRunner(threads=2), list[threading.Thread]()
-    barrier = threading.Barrier(3)  # this thread too: it joins the others
+    barrier = threading.Barrier(3)  # the third party is this thread, which joins the workers
 
     def meet() -> None:
         threads.append(threading.current_thread())
@@ -56,7 +56,7 @@ def test_batches_that_wait_for_a_thread_begin_in_the_order_of_the_requests(gate:
 
 
 class Idle(list[Any]):
-    """The idle workers of a pool; ``came`` counts those that became idle."""
+    """The idle workers of a pool; ``came`` counts the workers that became idle."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,8 +67,8 @@ class Idle(list[Any]):
         self.came.release()
 
 
-def test_a_light_load_leaves_the_other_threads_idle() -> None:
-    """The thread that became idle last works next, so that the others reach their end."""
+def test_a_light_load_uses_a_single_thread() -> None:
+    """The thread that became idle last works next, so that the rest reach their time limit."""
     runner, names, idle = PoolRunner(), list[str](), Idle()
     runner._states.get()._workers._idle = idle
     barrier = threading.Barrier(3)
@@ -104,7 +104,7 @@ def start_nothing(*args: Any) -> None:
 
 
 class Noted:
-    """Workers whose jobs are noted, with the states in which threads may find them."""
+    """Workers that record their jobs, in states that a race of threads may cause."""
 
     def __init__(self, limit: float = 1) -> None:
         self.done: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -117,7 +117,7 @@ class Noted:
 def test_a_worker_that_another_submit_has_woken_first_is_not_counted_on() -> None:
     class Emptied(list[Any]):
         def __bool__(self) -> bool:
-            return True  # as it was before the other thread came
+            return True  # as before the other thread came
 
     noted = Noted()
     noted.workers._idle = Emptied()
@@ -125,7 +125,7 @@ def test_a_worker_that_another_submit_has_woken_first_is_not_counted_on() -> Non
     assert noted.next() == "job"
 
 
-def test_two_threads_that_start_the_last_worker_start_one() -> None:
+def test_two_threads_that_start_the_last_worker_start_a_single_worker() -> None:
     class Crowded(dict[Any, None]):
         def __setitem__(self, worker: Any, value: None) -> None:
             super().__setitem__("the other thread's", None)
@@ -133,12 +133,12 @@ def test_two_threads_that_start_the_last_worker_start_one() -> None:
 
     noted = Noted()
     noted.workers._alive = Crowded()
-    assert noted.workers.submit("job")  # to the other thread's
+    assert noted.workers.submit("job")  # to the other thread's worker
     assert list(noted.workers._alive) == ["the other thread's"]
     assert list(noted.workers._backlog) == ["job"]
 
 
-def test_a_start_that_a_signal_handler_stops_takes_no_place(
+def test_a_start_that_a_signal_handler_stops_does_not_count(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     noted = Noted()
@@ -150,7 +150,7 @@ def test_a_start_that_a_signal_handler_stops_takes_no_place(
     assert [noted.next(), noted.next()] == ["first", "second"]
 
 
-def test_a_job_that_a_thread_does_before_it_ends_is_not_taken_back() -> None:
+def test_a_job_that_a_thread_does_before_its_end_is_not_taken_back() -> None:
     class Done(deque[str]):
         def remove(self, job: str) -> None:
             super().remove(job)
@@ -180,7 +180,7 @@ def test_a_worker_that_finds_nothing_waits_again() -> None:
         pass
 
 
-def test_what_a_worker_does_not_expect_does_not_end_it(log: Log) -> None:
+def test_an_unexpected_error_does_not_end_a_worker(log: Log) -> None:
     class Stop(BaseException):
         pass
 
@@ -198,7 +198,7 @@ def test_what_a_worker_does_not_expect_does_not_end_it(log: Log) -> None:
 
 
 def test_a_worker_that_is_not_known_any_more_ends() -> None:
-    """A signal handler has stopped its start, which did not see the thread begin."""
+    """A signal handler has interrupted the start, which did not see the thread begin."""
     noted, threads = Noted(), list[threading.Thread]()
     noted.workers._work = lambda job: threads.append(threading.current_thread())
     noted.workers._alive = Forgetful()
@@ -210,7 +210,7 @@ def test_a_worker_that_is_not_known_any_more_ends() -> None:
 
 
 class Forgetful(dict[Any, None]):
-    """Knows a worker when it looks for its first job, and not afterwards."""
+    """Knows a worker at the worker's first look for a job, and not afterwards."""
 
     def __init__(self) -> None:
         self.asked: list[object] = []
@@ -246,7 +246,7 @@ def test_a_worker_that_is_chosen_as_its_time_is_up_works_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Chosen(list[Any]):
-        """The first time that a worker withdraws, a submit() has chosen it."""
+        """The first time that a worker withdraws, a submit() has chosen the worker."""
 
         was_chosen = False
 
@@ -268,7 +268,7 @@ def test_a_worker_that_is_chosen_as_its_time_is_up_works_on(
     assert [noted.next(), noted.next()] == ["first", "second"]
 
 
-def test_a_worker_looks_again_when_it_is_among_the_idle_ones() -> None:
+def test_an_idle_worker_looks_for_a_job_again() -> None:
     class Late(deque[str]):
         """Gets a job between the two looks of a worker."""
 

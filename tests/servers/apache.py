@@ -1,7 +1,7 @@
-"""mod_wsgi: Debian's apache2 with a configuration and a copy of the code of its own.
+"""mod_wsgi: Debian's apache2 with a configuration for the tests and a copy of the code.
 
-The module is built for Debian's own Python and imports from a folder that its user,
-www-data, must be able to read, which a clone need not be.
+The module is built for Debian's Python and imports as the user www-data, who may not be able to
+read a clone of the repository.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 MODULES = Path("/usr/lib/apache2/modules")
 
-# What the application imports, and what that imports in turn.
+# Modules that the application imports, with their own imports.
 CODE = (
     *("wsgi_bg", "werkzeug", "markupsafe"),
     *("anyio", "idna", "sniffio", "typing_extensions"),
@@ -57,7 +57,7 @@ WSGIPythonPath {folder}
 
 
 def missing() -> str | None:
-    """Why mod_wsgi cannot be run here; None if it can."""
+    """Reason why mod_wsgi cannot run here; None if mod_wsgi can run."""
     if shutil.which("apache2", path="/usr/sbin:/usr/bin") is None:
         return "there is no apache2 (Debian's package of this name)"
     module = MODULES / "mod_wsgi.so"
@@ -87,7 +87,7 @@ def command(folder: Path, port: int, module: str, mode: str) -> list[str]:
 
 def _copy(name: str, folder: Path) -> None:
     spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:  # needed by other versions of Python only
+    if spec is None or spec.origin is None:  # only other versions of Python need these
         return
     origin = Path(spec.origin)
     if origin.name == "__init__.py":

@@ -1,11 +1,11 @@
 """The application that every server process of this suite imports.
 
-Its paths: ``/inline/KIND/TASK`` and ``/pool/KIND/TASK``, TASK being ``plain`` or
-``async``; the same with ``leave`` for KIND, a stream whose client goes away; ``/bare``,
-without the middleware; ``/about``. The query is the token of the request's task.
+Paths: ``/inline/KIND/TASK`` and ``/pool/KIND/TASK``, TASK being ``plain`` or ``async``; the
+same with ``leave`` for KIND, a stream whose client disconnects; ``/bare``, without the
+middleware; ``/about``. The query is the token of the request's task.
 
-Where the environment says so, requests are handled as the module is imported: in the
-parent of the process that serves.
+If the environment says so, requests are handled while the module is imported: in the parent of
+the process that serves.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from wsgi_bg import BackgroundTask, BackgroundTasksMiddleware, PoolRunner, get_b
 from wsgi_bg._request import servers
 
 NONCE = "WSGI_BG_TEST_NONCE"
-"""The environment variable by which a test knows the server that it has started."""
+"""The environment variable by which a test recognises its server."""
 
 DRAIN = "WSGI_BG_TEST_DRAIN"
 """The environment variable with the token that announces the drain of the pool."""
@@ -35,16 +35,16 @@ TASKS: dict[str, Callable[[str], object]] = {"plain": visit, "async": visit_asyn
 
 
 class Pool(PoolRunner):
-    """A pool that tells the test when it is drained."""
+    """A pool that tells the test when the pool is drained."""
 
     def drain(self, timeout: float) -> list[BackgroundTask]:
         if DRAIN in os.environ:
-            announce(os.environ.pop(DRAIN))  # once, whoever drains again
+            announce(os.environ.pop(DRAIN))  # only once: another drain finds no token
         return super().drain(timeout)
 
 
 def with_task(kind: Kind, task: Callable[[str], object]) -> Any:
-    """The application that answers with a response of this kind, and adds the task."""
+    """Add the task and return the application that answers with a response of this kind."""
 
     def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
         tasks = get_background_tasks(environ).using(run_on=kind.run_on)
@@ -55,7 +55,7 @@ def with_task(kind: Kind, task: Callable[[str], object]) -> Any:
 
 
 def leave(environ: Environ, start_response: Any) -> Iterator[bytes]:
-    """A stream that waits in its middle until its client has left, and has an end."""
+    """A finite stream that waits in the middle until the client has disconnected."""
     start_response(OK, [TEXT])
     yield b"before "
     visit(environ["QUERY_STRING"] + "-stream")
@@ -90,7 +90,7 @@ def bare(environ: Environ, start_response: Any) -> Iterable[bytes]:
 
 
 def about(environ: Environ, start_response: Any) -> Iterable[bytes]:
-    """What the server is, as the package sees it."""
+    """Describe the server as the package sees the server."""
     server = servers.recognise(environ)
     facts = {
         "nonce": os.environ[NONCE],
@@ -130,7 +130,7 @@ def application(environ: Environ, start_response: Any) -> Any:
 
 
 def handle_in_parent(token: str) -> None:
-    """Hand over tasks that wait at the gate, and one behind them; then wait oneself."""
+    """Submit tasks that wait at the gate, and a task behind them; then wait at the gate too."""
     for path, name in (
         ("/inline/stream/async", "async"),
         ("/parent/stream/plain", "plain"),

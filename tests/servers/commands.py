@@ -1,4 +1,4 @@
-"""How each server is started: what makes the command of a set-up."""
+"""The commands that start the servers: each function makes the command of a set-up."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ APP = "tests.servers.app"
 
 
 class Launch(NamedTuple):
-    """What a command is made for."""
+    """The port, folder and module of a command."""
 
     port: int
     folder: Path
@@ -51,7 +51,7 @@ def granian(launch: Launch) -> list[str]:
 
 
 def uvicorn(launch: Launch) -> list[str]:
-    """What serves an ASGI application by the name ``app``."""
+    """uvicorn with the module's ASGI application ``app``."""
     return [
         *(sys.executable, "-m", "uvicorn", "--host", "127.0.0.1"),
         *("--port", str(launch.port), f"{launch.module}:app"),

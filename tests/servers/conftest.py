@@ -1,4 +1,4 @@
-"""One process a set-up for the whole run."""
+"""Each set-up is a single process, which lasts for the whole run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The test's side of the gate: who has come, who may go on, and how each run ended."""
+"""The test's side of the gate: which tasks wait, which may go on, and how each run ended."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tests.support import TIMEOUT
 
 
 class Run:
-    """One run of a task, in some process.
+    """A run of a task, in any process.
 
-    :ivar ended: ``"passed"``; ``"late"``, where it was not let through in time; ``""``,
-        where its process ended first.
+    :ivar ended: ``"passed"``; ``"late"`` if the gate stayed shut for too long; ``""`` if the
+        process ended first.
     """
 
     def __init__(self, token: str, pid: int, connection: socket.socket) -> None:
@@ -27,12 +27,12 @@ class Run:
         self._connection = connection
 
     def go(self) -> None:
-        with suppress(OSError):  # its process has ended, which the report will say
+        with suppress(OSError):  # the process has ended; the report shows that
             self._connection.sendall(b"go\n")
 
     @property
     def passed(self) -> bool:
-        """Whether it was let through in time; blocks until that is known."""
+        """True if the task has passed the gate in time; blocks until that is known."""
         return self.ended.result(TIMEOUT) == "passed"
 
 
@@ -42,20 +42,20 @@ class Control:
     def __init__(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port: int = self._listener.getsockname()[1]
-        self._changed = threading.Condition()  # guards the two below
+        self._changed = threading.Condition()  # guards the next two fields
         self._runs: list[Run] = []
         self._open: set[str] = set()
         self._tests: dict[str, str] = {}  # by token
         self._in_thread(self._accept)
 
     def token(self) -> str:
-        """A new name for a task."""
+        """Make a new token for a task."""
         token = f"task{len(self._tests)}"
         self._tests[token] = os.environ["PYTEST_CURRENT_TEST"]
         return token
 
     def go(self, token: str) -> None:
-        """Let all runs of the task through, those to come included."""
+        """Open the gate for all runs of the task, future runs included."""
         with self._changed:
             self._open.add(token)
             for run in self._runs:
@@ -63,7 +63,7 @@ class Control:
                     run.go()
 
     def run(self, token: str) -> Run:
-        """The first run of the task; blocks until it stands at the gate."""
+        """The first run of the task; blocks until the run waits at the gate."""
         with self._changed:
             came = self._changed.wait_for(lambda: self.runs(token), TIMEOUT)
         assert came, f"{token} did not run"
@@ -74,7 +74,7 @@ class Control:
         return [run for run in self._runs if run.token == token]
 
     def let_through(self, token: str) -> bool:
-        """Open the gate for the task and say whether it got through; blocks."""
+        """Open the gate for the task; return True if the task passed. Blocks."""
         self.go(token)
         return self.run(token).passed
 

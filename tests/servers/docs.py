@@ -1,4 +1,4 @@
-"""The page about servers, for the tests that try its statements."""
+"""The page about servers, for the tests that check the page's claims."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def code_of(title: str) -> str:
 
 
 def title_of(link: str) -> str:
-    """The heading of this page that a link leads to."""
+    """The heading of this page that a link points to."""
     anchor = link.partition("(#")[2].rstrip(")")
     return PAGE.titles[PAGE.anchors.index(anchor)]
 
 
 def uwsgi_options() -> list[str]:
-    """The file of options below "uWSGI", as options of a command."""
+    """The options of the file below "uWSGI", as options of a command."""
     parser = ConfigParser()
     parser.read_string(PAGE.blocks("ini", "uWSGI")[0])
     options = [(f"--{key}", value) for key, value in parser["uwsgi"].items()]

@@ -1,8 +1,8 @@
-"""A web server in front of a FastCGI process: HTTP on one side, FastCGI 1.0 on the other.
+"""A web server in front of a FastCGI process: HTTP to the client, FastCGI 1.0 to the process.
 
-It sends the parameters that the specification of CGI asks for (RFC 3875, section 4.1) but
-SERVER_SOFTWARE, which not every web server sends, and ends a response when the process has
-ended the request.
+The server sends the parameters that the specification of CGI requires (RFC 3875, section 4.1)
+except SERVER_SOFTWARE, which some web servers omit. A response ends when the process has ended
+the request.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def _answer(client: socket.socket, host: str, backend: Address) -> None:
             + _record(_STDIN)
         )
         output = _output(process)
-        with suppress(OSError):  # the client has left
+        with suppress(OSError):  # the client has disconnected
             _pass_on(output, client, has_body=method != "HEAD")
-        for _ in output:  # flup's process of one thread ends if it cannot write
+        for _ in output:  # flup's process of one thread ends if a write fails
             pass
 
 
@@ -75,7 +75,7 @@ def _pair(pair: tuple[str, str]) -> bytes:
 
 
 def _output(process: socket.socket) -> Iterator[bytes]:
-    """The output of the process, until it ends the request."""
+    """The output of the process, until the process ends the request."""
     with process.makefile("rb") as records:
         while header := records.read(_HEADER.size):
             _, kind, _, length, padding = _HEADER.unpack(header)

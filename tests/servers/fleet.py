@@ -1,4 +1,4 @@
-"""The servers of a run: each is started when a test first asks for it."""
+"""The servers of a run: the first test that asks for a server starts the server."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def start(
     options: Sequence[str] = (),
     env: Mapping[str, str] = MappingProxyType({}),
 ) -> Process:
-    """Start a process of the set-up, which ends with ``stack``; does not wait for it.
+    """Start a process of the set-up, which ends with ``stack``; do not wait for the start.
 
-    :param files: what its folder has in it, by name; the folder can be imported from.
-    :param module: what it serves the ``application`` of.
-    :param options: put behind its command.
-    :param env: variables added to its environment.
+    :param files: texts of files in the process's folder, by name; the folder is importable.
+    :param module: the module whose ``application`` is served.
+    :param options: appended to the command.
+    :param env: added to the environment.
     """
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wsgi_bg-")))
-    folder.chmod(0o755)  # mod_wsgi's user reads it
+    folder.chmod(0o755)  # mod_wsgi's user reads the folder
     for name, text in files.items():
         (folder / name).write_text(text)
     launch = Launch(free_port(), folder, module)
@@ -44,7 +44,7 @@ def start(
 
 
 class Fleet:
-    """The servers that were asked for so far; one that did not start fails each test."""
+    """The servers started so far; a server that did not start fails each of its tests."""
 
     def __init__(self, control: Control) -> None:
         self._control = control
@@ -52,7 +52,7 @@ class Fleet:
         self._started: dict[str, Process | AssertionError] = {}
 
     def get(self, setup: Setup) -> Process:
-        """The set-up's process, which answers."""
+        """The set-up's process, once the process answers."""
         if setup.name not in self._started:
             self._started[setup.name] = self._start(setup)
         process = self._started[setup.name]
@@ -69,7 +69,7 @@ class Fleet:
         return process
 
     def close(self) -> None:
-        """Stop all: each is asked first, so that they end side by side."""
+        """Stop all servers: ask all first, then wait, so that they end in parallel."""
         for process in self._started.values():
             if isinstance(process, Process):
                 process.stop()

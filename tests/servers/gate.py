@@ -1,8 +1,8 @@
-"""The server's side of the gate: a task goes on when the client lets it.
+"""The server's side of the gate: a task goes on when the client opens the gate.
 
-A task connects to the test's process, says who it is and waits to be let through. The
-address comes from the environment of the server's process; a request brings no more than
-the token, which is data.
+A task connects to the test's process, sends its token and waits for an answer. The address
+comes from the environment of the server's process, since a request must bring only data: the
+token.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _report(answer: bytes) -> bytes:
 
 
 def visit(token: str) -> None:
-    """Wait at the gate, and say how that ended; blocks."""
+    """Wait at the gate; return how the wait ended. Blocks."""
     with socket.create_connection(("127.0.0.1", _port()), timeout=BOUND) as connection:
         connection.sendall(_announcement(token))
         try:
@@ -48,7 +48,7 @@ def announce(token: str) -> None:
 
 
 async def visit_async(token: str) -> None:
-    """The same without holding a thread."""
+    """Wait at the gate as ``visit`` does, without holding a thread."""
     reader, writer = await asyncio.open_connection("127.0.0.1", _port())
     try:
         writer.write(_announcement(token))

@@ -1,4 +1,4 @@
-"""The kinds of response: how the application answers, how it is asked, what arrives."""
+"""The kinds of response: the application's answer, the request, the expected bytes."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ Add = Callable[[], object]
 """Adds the request's task."""
 
 Answer = Callable[[Add, Any], Iterable[bytes]]
-"""What an application does with it and with ``start_response``."""
+"""The rest of an application: calls :data:`Add` and ``start_response``, returns the body."""
 
 
 class Kind(NamedTuple):
-    """One kind of response."""
+    """A kind of response."""
 
     answer: Answer
     body: bytes | None = b""
-    """What arrives; None for what the server makes up itself."""
+    """The body that the client gets; None for a page of the server."""
     status: int = 200
     method: str = "GET"
     version: str = "1.1"

@@ -1,4 +1,4 @@
-"""A server in a process of its own: started, awaited, asked to stop, ended."""
+"""A server in a process: started, awaited, asked to stop, ended."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _pause = threading.Event()  # never set
 
 
 def _environment() -> dict[str, str]:
-    """Without coverage's start, whose SIGTERM handler is not the server's."""
+    """The environment without coverage's start, whose SIGTERM handler is not the server's."""
     return {key: os.environ[key] for key in os.environ if not key.startswith("COVERAGE_")}
 
 
 class Process:
-    """A server's process, and those that it starts."""
+    """A server's process and the child processes."""
 
     def __init__(
         self, command: list[str], launch: Launch, control: Control, env: Mapping[str, str]
@@ -64,7 +64,7 @@ class Process:
             )
 
     def wait_until_up(self) -> None:
-        """Wait for its first answer, which fills ``facts``."""
+        """Wait for the first answer, which fills ``facts``."""
         for _ in range(int(START_TIMEOUT / 0.01)):
             if self._process.poll() is not None:
                 break
@@ -81,11 +81,11 @@ class Process:
 
     @property
     def output(self) -> str:
-        """What it and its children have written."""
+        """The output of the process and the child processes."""
         return self._log.read_text(errors="replace")
 
     def wait_until_it_says(self, text: str) -> None:
-        """Wait for a line of its log."""
+        """Wait for a line of the log."""
         for _ in range(int(TIMEOUT / 0.01)):
             if text in self.output:
                 return
@@ -93,15 +93,15 @@ class Process:
         raise AssertionError(f"it did not say {text!r}:\n{self.output}")
 
     def stop(self, by: signal.Signals = signal.SIGTERM) -> None:
-        """Ask it to stop, as a service manager does; does not wait."""
+        """Ask the process to stop, as a service manager does; do not wait."""
         self._process.send_signal(by)
 
     def wait(self) -> int:
-        """Its exit status; blocks until it has ended."""
+        """Wait for the exit; return the exit status."""
         return self._process.wait(TIMEOUT)
 
     def end(self) -> None:
-        """Stop it, by force where it does not stop by itself."""
+        """Stop the process, by SIGKILL if needed."""
         self.stop()
         with suppress(subprocess.TimeoutExpired):
             self.wait()

@@ -1,4 +1,4 @@
-"""Starts a server that has no command of its own: ``serve.py SERVER PORT MODULE``."""
+"""Starts a server that has no command: ``serve.py SERVER PORT MODULE``."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def cherrypy(app: Any, port: int) -> None:
     )
 
     def started(environ: Any, start_response: Any) -> Any:
-        # It answers before it has started, and a signal meanwhile ends it at once.
+        # bjoern answers before its start is complete, and a signal in between ends it at once.
         cherrypy.engine.wait(cherrypy.engine.states.STARTED)
         return app(environ, start_response)
 
@@ -110,7 +110,7 @@ def django(app: Any, port: int) -> None:
 
 
 def flup(app: Any, port: int, kind: str = "fcgi") -> None:
-    """As a web server starts it: its standard input is the socket that it listens on."""
+    """Start flup as a web server does: standard input is the listening socket."""
     with socket.create_server((HOST, 0)) as listener:
         os.dup2(listener.fileno(), 0)
         fastcgi.serve((HOST, port), backend=listener.getsockname())
@@ -153,7 +153,7 @@ def bjoern(app: Any, port: int) -> None:
 
 
 def make_asgi(module: str) -> Any:
-    """The application of the module for a server of ASGI."""
+    """Make the ASGI application of the module."""
     from a2wsgi import WSGIMiddleware
 
     return WSGIMiddleware(importlib.import_module(module).application)

@@ -1,4 +1,4 @@
-"""The set-ups: each server as it is started, recognised and left alive between requests."""
+"""The set-ups: each server as started, recognised, and left alive between requests."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ NOTHING: Mapping[str, int | str] = MappingProxyType({})
 
 
 class Setup(NamedTuple):
-    """A server and the way in which it is started.
+    """A server and the way to start the server.
 
     :ivar name: the server's name first, in front of a hyphen.
     :ivar command: makes the command.
-    :ivar missing: says why this cannot be run here, or None.
-    :ivar mark: the entry of ``wsgi_bg._request.servers.SERVERS`` that it is recognised as.
+    :ivar missing: the reason why this set-up cannot run here, or None.
+    :ivar mark: the entry of ``wsgi_bg._request.servers.SERVERS`` that recognises the server.
     :ivar keeps_alive: whether another request may follow a response with a length.
-    :ivar forks: whether the application is imported in a parent of the worker's process.
-    :ivar instead: what the server makes of a kind of response itself: another status,
+    :ivar forks: whether a parent of the worker's process imports the application.
+    :ivar instead: the server's replacement for a kind of response: another status,
         :data:`CLOSES` or :data:`SILENT`.
     """
 
@@ -49,7 +49,7 @@ def _package(*names: str) -> Callable[[], str | None]:
     return missing
 
 
-# It sends the headers with the first chunk.
+# The server sends the headers with the first chunk.
 _HYPERCORN = dict.fromkeys(("length-0-no-chunk", "204", "304", "empty"), 500)
 _TORNADO = {"head": CLOSES, "raises": SILENT, "raises-always": SILENT}
 _UWSGI = {"raises": CLOSES, "raises-always": CLOSES}

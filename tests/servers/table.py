@@ -1,4 +1,4 @@
-"""The table at the end of the run: set-up by kind of response, and what else was seen."""
+"""The table at the end of the run: set-up by kind of response, and further columns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.servers.kinds import KINDS
 from tests.servers.setups import CLOSES, MISSING, SETUPS, SILENT, Setup
 
 COLUMN = "column"
-"""The marker that names a test's column; without it that is its kind of response."""
+"""The marker that names a test's column; the default is the kind of response."""
 
 _CELL = "wsgi_bg cell"
 
@@ -19,7 +19,7 @@ Outcomes = defaultdict[tuple[str, str], set[str]]
 
 
 def note(item: pytest.Item) -> None:
-    """Have the reports of this test say which cell of the table it stands for."""
+    """Store the cell of the table that this test stands for in the test's reports."""
     callspec = getattr(item, "callspec", None)
     marker = item.get_closest_marker(COLUMN)
     if callspec is not None and isinstance(setup := callspec.params.get("setup"), Setup):
@@ -29,7 +29,7 @@ def note(item: pytest.Item) -> None:
 
 
 def write(reporter: pytest.TerminalReporter) -> None:
-    """Print the table, if there is anything in it."""
+    """Print the table, unless the table is empty."""
     outcomes: Outcomes = defaultdict(set)
     for outcome in ("passed", "failed"):
         for report in reporter.getreports(outcome):

@@ -35,14 +35,14 @@ def test_the_tables_have_the_set_ups(title: str) -> None:
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
-def test_the_table_says_how_a_server_is_known(setup: Setup) -> None:
+def test_the_table_names_the_mark_of_each_server(setup: Setup) -> None:
     cell = in_code(docs.PAGE.rows("The set-ups")[setup.name][KNOWN_BY])
     assert cell <= (parts(MARKS[setup.mark]) if setup.mark else set())
     assert bool(cell) == bool(setup.mark)
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
-def test_the_table_says_what_a_server_answers_instead(setup: Setup) -> None:
+def test_the_table_names_the_servers_replacement_responses(setup: Setup) -> None:
     cell = docs.PAGE.rows("The set-ups")[setup.name][INSTEAD]
     assert in_code(cell) == set(setup.instead)
     assert ("never answers" in cell) == (SILENT in setup.instead.values())

@@ -1,4 +1,4 @@
-"""A server that imports the application before it forks: whose tasks run where."""
+"""Servers that import the application before they fork: each process runs its own tasks."""
 
 from __future__ import annotations
 

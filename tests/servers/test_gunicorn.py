@@ -48,7 +48,7 @@ def start_with(
     *options: str,
     **env: str,
 ) -> Process:
-    """Start gunicorn with the configuration; returns once it answers."""
+    """Start gunicorn with the configuration; return when gunicorn answers."""
     process = start(
         stack,
         setup,
@@ -62,7 +62,7 @@ def start_with(
 
 
 def hand_over(server: Process, control: Control) -> str:
-    """Have the server's pool run a task, which stands at the gate then."""
+    """Make the server's pool run a task, which waits at the gate then."""
     token = control.token()
     assert ask(server.port, path=f"/pool/length/plain?{token}").body == b"ok"
     control.run(token)
@@ -73,7 +73,7 @@ def hand_over(server: Process, control: Control) -> str:
 def test_a_worker_drains_for_longer_than_the_timeout(
     setup: Setup, control: Control, stack: ExitStack
 ) -> None:
-    """The arbiter kills the other worker for its silence, which began later."""
+    """The arbiter kills only the second worker for its silence, which began later."""
     beats = control.token()
     options = ("--timeout", "2", "--workers", "2")
     server = start_with(stack, setup, control, HOOKS + ANNOUNCE, *options, **{BEATS: beats})
@@ -87,12 +87,12 @@ def test_a_worker_drains_for_longer_than_the_timeout(
     server.wait_until_it_says(f"WORKER TIMEOUT (pid:{other})")
     assert control.let_through(token)
     assert f"WORKER TIMEOUT (pid:{draining})" not in server.output
-    with suppress(ProcessLookupError):  # or its end would wait for this one
+    with suppress(ProcessLookupError):  # or the exit would wait for this task
         os.kill(other, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
-def test_what_is_left_is_named_before_gunicorn_kills_its_workers(
+def test_unfinished_tasks_are_named_before_gunicorn_kills_its_workers(
     setup: Setup, control: Control, stack: ExitStack
 ) -> None:
     server = start_with(stack, setup, control, HOOKS, "--graceful-timeout", "3")
@@ -103,7 +103,7 @@ def test_what_is_left_is_named_before_gunicorn_kills_its_workers(
     assert "was sent SIGKILL" not in server.output
 
 
-# uvicorn counts a request of a2wsgi only while its client is there.
+# uvicorn counts a request of a2wsgi only while its client is connected.
 @pytest.mark.parametrize("setup", [s for s in SETUPS if "uvicorn" not in s.name], ids=str)
 def test_a_drain_at_max_requests_ends_earlier_if_gunicorn_is_stopped(
     setup: Setup, control: Control, stack: ExitStack
@@ -119,7 +119,7 @@ def test_a_drain_at_max_requests_ends_earlier_if_gunicorn_is_stopped(
 
 
 @pytest.mark.skipif(not SETUPS, reason="gunicorn is not here")
-def test_hooks_of_ones_own_are_called_too(control: Control, stack: ExitStack) -> None:
+def test_the_users_own_hooks_are_called_too(control: Control, stack: ExitStack) -> None:
     drain = control.token()
     server = start_with(stack, SETUPS[0], control, OWN_HOOKS, **{DRAIN: drain})
     token = hand_over(server, control)

@@ -1,9 +1,9 @@
 """No response waits for its own task, and each task runs once: on real servers.
 
-Order is shown with a gate and not with a clock. A task waits at the gate, and the gate is
-opened once the client has the whole response: were the response to wait for its task, the
-task would not get through. That no task has run twice is checked when all servers have
-stopped (conftest.py).
+Order is shown with a gate and not with a clock. A task waits at the gate, and the test opens
+the gate after the client has the whole response: if the response waited for its task, the task
+would not pass in time. conftest.py checks that no task has run twice, after all servers have
+stopped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.servers.setups import CLOSES, HERE, SILENT, Setup
 @pytest.mark.parametrize("runner", ["inline", "pool"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("setup", HERE, ids=str)
-def test_the_client_has_its_whole_response_before_its_task_goes_on(
+def test_the_client_has_the_whole_response_before_the_task_goes_on(
     fleet: Fleet, control: Control, setup: Setup, kind: str, runner: str, task: str
 ) -> None:
     server, token, expected = fleet.get(setup), control.token(), KINDS[kind]
@@ -47,11 +47,11 @@ def test_the_client_has_its_whole_response_before_its_task_goes_on(
 def test_with_the_pool_the_next_request_does_not_wait_for_the_task(
     fleet: Fleet, control: Control, setup: Setup, task: str
 ) -> None:
-    """On the same connection, where the server keeps it."""
+    """The next request uses the same connection if the server keeps connections alive."""
     server, first, second = fleet.get(setup), control.token(), control.token()
     with connect(server.port) as client:
         assert client.ask(path=f"/pool/length/{task}?{first}").body == b"ok"
-        control.run(first)  # it stands at the gate, and stays there
+        control.run(first)  # the task waits at the gate from here on
         path = f"/pool/length/{task}?{second}"
         if setup.keeps_alive:
             assert client.is_kept_alive
@@ -72,7 +72,7 @@ def test_the_task_of_a_client_that_leaves_in_the_middle_of_a_stream_runs(
     server, token = fleet.get(setup), control.token()
     client = Connection(server.port)
     client.send(path=f"/{runner}/leave/{task}?{token}")
-    control.run(token + "-stream")  # the stream waits in its middle
+    control.run(token + "-stream")  # the stream waits in the middle
     client.leave()
     assert control.let_through(token + "-stream")
     assert control.let_through(token)
@@ -83,7 +83,7 @@ def test_the_task_of_a_client_that_leaves_in_the_middle_of_a_stream_runs(
 def test_a_server_that_is_known_writes_a_declared_length_before_close(
     fleet: Fleet, control: Control, setup: Setup
 ) -> None:
-    """What the middleware relies on where it runs tasks in ``close()``; without it here."""
+    """The middleware relies on this order to run tasks in ``close()``; tested without it."""
     server, token = fleet.get(setup), control.token()
     with connect(server.port) as client:
         assert client.ask(path=f"/bare?{token}").body == b"ok"
@@ -91,9 +91,7 @@ def test_a_server_that_is_known_writes_a_declared_length_before_close(
 
 
 @pytest.mark.parametrize("setup", HERE, ids=str)
-def test_a_server_is_recognised_by_what_it_puts_into_the_environ(
-    fleet: Fleet, setup: Setup
-) -> None:
+def test_a_server_is_recognised_by_its_mark_in_the_environ(fleet: Fleet, setup: Setup) -> None:
     facts = fleet.get(setup).facts
     assert facts["recognised"] == setup.mark
     assert not facts["test client"]

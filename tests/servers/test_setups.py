@@ -1,4 +1,4 @@
-"""The list of set-ups: what has to be here is, and what is not is named."""
+"""The list of set-ups: required servers are installed, and missing servers are named."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.servers.setups import MISSING, SETUPS
 from wsgi_bg._request.servers import SERVERS
 
 REQUIRED = os.environ.get("WSGI_BG_REQUIRE_SERVERS", "")
-"""Names of servers, separated by commas; one that cannot be run fails the suite."""
+"""Names of servers, separated by commas; the suite fails if any of them cannot run."""
 
 
 @pytest.mark.parametrize("name", MISSING)

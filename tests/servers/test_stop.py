@@ -1,7 +1,7 @@
 """SIGTERM: which servers wait for the tasks, by themselves or with the page's additions.
 
-A task waits at the gate while its server is asked to stop, and is let through once the
-server has come to drain its runners.
+A task waits at the gate while its server is asked to stop. The gate opens after the server has
+begun to drain its runners.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ALONE, HOOK, _ = range(3)
 
 ROWS = docs.PAGE.rows("SIGTERM")
 
-# What takes the place of the adapter in the code for uvicorn.
+# Replaces the adapter in the code for uvicorn.
 ADAPTERS = {
     "uvicorn-starlette": "starlette.middleware.wsgi import WSGIMiddleware",
     "uvicorn-asgiref": "asgiref.wsgi import WsgiToAsgi as WSGIMiddleware",
@@ -44,7 +44,7 @@ def stack() -> Iterator[ExitStack]:
 
 
 def start_with_hook(stack: ExitStack, setup: Setup, control: Control, drain: str) -> Process:
-    """Start the set-up with what the table has beside it."""
+    """Start the set-up with the addition from the table."""
     hook = ROWS[setup.name][HOOK]
     code, options = "", []
     if hook:
@@ -74,7 +74,7 @@ def start_with_hook(stack: ExitStack, setup: Setup, control: Control, drain: str
 
 
 def hand_over(server: Process, control: Control) -> tuple[str, str]:
-    """Have the server's pool run a plain and an async task; both stand at the gate then."""
+    """Make the server's pool run a plain and an async task; return when both wait."""
     server.wait_until_up()
     tokens = control.token(), control.token()
     for task, token in zip(("plain", "async"), tokens, strict=True):
@@ -86,12 +86,12 @@ def hand_over(server: Process, control: Control) -> tuple[str, str]:
 @pytest.mark.column("SIGTERM")
 @pytest.mark.parametrize("setup", HERE, ids=str)
 def test_sigterm_waits_for_the_tasks(setup: Setup, control: Control, stack: ExitStack) -> None:
-    """By itself, or with what the documentation adds."""
+    """The server waits by itself, or with the addition of the documentation."""
     drain = control.token()
     server = start_with_hook(stack, setup, control, drain)
     tokens = hand_over(server, control)
     server.stop(signal.SIGINT if "SIGINT" in ROWS[setup.name][HOOK] else signal.SIGTERM)
-    control.run(drain)  # the pool is being drained, and the tasks have not ended
+    control.run(drain)  # the pool is draining, and the tasks have not ended
     for token in tokens:
         assert control.let_through(token)
     server.wait()
@@ -102,7 +102,7 @@ def test_sigterm_waits_for_the_tasks(setup: Setup, control: Control, stack: Exit
 def test_sigterm_by_itself_ends_the_server_and_its_tasks(
     setup: Setup, control: Control, stack: ExitStack
 ) -> None:
-    """Should this fail, the server has learned to wait: the documentation can say so."""
+    """A failure means that the server waits now: the documentation can say so."""
     drain = control.token()
     server = start(stack, setup, control, env={DRAIN: drain})
     tokens = hand_over(server, control)
@@ -113,7 +113,7 @@ def test_sigterm_by_itself_ends_the_server_and_its_tasks(
 
 
 @pytest.mark.skipif(MISSING["uWSGI-master"] is not None, reason="uWSGI is not here")
-def test_with_its_options_a_busy_uwsgi_finishes_its_request_and_drains(
+def test_with_its_options_a_busy_uwsgi_finishes_the_request_and_drains(
     control: Control, stack: ExitStack
 ) -> None:
     setup = next(setup for setup in SETUPS if setup.name == "uWSGI-master")

@@ -1,4 +1,4 @@
-"""What type checkers know of registered functions. Read by mypy."""
+"""Types of registered functions, checked by mypy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What type checkers know. Read by mypy, to which an ignore without an error is an error."""
+"""Types of the public names, checked by mypy, which reports each ignore without an error."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ BackgroundTasksMiddleware(application, runner=1)  # type: ignore[arg-type]
 BackgroundTasksMiddleware(lambda: None)  # type: ignore[arg-type, misc]
 
 
-# inject: the result is known; the parameters are not, as one of them may be left out.
+# inject: the result is known; the parameters are not, since a caller may omit the injected one.
 
 
 class Service:
@@ -140,7 +140,7 @@ BackgroundTasksMiddleware(application, hooks=Monitor)  # type: ignore[arg-type]
 
 
 def test_of_an_application(background_tasks: TaskRecorder) -> None:
-    """How a test annotates the pytest fixture."""
+    """A test annotates the pytest fixture in this way."""
     assert_type(background_tasks.tasks, list[RecordedTask])
     assert_type(background_tasks.tasks[0].args, tuple[Any, ...])
     assert_type(background_tasks.tasks[0].kwargs, dict[str, Any])
