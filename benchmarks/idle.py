@@ -8,6 +8,7 @@ at the end of a response.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from flask import Flask
@@ -20,33 +21,22 @@ from wsgi_bg.flask import Background
 
 THOUSAND = [b"x"] * 1000
 
+Body = Callable[[], Iterable[bytes]]
 
-def list_app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-    start_response("200 OK", HEADERS)
+
+def two_bytes() -> list[bytes]:
     return [b"ok"]
 
 
-def generator_app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-    start_response("200 OK", HEADERS)
+def two_bytes_generated() -> Iterable[bytes]:
     return (chunk for chunk in (b"ok",))
 
 
-def thousand_in_a_list(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-    start_response("200 OK", HEADERS)
+def thousand() -> list[bytes]:
     return THOUSAND
 
 
-def thousand_from_a_generator(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-    start_response("200 OK", HEADERS)
-    return generate()
-
-
-def thousand_from_an_iterator(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-    start_response("200 OK", HEADERS)
-    return Iterated()
-
-
-def generate() -> Iterator[bytes]:
+def thousand_generated() -> Iterator[bytes]:
     for chunk in THOUSAND:
         yield chunk
 
@@ -64,6 +54,14 @@ class Iterated:
         return self._next()
 
 
+def answering(body: Body) -> App:
+    def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", HEADERS)
+        return body()
+
+    return alone(app)
+
+
 class BareClosingIterator:
     """A middleware that only calls a function at the end of each response."""
 
@@ -74,120 +72,55 @@ class BareClosingIterator:
         return ClosingIterator(self.app(environ, start_response), done)
 
 
-class TasksByHand:
-    """Background tasks written with ``ClosingIterator``: run unless the request failed.
-
-    The class has no proxy, does not know whether the client has its response, and ignores
-    errors in the body and a ``close()`` that is called twice or never.
-    """
-
-    def __init__(self, app: App) -> None:
-        self.app = app
-
-    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        environ["tasks"] = tasks = list[Any]()
-        seen: list[str] = []
-
-        def watched(status: str, headers: Any, exc_info: Any = None) -> Any:
-            seen.append(status)
-            return start_response(status, headers, exc_info)
-
-        def run() -> None:
-            if seen[-1] < "500":
-                for func, args, kwargs in tasks:
-                    func(*args, **kwargs)
-
-        return ClosingIterator(self.app(environ, watched), run)
-
-
 def done() -> None:
     """The callback that the peer is given."""
 
 
-def added_cost(what: str, app: App, goal: str) -> None:
-    bare, ours, peer, by_hand = interleave(
-        request(alone(app)),
-        request(BackgroundTasksMiddleware(alone(app))),
-        request(BareClosingIterator(alone(app))),
-        request(TasksByHand(alone(app))),
-        calls=5000,
+def beside_peer(body: Body, calls: int) -> list[float]:
+    """Return the times of a request to the bare application, with wsgi_bg, with the peer."""
+    return interleave(
+        request(answering(body)),
+        request(BackgroundTasksMiddleware(answering(body))),
+        request(BareClosingIterator(answering(body))),
+        calls=calls,
     )
-    for name, cost in (
-        ("ClosingIterator", peer - bare),
-        ("the feature by hand", by_hand - bare),
-    ):
-        row(
-            f"idle request, {what}, added",
-            f"+{ours - bare:.2f}",
-            f"{name} +{cost:.2f}",
-            f"{cost / (ours - bare):.1f} times less",
-            goal,
-        )
 
 
-def chunk_cost(what: str, app: App, goal: str) -> None:
-    bare, ours, peer = interleave(
-        request(alone(app)),
-        request(BackgroundTasksMiddleware(alone(app))),
-        request(BareClosingIterator(alone(app))),
-        calls=100,
-    )
-    row(
-        f"1000 chunks, {what}",
-        f"{ours:.1f}",
-        f"bare {bare:.1f}, ClosingIterator {peer / bare:.2f}x",
-        f"{ours / bare:.2f}x of bare",
-        goal,
-    )
+def added_cost(what: str, body: Body, goal: str) -> None:
+    bare, ours, peer = beside_peer(body, calls=5000)
+    row(f"idle request, {what}, added", ours - bare, "ClosingIterator", peer - bare, goal)
+
+
+def chunk_cost(what: str, body: Body, goal: str) -> None:
+    bare, ours, peer = beside_peer(body, calls=100)
+    row(f"1000 chunks, {what}", ours, "bare", bare, f"ratio {goal}")
+    row(f"1000 chunks, {what}", ours, "ClosingIterator", peer)
 
 
 def flask_cost() -> None:
-    app = Flask(__name__)
-    app.add_url_rule("/", view_func=lambda: "ok", endpoint="index")
-    environ = EnvironBuilder("/").get_environ()
-    bare, ours = interleave(
-        request(app.wsgi_app, environ),
-        request(BackgroundTasksMiddleware(app.wsgi_app), environ),
-        calls=500,
-    )
-    row(
-        "idle Flask request",
-        f"{ours:.1f}",
-        f"bare {bare:.1f}",
-        f"{ours / bare:.3f}x",
-        "<= 1.06",
-    )
-
-
-def extension_cost() -> None:
-    """Time the Flask extension beside the middleware, for views without parameters."""
-    plain, extended = Flask(__name__), Flask(__name__)
-    for app in (plain, extended):
+    """Time requests to Flask: bare, with the middleware, and with the extension."""
+    bare, wrapped, extended = (Flask(__name__) for _ in range(3))
+    for app in (bare, wrapped, extended):
         app.add_url_rule("/", view_func=lambda: "ok", endpoint="index")
-    plain.wsgi_app = BackgroundTasksMiddleware(plain.wsgi_app)  # type: ignore[method-assign]
+    wrapped.wsgi_app = BackgroundTasksMiddleware(wrapped.wsgi_app)  # type: ignore[method-assign]
     Background(extended)
     environ = EnvironBuilder("/").get_environ()
-    middleware, ours = interleave(
-        request(plain.wsgi_app, environ), request(extended.wsgi_app, environ), calls=500
+    without, ours, extension = interleave(
+        *(request(app.wsgi_app, environ) for app in (bare, wrapped, extended)), calls=500
     )
-    row(
-        "the same with wsgi_bg.flask.Background",
-        f"{ours:.1f}",
-        f"the middleware alone {middleware:.1f}",
-        f"{ours / middleware:.3f}x",
-        "nothing measurable",
-    )
+    row("idle Flask request", ours, "bare", without, "ratio <= 1.06")
+    what = "the same with wsgi_bg.flask.Background"
+    row(what, extension, "the middleware alone", ours, "nothing measurable")
 
 
 GOAL = "<= 1.2 (3.11), 1.6 (3.13)"
 ROWS: dict[str, Callable[[], None]] = {
-    "list": lambda: added_cost("list body", list_app, "<= 0.65"),
-    "generator": lambda: added_cost("generator body", generator_app, "<= 1.25"),
-    "1000": lambda: chunk_cost("list", thousand_in_a_list, "<= 1.05"),
-    "1000-generator": lambda: chunk_cost("generator", thousand_from_a_generator, GOAL),
-    "1000-iterator": lambda: chunk_cost("iterator in Python", thousand_from_an_iterator, GOAL),
+    "list": partial(added_cost, "list body", two_bytes, "<= 0.65"),
+    "generator": partial(added_cost, "generator body", two_bytes_generated, "<= 1.25"),
+    "1000": partial(chunk_cost, "list", thousand, "<= 1.05"),
+    "1000-generator": partial(chunk_cost, "generator", thousand_generated, GOAL),
+    "1000-iterator": partial(chunk_cost, "iterator in Python", Iterated, GOAL),
     "flask": flask_cost,
-    "extension": extension_cost,
 }
 
 

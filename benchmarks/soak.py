@@ -1,183 +1,235 @@
 """Checks that the tasks of 100,000 requests each run once: ``python -m benchmarks.soak``.
 
-Eight clients request all kinds of responses and tasks from a waitress in a separate process,
-with the inline runner and with the pool. Some clients leave in the middle of a long stream,
-some tasks raise. Half way the server gets SIGTERM, drains and exits, and a second server
-takes its place. Before each SIGTERM two tasks that never end are added, to a runner with a
-short drain timeout.
+Eight clients request all kinds of responses and tasks from ``wsgi-bg``, first with the inline
+runner, then with the pool. Some clients leave in the middle of a long stream, some tasks raise.
+At the end of each half the program adds two tasks that never end, and sends SIGTERM to the
+server while the clients go on.
 
-At the end the program compares the servers' journal with their logs: each added task has
-begun once and ended, or is named in the log; no task has run twice, no task is lost. The
-memory of each server, read meanwhile, must not grow. The program takes some minutes; its exit
-status is 1 if a check fails.
+A journal on disk records each task that was added, began or ended. Each added task must have
+begun once and ended, or be named in the log as unfinished. The memory of each server must not
+grow. The program takes some minutes, and ends with an ``AssertionError`` if a check fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import http.client
+import itertools
+import os
+import random
+import re
+import resource
+import statistics
+import subprocess
 import sys
 import tempfile
-import threading
 import time
-from contextlib import ExitStack, closing
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
-from random import Random
+from threading import Event, Semaphore
+from typing import Any
 
-from benchmarks.serving import ServerProcess
-from benchmarks.soak_report import Account, memory_line
-from benchmarks.soak_server import DRAIN_TIMEOUT, LENGTHS, RUNNERS, STRICT, STUCK, TASKS
+from wsgi_bg import BackgroundTasks, background_tasks, get_background_tasks
 
 CLIENTS = 8
-READINGS = 20
+CHUNK = b"x" * 8192
+CHUNKS = [1] * 10 + [0] * 5 + [8] * 5 + [400]
+"""The lengths of the responses; clients leave most of the longest."""
+FAILURES = 0.02
+LONGEST = 0.01
+DRAIN_TIMEOUT = 3.0
+TIMEOUT = 60.0
+READINGS = 21
 """The number of readings of a server's memory."""
 LONG_RUN = 20_000
 """Number of requests from which memory must not grow: the first thousands let it settle."""
-RESPONSES = ["length"] * 10 + ["empty"] * 5 + ["stream"] * 5 + ["long"]
+GROWTH = 1.05
+"""How much memory may grow from the second third of a server's life to the last."""
+
+journal = os.open(os.environ.get("JOURNAL", os.devnull), os.O_WRONLY | os.O_APPEND)
+numbers = itertools.count(os.getpid() * 10_000_000)
 
 
-class Soak:
-    """The current server, and the progress of the clients."""
-
-    def __init__(self, requests: int, folder: Path) -> None:
-        self.left = self.broken = 0
-        self.failures: list[BaseException] = []
-        self.memory: list[list[float]] = []
-        self.half_done = threading.Event()
-        self._folder = folder
-        self._half = requests // 2
-        self._done = 0
-        self._lock = threading.Lock()  # guards the counters
-        self._is_up = threading.Event()
-        self._stack = ExitStack()
-        self.server: ServerProcess
-
-    def start_server(self) -> None:
-        log = self._stack.enter_context((self._folder / f"{len(self.memory)}.log").open("w"))
-        journal = str(self._folder / "journal")
-        server = ServerProcess("benchmarks.soak_server", journal, log)
-        self.server = self._stack.enter_context(server)
-        self.memory.append([])
-        self._is_up.set()
-
-    def stop_server(self) -> tuple[float, int]:
-        """Send SIGTERM; return the seconds until the exit, and the exit status."""
-        with closing(http.client.HTTPConnection("127.0.0.1", self.server.port)) as connection:
-            for tasks in STUCK:
-                fetch(connection, f"/{STRICT}/length/{tasks}", LENGTHS["length"])
-        self._is_up.clear()
-        with (self._folder / "journal").open("a") as journal:
-            journal.write("SIGTERM now\n")
-        took = self.server.terminate()
-        return took, self.server.process.returncode
-
-    def wait_for_server(self) -> int:
-        """Wait until a server is up; return its port."""
-        self._is_up.wait()
-        return self.server.port
-
-    def failed(self, port: int, exc: BaseException) -> None:
-        """Count a broken connection; it is a failure unless the server is stopping."""
-        with self._lock:
-            self.broken += 1
-            if self._is_up.is_set() and port == self.server.port:
-                self.failures.append(exc)
-
-    def finish(self, *, left: bool) -> None:
-        """Count a finished request."""
-        with self._lock:
-            self._done += 1
-            self.left += left
-            if self._done % max(1, self._half // READINGS) == 0 and self._is_up.is_set():
-                self.memory[-1].append(self.server.memory())
-            if self._done == self._half:
-                self.half_done.set()
-
-    def close(self) -> None:
-        self._stack.close()
+def note(event: str, number: int) -> None:
+    os.write(journal, f"{event} {number}\n".encode())
 
 
-def run_client(soak: Soak, requests: int, random: Random) -> None:
-    connection: http.client.HTTPConnection | None = None
-    for _ in range(requests):
-        response = random.choice(RESPONSES)
-        path = f"/{random.choice(list(RUNNERS))}/{response}/{random.choice(list(TASKS))}"
-        leaves = response == "long" and random.random() < 0.8
-        while True:
-            port = soak.wait_for_server()
-            if connection is None or connection.port != port:
-                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-            try:
-                fetch(connection, path, LENGTHS[response], random if leaves else None)
-            except (OSError, http.client.HTTPException) as exc:
-                soak.failed(port, exc)
-                connection.close()
-            else:
-                break
-        soak.finish(left=leaves)
-    if connection is not None:
-        connection.close()
+@contextmanager
+def noted(number: int) -> Iterator[None]:
+    note("begun", number)
+    yield
+    note("ended", number)
+    if random.random() < FAILURES:
+        raise RuntimeError("a task that fails")
 
 
-def fetch(
-    connection: http.client.HTTPConnection,
-    path: str,
-    length: int,
-    leaves: Random | None = None,
-) -> None:
-    """Make a request, read all or a part of the body, and leave."""
-    connection.request("GET", path)
+def plain(number: int) -> None:
+    with noted(number):
+        time.sleep(random.uniform(0, LONGEST))
+
+
+async def coroutine(number: int) -> None:
+    with noted(number):
+        await asyncio.sleep(random.uniform(0, LONGEST))
+
+
+def adding(number: int) -> None:
+    with noted(number):
+        add(background_tasks, coroutine, plain)
+
+
+async def adding_async(number: int) -> None:
+    with noted(number):
+        add(background_tasks, plain)
+
+
+def stuck(number: int) -> None:
+    with noted(number):
+        time.sleep(1000)
+
+
+async def stuck_async(number: int) -> None:
+    with noted(number):
+        await asyncio.sleep(1000)
+
+
+TASKS: dict[str, tuple[Callable[[int], Any], ...]] = {
+    "none": (),
+    "plain": (plain,),
+    "async": (coroutine,),
+    "mixed": (plain, coroutine, coroutine, plain, plain),
+    "nested": (adding, adding_async),
+}
+STUCK = {"stuck": (stuck, plain), "stuck-async": (stuck_async, coroutine)}
+
+
+def add(tasks: BackgroundTasks, *functions: Callable[[int], Any]) -> None:
+    for func in functions:
+        number = next(numbers)
+        tasks.add_task(func, number)
+        note("added", number)
+
+
+def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+    """Answer ``/CHUNKS/TASKS`` with so many chunks and these tasks."""
+    chunks, name = environ["PATH_INFO"][1:].split("/")
+    status = "204 No Content" if chunks == "0" else "200 OK"
+    length = [("Content-Length", str(len(CHUNK)))] if chunks == "1" else []
+    start_response(status, length)
+    tasks, functions = get_background_tasks(environ), {**TASKS, **STUCK}[name]
+    if int(chunks) > 1:
+        return stream(int(chunks), lambda: add(tasks, *functions))
+    add(tasks, *functions)
+    return [CHUNK] * int(chunks)
+
+
+def stream(chunks: int, add: Callable[[], None]) -> Iterator[bytes]:
+    for number in range(chunks):
+        if number == chunks // 2:
+            add()
+        yield CHUNK
+
+
+def fetch(connection: http.client.HTTPConnection, chunks: int, tasks: str) -> None:
+    connection.request("GET", f"/{chunks}/{tasks}")
     response = connection.getresponse()
-    if leaves is not None:
-        response.read(leaves.randrange(length // 2))
+    length = chunks * len(CHUNK)
+    if chunks > 100 and random.random() < 0.8:
+        response.read(random.randrange(length // 2))
         connection.close()
         response.close()
-    elif len(response.read()) != length or response.status not in (200, 204):
-        raise http.client.HTTPException(f"{path}: {response.status}")
+    else:
+        assert len(response.read()) == length
+        assert response.status in (200, 204)
+
+
+def keep_busy(port: int, done: Semaphore, is_stopping: Event) -> None:
+    """Make requests until the server has ended; count them in ``done``."""
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)) as connection:
+        try:
+            while True:
+                fetch(connection, random.choice(CHUNKS), random.choice(list(TASKS)))
+                done.release()
+        except (OSError, http.client.HTTPException):
+            if not is_stopping.is_set():
+                raise
+
+
+def soak(command: list[str], requests: int, journal: Path, log: Path) -> None:
+    """Keep a server busy and stop it; check its memory, and how it stops."""
+    done, is_stopping, memory = Semaphore(0), Event(), []
+    with (
+        log.open("a") as errors,
+        subprocess.Popen(
+            command,
+            env={**os.environ, "JOURNAL": str(journal)},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+        ) as process,
+        ThreadPoolExecutor(CLIENTS) as pool,
+    ):
+        try:
+            assert process.stdout is not None
+            port = int(process.stdout.readline().rpartition(b":")[2])
+            clients = [pool.submit(keep_busy, port, done, is_stopping) for _ in range(CLIENTS)]
+            statm = Path(f"/proc/{process.pid}/statm")
+            for _ in range(READINGS):
+                for _ in range(requests // READINGS):
+                    assert done.acquire(timeout=TIMEOUT), "the clients have stopped"
+                memory.append(int(statm.read_text().split()[1]) * resource.getpagesize())
+            for tasks in STUCK:
+                fetch(http.client.HTTPConnection("127.0.0.1", port), 8, tasks)
+            is_stopping.set()
+            began = time.monotonic()
+            process.terminate()
+            status = process.wait(TIMEOUT)
+            took = time.monotonic() - began
+        finally:
+            process.kill()
+    print(f"  stopped in {took:.1f} s; MB:", *(f"{size / 1e6:.0f}" for size in memory))
+    for client in clients:
+        client.result()
+    assert status == 1, f"tasks are left, but the exit status is {status}"
+    assert took < DRAIN_TIMEOUT + 1
+    third = READINGS // 3
+    before, after = (
+        statistics.median(part) for part in (memory[third:-third], memory[-third:])
+    )
+    assert requests < LONG_RUN // 2 or after < before * GROWTH, "memory grows"
+
+
+def check(journal: str, log: str) -> None:
+    """Compare the journal of both servers with their log."""
+    lines = journal.splitlines()
+    added, begun, ended = (
+        {line.split()[1] for line in lines if line.startswith(event)}
+        for event in ("added", "begun", "ended")
+    )
+    named = Counter(re.findall(r"background task \S*?(\w+) was not (?:run|finished)\b", log))
+    print(f"{len(added)} tasks added, {len(ended)} ended; in the log as not run: {dict(named)}")
+    assert len(lines) == len(set(lines)), "a task was run twice"
+    assert begun <= added
+    assert named == Counter(func.__name__ for funcs in STUCK.values() for func in funcs * 2)
+    assert len(added - ended) == named.total(), "tasks are lost"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--requests", type=int, default=100_000, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
-    options = parser.parse_args()
-    began = time.monotonic()
+    requests = parser.parse_args().requests
+    command = [sys.executable, "-m", "wsgi_bg", "benchmarks.soak:app", "--port=0"]
+    command += [f"--drain-timeout={DRAIN_TIMEOUT}", "--runner"]
     with tempfile.TemporaryDirectory() as folder:
-        soak = Soak(options.requests, Path(folder))
-        soak.start_server()
-        share = options.requests // CLIENTS
-        clients = [
-            threading.Thread(
-                target=run_client, args=(soak, share, Random(f"{options.seed} {number}"))
-            )
-            for number in range(CLIENTS)
-        ]
-        for client in clients:
-            client.start()
-        soak.half_done.wait()
-        stops = [soak.stop_server()]
-        soak.start_server()
-        for client in clients:
-            client.join()
-        stops.append(soak.stop_server())
-        soak.close()
-        account = Account(Path(folder))
-    took = time.monotonic() - began
-    print(
-        f"CPython {sys.version.split()[0]}: {share * CLIENTS} requests from {CLIENTS} clients "
-        f"in {took:.0f} s, seed {options.seed}\n"
-        f"    {soak.left} clients left in the middle; {soak.broken} connections broke when "
-        f"the server ended, {len(soak.failures)} at another time"
-    )
-    wrong = account.report()
-    wrong += [f"a connection broke: {exc!r}" for exc in soak.failures]
-    for number, (seconds, status) in enumerate(stops):
-        print(f"server {number + 1}: ended {seconds:.1f} s after SIGTERM with status {status}")
-        if status or seconds > DRAIN_TIMEOUT + 1:
-            wrong.append(f"server {number + 1} ended after {seconds:.1f} s with {status}")
-        wrong += memory_line(soak.memory[number], judge=options.requests >= LONG_RUN)
-    print("\nWRONG: " + "\n       ".join(wrong) if wrong else "\nall is well")
-    sys.exit(bool(wrong))
+        journal, log = Path(folder, "journal"), Path(folder, "log")
+        journal.touch()
+        for runner in ("inline", "pool"):
+            print(f"{requests // 2} requests, {runner}", flush=True)
+            soak([*command, runner], requests // 2, journal, log)
+        check(journal.read_text(), log.read_text())
 
 
 if __name__ == "__main__":

@@ -7,20 +7,19 @@ Starlette application.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
 from typing import Any
 
 from flask import Flask
 from starlette.background import BackgroundTask as StarletteTask
 from starlette.background import BackgroundTasks as StarletteTasks
 
-from benchmarks.measure import interleave, row, run
-from wsgi_bg import BackgroundTasks
-from wsgi_bg._request.layer import merge_options
-from wsgi_bg._tasks.background_tasks import View
+from benchmarks.measure import HEADERS, App, begin, interleave, row, run
+from wsgi_bg import ENVIRON_KEY, BackgroundTasks, BackgroundTasksMiddleware
 from wsgi_bg._tasks.batch import Batch
-from wsgi_bg._tasks.options import Options
+from wsgi_bg.flask import Background
 from wsgi_bg.hooks import Hooks
 
 BATCH = 100
@@ -43,131 +42,88 @@ def add_to(make: Callable[[], Any]) -> Callable[[], None]:
     return add
 
 
-def run_batch(func: Callable[..., object], tasks: int) -> Callable[[], None]:
-    def run() -> None:
-        background = BackgroundTasks()
-        for _ in range(tasks):
-            background.add_task(func)
-        Batch(background, response_complete=True).run()
-
-    return run
+def add_only() -> Batch:
+    background = BackgroundTasks()
+    for _ in range(BATCH):
+        background.add_task(nothing)
+    return Batch(background, response_complete=True)
 
 
-def add_only(tasks: int) -> Callable[[], None]:
-    def run() -> None:
-        background = BackgroundTasks()
-        for _ in range(tasks):
-            background.add_task(nothing)
-        Batch(background, response_complete=True)
-
-    return run
+def run_batch(func: Callable[..., object], tasks: int) -> None:
+    background = BackgroundTasks()
+    for _ in range(tasks):
+        background.add_task(func)
+    Batch(background, response_complete=True).run()
 
 
-def starlette(
-    func: Callable[..., object], loop: asyncio.AbstractEventLoop
-) -> Callable[[], None]:
-    """Run Starlette's tasks in sequence, on an event loop as in Starlette."""
+@contextmanager
+def starlette(func: Callable[..., object]) -> Iterator[Callable[[], None]]:
+    """Yield a function that runs Starlette's tasks in sequence, on a running event loop."""
 
     async def run_all() -> None:
         for _ in range(BATCH):
             await StarletteTask(func)()
 
-    return lambda: loop.run_until_complete(run_all())
+    with closing(asyncio.new_event_loop()) as loop:
+        yield lambda: loop.run_until_complete(run_all())
 
 
 def adding() -> None:
     ours, peer = interleave(add_to(BackgroundTasks), add_to(StarletteTasks), calls=20)
-    ours, peer = ours / BATCH, peer / BATCH
-    row(
-        "add_task",
-        f"{ours:.2f}",
-        f"Starlette {peer:.2f}",
-        f"{peer / ours:.1f} times less",
-        "<= 0.4",
-    )
+    row("add_task", ours / BATCH, "Starlette", peer / BATCH, "<= 0.4")
 
 
 def plain() -> None:
-    with closing(asyncio.new_event_loop()) as loop:
-        added, ran, peer = interleave(
-            add_only(BATCH), run_batch(nothing, BATCH), starlette(nothing, loop), calls=5
-        )
-    ours, peer = (ran - added) / BATCH, peer / BATCH
-    row(
-        "inline plain task",
-        f"{ours:.2f}",
-        f"Starlette {peer:.1f}",
-        f"{peer / ours:.0f} times less",
-        "<= 0.6",
-    )
-
-
-def within(options: Options) -> Callable[[], None]:
-    """Run tasks of a middleware layer whose options need more work for each task."""
-
-    def run() -> None:
-        background = BackgroundTasks()
-        view = View(background, options)
-        for _ in range(BATCH):
-            view.add_task(nothing)
-        Batch(background, response_complete=True).run()
-
-    return run
-
-
-def watched() -> None:
-    app = Flask(__name__)
-
-    def in_context_by_hand() -> None:
-        for _ in range(BATCH):
-            with app.app_context():
-                nothing()
-
-    bare, hooked, in_context, by_hand = interleave(
-        within(Options()),
-        within(merge_options(Options(), hooks=Hooks())),
-        within(merge_options(Options(), around=app.app_context)),
-        in_context_by_hand,
-        calls=5,
-    )
-    row(
-        "add and run a task that hooks watch, added",
-        f"+{(hooked - bare) / BATCH:.2f}",
-        f"without {bare / BATCH:.2f}",
-        "",
-        "",
-    )
-    row(
-        "a task in a Flask application context, added",
-        f"+{(in_context - bare) / BATCH:.2f}",
-        f"app.app_context() by hand {by_hand / BATCH:.2f}",
-        f"{(in_context - bare) / by_hand:.2f}x by hand",
-        "",
-    )
+    run_plain = partial(run_batch, nothing, BATCH)
+    with starlette(nothing) as theirs:
+        added, ran, peer = interleave(add_only, run_plain, theirs, calls=5)
+    row("inline plain task", (ran - added) / BATCH, "Starlette", peer / BATCH, "<= 0.6")
 
 
 def async_batch() -> None:
-    with closing(asyncio.new_event_loop()) as loop:
-        one, hundred, peer = interleave(
-            run_batch(nothing_async, 1),
-            run_batch(nothing_async, BATCH),
-            starlette(nothing_async, loop),
-            calls=20,
-        )
-    row(
-        "async batch of 100, inline",
-        f"{hundred:.0f}",
-        f"batch of one {one:.0f}",
-        f"{hundred / one:.2f}x of one",
-        "<= 2.5",
+    ours = (partial(run_batch, nothing_async, tasks) for tasks in (1, BATCH))
+    with starlette(nothing_async) as theirs:
+        one, hundred, peer = interleave(*ours, theirs, calls=20)
+    row("async batch of 100, inline", hundred, "batch of one", one, "ratio <= 2.5")
+    one_more = (hundred - one) / (BATCH - 1)
+    row("one more async task of a batch", one_more, "Starlette, on its loop", peer / BATCH)
+
+
+def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+    add_task = environ[ENVIRON_KEY].add_task
+    for _ in range(BATCH):
+        add_task(nothing)
+    start_response("200 OK", HEADERS)
+    return [b"ok"]
+
+
+def watched() -> None:
+    """Time requests whose tasks hooks watch, or run in a Flask application context."""
+    flask_app = Flask(__name__)
+    flask_app.wsgi_app = app  # type: ignore[method-assign]
+    Background(flask_app)
+
+    def by_hand() -> None:
+        for _ in range(BATCH):
+            with flask_app.app_context():
+                nothing()
+
+    apps = (
+        BackgroundTasksMiddleware(app),
+        BackgroundTasksMiddleware(app, hooks=Hooks()),
+        flask_app.wsgi_app,
     )
-    row(
-        "one more async task of a batch",
-        f"{(hundred - one) / (BATCH - 1):.2f}",
-        f"Starlette, on its loop {peer / BATCH:.2f}",
-        "",
-        "",
+    bare, hooked, in_context, peer = interleave(
+        *(partial(add_and_run, wrapped) for wrapped in apps), by_hand, calls=5
     )
+    what = "add and run a task that hooks watch, added"
+    row(what, (hooked - bare) / BATCH, "without hooks", bare / BATCH)
+    what = "a task in a Flask application context, added"
+    row(what, (in_context - bare) / BATCH, "app.app_context() by hand", peer / BATCH)
+
+
+def add_and_run(app: App) -> None:
+    begin(app)()
 
 
 if __name__ == "__main__":
