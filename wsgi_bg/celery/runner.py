@@ -12,8 +12,8 @@ from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._process.workers import Workers
 from wsgi_bg._tasks import registry
 from wsgi_bg._tasks.checks import seconds
+from wsgi_bg._tasks.codec import encode
 from wsgi_bg.celery import headers as celery_headers
-from wsgi_bg.celery.encoding import encode
 from wsgi_bg.celery.headers import correlation_id, traceparent
 from wsgi_bg.celery.options import NO_OPTIONS
 from wsgi_bg.exceptions import (

@@ -9,10 +9,10 @@ from typing import Any
 from celery import Celery
 
 from wsgi_bg._tasks import registry
+from wsgi_bg._tasks.codec import decode
 from wsgi_bg._tasks.registry import Registration
 from wsgi_bg._tasks.task import BackgroundTask
 from wsgi_bg.celery import headers as celery_headers
-from wsgi_bg.celery.decoding import decode
 from wsgi_bg.celery.options import NO_OPTIONS
 from wsgi_bg.exceptions import MessageError, OptionValueError, UnsafeCeleryError
 
