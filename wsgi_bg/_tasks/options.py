@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
-from wsgi_bg._tasks import engine_options, successors
+from wsgi_bg._tasks import successors
 from wsgi_bg._tasks.callables import is_coroutine_callable
 from wsgi_bg._tasks.calls import Around, Calls
 from wsgi_bg._tasks.checks import whole_number
 from wsgi_bg._tasks.hooks import HOOKS, Hooks
+from wsgi_bg._tasks.registry import options_of
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ class Options:
             self.runner if runner is None else runner,
             self._hooks if hooks is None else _as_tuple(hooks),
             self._around if around is None else around,
-            self.celery if celery is None else engine_options.for_one_call("celery", celery),
+            self.celery if celery is None else options_of("celery").for_one_call(celery),
             self.runner_is_default and runner is None,
             self.failed_from if failed_from is None else failed_from,
         )
