@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from wsgi_bg._process import log
 from wsgi_bg._process.per_process import PerProcess
@@ -100,8 +100,12 @@ class CeleryRunner:
         self._discards = on_publish_error == "discard"
         self._timeout = publish_timeout
         self.drain_timeout = drain_timeout
-        self._states = PerProcess(lambda: _PoolState(self))
+        self._states = PerProcess(self._make_state)
         celery_worker.serve(celery_app)
+
+    def _make_state(self) -> _State:
+        threads: Workers[Batch] = Workers(self._send_later, _CREW, "wsgi_bg-celery")
+        return _State(Ledger(), Publisher(self._app, self._timeout), threads)
 
     def check(self, task: BackgroundTask) -> None:
         """Encode the arguments of an added task if the task's function is registered.
@@ -208,10 +212,9 @@ class CeleryRunner:
         return f"{type(self).__name__}({self._app.main!r}, local={self._local!r})"
 
 
-class _PoolState:
+class _State(NamedTuple):
     """A runner's ledger, publisher and threads in one process."""
 
-    def __init__(self, runner: CeleryRunner) -> None:
-        self.ledger = Ledger()
-        self.publisher = Publisher(runner._app, runner._timeout)
-        self.threads: Workers[Batch] = Workers(runner._send_later, _CREW, "wsgi_bg-celery")
+    ledger: Ledger
+    publisher: Publisher
+    threads: Workers[Batch]

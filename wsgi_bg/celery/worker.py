@@ -83,9 +83,7 @@ def _run(self: Any, *message: Any, **others: Any) -> Any:
     context = copy_context()
     celery_headers.restore(context, self.request.get)
     # Calling the task blocks this thread; an async task runs on the process's event loop.
-    task = BackgroundTask(registration.func, *args, **kwargs)
-    task._context = context
-    result = task()
+    result = context.run(BackgroundTask(registration.func, *args, **kwargs))
     return None if self.ignore_result else result
 
 
