@@ -92,7 +92,7 @@ class Options:
         self.calls: Calls | None = None
         if hooks or around or send:
             self.calls = Calls(hooks, around, send, may_send)
-        self._check: Callable[[BackgroundTask], None] | None = getattr(runner, "check", None)
+        self._check: Callable[[BackgroundTask], Any] | None = getattr(runner, "check", None)
         # ``around`` may define ``added(task)``, to record where each task was added.
         self._added: Callable[[BackgroundTask], None] | None = getattr(around, "added", None)
         self.is_watched: bool = bool(hooks or self._check or around or on_error)
@@ -105,7 +105,7 @@ class Options:
         """
         successors.admit(task, batch)
         if self._check is not None:
-            self._check(task)
+            task._message = self._check(task)
         if self._added is not None:
             self._added(task)
         if self.calls is not None:
