@@ -35,9 +35,9 @@ from wsgi_bg import (
 )
 from wsgi_bg._tasks import registry
 from wsgi_bg._tasks.batch import Batch
+from wsgi_bg._tasks.codec import decode
 from wsgi_bg.celery import CeleryRunner, correlation_id, traceparent
 from wsgi_bg.celery import worker as celery_worker
-from wsgi_bg.celery.decoding import decode
 from wsgi_bg.celery.publisher import Publisher
 from wsgi_bg.exceptions import (
     ArgumentError,

@@ -47,9 +47,9 @@ from tests.test_celery import PARENT
 from tests.test_encoding import CARRIED
 from tests.test_examples import text_of, wait_until
 from wsgi_bg import background_tasks
+from wsgi_bg._tasks.codec import encode
 from wsgi_bg._tasks.registry import find
 from wsgi_bg.celery import CeleryRunner, correlation_id, traceparent
-from wsgi_bg.celery.encoding import encode
 
 QUEUES = ("-Q", "celery,other")
 

@@ -16,8 +16,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from wsgi_bg.celery.decoding import decode
-from wsgi_bg.celery.encoding import MAX_DEPTH, encode
+from wsgi_bg._tasks.codec import MAX_DEPTH, decode, encode
 from wsgi_bg.exceptions import ArgumentError, MessageError, WsgiBgError
 
 

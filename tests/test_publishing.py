@@ -25,10 +25,10 @@ from tests.test_examples import wait_until
 from wsgi_bg import InlineRunner, background_tasks, registered_task
 from wsgi_bg._tasks import registry
 from wsgi_bg._tasks.batch import Batch
+from wsgi_bg._tasks.codec import decode
 from wsgi_bg.celery import CeleryRunner, correlation_id, traceparent
 from wsgi_bg.celery import headers as celery_headers
 from wsgi_bg.celery import publisher as publishing
-from wsgi_bg.celery.decoding import decode
 from wsgi_bg.exceptions import ArgumentError, MessageError, OptionError, PublishError
 from wsgi_bg.runners.pool import START_DELAY
 

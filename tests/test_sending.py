@@ -201,6 +201,91 @@ def test_a_task_that_the_runner_refuses_is_refused_by_add_task() -> None:
     request(Sender(), do)
 
 
+class Encoder(Sender):
+    """Sends what ``check`` returned; the broker is away if ``is_away``."""
+
+    def __init__(self, *, is_away: bool = False, late: bool = False) -> None:
+        super().__init__(late=late)
+        self.is_away = is_away
+
+    def check(self, task: BackgroundTask) -> str | None:  # type: ignore[override]
+        return f"text of {task.args[0]}" if "away" in task.func.__name__ else None
+
+    def may_send(self, task: BackgroundTask) -> bool:
+        self.checked.append(task.func.__name__)
+        return False
+
+    def send(self, task: BackgroundTask, message: str | None = None) -> bool:
+        self.sent.append((task.args[0], message))
+        return message is not None and not self.is_away
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_send_receives_the_message_that_check_returned(late: bool) -> None:
+    runner = Encoder(late=late)
+    request(runner, add(away, here, away_async, here_async))
+    sent = [each for each in runner.sent if each[1] is not None]
+    assert sent == [(0, "text of 0"), (2, "text of 2")]
+    assert ran == [1, 3]
+
+
+def test_may_send_is_asked_for_tasks_without_a_message_only() -> None:
+    runner = Encoder(late=True)
+    request(runner, add(away, here, away_async, here_async))
+    assert runner.checked == ["here", "here_async"]
+    assert [number for number, message in runner.sent] == [0, 2]
+
+
+def test_a_message_is_passed_once() -> None:
+    runner = Encoder(is_away=True)
+    request(runner, add(away, away_async))
+    assert runner.sent == [(0, "text of 0"), (1, "text of 1")]
+    assert ran == ["away", "away"]
+
+
+def test_a_runner_sees_which_batch_has_messages() -> None:
+    seen: list[bool] = []
+
+    class Looks(Encoder):
+        def submit(self, batch: Batch) -> None:
+            seen.append(batch.has_messages)
+            super().submit(batch)
+            seen.append(batch.has_messages)
+
+    request(Looks(), add(here, away))
+    request(Looks(), add(here))
+    assert seen == [True, False, False, False]
+
+
+def test_a_runner_reads_the_options_of_a_task() -> None:
+    seen: list[str] = []
+
+    class Looks(Sender):
+        def check(self, task: BackgroundTask) -> None:
+            seen.append(task.options.run_on)
+
+    request(Looks(), lambda: background_tasks.using(run_on="always").add_task(here))
+    assert seen == ["always"]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_task_of_an_outer_layer_is_not_sent_by_the_runner_of_an_inner_one(late: bool) -> None:
+    runner = Sender("away", late=late)
+    inner = BackgroundTasksMiddleware(app_that(lambda environ: None), runner=runner)
+
+    def outer(environ: Any, start_response: Any) -> Any:
+        background_tasks.add_task(away)
+        return inner(environ, start_response)
+
+    class DefaultRunner(BackgroundTasksMiddleware):  # as wsgi_bg.serve() has
+        _runner_is_default = True
+
+    respond(DefaultRunner(outer, hooks=Hooks()))
+    assert (runner.sent, runner.threads) == ([], [])
+    assert ran == ["away"]
+    assert runner.statistics().succeeded == 1
+
+
 def test_a_task_whose_request_failed_is_not_sent(log: Log) -> None:
     runner = Sender("away")
     app = app_that(lambda environ: add(away)(), status="500 Oh")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from wsgi_bg._tasks.background_tasks import BackgroundTasks
     from wsgi_bg._tasks.task import BackgroundTask
 
-Send = Callable[["BackgroundTask"], bool]
+Send = Callable[..., bool]
 Around = Callable[[], AbstractContextManager[Any]]
 
 
@@ -35,8 +35,9 @@ class Calls:
     :param around: makes a context manager, in which a task is called and an awaitable that
         the call returns is awaited. The context manager must not suppress errors.
     :param send: the runner's method, which returns True if another process makes the call.
-    :param may_send: the runner's method, which returns True if ``send`` may be called; None
-        if ``send`` may always be called.
+        Called with the task and, unless ``check`` returned None, the message.
+    :param may_send: the runner's method, which returns True if ``send`` may be called without
+        a message; None if ``send`` may always be called.
     """
 
     __slots__ = ("_may_send", "_send", "around", "hooks")
@@ -65,14 +66,21 @@ class Calls:
 
         :raises Exception: the error of the runner's ``send``; the task fails with this error.
         """
-        if self._send is None or not self._send(task):
+        if self._send is None:
+            return False
+        if task.has_message:
+            message, task._message = task._message, None  # send once, then free the message
+            is_sent = self._send(task, message)
+        else:
+            is_sent = self._send(task)
+        if not is_sent:
             return False
         self._end(task, "task_sent")
         return True
 
     def send_or_make(self, task: BackgroundTask, done: Done) -> Any:
         """Send the task; if the task is not sent, make the call as :meth:`make` does."""
-        if self._may_send is not None and not self._may_send(task):
+        if not (task.has_message or self._may_send is None or self._may_send(task)):
             return self.make(task, done)
         if task.is_async:
             return self._send_or_make_async(task, done)

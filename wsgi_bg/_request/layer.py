@@ -57,12 +57,8 @@ def merge_options(
         runner=runner,
         runner_is_default=is_default,
         calls=None if is_called_directly else Calls(all_hooks, around, send, may_send),
-        # ``around`` may define ``added(task)``, to record where each task was added.
-        checks=tuple(
-            check
-            for check in (getattr(runner, "check", None), getattr(around, "added", None))
-            if check is not None
-        ),
+        check=getattr(runner, "check", None),
+        added=getattr(around, "added", None),
     )
 
 

@@ -188,6 +188,11 @@ class Batch:
         task = self._of._next_unclaimed()
         return None if task is None else task.is_async
 
+    @property
+    def has_messages(self) -> bool:
+        """True if the runner's ``check`` returned a message for a task that is left."""
+        return any(task.has_message for task in self.tasks)
+
     def on_done(self, functions: tuple[Callable[[Any], None], ...]) -> None:
         """Call each of ``functions`` with the batch when its last task is done, or more often.
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
-from wsgi_bg._tasks import engine_options, successors
+from wsgi_bg._tasks import successors
 from wsgi_bg._tasks.callables import is_coroutine_callable
 from wsgi_bg._tasks.checks import whole_number
+from wsgi_bg._tasks.registry import options_of
 from wsgi_bg._tasks.task import BackgroundTask, Caller, Layer, RunOn
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError
 
@@ -23,7 +24,8 @@ class Options(Layer):
     :ivar runner: runs the tasks; None in a ``BackgroundTasks`` that was made by hand.
     :ivar runner_is_default: True if the runner is a default, which an inner layer may replace.
     :ivar calls: calls the tasks; None if their functions are called directly.
-    :ivar checks: called with each added task; raise ``TypeError`` to refuse the task.
+    :ivar check: the runner's method, called with each added task; may return a message.
+    :ivar added: called with each added task, to record the place of the call.
     :ivar is_watched: True if :meth:`admit` must be called for each added task.
     """
 
@@ -35,11 +37,12 @@ class Options(Layer):
     runner: Any = None
     runner_is_default: bool = False
     calls: Caller | None = None
-    checks: tuple[Callable[[BackgroundTask], object], ...] = ()
+    check: Callable[[BackgroundTask], Any] | None = None
+    added: Callable[[BackgroundTask], object] | None = None
     is_watched: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
-        is_watched = bool(self.checks or self.calls or self.on_error)
+        is_watched = bool(self.check or self.added or self.calls or self.on_error)
         object.__setattr__(self, "is_watched", is_watched)  # the class is frozen
 
     def admit(self, task: BackgroundTask, batch: Any) -> None:
@@ -49,8 +52,10 @@ class Options(Layer):
         :raises RuntimeError: if the task belongs to an endless row of tasks.
         """
         successors.admit(task, batch)
-        for check in self.checks:
-            check(task)
+        if self.check is not None:
+            task._message = self.check(task)
+        if self.added is not None:
+            self.added(task)
         if self.calls is not None:
             self.calls.added(task, batch)
 
@@ -82,7 +87,7 @@ class Options(Layer):
         if stop_on_error is not None and not isinstance(stop_on_error, bool):
             raise OptionTypeError("stop_on_error", stop_on_error, "True or False")
         if celery is not None:
-            celery = engine_options.for_one_call("celery", celery)
+            celery = options_of("celery").for_one_call(celery)
         given = {
             "run_on": run_on,
             "failed_from": failed_from,

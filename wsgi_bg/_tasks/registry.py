@@ -8,11 +8,11 @@ import reprlib
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from types import FunctionType, MethodType
 from typing import Any, TypeVar, overload
 
 from wsgi_bg._process.log import type_name
-from wsgi_bg._tasks import engine_options
 from wsgi_bg._tasks.callables import is_async_callable, name_of
 from wsgi_bg.exceptions import (
     NameTakenError,
@@ -89,7 +89,7 @@ def registered_task(
         raise OptionTypeError("name", name, "a str")
     if name == "":
         raise OptionValueError("name", name, "a str that is not empty")
-    options = None if celery is None else engine_options.for_function("celery", celery)
+    options = None if celery is None else options_of("celery").for_function(celery)
     if func is not _NOT_GIVEN:
         return _register(func, name, options)
     return lambda func: _register(func, name, options)
@@ -103,6 +103,19 @@ def find(func: Callable[..., Any]) -> Registration | None:
 def get(name: str) -> Registration | None:
     """Return the registration with this name, or None; never imports anything."""
     return _by_name.get(name)
+
+
+def options_of(engine: str) -> Any:
+    """Import the module that checks the options of an engine, such as Celery.
+
+    Imported with the first option, so that the core imports no engine, and a wrong option
+    raises in the call that gives the option, even if the runner ignores the engine's options.
+
+    :return: a module with ``for_function(given)`` for options of :func:`registered_task` and
+        ``for_one_call(given)`` for those of ``using``. Both raise ``TypeError`` for a value of
+        a wrong type, and ``ValueError`` for an unknown option.
+    """
+    return import_module(f"wsgi_bg.{engine}.options")
 
 
 def subscribe(listener: Callable[[Registration], object]) -> None:

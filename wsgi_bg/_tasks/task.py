@@ -101,8 +101,8 @@ class BackgroundTask:
     __slots__ = (
         "__weakref__",
         "_context",
-        "_encoded",
         "_generation",
+        "_message",
         "_options",
         "_record",
         "_unclaimed",
@@ -118,10 +118,10 @@ class BackgroundTask:
     kwargs: dict[str, Any]
     is_async: bool
     _generation: int  # only if added by a hook, an on_error or a teardown: see successors
+    _message: Any  # only if the runner has check(): its result, until send() gets it
     _record: list[Any]  # only if hooks observe the task: the record that the hooks get
     _unclaimed: list[None]
     _unowned: list[None]  # only if the task was made by hand
-    _encoded: Any  # only between a runner's check() and its send()
 
     def __init__(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
         self._fill(func, args, kwargs, None, _NO_LAYER)
@@ -157,6 +157,16 @@ class BackgroundTask:
     def name(self) -> str:
         """``module.qualname`` of the function, for logs."""
         return name_of(self.func)
+
+    @property
+    def options(self) -> Layer:
+        """The options of the layer or view in which the task was added, for runners."""
+        return self._options
+
+    @property
+    def has_message(self) -> bool:
+        """True if the runner's ``check`` has returned a message that was not sent yet."""
+        return getattr(self, "_message", None) is not None
 
     def __call__(self) -> Any:
         """Make the call now and return its result; blocks until the call is done.

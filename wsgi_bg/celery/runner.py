@@ -5,15 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from wsgi_bg._process import log
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._process.workers import Workers
 from wsgi_bg._tasks import registry
 from wsgi_bg._tasks.checks import seconds
+from wsgi_bg._tasks.codec import encode
 from wsgi_bg.celery import headers as celery_headers
-from wsgi_bg.celery.encoding import encode
 from wsgi_bg.celery.headers import correlation_id, traceparent
 from wsgi_bg.celery.options import NO_OPTIONS
 from wsgi_bg.exceptions import (
@@ -100,18 +100,23 @@ class CeleryRunner:
         self._discards = on_publish_error == "discard"
         self._timeout = publish_timeout
         self.drain_timeout = drain_timeout
-        self._states = PerProcess(lambda: _PoolState(self))
+        self._states = PerProcess(self._make_state)
         celery_worker.serve(celery_app)
 
-    def check(self, task: BackgroundTask) -> None:
+    def _make_state(self) -> _State:
+        threads: Workers[Batch] = Workers(self._send_later, _CREW, "wsgi_bg-celery")
+        return _State(Ledger(), Publisher(self._app, self._timeout), threads)
+
+    def check(self, task: BackgroundTask) -> Message | None:
         """Encode the arguments of an added task if the task's function is registered.
 
+        :return: the message for :meth:`send`; None if the task runs in this process.
         :raises TypeError: if an argument cannot be sent, or Celery options were given for a
             function that is not registered.
         :raises ValueError: if ``celery_app`` has its own task of the same name.
         """
         registration = registry.find(task.func)
-        given: Mapping[str, Any] = task._options.celery or {}
+        given: Mapping[str, Any] = task.options.celery or {}
         if registration is None:
             if given:
                 raise RegistrationError(
@@ -119,30 +124,27 @@ class CeleryRunner:
                     "it with @registered_task",
                     task.func,
                 )
-            return
+            return None
         name = registration.name
         if not celery_worker.is_served(self._app.tasks.get(name)):
             raise NameTakenError(name, f"a task of {self._app!r}")
         text = encode(name, registration.signature, task.args, task.kwargs)
         options = {**(registration.celery or NO_OPTIONS).message, **given}
-        task._encoded = Message(name, text, celery_headers.current(), options)
+        return Message(name, text, celery_headers.current(), options)
 
     def may_send(self, task: BackgroundTask) -> bool:
-        """True if :meth:`send` may send ``task``; does not block."""
-        return hasattr(task, "_encoded")
+        """False: a task without a message runs in this process."""
+        return False
 
-    def send(self, task: BackgroundTask) -> bool:
+    def send(self, task: BackgroundTask, message: Message | None = None) -> bool:
         """Send a task to the broker; blocks for ``publish_timeout`` seconds at most.
 
+        :param message: the message that :meth:`check` returned for the task.
         :return: False if the task is to run in this process.
         :raises PublishError: if the task was not sent and is to be discarded.
         """
-        try:
-            message: Message = task._encoded
-            del task._encoded  # send once, then free the message
-        except AttributeError:
-            return False
-        if self._app.conf.task_always_eager:  # Celery's setting to run without a broker
+        # Celery's setting task_always_eager is to run without a broker.
+        if message is None or self._app.conf.task_always_eager:
             return False
         try:
             self._states.get().publisher.publish(message)
@@ -162,7 +164,7 @@ class CeleryRunner:
         """
         state = self._states.get()
         takes_more = state.ledger.add(batch)
-        if not any(map(self.may_send, batch.tasks)):
+        if not batch.has_messages:
             self._local.submit(batch)
             return
         if batch.response_complete or not takes_more:
@@ -208,10 +210,9 @@ class CeleryRunner:
         return f"{type(self).__name__}({self._app.main!r}, local={self._local!r})"
 
 
-class _PoolState:
+class _State(NamedTuple):
     """A runner's ledger, publisher and threads in one process."""
 
-    def __init__(self, runner: CeleryRunner) -> None:
-        self.ledger = Ledger()
-        self.publisher = Publisher(runner._app, runner._timeout)
-        self.threads: Workers[Batch] = Workers(runner._send_later, _CREW, "wsgi_bg-celery")
+    ledger: Ledger
+    publisher: Publisher
+    threads: Workers[Batch]

@@ -9,10 +9,10 @@ from typing import Any
 from celery import Celery
 
 from wsgi_bg._tasks import registry
+from wsgi_bg._tasks.codec import decode
 from wsgi_bg._tasks.registry import Registration
 from wsgi_bg._tasks.task import BackgroundTask
 from wsgi_bg.celery import headers as celery_headers
-from wsgi_bg.celery.decoding import decode
 from wsgi_bg.celery.options import NO_OPTIONS
 from wsgi_bg.exceptions import MessageError, OptionValueError, UnsafeCeleryError
 
@@ -83,9 +83,7 @@ def _run(self: Any, *message: Any, **others: Any) -> Any:
     context = copy_context()
     celery_headers.restore(context, self.request.get)
     # Calling the task blocks this thread; an async task runs on the process's event loop.
-    task = BackgroundTask(registration.func, *args, **kwargs)
-    task._context = context
-    result = task()
+    result = context.run(BackgroundTask(registration.func, *args, **kwargs))
     return None if self.ignore_result else result
 
 

@@ -39,12 +39,13 @@ class Runner(Protocol):
     A runner may also have
 
     - ``check(task)``, called when a task is added, on the thread of ``add_task``; raises
-      ``TypeError`` to refuse the task;
-    - ``send(task)``, called when the task's turn has come, on a thread that ``send`` may
-      block: returns True if the task was sent to another process, which then makes the
-      call, or False if the call is to be made here; raises to give the task up;
-    - ``may_send(task)``, which must not block: returns False if an ``async def`` task stays
-      here, so that the task needs no thread for ``send``;
+      ``TypeError`` to refuse the task; may return a message, for example the encoded call;
+    - ``send(task)``, or ``send(task, message)`` if ``check`` returned a message, called when
+      the task's turn has come, on a thread that ``send`` may block: returns True if the task
+      was sent to another process, which then makes the call, or False if the call is to be
+      made here; raises to give the task up. The message is passed only once;
+    - ``may_send(task)``, called for a task without a message, which must not block: returns
+      False if an ``async def`` task stays here, so that the task needs no thread for ``send``;
     - ``drain_timeout``, how long interpreter exit waits for the runner, in seconds (30 if
       missing);
     - ``work_is_in_ledgers``, True if no work is left once the runner's batches have ended:

@@ -1,11 +1,12 @@
-"""Encodes the arguments of a registered function as text for a worker.
+"""Encodes the arguments of a registered function as text, and decodes the text elsewhere.
 
-The text is JSON, with ``{"$bytes": ...}`` and the like for types that JSON lacks. A worker
-gets back equal values of the same types (:mod:`wsgi_bg.celery.decoding`). The encoder refuses a
-value that would change on the way.
+The text is JSON, with ``{"$bytes": ...}`` and the like for types that JSON lacks. The decoder
+returns equal values of the same types; the encoder refuses a value that would change on the
+way. The text may be forged, so the decoder returns plain data only, and refuses any text that
+the encoder cannot have written.
 
-Celery's message carries the text as one string, since kombu would turn a dictionary with its
-own mark for special types (``__type__``) into an object of such a type.
+A message must carry the text as one string: kombu, for example, would turn a dictionary with
+its own mark for special types (``__type__``) into an object of such a type.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from enum import Enum
+from functools import partial
 from inspect import Parameter, Signature
 from typing import Any
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
-from wsgi_bg.exceptions import ArgumentError
+from wsgi_bg.exceptions import ArgumentError, MessageError
 
 VERSION = 1
 """The first item of each text; a worker refuses a text of an unknown version."""
@@ -30,13 +32,22 @@ VERSION = 1
 MAX_DEPTH = 100
 """The greatest nesting depth of lists and dictionaries."""
 
-MARK = "$"
-"""The first character of keys that name a type that JSON lacks."""
-
+_MARK = "$"  # the first character of keys that name a type that JSON lacks
+_MICROSECOND = timedelta(microseconds=1)
 _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 _SMALL = 2**63  # larger numbers are sent in hexadecimal: Python limits decimal digits
-MICROSECOND = timedelta(microseconds=1)
 _dumps = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+
+# The errors of reading malformed text.
+_UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 class _RefusedError(Exception):
@@ -73,6 +84,28 @@ def encode(
     return _dumps([VERSION, packed, _escape(named)])
 
 
+def decode(text: object) -> tuple[list[Any], dict[str, Any]]:
+    """Return the positional and the keyword arguments in ``text``.
+
+    :raises ValueError: if :func:`encode` cannot have written ``text``.
+    """
+    if type(text) is not str:
+        raise MessageError("the arguments are not wsgi_bg's: no text")
+    try:
+        document = json.loads(text)
+        if type(document) is not list or document[:1] != [VERSION]:
+            raise MessageError(f"the arguments are not wsgi_bg's, version {VERSION}")
+        _, args, kwargs = document
+        args, kwargs = _unpack(args), _unpack(kwargs)
+    except MessageError:
+        raise
+    except _UNREADABLE:
+        raise MessageError("the arguments are not wsgi_bg's: they cannot be read") from None
+    if type(args) is not list or type(kwargs) is not dict:
+        raise MessageError("the arguments are not wsgi_bg's: no list and dictionary")
+    return args, kwargs
+
+
 def _positional(signature: Signature, index: int) -> str:
     """Name the parameter of a positional argument; bind() has checked that it exists."""
     parameters = signature.parameters.values()
@@ -97,8 +130,8 @@ def _pack(value: Any, depth: int = 0) -> Any:
                 f"it is nested more than {MAX_DEPTH} levels deep, or contains itself"
             )
         return _pack_list(value, depth) if kind is list else _pack_dict(value, depth)
-    if kind in _PACK:
-        tag, pack = _PACK[kind]
+    if kind in _TYPES:
+        tag, pack, _ = _TYPES[kind]
         return {tag: pack(value)}
     raise _RefusedError(_why_not(value))
 
@@ -140,7 +173,7 @@ def _pack_dict(values: dict[Any, Any], depth: int) -> dict[str, Any]:
 
 def _escape(packed: dict[str, Any]) -> dict[str, Any]:
     """Return a dictionary that the decoder cannot mistake for a special type."""
-    if any(key.startswith(MARK) for key in packed):
+    if any(key.startswith(_MARK) for key in packed):
         return {"$dict": [[key, value] for key, value in packed.items()]}
     return packed
 
@@ -154,7 +187,7 @@ def _why_not(value: Any) -> str:
         return "a tuple would come back as a list: give a list"
     if isinstance(value, (set, frozenset)):
         return f"a {shown} would come back as a list: give a list"
-    for plain in (str, int, float, list, dict, bytes, *_PACK):
+    for plain in (str, int, float, list, dict, *_TYPES):
         if isinstance(value, plain):
             name = plain.__name__
             return f"{shown} is a subclass of {name} and would come back as {name}"
@@ -169,7 +202,7 @@ def _pack_zone(zone: Any) -> str | int | None:
     if type(zone) is timezone:
         offset = zone.utcoffset(None)
         if repr(zone) == repr(timezone(offset)):  # else the zone has a name
-            return offset // MICROSECOND
+            return offset // _MICROSECOND
     raise _RefusedError(
         "its time zone is neither a ZoneInfo with a key nor a timezone without a name"
     )
@@ -179,11 +212,56 @@ def _pack_time(value: Any) -> list[Any]:
     return [value.replace(tzinfo=None).isoformat(), value.fold, _pack_zone(value.tzinfo)]
 
 
-_PACK: dict[type, tuple[str, Callable[[Any], Any]]] = {
-    bytes: ("$bytes", lambda value: base64.b64encode(value).decode()),
-    datetime: ("$datetime", _pack_time),
-    date: ("$date", date.isoformat),
-    time: ("$time", _pack_time),
-    Decimal: ("$decimal", str),
-    UUID: ("$uuid", lambda value: value.hex),
+def _unpack(packed: Any) -> Any:
+    if type(packed) is list:
+        return [_unpack(value) for value in packed]
+    if type(packed) is not dict:
+        return packed
+    if not any(key.startswith(_MARK) for key in packed):
+        return {key: _unpack(value) for key, value in packed.items()}
+    ((tag, value),) = packed.items()
+    return _UNPACK[tag](value)
+
+
+def _unpack_zone(zone: Any) -> ZoneInfo | timezone | None:
+    if zone is None:
+        return None
+    if type(zone) is str:
+        return ZoneInfo(zone)
+    return timezone(zone * _MICROSECOND)
+
+
+def _unpack_time(kind: Any, packed: Any) -> Any:
+    text, fold, zone = packed
+    return kind.fromisoformat(text).replace(fold=fold, tzinfo=_unpack_zone(zone))
+
+
+def _unpack_dict(pairs: Any) -> dict[str, Any]:
+    return {_str(key): _unpack(value) for key, value in pairs}
+
+
+def _str(value: Any) -> str:
+    if type(value) is not str:
+        raise TypeError
+    return value
+
+
+# The tag of each type that JSON lacks, its encoder and its decoder.
+_TYPES: dict[type, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = {
+    bytes: (
+        "$bytes",
+        lambda value: base64.b64encode(value).decode(),
+        lambda text: base64.b64decode(text, validate=True),
+    ),
+    datetime: ("$datetime", _pack_time, partial(_unpack_time, datetime)),
+    date: ("$date", date.isoformat, date.fromisoformat),
+    time: ("$time", _pack_time, partial(_unpack_time, time)),
+    Decimal: ("$decimal", str, lambda text: Decimal(_str(text))),
+    UUID: ("$uuid", lambda value: value.hex, lambda text: UUID(hex=text)),
+}
+
+_UNPACK: dict[str, Callable[[Any], Any]] = {
+    **{tag: unpack for tag, _, unpack in _TYPES.values()},
+    "$int": lambda text: int(text, 16),
+    "$dict": _unpack_dict,
 }
