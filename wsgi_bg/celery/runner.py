@@ -24,8 +24,8 @@ from wsgi_bg.exceptions import (
     PublishError,
     RegistrationError,
 )
-from wsgi_bg.runners import Runner, Statistics, resolve
-from wsgi_bg.runners.ledger import Ledger
+from wsgi_bg.runners import Runner, resolve
+from wsgi_bg.runners.ledger import Ledger, LedgerRunner
 from wsgi_bg.runners.pool import START_DELAY
 
 try:
@@ -47,7 +47,7 @@ OnPublishError = Literal["local", "discard"]
 _CREW = 4  # threads for the batches of responses that must not wait for the broker
 
 
-class CeleryRunner:
+class CeleryRunner(LedgerRunner):
     """Sends each task whose function is registered to Celery; other tasks run on ``local``.
 
     Registered functions are tasks of ``celery_app`` under their registered names, also if
@@ -74,8 +74,6 @@ class CeleryRunner:
         example because pickle is accepted; if an option is out of range.
     :raises TypeError: if an option has the wrong type.
     """
-
-    work_is_in_ledgers = True
 
     def __init__(
         self,
@@ -190,21 +188,9 @@ class CeleryRunner:
             log.error("%s did not take %s, which runs here", self._local, batch, exc_info=exc)
             batch.run()
 
-    def drain(self, timeout: float) -> list[BackgroundTask]:
-        """Wait until all tasks are sent or, on ``local``, done; blocks.
-
-        :param timeout: seconds to wait at most.
-        :return: the tasks that are unfinished after ``timeout``; they continue.
-        """
-        return self._states.get().ledger.drain(timeout)
-
-    def abandon(self) -> list[BackgroundTask]:
-        """Let no batch begin a further task; return the unfinished tasks. Does not block."""
-        return self._states.get().ledger.abandon()
-
-    def statistics(self) -> Statistics:
-        """Count the tasks, including those on ``local``; a sent task counts as succeeded."""
-        return self._states.get().ledger.statistics()
+    @property
+    def ledger(self) -> Ledger:
+        return self._states.get().ledger
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._app.main!r}, local={self._local!r})"

@@ -149,3 +149,34 @@ def keep(batch: Batch) -> None:
     ledger.add(batch)
     if batch.has_ended:  # perhaps before add() registered remove()
         ledger.remove(batch)
+
+
+class LedgerRunner:
+    """Base class of the package's runners, whose work is in the batches of their ledger.
+
+    A subclass defines ``ledger``: the ledger of this process.
+    """
+
+    work_is_in_ledgers = True
+
+    @property
+    def ledger(self) -> Ledger:
+        raise NotImplementedError
+
+    def drain(self, timeout: float) -> list[BackgroundTask]:
+        """Hand no more batches over and wait until all batches have ended; blocks.
+
+        A batch submitted later runs in ``close()``.
+
+        :param timeout: seconds to wait at most.
+        :return: the tasks that were not finished in time. They go on.
+        """
+        return self.ledger.drain(timeout)
+
+    def abandon(self) -> list[BackgroundTask]:
+        """Let no batch begin more tasks; return the unfinished tasks. Does not block."""
+        return self.ledger.abandon()
+
+    def statistics(self) -> Statistics:
+        """Return numbers of tasks, including tasks that another runner runs for this one."""
+        return self.ledger.statistics()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from math import inf
-from typing import TYPE_CHECKING
 
 from wsgi_bg._loop import portal
 from wsgi_bg._loop.portal_thread import LoopJob
@@ -15,12 +14,8 @@ from wsgi_bg._process.repeated import RepeatedWarning
 from wsgi_bg._process.workers import Workers
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg._tasks.checks import seconds, whole_number
-from wsgi_bg.runners.base import Statistics
-from wsgi_bg.runners.ledger import Ledger
+from wsgi_bg.runners.ledger import Ledger, LedgerRunner
 from wsgi_bg.runners.shutdown import register
-
-if TYPE_CHECKING:
-    from wsgi_bg._tasks.task import BackgroundTask
 
 # The limit for batches of incomplete responses is max_pending times this: running such a batch
 # in close() would make the client wait.
@@ -36,7 +31,7 @@ would delay both by the interpreter's switch interval, 5 ms.
 """
 
 
-class PoolRunner:
+class PoolRunner(LedgerRunner):
     """Hands batches over in ``close()`` and runs them on worker threads, in any order.
 
     The tasks of a batch run in order, never two at a time. Beyond ``max_pending`` the batch
@@ -52,8 +47,6 @@ class PoolRunner:
     :raises TypeError: if a number has the wrong type; a bool is not a number.
     :raises ValueError: if a number is out of range.
     """
-
-    work_is_in_ledgers = True
 
     def __init__(
         self, *, threads: int = 40, max_pending: int | None = 1000, drain_timeout: float = 30.0
@@ -93,23 +86,9 @@ class PoolRunner:
             warning.count(self, batch)
         batch.run()
 
-    def drain(self, timeout: float) -> list[BackgroundTask]:
-        """Hand no more batches over and wait until all batches have ended; blocks.
-
-        A batch submitted later runs in ``close()``.
-
-        :param timeout: seconds to wait at most.
-        :return: the tasks that were not finished in time. They go on.
-        """
-        return self._states.get().ledger.drain(timeout)
-
-    def abandon(self) -> list[BackgroundTask]:
-        """Let no batch begin more tasks; return the unfinished tasks. Does not block."""
-        return self._states.get().ledger.abandon()
-
-    def statistics(self) -> Statistics:
-        """Return numbers of tasks."""
-        return self._states.get().ledger.statistics()
+    @property
+    def ledger(self) -> Ledger:
+        return self._states.get().ledger
 
     def __repr__(self) -> str:
         return (
