@@ -68,12 +68,20 @@ def unbound() -> Any:
     raise AssertionError("the proxy was asked for its object")
 
 
+def webob_upload() -> Any:
+    request: Any = webob.Request.blank("/", POST={"f": ("secret.txt", b"secret")})
+    return request.POST["f"]
+
+
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
         (lambda: FileStorage(io.BytesIO(b"secret"), "secret.txt"), "its bytes, or the path"),
         (lambda: type("Upload", (FileStorage,), {})(), "its bytes, or the path"),
         (lambda: SimpleUploadedFile("secret.txt", b"secret"), "its bytes, or the path"),
+        (lambda: bottle.FileUpload(io.BytesIO(), "f", "secret.txt"), "its bytes, or the path"),
+        (lambda: webob_upload(), "its bytes, or the path"),
+        (lambda: type("BodyPart", (), {"__module__": "falcon.media.multipart"})(), "its bytes"),
         (lambda: Request(make_environ()), "the values that the task needs"),
         (lambda: flask.Request(make_environ()), "the values that the task needs"),
         (lambda: RequestFactory().get("/"), "the values that the task needs"),
@@ -135,6 +143,15 @@ def test_arguments_in_a_partial_are_looked_at_by_their_places_in_the_call(log: L
     assert message.startswith(f"{STORE}argument 'upload' is an uploaded file")
     assert "; positional argument 3 is a proxy" in message
     assert "; argument 'key' is an uploaded file" in message
+
+
+def test_arguments_in_a_subclass_of_partial_are_looked_at(log: Log) -> None:
+    class Named(partial[None]):
+        pass
+
+    add(Named(store, FileStorage()))
+    assert "FileStorage" not in log.warnings[0]
+    assert "its bytes, or the path" in log.warnings[0]
 
 
 def test_an_argument_that_the_call_overrides_in_a_partial_is_no_matter(log: Log) -> None:

@@ -22,17 +22,22 @@ from tests.support import TIMEOUT, Environ, Server, app_that, make_environ, make
 from wsgi_bg import BackgroundTasksMiddleware, background_tasks
 from wsgi_bg._request import servers
 
+INPUT: Environ = {"wsgi.input_terminated": True}
+"""Set by each server that is known by its name alone; not by a gateway."""
+
 MARKS: dict[str, Environ] = {
     "waitress": {"waitress.client_disconnected": print, "SERVER_SOFTWARE": "renamed"},
     "werkzeug": {"werkzeug.socket": object(), "SERVER_SOFTWARE": "Werkzeug/3.1.3"},
     "uWSGI": {"uwsgi.version": b"2.0.28"},
-    "mod_wsgi": {"mod_wsgi.version": (4, 9, 4), "SERVER_SOFTWARE": "Apache/2.4.62 (Debian)"},
     "a2wsgi": {"asgi.scope": {}},
-    "gunicorn": {"SERVER_SOFTWARE": "gunicorn/23.0.0"},
-    "cheroot": {"SERVER_SOFTWARE": "Cheroot/11.0.0 Server"},
-    "gevent": {"SERVER_SOFTWARE": "gevent/25.5 Python/3.11"},
-    "granian": {"SERVER_SOFTWARE": "Granian"},
-    "wsgiref": {"SERVER_SOFTWARE": "WSGIServer/0.2 CPython/3.11.7"},
+    "gunicorn": {"SERVER_SOFTWARE": "gunicorn/23.0.0", **INPUT},
+    "cheroot": {"SERVER_SOFTWARE": "Cheroot/11.0.0 Server", **INPUT},
+    "gevent": {"SERVER_SOFTWARE": "gevent/25.5 Python/3.11", **INPUT},
+    "granian": {"SERVER_SOFTWARE": "Granian", **INPUT},
+    "wsgiref": {
+        "SERVER_SOFTWARE": "WSGIServer/0.2 CPython/3.11.7",
+        "wsgi.file_wrapper": FileWrapper,
+    },
 }
 
 
@@ -54,7 +59,7 @@ def test_a_server_is_recognised_by_its_mark(name: str) -> None:
     ],
 )
 def test_a_server_that_runs_in_another_is_recognised(name: str, software: str) -> None:
-    server = servers.recognise(make_environ(SERVER_SOFTWARE=software))
+    server = servers.recognise(make_environ(SERVER_SOFTWARE=software, **INPUT))
     assert server is not None
     assert server.name == name
 
@@ -68,9 +73,23 @@ def test_a_server_that_runs_in_another_is_recognised(name: str, software: str) -
     ],
 )
 def test_a_mark_is_compared_whole(software: str) -> None:
-    environ = make_environ(SERVER_SOFTWARE=software)
+    environ = make_environ(SERVER_SOFTWARE=software, **INPUT)
     assert servers.recognise(environ) is None
     assert servers.describe(environ) == software
+
+
+@pytest.mark.parametrize("name", ["gunicorn", "cheroot", "gevent", "granian", "wsgiref"])
+def test_a_gateway_that_passes_on_the_name_of_the_server_in_front_is_unknown(name: str) -> None:
+    software = MARKS[name]["SERVER_SOFTWARE"]
+    environ = make_environ(SERVER_SOFTWARE=software, SCGI="1")
+    assert servers.recognise(environ) is None
+
+
+def test_mod_wsgi_is_unknown_since_a_filter_of_apache_may_hold_the_response_back() -> None:
+    """mod_deflate drops the length, and sends the end of the response after ``close()``."""
+    software = "Apache/2.4.62 (Debian)"
+    environ = make_environ(SERVER_SOFTWARE=software, **{"mod_wsgi.version": (4, 9, 4)})
+    assert servers.recognise(environ) is None
 
 
 def test_pythons_server_is_told_from_servers_that_use_its_name() -> None:
@@ -222,6 +241,13 @@ GATEWAYS: dict[str, Environ] = {
         "SERVER_NAME": "127.0.0.1",
         "SERVER_PROTOCOL": "HTTP/1.0",
     },
+    "FastCGI, a parameter of that name": {
+        "RAW_URI": "/",
+        "REMOTE_ADDR": "192.0.2.1",
+        "wsgi.input": io.BufferedReader(io.BytesIO()),
+        "wsgi.errors": io.StringIO(),
+    },
+    "WebTest's key, which is false": {"paste.testing": False, "SCGI": "1"},
     "a server that writes no name": {"RAW_URI": "/", "REMOTE_PORT": "50000"},
     "AWS Lambda": {"serverless.event": {}, "REMOTE_ADDR": "192.0.2.1"},
 }
@@ -266,8 +292,11 @@ def test_a_request_within_the_application_is_no_test_clients() -> None:
 def test_falcons_client_is_told_from_gunicorn_whose_name_the_client_uses() -> None:
     environ = falcon.testing.create_environ()
     assert servers.describe(environ) == "a test client"
-    assert servers.describe({**environ, "gunicorn.socket": object()}) == "gunicorn"
-    assert servers.describe({**environ, "SERVER_SOFTWARE": "gunicorn/25.1.0"}) == "gunicorn"
+    real = {**environ, "gunicorn.socket": object(), **INPUT}
+    assert servers.describe(real) == "gunicorn"
+    assert not servers.is_test_client({**environ, "GATEWAY_INTERFACE": "CGI/1.1"})
+    newer = {**environ, "SERVER_SOFTWARE": "gunicorn/25.1.0", **INPUT}
+    assert servers.describe(newer) == "gunicorn"
 
 
 def test_an_empty_environ_is_not_a_test_clients() -> None:
@@ -321,6 +350,20 @@ def test_only_a_declared_length_that_a_known_server_has_written_runs_inline() ->
     assert where_the_task_runs(app(headers=[("Content-Length", "0")]), known()) == "elsewhere"
     for status in ("204 NO CONTENT", "304 NOT MODIFIED", "103 EARLY HINTS"):
         assert where_the_task_runs(app(status=status), known()) == "elsewhere"
+
+
+def test_a_length_that_is_put_into_the_list_of_headers_later_does_not_count() -> None:
+    def app(add: Any) -> Any:
+        def call(environ: Environ, start_response: Any) -> list[bytes]:
+            add(environ)
+            headers = [("Content-Type", "text/plain")]
+            start_response("200 OK", headers)
+            headers.append(("Content-Length", "2"))
+            return [b"ok"]
+
+        return call
+
+    assert where_the_task_runs(app, make_server_environ()) == "elsewhere"
 
 
 @pytest.mark.parametrize("again", [False, True])

@@ -38,10 +38,13 @@ _REFUSED = {
     ("django", "HttpRequest"): _REQUEST,
     ("django", "HttpResponseBase"): _RESPONSE,
     ("django", "SimpleLazyObject"): _PROXY,  # request.user
+    ("bottle", "FileUpload"): _FILE,
     ("bottle", "BaseRequest"): _REQUEST,
     ("bottle", "BaseResponse"): _RESPONSE,
+    ("falcon", "BodyPart"): _FILE,
     ("falcon", "Request"): _REQUEST,
     ("falcon", "Response"): _RESPONSE,
+    ("cgi", "FieldStorage"): _FILE,  # webob's uploads
     ("webob", "BaseRequest"): _REQUEST,
     ("webob", "Response"): _RESPONSE,
 }
@@ -71,7 +74,8 @@ def look_at(tasks: Iterable[BackgroundTask]) -> None:
             func: Any = task.func
             kind = type(func)
             if kind is not FunctionType and (
-                kind is partial or (kind in _METHODS and type(func.__self__) not in _harmless)
+                isinstance(func, partial)
+                or (kind in _METHODS and type(func.__self__) not in _harmless)
             ):
                 _look_closely(task)
             elif task.args or task.kwargs:
@@ -105,7 +109,7 @@ def _arguments_of(task: BackgroundTask) -> Iterator[tuple[Callable[[], str], obj
     """Yield each argument of the task's function, with a function that returns its name."""
     func: Any = task.func
     args, kwargs = task.args, task.kwargs
-    while type(func) is partial:
+    while isinstance(func, partial):
         func, args, kwargs = func.func, (*func.args, *args), {**func.keywords, **kwargs}
     if type(func) in _METHODS:
         yield lambda: "the object of the method", func.__self__

@@ -82,7 +82,7 @@ class RequestTasks(BackgroundTasks):
     ) -> Any:
         """Call the server's ``start_response`` and keep status and headers."""
         self._status = status
-        self._headers = headers
+        self._headers = list(headers)  # the application may change its list later
         if exc_info is None:
             return self._start_response(status, headers)
         self._declared_late = True  # perhaps: the server may have sent a Content-Length
@@ -124,6 +124,8 @@ class RequestTasks(BackgroundTasks):
         if not self._list and self._front is None:
             self._phase = ENDED  # and look again: see BackgroundTasks.add_task
             if not self._list:
+                if self._list is not None:  # the view has run all its tasks by hand
+                    self._may_start()
                 return True
         self._phase = CLOSED
         return False

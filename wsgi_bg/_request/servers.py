@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterable
 from functools import lru_cache
+from io import BytesIO
 from typing import TYPE_CHECKING, Any, NamedTuple
 from wsgiref.util import FileWrapper
 
@@ -39,7 +40,6 @@ SERVERS = (
     Server("waitress", "waitress.client_disconnected"),
     Server("werkzeug", "werkzeug.socket"),
     Server("uWSGI", "uwsgi.version"),
-    Server("mod_wsgi", "mod_wsgi.version"),
     Server("a2wsgi", "asgi.scope"),
     Server(
         "gunicorn", "SERVER_SOFTWARE", ("gunicorn/VERSION", "gevent/VERSION gunicorn/VERSION")
@@ -54,18 +54,18 @@ SERVERS = (
     Server(
         "wsgiref",
         "SERVER_SOFTWARE",
+        # The second from Python 3.15 on.
         ("WSGIServer/0.2", "WSGIServer", "WSGIServer/0.2 CPython/VERSION"),
     ),
 )
 
 _VERSION = "[0-9][A-Za-z0-9.+!_-]*"
 
-# SERVER_SOFTWARE of Python's wsgiref server. Some servers write the same value, but have a
-# different file wrapper.
-_AMBIGUOUS = ("WSGIServer/0.2", "WSGIServer")  # the second from Python 3.15 on
-
 # Servers and gateways set some of these keys; SCGI is in each request of that protocol.
 _OF_GATEWAYS = ("SERVER_SOFTWARE", "GATEWAY_INTERFACE", "REMOTE_PORT", "SCGI")
+
+# Middlewares for tests, which wrap input and errors.
+_LINTERS = ("werkzeug.middleware.lint", "wsgiref.validate")
 
 _FLAGS = ("multithread", "multiprocess", "run_once")
 
@@ -114,10 +114,16 @@ def recognise(environ: WSGIEnvironment) -> Server | None:
     for server in SERVERS:
         if not server.values and server.key in environ:
             return server
-    software = environ.get("SERVER_SOFTWARE")
-    if software in _AMBIGUOUS and environ.get("wsgi.file_wrapper") is not FileWrapper:
+    found = _by_software(str(environ.get("SERVER_SOFTWARE")))
+    if found is None:
         return None
-    return _by_software(str(software))
+    # A gateway may pass on the name of the server in front, and further servers call
+    # themselves as Python's does. Neither sets these values.
+    if found.name == "wsgiref":
+        is_itself = environ.get("wsgi.file_wrapper") is FileWrapper
+    else:
+        is_itself = "wsgi.input_terminated" in environ
+    return found if is_itself else None
 
 
 @lru_cache(maxsize=16)
@@ -147,7 +153,9 @@ def is_test_client(environ: WSGIEnvironment) -> bool:
     payload = type(environ.get("wsgi.input"))
     if payload.__name__ == "FakePayload" and payload.__module__.startswith("django."):
         return True
-    if "paste.testing" in environ or _is_falcons_client(environ):  # the key is WebTest's
+    if environ.get("paste.testing"):  # WebTest's
+        return True
+    if _is_falcons_client(environ):
         return True
     if any(key in environ for key in _OF_GATEWAYS):
         return False
@@ -156,9 +164,14 @@ def is_test_client(environ: WSGIEnvironment) -> bool:
     flags = [environ.get(f"wsgi.{name}", True) for name in _FLAGS]
     if any(flags):
         return False
-    # The client of werkzeug (and so of Flask) sets RAW_URI; no server without a name in
-    # SERVER_SOFTWARE sets that key.
-    return "RAW_URI" in environ or (
+    # The client of werkzeug (and so of Flask) sets RAW_URI. A gateway may get such a parameter
+    # too, but has an input and a stream of errors of its own.
+    is_werkzeugs = "RAW_URI" in environ and (
+        payload is BytesIO
+        or payload.__module__ in _LINTERS
+        or environ.get("wsgi.errors") is sys.stderr
+    )
+    return is_werkzeugs or (
         # setup_testing_defaults() of wsgiref. Small servers also write 0 for False, but they
         # do not discard wsgi.errors (wsgiref.validate wraps that) and set REMOTE_ADDR.
         all(type(flag) is int for flag in flags)
@@ -177,6 +190,7 @@ def _is_falcons_client(environ: WSGIEnvironment) -> bool:
         environ.get("SERVER_SOFTWARE") == "gunicorn/0.17.0"
         and "RAW_URI" in environ
         and "gunicorn.socket" not in environ
+        and "GATEWAY_INTERFACE" not in environ
     )
 
 
