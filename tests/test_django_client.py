@@ -44,6 +44,15 @@ def serve(enter: Enter) -> Client:
         enter(request)
         return StreamingHttpResponse(iter(["Ada,", "Grace"]))
 
+    def broken_stream(request: Any) -> Any:
+        enter(request)
+
+        def rows() -> Iterator[str]:
+            yield "Ada,"
+            raise ZeroDivisionError
+
+        return StreamingHttpResponse(rows())
+
     def unavailable(request: Any) -> Any:
         enter(request)
         return HttpResponse("later", status=503)
@@ -54,7 +63,7 @@ def serve(enter: Enter) -> Client:
 
     settings.ROOT_URLCONF = tuple(
         path("" if view is plain else view.__name__, view)
-        for view in (plain, is_async, stream, unavailable, broken)
+        for view in (plain, is_async, stream, broken_stream, unavailable, broken)
     )
     get_wsgi_application()
     return Client(raise_request_exception=False)
@@ -206,6 +215,38 @@ def test_a_kept_object_takes_no_task_after_the_request(task: Run) -> None:
         kept[0].add_task(task)
 
 
+def test_streams_that_are_closed_in_the_order_of_their_requests_leave_nothing(
+    task: Run,
+) -> None:
+    client = serve(lambda request: background_tasks.add_task(task))
+    first, second = client.get("/stream"), client.get("/stream")
+    first.close()
+    second.close()
+    assert task.count == 2
+    with pytest.raises(RuntimeError, match="while the application callable runs"):
+        background_tasks.add_task(task)
+
+
+def test_a_stream_that_raises_is_a_failed_request(task: Run) -> None:
+    alarm = Run()
+
+    def enter(request: Any) -> None:
+        background_tasks.add_task(task)
+        background_tasks.using(run_on="error").add_task(alarm)
+
+    response = serve(enter).get("/broken_stream")
+    with pytest.raises(ZeroDivisionError):
+        response.getvalue()
+    assert (task.count, alarm.count) == (0, 1)
+    # An error that a test handles meanwhile is none of the stream's.
+    with contextlib.suppress(ValueError):
+        try:
+            raise ValueError
+        finally:
+            assert serve(enter).get("/stream").getvalue() == b"Ada,Grace"
+    assert (task.count, alarm.count) == (1, 1)
+
+
 def test_a_response_that_is_closed_in_another_context_ends_its_request(task: Run) -> None:
     client = serve(lambda request: background_tasks.add_task(task))
     response = Context().run(client.get, "/stream")
@@ -298,6 +339,24 @@ def test_on_commit_adds_a_task_that_runs_at_once_in_a_test_case(
         assert task.threads == [threading.get_ident()] * 4
 
     run_case(test)
+
+
+@pytest.mark.parametrize("in_test_case", [False, True])
+def test_a_task_of_on_commit_runs_by_the_status_of_its_request(
+    in_test_case: bool, database: dict[str, Any], task: Run
+) -> None:
+    alarm = Run()
+
+    def enter(request: Any) -> None:
+        on_commit(lambda: background_tasks.add_task(task))
+        on_commit(lambda: background_tasks.using(run_on="error").add_task(alarm))
+
+    def test(case: Any) -> None:
+        with case.captureOnCommitCallbacks(execute=True) if case else contextlib.nullcontext():
+            serve(enter).get("/unavailable")
+
+    run_case(test) if in_test_case else test(None)
+    assert (task.count, alarm.count) == (0, 1)
 
 
 @pytest.mark.parametrize("is_atomic", [False, True])

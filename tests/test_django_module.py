@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
@@ -232,6 +233,13 @@ async def write_async() -> None:
     await Order.objects.acreate()
 
 
+def write_in_a_loop() -> None:
+    async def create() -> None:
+        await Order.objects.acreate()
+
+    asyncio.run(create())
+
+
 def fail() -> None:
     write()
     raise ValueError
@@ -242,7 +250,7 @@ each_task = pytest.mark.parametrize("task", [write, write_async])
 
 @each_runner
 @pytest.mark.parametrize("path", ["/", "/stream", "/async"])
-@pytest.mark.parametrize("task", [write, write_async, fail])
+@pytest.mark.parametrize("task", [write, write_async, write_in_a_loop, fail])
 def test_no_thread_keeps_a_connection_of_a_task(
     runner: str, path: str, task: Callable[[], object], opened: Opened
 ) -> None:

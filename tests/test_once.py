@@ -520,3 +520,13 @@ def test_a_task_that_arrives_as_the_batch_ends_is_run_or_refused() -> None:
     assert seen == ["first", "late"]
     with pytest.raises(RuntimeError, match="has ended"):
         tasks.add_task(print)
+
+
+def test_a_request_whose_view_runs_its_tasks_by_hand_is_forgotten() -> None:
+    def run_by_hand(environ: Environ) -> None:
+        background_tasks.add_task(int)
+        background_tasks()
+
+    before = dict(collectors.get().unfinished)
+    respond(BackgroundTasksMiddleware(app_that(run_by_hand)))
+    assert collectors.get().unfinished == before

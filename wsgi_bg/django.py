@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from contextvars import Token, copy_context
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
 from wsgi_bg._loop.asgiref_state import detached
@@ -124,6 +125,10 @@ class _Around:
             _call_on_asgirefs_thread(close_old_connections)
         else:
             _call_safely(close_old_connections)
+            if (
+                SyncToAsync.single_thread_executor._threads
+            ):  # a plain task may use asyncio.run()
+                _call_on_asgirefs_thread(close_old_connections)
 
 
 class _AroundInTests(_Around):
@@ -195,11 +200,15 @@ class _ClientTasks(View):
         def add(tasks: BackgroundTasks) -> None:
             View(tasks, self._options).add_task(func, *args, **kwargs)
 
-        return _ClientRequest(self._request.environ, add).finish("200 OK")
+        return _ClientRequest(self._request.environ, add).finish(self._request.status)
 
     def using(self, **options: Any) -> BackgroundTasks:
         view = super().using(**options)
         return _ClientTasks(self._request, self, view._options)
+
+
+class _StreamError(Exception):
+    """Stands for the error of a stream, which the test gets from Django's client."""
 
 
 class _ClientRequest:
@@ -225,15 +234,23 @@ class _ClientRequest:
         return self._chunks()
 
     def _chunks(self) -> Iterator[bytes]:
-        self._start_response(self._status, [])
+        self._start_response(self.status, [])
         yield b""
+        if self._has_raised:
+            raise _StreamError
 
-    def finish(self, status: str) -> None:
-        """End the request and run its tasks on this thread, which is the test's."""
-        self._status = status
+    def finish(self, status: str, *, has_raised: bool = False) -> None:
+        """End the request and run its tasks on this thread, which is the test's.
+
+        :param has_raised: True if the response was a stream that has raised.
+        """
+        self.status = status
+        self._has_raised = has_raised
         try:
             for _ in self._body:
                 pass
+        except _StreamError:
+            pass
         finally:
             self._body.close()  # type: ignore[attr-defined]
 
@@ -250,20 +267,25 @@ class _Visit(_ClientRequest):
         outer = current.get(None)
         if isinstance(outer, _ClientTasks) and outer._phase == ENDED:
             outer._request.leave()
+        self._has_left = False
         self._token: Token[BackgroundTasks] = current.set(self.tasks)
         environ[ENVIRON_KEY] = self.tasks
         environ[self.KEY] = self
 
-    def finish(self, status: str) -> None:
+    def finish(self, status: str, *, has_raised: bool = False) -> None:
         if not _awaits_commit():
             self.leave()
-        super().finish(status)
+        super().finish(status, has_raised=has_raised)
 
     def leave(self) -> None:
         """Give ``background_tasks`` the value from before the request."""
+        self._has_left = True
         if current.get(None) is self.tasks:
             with suppress(ValueError):  # the response was closed in a copied context
                 current.reset(self._token)
+                outer = current.get(None)
+                if isinstance(outer, _ClientTasks) and outer._request._has_left:
+                    outer._request.leave()  # its stream was closed before this one
 
 
 def _awaits_commit() -> bool:
@@ -296,17 +318,29 @@ def _on_finished(sender: Any, **_: object) -> None:
         response = frame.f_locals.get("self")
         if isinstance(response, HttpResponseBase):
             request = getattr(response, "wsgi_request", None)
-            _finish(request, f"{response.status_code} {response.reason_phrase}")
+            status = f"{response.status_code} {response.reason_phrase}"
+            _finish(request, status, has_raised=_raises_through(frame.f_back))
             return
         frame = frame.f_back
 
 
-def _finish(request: Any, status: str) -> None:
+def _raises_through(frame: FrameType | None) -> bool:
+    """True if an error passes through ``frame``, which iterates over a stream and closes it."""
+    error = sys.exc_info()[1]
+    traceback = error.__traceback__ if isinstance(error, Exception) else None
+    while traceback is not None:
+        if traceback.tb_frame is frame:
+            return True
+        traceback = traceback.tb_next
+    return False
+
+
+def _finish(request: Any, status: str, *, has_raised: bool = False) -> None:
     visit = getattr(request, "environ", {}).pop(_Visit.KEY, None)
     if visit is None:
         return
     try:
-        visit.finish(status)
+        visit.finish(status, has_raised=has_raised)
     except BaseException:  # an error that the pytest fixture raises
         # The test client disconnects this receiver and connects it again after close(), unless
         # close() raises.
