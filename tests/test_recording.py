@@ -240,7 +240,7 @@ def test_hooks_see_that_a_recorded_task_was_discarded_with_its_test(
             reasons.append(record.reason)
 
     recorder = TaskRecorder()
-    with recorder._watch.active():
+    with recorder._session.active():
         respond(BackgroundTasksMiddleware(app_that(add((send, "ada"))), hooks=Watcher()))
         assert reasons == []
     assert reasons == ["the test is over"]
@@ -467,7 +467,7 @@ def test_a_runner_that_sends_does(recorder: TaskRecorder) -> None:
 def test_in_the_modes_record_and_run_nothing_is_sent(mode: Any) -> None:
     recorder = TaskRecorder(mode)
     sender = Sender()
-    with recorder._watch.active():
+    with recorder._session.active():
         by_werkzeug(whole((send, "ada"), runner=sender))
         recorder.run()
     assert (done, sender.sends) == (["ada"], [])
@@ -542,7 +542,7 @@ def test_join_finds_no_request_in_an_environ_that_the_application_has_emptied(
     recorder: TaskRecorder,
 ) -> None:
     def view(environ: Environ) -> None:
-        assert recorder._watch._visits[0].tasks is not None
+        assert recorder._session._visits[0].tasks is not None
         environ.clear()
 
     respond(BackgroundTasksMiddleware(app_that(view)))
@@ -551,7 +551,7 @@ def test_join_finds_no_request_in_an_environ_that_the_application_has_emptied(
 
 def test_a_batch_without_a_name_is_described_by_its_path(recorder: TaskRecorder) -> None:
     by_werkzeug(whole((send, "ada")))
-    visit = recorder._watch._visits[0]
+    visit = recorder._session._visits[0]
     assert visit.describe() == "tests.recording_support.send"
     recorder.run()
     assert visit.describe() == "tasks of /"
@@ -561,7 +561,7 @@ def test_join_ends_while_a_test_has_stopped_the_time(
     recorder: TaskRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     respond(BackgroundTasksMiddleware(app_that(add((send, "ada")))))
-    recorder._watch._visits[0].batch = None
+    recorder._session._visits[0].batch = None
     with monkeypatch.context() as stopped:
         stopped.setattr("time.monotonic", lambda: 0.0)
         with pytest.raises(TimeoutError):
@@ -597,10 +597,10 @@ def test_a_request_of_an_earlier_test_stays_with_that_test_and_its_runner(log: L
     first, second = TaskRecorder("real"), TaskRecorder()
     sender = Sender()
     app = stream(fail, runner=sender)
-    with first._watch.active():
+    with first._session.active():
         body: Any = app(make_server_environ(), Server().start_response)
-        first._watch._visits.clear()  # or the end of the test would wait
-    with second._watch.active():
+        first._session._visits.clear()  # or the end of the test would wait
+    with second._session.active():
         body.close()
         second.assert_none()
         assert second.errors == []
@@ -610,7 +610,7 @@ def test_a_request_of_an_earlier_test_stays_with_that_test_and_its_runner(log: L
 def test_tasks_of_a_response_closed_after_the_test_never_run(log: Log) -> None:
     sender = Sender()
     environ = make_server_environ()
-    with TaskRecorder()._watch.active():
+    with TaskRecorder()._session.active():
         body: Any = stream((send, "ada"), runner=sender)(environ, Server().start_response)
     with pytest.raises(RuntimeError, match="was not added"):
         add((send, "grace"))(environ)
@@ -628,7 +628,7 @@ def test_the_end_of_a_test_waits_for_a_server_to_close_a_response_with_tasks() -
         body.close()
 
     thread = threading.Thread(target=close)
-    with recorder._watch.active():
+    with recorder._session.active():
         app = stream((send, "ada"))
         body: Any = app(make_server_environ(), Server().start_response)
         thread.start()
@@ -638,7 +638,7 @@ def test_the_end_of_a_test_waits_for_a_server_to_close_a_response_with_tasks() -
 
 
 def test_the_end_of_a_test_waits_for_no_response_without_tasks(log: Log) -> None:
-    with TaskRecorder("run")._watch.active():
+    with TaskRecorder("run")._session.active():
         body: Any = stream()(make_server_environ(), Server().start_response)
         begun = time.monotonic()
     assert time.monotonic() - begun < TIMEOUT / 2
@@ -658,7 +658,7 @@ def test_an_error_of_a_task_without_a_request_is_not_this_tests(
 
 def test_without_the_fixture_the_middleware_is_unchanged() -> None:
     before = vars(BackgroundTasksMiddleware)["__call__"]
-    with TaskRecorder()._watch.active(), TaskRecorder("run")._watch.active():
+    with TaskRecorder()._session.active(), TaskRecorder("run")._session.active():
         by_werkzeug(whole((send, "ada")))
         assert vars(BackgroundTasksMiddleware)["__call__"] is not before
     assert vars(BackgroundTasksMiddleware)["__call__"] is before
@@ -698,7 +698,7 @@ def test_the_end_waits_for_tasks_though_the_close_of_a_stream_raises() -> None:
     responses: list[Any] = []
 
     def test_it() -> None:
-        with TaskRecorder("real")._watch.active():
+        with TaskRecorder("real")._session.active():
             by_werkzeug(whole(slow, runner="pool"))
             responses.append(by_werkzeug(broken))  # held, since a freed response closes itself
 

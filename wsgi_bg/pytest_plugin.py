@@ -105,5 +105,5 @@ def background_tasks(request: pytest.FixtureRequest) -> Iterator[TaskRecorder]:
     from wsgi_bg._testing.recording import TaskRecorder
 
     recorder = TaskRecorder(_mode_of(request.node))
-    with recorder._watch.active():
+    with recorder._session.active():
         yield recorder

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 from wsgi_bg._tasks.callables import name_of
 from wsgi_bg._testing import Mode
-from wsgi_bg._testing.watching import TEARDOWN_TIMEOUT, Watch
+from wsgi_bg._testing.session import TEARDOWN_TIMEOUT, RecordingSession
 
 if TYPE_CHECKING:
     from wsgi_bg._tasks.task import BackgroundTask
@@ -53,19 +53,19 @@ class TaskRecorder:
 
     def __init__(self, mode: Mode = "record") -> None:
         self.mode: Mode = mode
-        self._watch = Watch(mode)
+        self._session = RecordingSession(mode)
 
     @property
     def tasks(self) -> list[RecordedTask]:
         """All tasks, including finished tasks, in the order in which their requests ended."""
-        self._watch.close_streams()
-        return [_recorded(task, path) for task, path in self._watch.added()]
+        self._session.close_streams()
+        return [_recorded(task, path) for task, path in self._session.added()]
 
     @property
     def errors(self) -> list[BaseException]:
         """The tasks' errors so far. Reading this attribute marks all these errors as read."""
-        self._watch.close_streams()
-        return self._watch.failures.look()
+        self._session.close_streams()
+        return self._session.failures.look()
 
     def assert_added(
         self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs
@@ -103,9 +103,9 @@ class TaskRecorder:
             not read. All errors are logged, and are in :attr:`errors`.
         """
         __tracebackhide__ = True
-        self._watch.close_streams()
-        self._watch.run()
-        self._watch.failures.raise_first()
+        self._session.close_streams()
+        self._session.run()
+        self._session.failures.raise_first()
 
     def join(self, timeout: float = TEARDOWN_TIMEOUT) -> None:
         """Wait until all responses are closed and their tasks have run; blocks.
@@ -119,14 +119,14 @@ class TaskRecorder:
         :raises BaseException: else, the first error that the test has not read.
         """
         __tracebackhide__ = True
-        self._watch.close_streams()
-        self._watch.join(timeout)
-        self._watch.failures.raise_first()
+        self._session.close_streams()
+        self._session.join(timeout)
+        self._session.failures.raise_first()
 
     def _describe(self, tasks: list[RecordedTask]) -> str:
         text = "added were:" if tasks else "no task was added"
         text += _lines(tasks)
-        lost = [_recorded(task, path) for task, path in self._watch.not_to_run()]
+        lost = [_recorded(task, path) for task, path in self._session.not_to_run()]
         if lost:
             text += "\nnot to run, after the way their request ended:" + _lines(lost)
         return text

@@ -22,7 +22,7 @@ from wsgi_bg._tasks.background_tasks import BackgroundTasks
 from wsgi_bg._tasks.current import ENVIRON_KEY
 from wsgi_bg._testing import Mode
 from wsgi_bg._testing.failures import Failures
-from wsgi_bg._testing.streams import Stream, is_finite, read
+from wsgi_bg._testing.responses import Stream, is_finite, read
 from wsgi_bg._testing.visits import TaskList, Visit
 from wsgi_bg.runners.pool import shared_pool
 
@@ -40,7 +40,7 @@ _POLL = 0.01  # seconds; closing a response without tasks does not notify _chang
 
 
 class _StandIn:
-    """A runner override: passes each batch and the request's runner to the watch."""
+    """A runner override: passes each batch and the request's runner to the session."""
 
     def __init__(self, submit: Callable[[Batch, Runner], None], runner: Runner) -> None:
         self._submit = submit
@@ -53,7 +53,7 @@ class _StandIn:
         return repr(self._runner)
 
 
-class Watch:
+class RecordingSession:
     """The requests of one test, their tasks and errors; for any thread."""
 
     # A class attribute, because freezegun replaces only module attributes.
@@ -78,7 +78,7 @@ class Watch:
         :raises BaseException: on leaving, the error that the test has not read.
         """
         __tracebackhide__ = True
-        watch = self
+        session = self
         handle = BackgroundTasksMiddleware.__call__
 
         # With "self": Falcon's test client takes a callable of three arguments for ASGI.
@@ -87,7 +87,7 @@ class Watch:
             environ: WSGIEnvironment,
             start_response: StartResponse,
         ) -> Iterable[bytes]:
-            return watch._handle(partial(handle, self), environ, start_response)
+            return session._handle(partial(handle, self), environ, start_response)
 
         def runner_override(runner: Runner) -> Runner:
             return cast("Runner", _StandIn(self._submit, runner))
