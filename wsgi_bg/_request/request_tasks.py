@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextvars import Context
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
     from wsgi_bg._request.observer import Observe, RequestObserver
-    from wsgi_bg.runners import Runner
 
 
 class Outcome(Enum):
@@ -35,12 +34,6 @@ class Outcome(Enum):
 
 
 ABANDONED, EXHAUSTED, RAISED = Outcome
-
-new_list: Callable[[], list[BackgroundTask]] = list
-"""Makes the list of a request's tasks; the pytest plugin sets a function that records them."""
-
-runner_override: Callable[[Runner], Runner] | None = None
-"""Overrides the runner of a request; set by the pytest plugin."""
 
 
 class RequestTasks(BackgroundTasks):
@@ -101,8 +94,8 @@ class RequestTasks(BackgroundTasks):
         # collection that frees the response can start no thread.
         collector = collectors.get()
         collector.start()
-        empty = new_list() if self.observer is None else self.observer.new_list()
-        tasks, added = collector.unfinished.setdefault(id(self), (self, empty))
+        new_list = [] if self.observer is None else self.observer.new_list()
+        tasks, added = collector.unfinished.setdefault(id(self), (self, new_list))
         assert tasks is self
         self._collector = collector
         self._is_handed_over = False
@@ -211,15 +204,12 @@ class RequestTasks(BackgroundTasks):
         assert runner is not None
         if self._invocation is not None:
             self._await(batch)
-        in_place = runner_override  # read once: another thread may end the test meanwhile
-        if in_place is not None:
-            runner = in_place(runner)
         batch.sends = hasattr(runner, "send")
         try:
             arguments.look_at(self._list or ())
             if self.observer is None:
                 runner.submit(batch)
-                if in_place is None and not batch.is_kept:
+                if not batch.is_kept:
                     keep(batch)
             else:
                 self.observer.submit(batch, runner)
