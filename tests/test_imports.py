@@ -186,9 +186,9 @@ def test_what_the_fixture_needs_is_loaded_before_the_first_test(
     pytester.makepyfile(
         """
         import sys
-        at_import = "wsgi_bg._testing.watching" in sys.modules
+        at_import = "wsgi_bg._testing.session" in sys.modules
         def test_first():
-            assert (at_import, "wsgi_bg._testing.watching" in sys.modules) == (False, True)
+            assert (at_import, "wsgi_bg._testing.session" in sys.modules) == (False, True)
         def test_second(background_tasks): pass
         """
     )

@@ -19,6 +19,7 @@ from tests import registry_samples
 from tests.celery_shop import local_calls, not_registered, note
 from tests.celery_support import Broker, filesystem, messages, request, silent_broker
 from tests.conftest import Log
+from tests.recording_support import recording
 from tests.support import TIMEOUT, Gate
 from tests.test_encoding import written
 from tests.test_examples import wait_until
@@ -313,14 +314,13 @@ def test_a_sent_task_is_not_left_undone_while_a_local_task_waits(broker: Broker)
     local_calls.clear()
 
 
-def test_a_runner_that_overrides_a_sending_runner_runs_all_tasks_here(
-    broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_in_a_test_with_the_pytest_plugin_nothing_is_sent(
+    broker: Broker, tmp_path: Path
 ) -> None:
-    """The pytest plugin's runner does so, and its tests need no broker."""
-    monkeypatch.setattr(
-        "wsgi_bg._request.request_tasks.runner_override", lambda runner: InlineRunner()
-    )
-    request(broker.runner(), lambda: background_tasks.add_task(note, str(tmp_path / "note")))
+    with recording("run"):
+        request(
+            broker.runner(), lambda: background_tasks.add_task(note, str(tmp_path / "note"))
+        )
     assert (tmp_path / "note").exists()
     assert messages(broker) == []
 

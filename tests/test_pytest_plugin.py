@@ -290,7 +290,7 @@ def unread(environ, start_response):
 def test_the_end_of_a_test_waits_for_its_tasks_and_names_unfinished_tasks(
     inner: Inner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wsgi_bg._testing.watching.TEARDOWN_TIMEOUT", 0.05)
+    monkeypatch.setattr("wsgi_bg._testing.session.TEARDOWN_TIMEOUT", 0.05)
     result = inner.run("""
 shop.app.wsgi_app = shop.BackgroundTasksMiddleware(shop.app.wsgi_app, runner="pool")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterable
 from contextvars import ContextVar
 from typing import Any
@@ -28,6 +30,7 @@ from tests.recording_support import (
     clients,
     done,
     fail,
+    recording,
     send,
     send_async,
     stream,
@@ -50,6 +53,7 @@ from wsgi_bg import (
     background_tasks,
     get_background_tasks,
 )
+from wsgi_bg._request.observer import observers
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg.flask import Background
 from wsgi_bg.hooks import Hooks, TaskRecord
@@ -172,6 +176,19 @@ def test_stop_on_error_holds_for_recorded_tasks(recorder: TaskRecorder, log: Log
     assert "with stop_on_error set" in log.warnings[0]
 
 
+def test_a_task_that_the_application_runs_by_hand_is_not_recorded(
+    recorder: TaskRecorder,
+) -> None:
+    def view(environ: Environ) -> None:
+        background_tasks.add_task(send, "ada")
+        background_tasks()
+        background_tasks.add_task(send, "grace")
+
+    respond(BackgroundTasksMiddleware(app_that(view)))
+    assert done == ["ada"]
+    assert [task.args for task in recorder.tasks] == [("grace",)]
+
+
 def test_a_task_that_the_outcome_of_its_request_skips_is_not_recorded(
     recorder: TaskRecorder, log: Log
 ) -> None:
@@ -239,8 +256,7 @@ def test_hooks_see_that_a_recorded_task_was_discarded_with_its_test(
         def task_discarded(self, record: TaskRecord) -> None:
             reasons.append(record.reason)
 
-    recorder = TaskRecorder()
-    with recorder._watch.active():
+    with recording() as recorder:
         respond(BackgroundTasksMiddleware(app_that(add((send, "ada"))), hooks=Watcher()))
         assert reasons == []
     assert reasons == ["the test is over"]
@@ -465,9 +481,8 @@ def test_a_runner_that_sends_does(recorder: TaskRecorder) -> None:
 
 @pytest.mark.parametrize("mode", ["record", "run"])
 def test_in_the_modes_record_and_run_nothing_is_sent(mode: Any) -> None:
-    recorder = TaskRecorder(mode)
     sender = Sender()
-    with recorder._watch.active():
+    with recording(mode) as recorder:
         by_werkzeug(whole((send, "ada"), runner=sender))
         recorder.run()
     assert (done, sender.sends) == (["ada"], [])
@@ -542,7 +557,6 @@ def test_join_finds_no_request_in_an_environ_that_the_application_has_emptied(
     recorder: TaskRecorder,
 ) -> None:
     def view(environ: Environ) -> None:
-        assert recorder._watch._visits[0].tasks is not None
         environ.clear()
 
     respond(BackgroundTasksMiddleware(app_that(view)))
@@ -551,17 +565,17 @@ def test_join_finds_no_request_in_an_environ_that_the_application_has_emptied(
 
 def test_a_batch_without_a_name_is_described_by_its_path(recorder: TaskRecorder) -> None:
     by_werkzeug(whole((send, "ada")))
-    visit = recorder._watch._visits[0]
-    assert visit.describe() == "tests.recording_support.send"
+    request = recorder._session._requests[0]
+    assert request.describe() == "tests.recording_support.send"
     recorder.run()
-    assert visit.describe() == "tasks of /"
+    assert request.describe() == "tasks of /"
 
 
 def test_join_ends_while_a_test_has_stopped_the_time(
     recorder: TaskRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     respond(BackgroundTasksMiddleware(app_that(add((send, "ada")))))
-    recorder._watch._visits[0].batch = None
+    recorder._session._requests[0].batch = None
     with monkeypatch.context() as stopped:
         stopped.setattr("time.monotonic", lambda: 0.0)
         with pytest.raises(TimeoutError):
@@ -594,13 +608,12 @@ def test_requests_on_several_threads_are_all_recorded(recorder: TaskRecorder) ->
 
 
 def test_a_request_of_an_earlier_test_stays_with_that_test_and_its_runner(log: Log) -> None:
-    first, second = TaskRecorder("real"), TaskRecorder()
     sender = Sender()
     app = stream(fail, runner=sender)
-    with first._watch.active():
+    with recording("real") as first:
         body: Any = app(make_server_environ(), Server().start_response)
-        first._watch._visits.clear()  # or the end of the test would wait
-    with second._watch.active():
+        first._session._requests.clear()  # or the end of the test would wait
+    with recording() as second:
         body.close()
         second.assert_none()
         assert second.errors == []
@@ -610,7 +623,7 @@ def test_a_request_of_an_earlier_test_stays_with_that_test_and_its_runner(log: L
 def test_tasks_of_a_response_closed_after_the_test_never_run(log: Log) -> None:
     sender = Sender()
     environ = make_server_environ()
-    with TaskRecorder()._watch.active():
+    with recording():
         body: Any = stream((send, "ada"), runner=sender)(environ, Server().start_response)
     with pytest.raises(RuntimeError, match="was not added"):
         add((send, "grace"))(environ)
@@ -621,14 +634,13 @@ def test_tasks_of_a_response_closed_after_the_test_never_run(log: Log) -> None:
 
 def test_the_end_of_a_test_waits_for_a_server_to_close_a_response_with_tasks() -> None:
     closed = threading.Event()
-    recorder = TaskRecorder("run")
 
     def close() -> None:
         assert closed.wait(TIMEOUT)
         body.close()
 
     thread = threading.Thread(target=close)
-    with recorder._watch.active():
+    with recording("run"):
         app = stream((send, "ada"))
         body: Any = app(make_server_environ(), Server().start_response)
         thread.start()
@@ -638,7 +650,7 @@ def test_the_end_of_a_test_waits_for_a_server_to_close_a_response_with_tasks() -
 
 
 def test_the_end_of_a_test_waits_for_no_response_without_tasks(log: Log) -> None:
-    with TaskRecorder("run")._watch.active():
+    with recording("run"):
         body: Any = stream()(make_server_environ(), Server().start_response)
         begun = time.monotonic()
     assert time.monotonic() - begun < TIMEOUT / 2
@@ -656,13 +668,23 @@ def test_an_error_of_a_task_without_a_request_is_not_this_tests(
     assert recorder.errors == []
 
 
-def test_without_the_fixture_the_middleware_is_unchanged() -> None:
-    before = vars(BackgroundTasksMiddleware)["__call__"]
-    with TaskRecorder()._watch.active(), TaskRecorder("run")._watch.active():
+def test_nothing_is_kept_of_a_test_that_is_over() -> None:
+    with recording() as recorder:
         by_werkzeug(whole((send, "ada")))
-        assert vars(BackgroundTasksMiddleware)["__call__"] is not before
-    assert vars(BackgroundTasksMiddleware)["__call__"] is before
-    assert before.__qualname__ == "BackgroundTasksMiddleware.__call__"
+        unread = by_werkzeug(stream((send, "grace")))
+    session = weakref.ref(recorder._session)
+    del recorder, unread
+    gc.collect()
+    assert session() is None
+    assert done == []
+
+
+def test_the_fixture_leaves_the_middleware_unchanged() -> None:
+    before = vars(BackgroundTasksMiddleware)["__call__"]
+    with recording(), recording("run"):
+        by_werkzeug(whole((send, "ada")))
+        assert vars(BackgroundTasksMiddleware)["__call__"] is before
+    assert observers.observe is None
     environ = make_environ()
     body: Any = stream((send, "grace"))(environ, Server().start_response)
     assert list(body) == [b"o", b"k"]
@@ -698,7 +720,7 @@ def test_the_end_waits_for_tasks_though_the_close_of_a_stream_raises() -> None:
     responses: list[Any] = []
 
     def test_it() -> None:
-        with TaskRecorder("real")._watch.active():
+        with recording("real"):
             by_werkzeug(whole(slow, runner="pool"))
             responses.append(by_werkzeug(broken))  # held, since a freed response closes itself
 

@@ -103,7 +103,8 @@ def background_tasks(request: pytest.FixtureRequest) -> Iterator[TaskRecorder]:
     raises and the test does not read .errors, the test fails in its teardown.
     """
     from wsgi_bg._testing.recording import TaskRecorder
+    from wsgi_bg._testing.session import RecordingSession
 
-    recorder = TaskRecorder(_mode_of(request.node))
-    with recorder._watch.active():
-        yield recorder
+    session = RecordingSession(_mode_of(request.node))
+    with session.active():
+        yield TaskRecorder(session)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,11 @@ class Body:
     _open: list[None]  # emptied by the first call of close()
     _outcome: Outcome
     _tasks: RequestTasks
+
+    @property
+    def headers(self) -> Sequence[tuple[str, str]] | None:
+        """Headers of the last call of ``start_response``; None before that call."""
+        return self._tasks.headers
 
     def __iter__(self) -> Iterator[bytes]:
         """The application's chunks, unchanged."""

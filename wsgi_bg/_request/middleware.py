@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from wsgi_bg._request.body import Body, GeneratorBody, Guard, SizedBody
 from wsgi_bg._request.calls import Around
 from wsgi_bg._request.layer import OptionOverrides, merge_options
-from wsgi_bg._request.request_tasks import ABANDONED, RAISED, RequestTasks
+from wsgi_bg._request.observer import observers
+from wsgi_bg._request.request_tasks import ABANDONED, RAISED, ObservedTasks, RequestTasks
 from wsgi_bg._request.servers import is_asked_for, refuse_eventlet
 from wsgi_bg._tasks.background_tasks import ENDED, OPEN, BackgroundTasks, View
 from wsgi_bg._tasks.current import ENVIRON_KEY, current
@@ -109,7 +110,9 @@ class BackgroundTasksMiddleware:
             if isinstance(outer, BackgroundTasks) and outer._is_open:
                 return self._handle_inner(outer, environ, start_response)
 
-        environ[ENVIRON_KEY] = tasks = RequestTasks()
+        observe = observers.observe
+        tasks = RequestTasks() if observe is None else ObservedTasks(observe, environ)
+        environ[ENVIRON_KEY] = tasks
         tasks._list = None
         tasks._front = None
         tasks._options = self._options
@@ -131,12 +134,12 @@ class BackgroundTasksMiddleware:
                     if not tasks._list:
                         tasks._start_response = None
                         return app_iter
-                    tasks._phase = OPEN
+                    tasks._phase = OPEN  # type: ignore[unreachable]  # added meanwhile
                 if kind is object:
                     # gunicorn's asynchronous workers compare the iterable with ALREADY_HANDLED.
                     tasks.end(environ, ABANDONED)
                     return app_iter
-                return _wrap(app_iter, kind, tasks, environ)
+                body = _wrap(app_iter, kind, tasks, environ)
             except BaseException as exc:
                 tasks.end(environ, ABANDONED if is_asked_for(environ, exc) else RAISED)
                 raise
@@ -146,6 +149,7 @@ class BackgroundTasksMiddleware:
             raise
         finally:
             current.reset(token)
+        return body if tasks.observer is None else tasks.observer.respond(body)
 
     def _handle_first(
         self, environ: WSGIEnvironment, start_response: StartResponse

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextvars import Context
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from wsgi_bg.runners.pool import shared_pool
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
-    from wsgi_bg.runners import Runner
+    from wsgi_bg._request.observer import Observe, RequestObserver
 
 
 class Outcome(Enum):
@@ -34,12 +34,6 @@ class Outcome(Enum):
 
 
 ABANDONED, EXHAUSTED, RAISED = Outcome
-
-new_list: Callable[[], list[BackgroundTask]] = list
-"""Makes the list of a request's tasks; the pytest plugin sets a function that records them."""
-
-runner_override: Callable[[Runner], Runner] | None = None
-"""Overrides the runner of a request; set by the pytest plugin."""
 
 
 class RequestTasks(BackgroundTasks):
@@ -75,6 +69,8 @@ class RequestTasks(BackgroundTasks):
     _start_response: Any  # dropped at the end: the server's function holds the environ
     _status: str
 
+    observer: RequestObserver | None = None  # no slot: it would cost each request 3 %
+
     __init__: Any = object.__init__  # so that making an object calls no Python function
 
     def start_response(
@@ -88,12 +84,18 @@ class RequestTasks(BackgroundTasks):
         self._declared_late = True  # perhaps: the server may have sent a Content-Length
         return self._start_response(status, headers, exc_info)
 
+    @property
+    def headers(self) -> Sequence[tuple[str, str]] | None:
+        """Headers of the last call of ``start_response``; None before that call."""
+        return getattr(self, "_headers", None)
+
     def _begin(self) -> list[BackgroundTask]:
         # Make all objects that a later step may need with the first task: a garbage
         # collection that frees the response can start no thread.
         collector = collectors.get()
         collector.start()
-        tasks, added = collector.unfinished.setdefault(id(self), (self, new_list()))
+        new_list = [] if self.observer is None else self.observer.new_list()
+        tasks, added = collector.unfinished.setdefault(id(self), (self, new_list))
         assert tasks is self
         self._collector = collector
         self._is_handed_over = False
@@ -117,6 +119,11 @@ class RequestTasks(BackgroundTasks):
             return context
         context.run(current.set, self)  # the task was added in a stream or on another thread
         return context
+
+    def _notify_failure(self, task: BackgroundTask, exc: BaseException) -> None:
+        if self.observer is not None:
+            self.observer.task_failed(task, exc)
+        super()._notify_failure(task, exc)
 
     def end_if_empty(self) -> bool:
         """End the batch if no task was added; a later ``add_task`` then raises."""
@@ -199,15 +206,15 @@ class RequestTasks(BackgroundTasks):
         assert runner is not None
         if self._invocation is not None:
             self._await(batch)
-        in_place = runner_override  # read once: another thread may end the test meanwhile
-        if in_place is not None:
-            runner = in_place(runner)
         batch.sends = hasattr(runner, "send")
         try:
             arguments.look_at(self._list or ())
-            runner.submit(batch)
-            if in_place is None and not batch.is_kept:
-                keep(batch)
+            if self.observer is None:
+                runner.submit(batch)
+                if not batch.is_kept:
+                    keep(batch)
+            else:
+                self.observer.submit(batch, runner)
         except BaseException as exc:
             if is_from_signal_handler(exc) or self._collector.pid != os.getpid():
                 raise
@@ -245,6 +252,15 @@ class RequestTasks(BackgroundTasks):
             batch.unclaim_running()
             self._allow_start()
             shared_pool.submit(self._await(batch.again()))
+
+
+class ObservedTasks(RequestTasks):
+    """The ``BackgroundTasks`` of an observed request: see :mod:`wsgi_bg._request.observer`."""
+
+    __slots__ = ("observer",)
+
+    def __init__(self, observe: Observe, environ: WSGIEnvironment) -> None:
+        self.observer = observe(self, environ)
 
 
 def _code_of(status: str) -> int:

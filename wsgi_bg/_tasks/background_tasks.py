@@ -179,6 +179,10 @@ class BackgroundTasks:
         with suppress(ValueError):  # the batch has taken the task, and skips it
             self._list.remove(task)
 
+    def _notify_failure(self, task: BackgroundTask, exc: BaseException) -> None:
+        """Call the hooks and the ``on_error`` of a failed task, in the task's context."""
+        task_log.notify_failure(task, exc)
+
     def _end(self) -> None:
         """Run no further task: a later ``add_task`` raises."""
         self._phase = ENDED
@@ -236,7 +240,7 @@ class BackgroundTasks:
                     first = exc
                 else:
                     context.run(task_log.log_failure, task, exc)
-                    context.run(task_log.notify_failure, task, exc)
+                    context.run(self._notify_failure, task, exc)
             if process.generation != generation:
                 return  # in the child process that the task has forked
             self._remove(task)

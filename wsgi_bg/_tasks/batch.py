@@ -524,9 +524,7 @@ class Batch:
             task = front[-1] if front else of._first()
             if task is None:
                 return None
-            runs = not self._stopped and (
-                task._options is self._let_run or self._lets_run(task)
-            )
+            runs = not self._stopped and (task._options is self._let_run or self.lets_run(task))
             if runs and task.is_async is not is_async and task._unclaimed:
                 return None
             self._running = task  # before the claim: a signal finds its name
@@ -549,10 +547,10 @@ class Batch:
         of._end()  # again: abandon() may have run between two steps of _first()
         return None
 
-    def _lets_run(self, task: BackgroundTask) -> bool:
+    def lets_run(self, task: BackgroundTask) -> bool:
         """True if the task runs after this outcome of the request.
 
-        Callers compare ``_let_run`` first: in most batches all tasks share their options,
+        The batch compares ``_let_run`` first: in most batches all tasks share their options,
         and a call for each task would make an inline task a tenth slower.
         """
         options = task._options
@@ -567,7 +565,7 @@ class Batch:
             self._stopped = True
         _run_in(context, task_log.log_failure, task, exc, self._done)
         self._settle()
-        _run_in(context, task_log.notify_failure, task, exc)
+        _run_in(context, self._of._notify_failure, task, exc)
 
     def _discard(self, task: BackgroundTask) -> None:
         self.discarded += 1

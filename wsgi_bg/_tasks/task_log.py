@@ -6,7 +6,6 @@ Messages name tasks without their arguments, since arguments may be private data
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from wsgi_bg._process import log
@@ -16,9 +15,6 @@ from wsgi_bg._tasks.successors import observe
 
 if TYPE_CHECKING:
     from wsgi_bg._tasks.task import BackgroundTask
-
-observer: Callable[[BackgroundTask, BaseException], None] | None = None
-"""Called with every error that is logged; set by the pytest plugin, which fails the test."""
 
 
 def log_failure(
@@ -35,9 +31,6 @@ def log_failure(
 def notify_failure(task: BackgroundTask, exc: BaseException) -> None:
     """Call the hooks and the ``on_error`` of a failed task, in the task's context."""
     generation = process.generation
-    of_test = observer  # read once: another thread may end the test meanwhile
-    if of_test is not None:
-        of_test(task, exc)
     calls = task._options.calls
     if calls is not None:
         calls.failed(task, exc)

@@ -8,11 +8,10 @@ from reprlib import Repr
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 from wsgi_bg._tasks.callables import name_of
-from wsgi_bg._testing import Mode
-from wsgi_bg._testing.watching import TEARDOWN_TIMEOUT, Watch
+from wsgi_bg._testing.session import TEARDOWN_TIMEOUT, RecordingSession
 
 if TYPE_CHECKING:
-    from wsgi_bg._tasks.task import BackgroundTask
+    from wsgi_bg._testing import Mode
 
 P = ParamSpec("P")
 
@@ -51,21 +50,21 @@ class TaskRecorder:
     :ivar mode: ``"record"``, ``"run"`` or ``"real"``.
     """
 
-    def __init__(self, mode: Mode = "record") -> None:
-        self.mode: Mode = mode
-        self._watch = Watch(mode)
+    def __init__(self, session: RecordingSession) -> None:
+        self.mode: Mode = session.mode
+        self._session = session
 
     @property
     def tasks(self) -> list[RecordedTask]:
         """All tasks, including finished tasks, in the order in which their requests ended."""
-        self._watch.close_streams()
-        return [_recorded(task, path) for task, path in self._watch.added()]
+        self._session.close_streams()
+        return self._added()
 
     @property
     def errors(self) -> list[BaseException]:
         """The tasks' errors so far. Reading this attribute marks all these errors as read."""
-        self._watch.close_streams()
-        return self._watch.failures.look()
+        self._session.close_streams()
+        return self._session.errors()
 
     def assert_added(
         self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs
@@ -103,9 +102,9 @@ class TaskRecorder:
             not read. All errors are logged, and are in :attr:`errors`.
         """
         __tracebackhide__ = True
-        self._watch.close_streams()
-        self._watch.run()
-        self._watch.failures.raise_first()
+        self._session.close_streams()
+        self._session.run()
+        self._session.raise_first()
 
     def join(self, timeout: float = TEARDOWN_TIMEOUT) -> None:
         """Wait until all responses are closed and their tasks have run; blocks.
@@ -119,28 +118,29 @@ class TaskRecorder:
         :raises BaseException: else, the first error that the test has not read.
         """
         __tracebackhide__ = True
-        self._watch.close_streams()
-        self._watch.join(timeout)
-        self._watch.failures.raise_first()
+        self._session.close_streams()
+        self._session.join(timeout)
+        self._session.raise_first()
+
+    def _added(self, *, runs: bool = True) -> list[RecordedTask]:
+        """Return the tasks that run, or do not run, after the outcome of their request."""
+        return [
+            RecordedTask(task.func, task.args, task.kwargs, request.path, task.name)
+            for request in self._session.closed
+            for task in request.added
+            if request.batch and request.batch.lets_run(task) is runs
+        ]
 
     def _describe(self, tasks: list[RecordedTask]) -> str:
-        text = "added were:" if tasks else "no task was added"
-        text += _lines(tasks)
-        lost = [_recorded(task, path) for task, path in self._watch.not_to_run()]
-        if lost:
-            text += "\nnot to run, after the way their request ended:" + _lines(lost)
-        return text
+        lines = ["added were:" if tasks else "no task was added"]
+        lines += [f"  {task}" for task in tasks]
+        if skipped := self._added(runs=False):
+            lines.append("not to run, after the way their request ended:")
+            lines += [f"  {task}" for task in skipped]
+        return "\n".join(lines)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} mode={self.mode!r}>"
-
-
-def _recorded(task: BackgroundTask, path: str) -> RecordedTask:
-    return RecordedTask(task.func, task.args, task.kwargs, path, task.name)
-
-
-def _lines(tasks: list[RecordedTask]) -> str:
-    return "".join(f"\n  {task}" for task in tasks)
 
 
 def format_call(name: str, args: Iterable[Any], kwargs: Mapping[str, Any]) -> str:

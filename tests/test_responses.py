@@ -24,6 +24,7 @@ from tests.recording_support import (
     fail,
     late,
     late_whole,
+    recording,
     send,
     stream,
     whole,
@@ -169,13 +170,13 @@ def test_all_streams_are_closed_in_order_even_if_a_close_raises(recorder: TaskRe
 def test_a_stream_that_the_client_closes_ends_there(recorder: TaskRecorder) -> None:
     response = by_werkzeug(stream((send, "ada")))
     response.close()
-    assert recorder._watch._visits[0].batch is not None
+    assert recorder._session._requests[0].batch is not None
     recorder.assert_added(send, "ada")
     assert list(response.response) == [b"o", b"k"]  # as without the fixture
 
 
 def test_an_unread_stream_is_closed_at_the_end_of_the_test() -> None:
-    with TaskRecorder("run")._watch.active():
+    with recording("run"):
         response = by_werkzeug(stream((send, "ada")))
         assert done == []
     assert done == ["ada"]

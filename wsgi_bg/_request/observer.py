@@ -1,0 +1,89 @@
+"""The seam for tests: observers see requests and their tasks, and may record the tasks.
+
+The pytest plugin registers a function for the duration of a test. Without a registered
+function each request pays for reading an attribute, and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+    from wsgi_bg._tasks.background_tasks import BackgroundTasks
+    from wsgi_bg._tasks.batch import Batch
+    from wsgi_bg._tasks.task import BackgroundTask
+    from wsgi_bg.runners import Runner
+
+
+class Response(Protocol):
+    """The response iterable of a request that has added tasks or may still add tasks.
+
+    :ivar headers: headers of the last call of ``start_response``; None before that call.
+    """
+
+    @property
+    def headers(self) -> Sequence[tuple[str, str]] | None: ...
+
+    def __iter__(self) -> Iterator[bytes]: ...
+
+    def close(self) -> None: ...
+
+
+class RequestObserver:
+    """Observes a request. The methods of this base class change nothing."""
+
+    def new_list(self) -> list[BackgroundTask]:
+        """Make the list of the request's tasks; called on the thread that adds the first.
+
+        Two threads that add a task at once may both call this method, and use one list.
+        """
+        return []
+
+    def respond(self, response: Response) -> Iterable[bytes]:
+        """Return the response for the server; called when the middleware is about to return.
+
+        Not called for a list or another iterable in which no code could add a task.
+        """
+        return response
+
+    def submit(self, batch: Batch, runner: Runner) -> None:
+        """Submit the request's batch; called once, on the thread that ends the request.
+
+        :param runner: the application's runner, whose ``submit`` this method replaces.
+        """
+        runner.submit(batch)
+
+    def task_failed(self, task: BackgroundTask, exc: BaseException) -> None:
+        """A task has raised; called in the task's context, before ``on_error``."""
+
+
+Observe = Callable[["BackgroundTasks", "WSGIEnvironment"], RequestObserver]
+
+
+class Observers:
+    """Registers the function that makes an observer for each request of this process.
+
+    :ivar observe: called by the outermost middleware before the application is called; None
+        outside of :meth:`registered`.
+    """
+
+    __slots__ = ("observe",)
+
+    def __init__(self) -> None:
+        self.observe: Observe | None = None
+
+    @contextmanager
+    def registered(self, observe: Observe) -> Iterator[None]:
+        """Observe the requests that begin within this context, until they end."""
+        before, self.observe = self.observe, observe
+        try:
+            yield
+        finally:
+            self.observe = before
+
+
+observers: Observers = Observers()
