@@ -25,6 +25,7 @@ from tests.support import (
     app_that,
     make_environ,
     make_server_environ,
+    respond,
     run_python,
 )
 from wsgi_bg import (
