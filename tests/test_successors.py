@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import weakref
 from collections.abc import Callable
@@ -404,3 +405,80 @@ def test_a_task_that_is_held_stays_whole(function: Callable[..., Any], runner: s
             task()
     else:
         assert task() == 3
+
+
+@both
+def test_a_log_handler_that_adds_a_task_that_fails_ends_with_a_single_error(
+    log: Log, runner: str
+) -> None:
+    """For example a handler that sends each error by mail, while no mail can be sent."""
+    endless = Endless()
+
+    def send(text: str) -> None:
+        endless.count += 1
+        raise OSError(text)
+
+    class Mail(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "was not added" not in record.getMessage() and endless.count < ENOUGH:
+                background_tasks.add_task(send, "down")
+
+    own = RUNNERS[runner]()
+    mail = Mail(logging.ERROR)
+    logging.getLogger("wsgi_bg").addHandler(mail)
+    try:
+        request(own, lambda: background_tasks.add_task(send, "down"))
+        assert own.drain(6 * TIMEOUT) == []
+    finally:
+        logging.getLogger("wsgi_bg").removeHandler(mail)
+    assert 1 < endless.count < ENOUGH
+
+
+@both
+def test_a_context_that_adds_a_task_as_it_is_entered_ends_with_a_single_error(
+    log: Log, runner: str
+) -> None:
+    app = flask.Flask("shop")
+    endless = Endless()
+    own = RUNNERS[runner]()
+    Background(app, runner=own)
+
+    def add(sender: object, **_: object) -> None:
+        if has_begun:
+            endless.add(endless.plain)
+
+    has_begun: list[bool] = []
+
+    @app.route("/")
+    def view() -> str:
+        has_begun.append(True)
+        background_tasks.add_task(endless.other)
+        return "ok"
+
+    with flask.appcontext_pushed.connected_to(add, app):
+        serve(app.wsgi_app)
+        assert own.drain(6 * TIMEOUT) == []
+    check(log, endless, "plain")
+
+
+@both
+def test_each_step_may_add_the_next_by_a_view_of_the_view_it_was_given(
+    log: Log, runner: str
+) -> None:
+    own, count = RUNNERS[runner](), 1500
+    seen: list[int] = []
+
+    def step(number: int, tasks: BackgroundTasks) -> None:
+        seen.append(number)
+        if number < count:
+            view = tasks.using(stop_on_error=False)
+            view.add_task(step, number + 1, view)
+
+    def begin() -> None:
+        view = background_tasks.using(run_on="always")
+        view.add_task(step, 1, view)
+
+    request(own, begin)
+    assert own.drain(TIMEOUT) == []
+    assert seen == [*range(1, count + 1)]
+    assert log.errors == []

@@ -104,8 +104,7 @@ class Calls:
             return None
         if self.around is None:
             return call(task, done)
-        inside = self.around()
-        inside.__enter__()  # an ExitStack for each task costs as much again as Flask's context
+        inside = self._enter(task, self.around)
         if process.generation != generation:
             self._exit(inside, task, None)
             return None
@@ -120,6 +119,13 @@ class Calls:
             return AwaitableInStack(stack, result)
         self._exit(inside, task, None)
         return result
+
+    @staticmethod
+    def _enter(task: BackgroundTask, around: Around) -> AbstractContextManager[Any]:
+        # An ExitStack for each task costs as much again as Flask's context.
+        inside = around()
+        observe(task, inside.__enter__)
+        return inside
 
     def _exit(
         self,

@@ -125,13 +125,13 @@ class BackgroundTasksMiddleware:
             try:
                 app_iter = self._app(environ, tasks.start_response)
                 kind = type(app_iter)
-                if not tasks._list and (
+                if tasks._list is None and (
                     kind is list or kind is tuple or kind is environ.get("wsgi.file_wrapper")
                 ):
                     # Return the iterable unwrapped: no code in such an iterable could add a
                     # task, and a server sends its own file wrapper without iterating.
                     tasks._phase = ENDED  # and look again, as end_if_empty() does
-                    if not tasks._list:
+                    if tasks._list is None:
                         tasks._start_response = None
                         return app_iter
                     tasks._phase = OPEN  # type: ignore[unreachable]  # added meanwhile
@@ -173,7 +173,11 @@ class BackgroundTasksMiddleware:
         ):
             self._merged = merged = self._merge_options(root._options, tasks._options)
         root._options = merged.new_root
-        inner = tasks if merged.inner is tasks._options else View(tasks, merged.inner)
+        inner = (
+            tasks
+            if merged.inner is tasks._options
+            else View(tasks, merged.inner, is_layer=True)
+        )
         environ[ENVIRON_KEY] = inner
         token = current.set(inner)
         app_iter: Iterable[bytes] = ()

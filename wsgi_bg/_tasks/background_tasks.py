@@ -12,7 +12,7 @@ from wsgi_bg._loop.asgiref_state import detached
 from wsgi_bg._process import per_process as process
 from wsgi_bg._process.interrupts import stops_worker
 from wsgi_bg._process.log import safe_repr
-from wsgi_bg._tasks import task_log
+from wsgi_bg._tasks import successors, task_log
 from wsgi_bg._tasks.options import DEFAULTS, OnError, Options
 from wsgi_bg._tasks.task import BackgroundTask, RunOn
 from wsgi_bg.exceptions import BatchEndedError, TaskTypeError
@@ -83,7 +83,7 @@ class BackgroundTasks:
         options = self._options
         task = _new_task(BackgroundTask)
         task._fill(func, args, kwargs, copy_context(), options)
-        if options.is_watched:
+        if options.is_watched or successors.logging:
             options.admit(task, self._root)
         tasks = self._list
         if tasks is None:
@@ -216,7 +216,12 @@ class BackgroundTasks:
             stop_on_error=stop_on_error,
             celery=celery,
         )
-        return View(self, options)
+        return View(self._base, options)
+
+    @property
+    def _base(self) -> BackgroundTasks:
+        """The object for views to refer to, so that a view of a view is no longer chain."""
+        return self
 
     def __call__(self) -> None:
         """Run the tasks that have not run yet, each once; blocks until they are done.
@@ -275,14 +280,21 @@ class View(BackgroundTasks):
     application of that middleware has returned; the response may still stream.
     """
 
-    __slots__ = ("_has_returned", "_origin")
+    __slots__ = ("_has_returned", "_is_layer", "_origin")
 
-    def __init__(self, origin: BackgroundTasks, options: Options) -> None:
+    def __init__(
+        self, origin: BackgroundTasks, options: Options, *, is_layer: bool = False
+    ) -> None:
         self._list = None
         self._front = None
         self._origin = origin
         self._options = options
+        self._is_layer = is_layer
         self._has_returned = False
+
+    @property
+    def _base(self) -> BackgroundTasks:
+        return self if self._is_layer else self._origin
 
     def _begin(self) -> list[BackgroundTask]:
         self._list = self._origin._begin() if self._origin._list is None else self._origin._list

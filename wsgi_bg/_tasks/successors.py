@@ -30,6 +30,9 @@ class _Thread(threading.local):
 
 _thread = _Thread()
 
+logging: list[None] = []
+"""Not empty while a thread logs a task: then a task without hooks is admitted, too."""
+
 
 def observe(task: BackgroundTask, observer: Callable[..., Any], *args: Any) -> None:
     """Call ``observer(*args)``; a task that the observer adds is a successor of ``task``.
@@ -46,6 +49,15 @@ def observe(task: BackgroundTask, observer: Callable[..., Any], *args: Any) -> N
             raise
     finally:
         _thread.generation = before
+
+
+def observe_log(task: BackgroundTask, log: Callable[[], Any]) -> None:
+    """Call ``log()``, whose handler may add a task to send the record by mail, for example."""
+    logging.append(None)
+    try:
+        observe(task, log)
+    finally:
+        logging.pop()
 
 
 def admit(task: BackgroundTask, batch: Any) -> None:

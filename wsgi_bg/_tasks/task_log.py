@@ -6,12 +6,13 @@ Messages name tasks without their arguments, since arguments may be private data
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from wsgi_bg._process import log
 from wsgi_bg._process import per_process as process
 from wsgi_bg._process.interrupts import is_from_signal_handler
-from wsgi_bg._tasks.successors import observe
+from wsgi_bg._tasks.successors import observe, observe_log
 
 if TYPE_CHECKING:
     from wsgi_bg._tasks.task import BackgroundTask
@@ -25,7 +26,8 @@ def log_failure(
     Called in the task's context, so that log records carry its correlation ids.
     """
     kind = _kind_of(exc)
-    log.error("background task %s raised %s", task.name, kind, exc_info=exc, said=said)
+    message = "background task %s raised %s"
+    observe_log(task, partial(log.error, message, task.name, kind, exc_info=exc, said=said))
 
 
 def notify_failure(task: BackgroundTask, exc: BaseException) -> None:
@@ -47,7 +49,8 @@ def notify_failure(task: BackgroundTask, exc: BaseException) -> None:
 
 def log_skipped(task: BackgroundTask, reason: str, said: defaultdict[Any, Any]) -> None:
     """Log a task that will not run."""
-    log.warning("background task %s was not run: %s", task.name, reason, said=said)
+    message = "background task %s was not run: %s"
+    observe_log(task, partial(log.warning, message, task.name, reason, said=said))
 
 
 def log_interrupted(task: BackgroundTask, exc: BaseException, *, began: bool) -> None:
