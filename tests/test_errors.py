@@ -493,13 +493,13 @@ def test_a_greenlets_kill_goes_through(log: Log) -> None:
     assert [message.split(":")[0].split()[-1] for message in log.warnings] == ["end", "run"]
 
 
-def test_a_pools_thread_outlives_a_greenlets_kill(log: Log) -> None:
+def test_an_exit_of_a_greenlet_on_a_real_thread_is_an_error_of_the_task(log: Log) -> None:
     runner = PoolRunner(threads=1)
     run((fail, GreenletExit()), runner=runner)
     run((print,), runner=runner)
     assert runner.drain(10) == []
     assert runner.statistics().succeeded == 1
-    assert "was stopped" in log.errors[0]
+    assert "fail raised GreenletExit" in log.errors[0]
 
 
 def test_an_error_in_a_batch_of_the_pool_is_logged_there(log: Log) -> None:

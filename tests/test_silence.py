@@ -9,7 +9,7 @@ import signal
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import pytest
 
 from tests.command import MODULE, running, write
 from tests.conftest import Log
-from tests.support import TIMEOUT, Server, app_that, make_server_environ, run_python
+from tests.support import TIMEOUT, Server, app_that, make_server_environ, respond, run_python
 from wsgi_bg import (
     BackgroundTask,
     BackgroundTasksMiddleware,
@@ -28,6 +28,7 @@ from wsgi_bg import (
     background_tasks,
     registered_task,
 )
+from wsgi_bg._process import log as logs
 from wsgi_bg.exceptions import RegistrationError
 from wsgi_bg.flask import Background
 from wsgi_bg.hooks import HOOKS, Hooks
@@ -661,3 +662,80 @@ def test_the_tasks_of_a_request_that_the_command_does_not_finish_are_named(
         command.send(signal.SIGTERM)
         _, lines = command.end()
     assert any(line.startswith("ERROR background task shop.task was not") for line in lines)
+
+
+class Raising:
+    """A command whose attributes cannot be read, but which can be called."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.__dict__["error"] = error
+
+    def __getattr__(self, name: str) -> Any:
+        raise self.__dict__["error"]
+
+    def __call__(self) -> None:
+        self.__dict__["called"] = True
+
+
+@pytest.mark.parametrize("error", [KeyError("d"), SystemExit(), RuntimeError("unbound")])
+def test_an_object_whose_attributes_cannot_be_read_runs_as_a_task(error: BaseException) -> None:
+    command = Raising(error)
+    task = BackgroundTask(command)
+    task()
+    assert command.__dict__["called"]
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyError])
+def test_an_error_whose_cause_cannot_be_read_is_logged_by_its_name(
+    kind: type[BaseException], log: Log
+) -> None:
+    class CausedError(Exception):
+        @property
+        def __cause__(self) -> Any:  # type: ignore[override]
+            raise kind
+
+    def fail() -> None:
+        raise CausedError
+
+    runner = PoolRunner()
+    respond(
+        BackgroundTasksMiddleware(
+            app_that(lambda environ: background_tasks.add_task(fail)), runner=runner
+        )
+    )
+    assert runner.drain(TIMEOUT) == []
+    (error,) = log.errors
+    assert "raised CausedError" in error
+
+
+def test_a_stop_while_an_error_is_formatted_goes_through() -> None:
+    class CausedError(Exception):
+        @property
+        def __cause__(self) -> Any:  # type: ignore[override]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        logs.error("an error", exc_info=CausedError())
+
+
+def test_a_stop_while_an_object_is_looked_at_goes_through() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        BackgroundTask(Raising(KeyboardInterrupt()))
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_generator_function_is_no_on_error_and_no_hook(is_async: bool) -> None:
+    """Calling such a function runs nothing."""
+
+    def plain(*args: object) -> Iterator[None]:
+        yield
+
+    async def coroutine(*args: object) -> AsyncIterator[None]:
+        yield
+
+    function: Any = coroutine if is_async else plain
+    with pytest.raises(TypeError, match="on_error must be a plain function"):
+        BackgroundTasksMiddleware(app_that(bool), on_error=function)
+    hooks = type("Generating", (Hooks,), {"task_failed": function})()
+    with pytest.raises(TypeError, match="hooks must be of plain functions"):
+        BackgroundTasksMiddleware(app_that(bool), hooks=hooks)

@@ -6,7 +6,8 @@ import functools
 import signal
 import sys
 import threading
-from types import CodeType, TracebackType
+from inspect import CO_OPTIMIZED, CO_VARARGS
+from types import CodeType, FrameType, TracebackType
 from typing import Any
 
 
@@ -50,16 +51,40 @@ def is_raised_here(exc: BaseException) -> bool:
 def _is_greenlet_kill(exc: BaseException) -> bool:
     # Until the module greenlet is imported, no greenlet exists.
     greenlet = sys.modules.get("greenlet")
-    return greenlet is not None and isinstance(exc, greenlet.GreenletExit)
+    if greenlet is None or not isinstance(exc, greenlet.GreenletExit):
+        return False
+    return greenlet.getcurrent().parent is not None  # else this is a thread, and no greenlet
 
 
 def _passes_a_handler(traceback: TracebackType | None) -> bool:
     handlers = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()}
     while traceback is not None:
-        if traceback.tb_frame.f_code in handlers:
+        if traceback.tb_frame.f_code in handlers or _is_handlers(traceback.tb_frame):
             return True
         traceback = traceback.tb_next
     return False
+
+
+def _is_handlers(frame: FrameType) -> bool:
+    """True if Python has called the function of ``frame`` as a signal handler.
+
+    Its arguments are then the number of a signal and the interrupted frame. The handler may
+    have installed another handler since.
+    """
+    code = frame.f_code
+    has_varargs = bool(code.co_flags & CO_VARARGS)
+    if code.co_argcount < 2 and not has_varargs:
+        return False
+    values = frame.f_locals
+    arguments: list[Any] = []
+    for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + has_varargs]:
+        value = values.get(name)
+        arguments += value if type(value) is tuple else [value]
+    if code.co_flags & CO_OPTIMIZED and isinstance(values, dict):
+        values.clear()  # a copy up to Python 3.12, which would keep the error in a cycle
+    return any(value is frame.f_back for value in arguments if value is not None) and any(
+        isinstance(value, int) for value in arguments
+    )
 
 
 def _code_of(handler: Any) -> CodeType | None:

@@ -93,7 +93,7 @@ def _print_instead(
     try:
         lines = [f"{logging.getLevelName(level)} wsgi_bg: {message % args}\n"]
         if exc_info is not None:
-            lines += traceback.format_exception(exc_info)
+            lines += _format(exc_info)
         lines += ["A filter or handler of logging raised for this record:\n"]
         lines += _format(failure) or [f"{safe_repr(failure)}\n"]
         sys.stderr.write("".join(lines))
@@ -123,7 +123,9 @@ def _format(exc: BaseException) -> list[str]:
     """
     try:
         return traceback.format_exception(exc)
-    except Exception:
+    except BaseException as failure:  # raised by a property of the error, too
+        if is_from_signal_handler(failure):
+            raise
         return []
 
 

@@ -116,8 +116,9 @@ class Workers(Generic[Job]):
                 del job  # an idle thread holds no request
         finally:
             self._alive.pop(worker, None)
-        if self._backlog:  # a submit() has counted on this worker
-            self._wake() or self._start()
+            # A submit() may have counted on this worker.
+            if self._backlog and process.generation == generation:
+                self._wake() or self._start()
 
     def _wait(self, worker: _Worker) -> bool:
         """Wait until there is a backlog; False if the worker is to end."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, TypedDict
 
 from wsgi_bg._request.calls import Around, Calls
-from wsgi_bg._tasks.callables import is_coroutine_callable
+from wsgi_bg._tasks.callables import is_plain
 from wsgi_bg._tasks.options import OnError, Options
 from wsgi_bg._tasks.task import RunOn
 from wsgi_bg.exceptions import OptionTypeError
@@ -67,6 +67,7 @@ def _as_tuple(hooks: Hooks | Sequence[Hooks]) -> tuple[Hooks, ...]:
     if not all(isinstance(each, Hooks) for each in several):
         raise OptionTypeError("hooks", hooks, "a wsgi_bg.hooks.Hooks object, or a list of them")
     for each in several:
-        if any(is_coroutine_callable(getattr(each, name)) for name in HOOKS):
-            raise OptionTypeError("hooks", each, "of plain functions; one is an async def")
+        if not all(is_plain(getattr(each, name)) for name in HOOKS):
+            wanted = "of plain functions; one is an async def or a generator function"
+            raise OptionTypeError("hooks", each, wanted)
     return several

@@ -42,6 +42,11 @@ def is_async_callable(func: Any) -> bool:
     return _is_coroutine_function(target)
 
 
+def is_plain(func: Any) -> bool:
+    """True if calling ``func`` runs the function, and does not only make an object to run."""
+    return not (_flags_of(_innermost(func)) or 0) & NOT_PLAIN
+
+
 def is_coroutine_callable(func: Any) -> bool:
     """True if calling ``func`` returns a coroutine, as far as is known without the call."""
     return _is_coroutine_function(_innermost(func))
@@ -84,7 +89,12 @@ def _is_coroutine_function(func: Any) -> bool:
 
 
 def _flags_of(func: Any) -> int | None:
-    flags = getattr(getattr(func, "__code__", None), "co_flags", None)
+    try:
+        flags = getattr(getattr(func, "__code__", None), "co_flags", None)
+    except BaseException as exc:  # raised by the object's own code
+        if is_from_signal_handler(exc):
+            raise
+        return None
     return flags if isinstance(flags, int) else None
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from wsgi_bg._tasks import successors
-from wsgi_bg._tasks.callables import is_coroutine_callable
+from wsgi_bg._tasks.callables import is_plain
 from wsgi_bg._tasks.checks import whole_number
 from wsgi_bg._tasks.registry import options_of
 from wsgi_bg._tasks.task import BackgroundTask, Caller, Layer, RunOn
@@ -80,7 +80,7 @@ class Options(Layer):
             raise OptionValueError("run_on", run_on, "'success', 'error' or 'always'")
         if failed_from is not None:
             whole_number("failed_from", failed_from, least=100, most=600)
-        if on_error is not None and (not callable(on_error) or is_coroutine_callable(on_error)):
+        if on_error is not None and (not callable(on_error) or not is_plain(on_error)):
             raise OptionTypeError(
                 "on_error", on_error, "a plain function that takes the task and its error"
             )

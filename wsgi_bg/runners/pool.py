@@ -9,6 +9,7 @@ from wsgi_bg._loop import portal
 from wsgi_bg._loop.portal_thread import LoopJob
 from wsgi_bg._process import greenlets
 from wsgi_bg._process.exit import is_exiting
+from wsgi_bg._process.interrupts import stops_worker
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._process.repeated import RepeatedWarning
 from wsgi_bg._process.workers import Workers
@@ -152,7 +153,9 @@ class _PoolState:
             return
         try:
             portal.start(batch, self._job)
-        except Exception:  # the portal cannot be started
+        except BaseException as exc:  # the portal cannot be started
+            if stops_worker(exc):
+                raise
             batch.run()
 
     def _pass_on(self, batch: Batch) -> None:
