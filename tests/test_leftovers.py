@@ -11,7 +11,7 @@ import anyio.lowlevel
 import pytest
 
 from tests.conftest import Log
-from tests.support import TIMEOUT, app_that, respond, run_python
+from tests.support import TIMEOUT, app_that, respond, run_python, submit
 from wsgi_bg import BackgroundTasksMiddleware, PoolRunner, background_tasks
 from wsgi_bg._loop import portal
 
@@ -346,3 +346,21 @@ request(first, second, last, runner={runner!r})
     assert lines[-3:] == ["first", "second", "last"], done.stdout + done.stderr
     assert lines[:-3] == ["first", "second", "third", "last"]
     assert done.returncode == 0
+
+
+def test_a_function_of_asyncio_that_a_library_breaks_stops_no_task(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[str] = []
+
+    def broken() -> None:
+        raise KeyError
+
+    async def task() -> None:
+        seen.append("ran")
+
+    monkeypatch.setattr(asyncio, "current_task", broken)
+    runner = PoolRunner()
+    submit(runner, task, task)
+    assert runner.drain(TIMEOUT) == []
+    assert seen == ["ran", "ran"]

@@ -44,10 +44,10 @@ from wsgi_bg import (
 from wsgi_bg._loop import portal, portal_thread
 from wsgi_bg._loop.portal_thread import LoopJob, PortalThread
 from wsgi_bg._process import exit as ending
-from wsgi_bg._process import log, repeated, workers
-from wsgi_bg._request import servers
+from wsgi_bg._process import interrupts, log, repeated, workers
+from wsgi_bg._request import servers, unclosed
 from wsgi_bg._request.body import Body
-from wsgi_bg._request.unclosed import Collector
+from wsgi_bg._request.unclosed import Collector, collectors
 from wsgi_bg._tasks import batch, task_log
 
 pytestmark = pytest.mark.usefixtures("no_request_left")
@@ -288,16 +288,19 @@ def test_the_thread_for_unclosed_responses_survives_an_unexpected_error(
 def test_a_thread_for_unclosed_responses_that_is_killed_is_replaced(
     monkeypatch: pytest.MonkeyPatch, own_collector: Collector
 ) -> None:
-    greenlet = pytest.importorskip("greenlet")
+    class KillError(BaseException):
+        """As gevent's GreenletExit, if the thread were a greenlet."""
+
+    monkeypatch.setattr(unclosed, "stops_worker", lambda exc: isinstance(exc, KillError))
     collector, ended = own_collector, threading.Event()
 
     def kill(item: object) -> None:
-        raise greenlet.GreenletExit
+        raise KillError
 
     work = collector._work
 
     def work_to_the_end() -> None:
-        with suppress(greenlet.GreenletExit):
+        with suppress(KillError):
             work()
         ended.set()
 
@@ -565,3 +568,101 @@ def test_an_error_in_a_repr_is_shown_instead_of_the_repr() -> None:
             raise ValueError
 
     assert "Broken object, whose repr() raises" in logs.safe_repr(Broken())
+
+
+def test_a_handler_that_restores_the_default_before_it_raises_stops_the_worker(
+    log: Log,
+) -> None:
+    """The usual way to let a second signal end the process at once."""
+
+    def leave(number: int, frame: object) -> None:
+        signal.signal(signal.SIGUSR1, before)
+        raise SystemExit
+
+    before = signal.signal(signal.SIGUSR1, leave)
+    seen: list[str] = []
+
+    def add(environ: object) -> None:
+        background_tasks.add_task(signal.raise_signal, signal.SIGUSR1)
+        background_tasks.add_task(seen.append, "no")
+
+    with pytest.raises(SystemExit):
+        respond(BackgroundTasksMiddleware(app_that(add)))
+    assert seen == []
+    assert len(log.warnings) == 2
+
+
+def test_a_functions_own_frame_among_its_arguments_makes_no_handler() -> None:
+    def fail(number: int, *frames: object) -> None:
+        raise SystemExit
+
+    def call() -> None:
+        fail(1, None)
+
+    with pytest.raises(SystemExit) as caught:
+        call()
+    assert not interrupts.stops_worker(caught.value)
+
+
+def test_of_two_threads_that_start_the_thread_for_unclosed_responses_one_does(
+    own_collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+
+    def start(work: object, name: str) -> None:
+        own_collector.start()  # another thread, which comes too late
+        started.append(name)
+
+    monkeypatch.setattr(unclosed, "start_daemon", start)
+
+    class Right(list[None]):
+        def __bool__(self) -> bool:
+            return True  # read before the other thread has popped
+
+    own_collector._right_to_start = Right([None])
+    own_collector.start()
+    assert started == ["wsgi_bg-unclosed"]
+
+
+def test_a_stop_as_the_thread_for_unclosed_responses_starts_lets_it_start_later(
+    own_collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unclosed, "start_daemon", stop)
+        with pytest.raises(KeyboardInterrupt):
+            own_collector.start()
+    assert not own_collector._has_thread
+    own_collector.start()
+    assert own_collector._has_thread
+
+
+def test_a_stop_in_the_claim_of_the_thread_for_unclosed_responses_goes_through(
+    own_collector: Collector,
+) -> None:
+    def fail() -> None:
+        raise IndexError("of a signal handler")
+
+    class Right(list[None]):
+        def pop(self, *args: Any) -> None:
+            fail()
+
+    own_collector._right_to_start = Right([None])
+    with pytest.raises(IndexError, match="of a signal handler"):
+        own_collector.start()
+
+
+def test_a_freed_response_is_put_into_the_queue_once(own_collector: Collector) -> None:
+    """Two threads could submit two outcomes of the request, and neither kind of task ran."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(own_collector, "start", bool)
+        patch.setattr(collectors, "get", lambda: own_collector)
+        body: Any = BackgroundTasksMiddleware(
+            app_that(lambda e: background_tasks.add_task(int), body=lambda: iter([b"ok"]))
+        )(make_server_environ(), Server().start_response)
+        next(iter(body))
+        del body
+        gc.collect()
+    assert own_collector.queue.qsize() == 1

@@ -64,9 +64,13 @@ class SharedPortal(BlockingPortal):
 
     def call(self, func: Callable[..., Any], *args: Any) -> Any:  # type: ignore[override]
         """Call ``func`` on the loop and return its result; blocks, but lets greenlets run."""
-        future: Future[Any] = self.start_task_soon(func, *args)
+        self._check_running()
         arrived = event()
+        future: Future[Any] = Future()
+        # Added before the loop knows the future: the exception of a signal handler could leave
+        # the future's lock locked.
         future.add_done_callback(lambda _: arrived.set())
+        self._spawn_task_from_thread(func, args, {}, None, future)
         arrived.wait(threading.TIMEOUT_MAX)  # gevent reports an unlimited wait as a deadlock
         return future.result()
 
@@ -85,12 +89,12 @@ class SharedPortal(BlockingPortal):
     ) -> None:
         # anyio's method waits for the loop, which may be busy.
         def begin() -> None:
-            del self._not_begun[future]
             try:
                 self._task_group.start_soon(
                     self._call_func, func, args, kwargs, future, name=name
                 )
             except Exception as exc:  # the loop is ending
+                del self._not_begun[future]
                 future.set_exception(exc)
 
         self._not_begun[future] = None
@@ -103,6 +107,7 @@ class SharedPortal(BlockingPortal):
         kwargs: dict[str, Any],
         future: Future[Any],
     ) -> None:
+        del self._not_begun[future]
         # anyio's method settles the future before it raises either of these.
         with suppress(SystemExit, KeyboardInterrupt):
             await super()._call_func(_Separately(func), args, kwargs, future)

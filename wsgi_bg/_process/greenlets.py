@@ -8,9 +8,11 @@ this thread. This module never imports gevent: if no application has, there are 
 
 from __future__ import annotations
 
+import queue
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 
@@ -28,9 +30,36 @@ def start_real_thread(target: Callable[[], object], name: str) -> None:
         threading.Thread(target=target, name=name, daemon=True).start()
 
 
+class _Event:
+    """A ``threading.Event`` for waits in which a signal handler may raise.
+
+    Such an exception can leave the lock inside a ``threading.Event`` locked, and then the
+    thread that sets the event waits for ever. The methods of a ``SimpleQueue`` are atomic.
+    """
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def set(self) -> None:
+        self._queue.put(None)
+
+    def clear(self) -> None:
+        with suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()
+
+    def wait(self, timeout: float) -> bool:
+        try:
+            self._queue.get(timeout=timeout)
+        except queue.Empty:
+            return False
+        self._queue.put(None)  # the next wait() returns at once, too
+        return True
+
+
 def event() -> Any:
     """Return an event that any thread may set, and whose ``wait()`` lets greenlets run."""
     gevent = sys.modules.get("gevent")
     if gevent is not None and isinstance(gevent.getcurrent(), gevent.Greenlet):
         return sys.modules["gevent.event"].Event()
-    return threading.Event()
+    return threading.Event() if are_threads() else _Event()

@@ -94,6 +94,9 @@ class Body:
             if outcome is ABANDONED:
                 outcome = self._look(is_freed=True)
             tasks._collector.queue.put(Unclosed(tasks.end, self._environ, outcome))
+            guard = getattr(self, "_guard", None)
+            if guard is not None:
+                guard.is_needed = False
 
 
 class Guard:
@@ -102,15 +105,16 @@ class Guard:
     A signal handler may raise in a finalizer, and Python calls no finalizer a second time.
     """
 
-    __slots__ = ("_environ", "_tasks")
+    __slots__ = ("_environ", "_tasks", "is_needed")
 
     def __init__(self, tasks: RequestTasks, environ: WSGIEnvironment) -> None:
+        self.is_needed: bool = True
         self._tasks = tasks
         self._environ = environ
 
     def __del__(self) -> None:
         tasks = self._tasks
-        if tasks._phase != ENDED and not tasks._is_handed_over:
+        if self.is_needed and tasks._phase != ENDED and not tasks._is_handed_over:
             tasks._collector.queue.put(Unclosed(tasks.end, self._environ, ABANDONED))
 
 

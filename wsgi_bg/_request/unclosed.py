@@ -11,14 +11,14 @@ from __future__ import annotations
 import gc
 import os
 import queue
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from wsgi_bg._process import log
 from wsgi_bg._process.exit import is_exiting
-from wsgi_bg._process.interrupts import stops_worker
+from wsgi_bg._process.greenlets import event
+from wsgi_bg._process.interrupts import is_raised_here, stops_worker
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._process.threads import start_daemon
 from wsgi_bg._request import servers
@@ -70,12 +70,12 @@ class Collector:
 
     def __init__(self) -> None:
         self.pid: int = os.getpid()
-        self.queue: queue.SimpleQueue[Unclosed | threading.Event] = queue.SimpleQueue()
+        self.queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         # By id of the request: the requests whose tasks no thread has begun to run, with the
         # list of these tasks. The thread that pops a request runs its tasks or logs them.
         self.unfinished: dict[int, tuple[UnfinishedRequest, list[BackgroundTask]]] = {}
         self.has_warned: bool = False
-        self._has_thread = False
+        self._right_to_start: list[None] = [None]  # popped by the thread that starts the thread
         gc.callbacks.append(collections.note)
         shutdown.register_drain(self.flush, self.abandon)
 
@@ -83,19 +83,33 @@ class Collector:
         """Start the thread that reads the queue.
 
         If there is no memory for a stack, the next request tries again. :meth:`flush` then
-        reads the queue itself. Two requests at once may start two threads, which is harmless.
+        reads the queue itself.
         """
-        if not self._has_thread and not is_exiting():
-            with suppress(RuntimeError):
-                start_daemon(self._work, "wsgi_bg-unclosed")
-                self._has_thread = True
+        if not self._right_to_start or is_exiting():
+            return
+        try:
+            self._right_to_start.pop()
+        except IndexError as exc:
+            if not is_raised_here(exc):
+                raise
+            return  # another thread was as quick
+        try:
+            start_daemon(self._work, "wsgi_bg-unclosed")
+        except BaseException as exc:
+            self._right_to_start.append(None)
+            if not isinstance(exc, RuntimeError):
+                raise
+
+    @property
+    def _has_thread(self) -> bool:
+        return not self._right_to_start
 
     def _work(self) -> None:
         try:
             while True:
                 self._take_next()
         finally:
-            self._has_thread = False
+            self._right_to_start.append(None)
 
     def _take_next(self) -> None:
         try:
@@ -109,7 +123,7 @@ class Collector:
         """Hand over the responses that were freed so far; blocks for a second at most."""
         if self._has_thread:
             # Last in the queue: when the thread sets the event, it has handled all before.
-            reached = threading.Event()
+            reached = event()
             self.queue.put(reached)
             reached.wait(_FLUSH_TIMEOUT)
         # If there is no thread, or the thread runs a batch that no runner accepted.
@@ -117,11 +131,11 @@ class Collector:
             while True:
                 self._take(self.queue.get_nowait())
 
-    def _take(self, item: Unclosed | threading.Event) -> None:
-        if isinstance(item, threading.Event):
-            item.set()
-        else:
+    def _take(self, item: Any) -> None:
+        if isinstance(item, Unclosed):
             self._hand_over(item)
+        else:  # the event of flush()
+            item.set()
 
     def _hand_over(self, response: Unclosed) -> None:
         end, environ, outcome = response

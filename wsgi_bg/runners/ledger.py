@@ -8,9 +8,10 @@ import time
 from collections.abc import Iterable
 from itertools import chain
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
+from wsgi_bg._process.greenlets import event
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg.runners.base import Statistics
 
@@ -34,7 +35,7 @@ class Ledger:
         # Numbers of tasks of ended batches: succeeded, failed, discarded, run on the server's
         # thread. By the thread that ended the batch, so that no two threads add to a number.
         self._counts: dict[int, list[int]] = {}
-        self._waiters: list[threading.Event] = []
+        self._waiters: list[Any] = []
         self.is_draining: bool = False
         self._on_done = (self.remove,)  # one tuple for all batches
         _ledgers[id(self)] = self
@@ -80,7 +81,7 @@ class Ledger:
 
         :return: False if the deadline has passed first.
         """
-        changed = threading.Event()
+        changed = event()
         self._waiters.append(changed)
         try:
             for batch in batches:
