@@ -20,7 +20,7 @@ from wsgi_bg._tasks.background_tasks import CLOSED
 from wsgi_bg._tasks.current import current
 from wsgi_bg._tasks.task import BackgroundTask
 from wsgi_bg.exceptions import InsideTaskError
-from wsgi_bg.runners.ledger import batches_under_way
+from wsgi_bg.runners.ledger import Ledger, batches_under_way
 from wsgi_bg.runners.waiting import Notice, wait_for
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def _drain_at_exit(is_last: bool) -> None:
     _flush()
     left = batches_under_way()
     if left and all(batch in _had_their_time for batch in left):
-        finish(began=time.monotonic() - longest_limit(), names_requests=is_last)
+        finish(began=time.monotonic() - longest_limit(of_busy=True), names_requests=is_last)
     else:
         finish(names_requests=is_last)
 
@@ -190,7 +190,7 @@ def _wait_at_exit() -> None:
     """Wait as long as a drain would, while another thread may still serve requests."""
     _flush()
     batches = batches_under_way()
-    wait_for(batches, time.monotonic() + longest_limit(), Notice())
+    wait_for(batches, time.monotonic() + longest_limit(of_busy=True), Notice())
     _had_their_time.update(batches)
 
 
@@ -220,7 +220,8 @@ def finish(
     waiting = [runner for entry, runner in _registered() if not entry.was_drained]
     batches = batches_under_way()
     limits = {id(runner): _limit_of(runner, limit) for runner in waiting}
-    latest = began + max(limits.values(), default=0.0)
+    busy = [runner for runner in waiting if _may_have_work(runner)]
+    latest = began + max((limits[id(runner)] for runner in busy), default=0.0)
     reasons: dict[int, str] = {}
     all_done = True
     otherwise = "by the end of the process"
@@ -325,9 +326,18 @@ def _unfinished_requests() -> list[BackgroundTask]:
     return [] if collector is None else collector[1]()
 
 
-def longest_limit() -> float:
-    """The longest ``drain_timeout`` of all runners, in seconds."""
-    return max(_limit_of(runner) for _, runner in _registered())
+def longest_limit(*, of_busy: bool = False) -> float:
+    """The longest ``drain_timeout`` of all runners, in seconds.
+
+    :param of_busy: True to count only runners that may have unfinished tasks now.
+    """
+    runners = [runner for _, runner in _registered() if not of_busy or _may_have_work(runner)]
+    return max(map(_limit_of, runners), default=0.0)
+
+
+def _may_have_work(runner: Runner) -> bool:
+    ledger = getattr(runner, "ledger", None)
+    return not isinstance(ledger, Ledger) or bool(ledger.batches)
 
 
 def _left_of(runner: Runner) -> list[BackgroundTask]:
