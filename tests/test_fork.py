@@ -76,6 +76,7 @@ ENDS = {
     "exit": "sys.exit(3)",
     "error": "raise ValueError",
     "_exit": "os._exit(7)",
+    "pass": "pass",
 }
 """How the forked child leaves the task."""
 
@@ -363,3 +364,98 @@ def test_a_child_that_a_watcher_of_a_task_forks_ends_and_runs_nothing(
     else:
         assert said == []
         assert saw != "parent saw goes on for ever"
+
+
+WAITING = """
+    other_waits, release = threading.Event(), asyncio.Event()
+
+    async def other():
+        other_waits.set()
+        await asyncio.sleep(0.2)
+        say("other")
+
+    async def forks():
+        fork()
+        say("goes on")
+        await asyncio.sleep(0.1)
+        say("waited")
+"""
+"""A task of another request, and a task that waits after its fork."""
+
+
+def test_a_child_that_waits_after_its_fork_runs_no_task_of_another_request() -> None:
+    done = run(
+        "pass",
+        textwrap.dedent(WAITING)
+        + textwrap.dedent(
+            """
+            runner = PoolRunner()
+            request(runner, other)
+            assert other_waits.wait(10)
+            request(runner, forks)
+            assert runner.drain(10) == []
+            look_after_the_child()
+            """
+        ),
+    )
+    assert done.said == [
+        "child goes on",
+        "child was forked",
+        "parent goes on",
+        "parent other",
+        "parent saw status 0",
+        "parent waited",
+    ]
+
+
+def test_a_child_of_a_portal_call_runs_no_task() -> None:
+    done = run(
+        "pass",
+        textwrap.dedent(WAITING)
+        + textwrap.dedent(
+            """
+            import wsgi_bg
+            runner = PoolRunner()
+            request(runner, other)
+            assert other_waits.wait(10)
+            wsgi_bg.portal().call(forks)
+            assert runner.drain(10) == []
+            look_after_the_child()
+            """
+        ),
+    )
+    assert "child other" not in done.said
+    assert "parent other" in done.said
+
+
+def test_a_child_that_a_handlers_view_forks_waits_for_nothing() -> None:
+    done = run(
+        "pass",
+        """
+        from wsgi_bg.serverless import finish_tasks
+
+        def view(environ):
+            background_tasks.add_task(plain)
+            fork()
+
+        app = BackgroundTasksMiddleware(app_that(view), runner=PoolRunner())
+
+        @finish_tasks(timeout=20)
+        def handle():
+            Server().run(app, make_server_environ())
+
+        handle()
+        say("returned")
+        if os.getpid() != PARENT:
+            os._exit(0)
+        look_after_the_child()
+        """,
+    )
+    assert done.said == [
+        "child returned",
+        "child was forked",
+        "parent plain",
+        "parent returned",
+        "parent saw status 0",
+    ]
+    assert done.logged == []

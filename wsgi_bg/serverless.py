@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, ParamSpec, TypeVar, overload
 
+from wsgi_bg._loop.executor import LoopExecutor
 from wsgi_bg._request.invocation import Invocation
 from wsgi_bg._tasks.callables import is_async_callable, is_coroutine_callable
 from wsgi_bg._tasks.checks import seconds
@@ -84,8 +85,7 @@ def _decorate(handler: Callable[..., Any], *, timeout: float | None) -> Callable
                 response = handler(*args, **kwargs)
                 failed = False
             finally:
-                limit = _limit(timeout, *args, *kwargs.values())
-                invocation.finish(limit, failed=failed)
+                invocation.finish(_limit(timeout, *args, *kwargs.values()), failed=failed)
         if inspect.isawaitable(response):  # the handler wraps an ``async def``
             return _finish_async(lambda: response, timeout, args, kwargs)
         return response
@@ -108,7 +108,9 @@ async def _finish_async(
             return response
         finally:
             limit = _limit(given, *args, *kwargs.values())
-            await asyncio.to_thread(invocation.finish, limit, failed=failed)
+            finish = functools.partial(invocation.finish, limit, failed=failed)
+            # Not the loop's executor, whose threads the handler may keep busy.
+            await asyncio.get_running_loop().run_in_executor(LoopExecutor(1), finish)
 
 
 def _limit(timeout: float | None, *arguments: Any) -> float:

@@ -12,9 +12,15 @@ from contextlib import ExitStack
 from contextvars import Context
 from typing import Any
 
+from wsgi_bg._process import per_process as process
+
 # The default given to next(), which returns DONE for a coroutine that has ended. This is
 # cheaper than the StopIteration that coroutine.send() raises.
 DONE: Any = object()
+
+
+loop_generation: int = 0
+"""``process.generation`` when the loop of this process was made."""
 
 
 def is_cancelled(task: Any) -> bool:
@@ -30,7 +36,10 @@ def current_task() -> Any:
     """The running asyncio task; None if a library has replaced asyncio's tasks."""
     import asyncio  # already loaded: this code runs on a loop
 
-    return asyncio.current_task()
+    try:
+        return asyncio.current_task()
+    except Exception:  # the library's function has raised
+        return None
 
 
 def is_cancellation(exc: BaseException) -> bool:
@@ -129,6 +138,8 @@ class RemainingSteps(Generator[Any, Any, Any]):
         if waits_for is not DONE:
             self._waits_for = DONE
             return waits_for
+        if process.generation != loop_generation:  # a task of this loop has forked: the child
+            process.end_child(None)
         return self._context.run(self._coroutine.send, None)
 
     def send(self, value: Any) -> Any:

@@ -15,8 +15,10 @@ from contextvars import Context
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from wsgi_bg._loop import coroutines
 from wsgi_bg._loop.asgiref_state import use_for_sync_code
 from wsgi_bg._process import log
+from wsgi_bg._process import per_process as process
 from wsgi_bg._process.greenlets import are_threads, start_real_thread
 from wsgi_bg._process.interrupts import is_from_signal_handler
 
@@ -73,7 +75,7 @@ class PortalThread:
         Before asyncio closes a loop, it cancels all tasks of the loop. Cancelling the task of
         ``_serve`` cancels ``_end`` immediately, before the loop's next step.
         """
-        return self._end.done()
+        return self._was_stopped or self._end.done()
 
     @property
     def is_current(self) -> bool:
@@ -86,6 +88,7 @@ class PortalThread:
             return False
 
     def _run(self, ready: Future[SharedPortal]) -> None:
+        coroutines.loop_generation = process.generation
         try:
             import anyio
 

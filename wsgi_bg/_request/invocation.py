@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Protocol, final
 
 from wsgi_bg._process import log
+from wsgi_bg._process.greenlets import event
 from wsgi_bg._request import servers
 from wsgi_bg._request.unclosed import collectors
 
@@ -38,8 +39,12 @@ def current() -> Invocation | None:
     Adapters that call the application on a separate thread copy the context. In a thread
     without that context, the invocation is known only if the process has a single one.
     """
-    invocations = list(running)
-    return _of_context.get() or (invocations[0] if len(invocations) == 1 else None)
+    pid = os.getpid()
+    invocations = [each for each in list(running) if each.pid == pid]
+    mine = _of_context.get()
+    if mine in invocations:  # a context may outlive its invocation
+        return mine
+    return invocations[0] if len(invocations) == 1 else None
 
 
 class OpenRequest(Protocol):
@@ -61,9 +66,10 @@ class Invocation:
         # threads may submit a batch of the same request at once, and a single one of these
         # batches runs the tasks: the invocation waits for both. No lock is held, as in a
         # Ledger: each step is an atomic operation of a dictionary.
+        self.pid: int = os.getpid()
         self._open: dict[OpenRequest, None] = {}
         self._batches: dict[Batch, None] = {}
-        self._changed = threading.Event()  # set when a batch is done
+        self._changed = event()  # set when a batch is done
 
     def __enter__(self) -> Invocation:
         running.add(self)
@@ -97,13 +103,16 @@ class Invocation:
         :param failed: True if the handler raised; its open requests then count as failed.
         :raises KeyboardInterrupt: if Ctrl-C ends the wait; unfinished tasks are logged too.
         """
+        if os.getpid() != self.pid:
+            return  # in a forked child: the tasks belong to the parent
         began = time.monotonic()
         try:
             self._end_requests(failed)
             deadline = began + min(timeout, threading.TIMEOUT_MAX)
             while (seconds := deadline - time.monotonic()) > 0:
                 self._changed.clear()
-                if not self._left():
+                # A batch whose last task is done may still call hooks and on_error.
+                if not self._left() and not any(each.has_started for each in self._batches):
                     break
                 self._changed.wait(seconds)
         finally:

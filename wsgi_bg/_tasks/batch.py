@@ -178,6 +178,11 @@ class Batch:
         return self._running is not None
 
     @property
+    def has_started(self) -> bool:
+        """True if this batch, and no other batch of the request, has begun to run the tasks."""
+        return self._has_started
+
+    @property
     def has_ended(self) -> bool:
         """True if this batch will begin no further task."""
         return self._of._phase == ENDED or self._stop != GO_ON
@@ -448,6 +453,8 @@ class Batch:
                 return
             task: BackgroundTask | None
             while True:
+                if process.generation != self._generation:  # another task's fork
+                    return
                 if self._begun is not None:  # the awaitable that a plain function returned
                     task, context, awaitable = self._begun
                     self._begun = None
