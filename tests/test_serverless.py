@@ -518,18 +518,33 @@ def test_each_python_block_on_lambda_waits_for_tasks(
     assert seen == ["done"]
 
 
-@pytest.mark.parametrize("runner", ["inline", "pool"])
-def test_the_handler_waits_for_hooks_and_on_error(runner: str) -> None:
+def test_the_handler_waits_for_hooks_of_tasks_that_are_done() -> None:
     seen: list[str] = []
     main = threading.get_ident()
+    begun = threading.Event()
 
     class Slow(Hooks):
         def task_finished(self, record: TaskRecord) -> None:
-            while sys._current_frames()[main].f_code.co_name not in ("wait", "task_finished"):
-                pass  # until the end of the handler waits, or runs this hook itself
+            begun.set()
+            while not is_at_its_end():
+                pass
             seen.append("hook")
 
-    finish_tasks(invoke)(adding(int, runner=runner, hooks=Slow()))
+    def is_at_its_end() -> bool:
+        frame: Any = sys._current_frames()[main]
+        names = []
+        while frame is not None:
+            names.append(frame.f_code.co_name)
+            frame = frame.f_back
+        return names[0] == "wait" and "finish" in names
+
+    @finish_tasks
+    def handler() -> None:
+        app = adding(int, runner="pool", hooks=Slow())
+        Server().run(app, make_server_environ())
+        assert begun.wait(TIMEOUT)
+
+    handler()
     assert seen == ["hook"]
 
 

@@ -39,6 +39,7 @@ from wsgi_bg import (
     InlineRunner,
     PoolRunner,
     background_tasks,
+    get_background_tasks,
     wait,
 )
 from wsgi_bg._loop import portal, portal_thread
@@ -49,6 +50,7 @@ from wsgi_bg._request import servers, unclosed
 from wsgi_bg._request.body import Body
 from wsgi_bg._request.unclosed import Collector, collectors
 from wsgi_bg._tasks import batch, task_log
+from wsgi_bg.runners import pool
 
 pytestmark = pytest.mark.usefixtures("no_request_left")
 
@@ -654,15 +656,106 @@ def test_a_stop_in_the_claim_of_the_thread_for_unclosed_responses_goes_through(
         own_collector.start()
 
 
-def test_a_freed_response_is_put_into_the_queue_once(own_collector: Collector) -> None:
-    """Two threads could submit two outcomes of the request, and neither kind of task ran."""
+def open_stream(collector: Collector, add_first: bool) -> Any:
+    """A response in progress; its task was added before or after its body was made."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(own_collector, "start", bool)
-        patch.setattr(collectors, "get", lambda: own_collector)
-        body: Any = BackgroundTasksMiddleware(
-            app_that(lambda e: background_tasks.add_task(int), body=lambda: iter([b"ok"]))
-        )(make_server_environ(), Server().start_response)
-        next(iter(body))
-        del body
-        gc.collect()
+        patch.setattr(collector, "start", bool)
+        patch.setattr(collectors, "get", lambda: collector)
+        environ = make_server_environ()
+
+        def add(environ: Any) -> None:
+            get_background_tasks(environ).add_task(int)
+
+        do = add if add_first else bool
+        body: Any = BackgroundTasksMiddleware(app_that(do, body=lambda: iter([b"ok"])))(
+            environ, Server().start_response
+        )
+        if not add_first:
+            add(environ)
+        return body
+
+
+@pytest.mark.parametrize("add_first", [True, False])
+def test_a_freed_response_is_put_into_the_queue_once(
+    own_collector: Collector, add_first: bool
+) -> None:
+    """Two threads could submit two outcomes of the request, and neither kind of task ran."""
+    body = open_stream(own_collector, add_first)
+    next(iter(body))
+    del body
+    gc.collect()
     assert own_collector.queue.qsize() == 1
+
+
+def test_the_guard_of_a_response_stands_in_for_a_finalizer_that_was_interrupted(
+    own_collector: Collector,
+) -> None:
+    body = open_stream(own_collector, add_first=True)
+    del body._tasks  # its finalizer does nothing now
+    del body
+    gc.collect()
+    assert own_collector.queue.qsize() == 1
+
+
+def test_a_pools_thread_outlives_an_exception_that_stops_workers(
+    monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    class KillError(BaseException):
+        """As gevent's GreenletExit, if the thread were a greenlet."""
+
+    def kill() -> None:
+        raise KillError
+
+    monkeypatch.setattr(batch, "stops_worker", lambda exc: isinstance(exc, KillError))
+    runner = PoolRunner(threads=1)
+    submit(runner, kill, int)
+    submit(runner, int)
+    assert runner.drain(TIMEOUT) == []
+    assert runner.statistics().succeeded == 1
+    assert len(log.warnings) == 2
+    assert "was stopped" in log.errors[0]
+
+
+def test_a_batch_whose_tasks_another_batch_runs_sends_nothing() -> None:
+    seen: list[str] = []
+
+    class Runner(InlineRunner):
+        def submit(self, batch: Any) -> None:
+            batch.again().run()
+            batch.send()
+
+    request_tasks = app_that(lambda e: background_tasks.add_task(seen.append, "ran"))
+    respond(BackgroundTasksMiddleware(request_tasks, runner=Runner()))
+    assert seen == ["ran"]
+
+
+def test_a_record_is_made_outside_of_a_context_that_is_in_use() -> None:
+    seen: list[str] = []
+    context = copy_context()
+    context.run(batch._run_in, context, seen.append, "logged")
+    assert seen == ["logged"]
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_portal_that_cannot_start_fails_the_task_and_not_the_pool(
+    stops: bool, monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    """A policy for event loops may raise whatever it likes."""
+
+    def fail(*args: object) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(portal, "peek", lambda: None)
+    monkeypatch.setattr(portal, "_thread", fail)
+    monkeypatch.setattr(pool, "stops_worker", lambda exc: stops)
+
+    async def task() -> None:
+        pass
+
+    runner = PoolRunner()
+    submit(runner, task)
+    submit(runner, int)
+    left = runner.drain(0.5 if stops else TIMEOUT)
+    assert len(left) == int(stops)
+    runner.abandon()
+    assert runner.statistics().succeeded == 1

@@ -6,7 +6,8 @@ import functools
 import signal
 import sys
 import threading
-from inspect import CO_OPTIMIZED, CO_VARARGS
+from contextlib import suppress
+from inspect import CO_VARARGS
 from types import CodeType, FrameType, TracebackType
 from typing import Any
 
@@ -80,8 +81,8 @@ def _is_handlers(frame: FrameType) -> bool:
     for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + has_varargs]:
         value = values.get(name)
         arguments += value if type(value) is tuple else [value]
-    if code.co_flags & CO_OPTIMIZED and isinstance(values, dict):
-        values.clear()  # a copy up to Python 3.12, which would keep the error in a cycle
+    with suppress(AttributeError):  # from Python 3.13 on, no copy that could be cleared
+        values.clear()  # the copy would keep the error in a cycle
     return any(value is frame.f_back for value in arguments if value is not None) and any(
         isinstance(value, int) for value in arguments
     )
