@@ -735,6 +735,14 @@ def test_a_record_is_made_outside_of_a_context_that_is_in_use() -> None:
     context.run(batch._run_in, context, seen.append, "logged")
     assert seen == ["logged"]
 
+    def fail() -> None:
+        seen.append("begun")
+        raise RuntimeError("of the function")
+
+    with pytest.raises(RuntimeError, match="of the function"):
+        batch._run_in(context, fail)
+    assert seen == ["logged", "begun"]
+
 
 @pytest.mark.parametrize("stops", [False, True])
 def test_a_portal_that_cannot_start_fails_the_task_and_not_the_pool(
@@ -757,5 +765,7 @@ def test_a_portal_that_cannot_start_fails_the_task_and_not_the_pool(
     submit(runner, int)
     left = runner.drain(0.5 if stops else TIMEOUT)
     assert len(left) == int(stops)
-    runner.abandon()
     assert runner.statistics().succeeded == 1
+    runner.abandon()
+    for unfinished in runner.ledger.batches:  # else the exit of the tests waits for it
+        runner.ledger.remove(unfinished)
