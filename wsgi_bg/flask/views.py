@@ -16,8 +16,7 @@ from typing import Any
 from flask import Flask, request
 from flask.views import MethodView, View
 
-from wsgi_bg._request.injected import InjectedParameter, find_injected
-from wsgi_bg._request.injection import fill_injected
+from wsgi_bg._request.injection import InjectedParameter, fill_injected, find_injected
 from wsgi_bg._tasks.callables import name_of
 from wsgi_bg.exceptions import InjectionError
 
