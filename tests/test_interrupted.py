@@ -285,12 +285,14 @@ class Case:
         with handler_of(kind) as interrupt:
             self._view.tracer = tracer = Tracer(number, interrupt)
             # ValueError: the view's own. Each of these may leave the package, or be swallowed.
-            with suppress(KeyboardInterrupt, SystemExit, TimeLimit, ValueError):
-                try:
-                    serve(self._app, environ, close=self._close)
-                finally:
-                    environ.clear()
-            sys.settrace(previous)
+            try:
+                with suppress(KeyboardInterrupt, SystemExit, TimeLimit, ValueError):
+                    try:
+                        serve(self._app, environ, close=self._close)
+                    finally:
+                        environ.clear()
+            finally:
+                sys.settrace(previous)
         return tracer
 
     def ends_of(self, name: str) -> int:

@@ -22,6 +22,7 @@ from wsgi_bg import (
     PoolRunner,
     background_tasks,
 )
+from wsgi_bg._tasks import successors
 from wsgi_bg.flask import Background
 from wsgi_bg.hooks import Hooks
 
@@ -481,4 +482,17 @@ def test_each_step_may_add_the_next_by_a_view_of_the_view_it_was_given(
     request(own, begin)
     assert own.drain(TIMEOUT) == []
     assert seen == [*range(1, count + 1)]
+    assert log.errors == []
+
+
+def test_a_request_counts_from_zero_although_a_signal_handler_has_ended_a_hook(
+    monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    """The exception came before the count of the thread was restored, and once too often."""
+    seen: list[str] = []
+    monkeypatch.setattr(successors._thread, "generation", 2 * successors.MAX_GENERATIONS)
+    own = RUNNERS["inline"]()
+    request(own, lambda: background_tasks.add_task(seen.append, "ran"), hooks=Hooks())
+    assert own.drain(TIMEOUT) == []
+    assert seen == ["ran"]
     assert log.errors == []

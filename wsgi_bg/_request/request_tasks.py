@@ -12,6 +12,7 @@ from wsgi_bg._process import log
 from wsgi_bg._process.interrupts import is_from_signal_handler, stops_worker
 from wsgi_bg._request import arguments, invocation, servers
 from wsgi_bg._request.unclosed import Collector, collectors
+from wsgi_bg._tasks import successors
 from wsgi_bg._tasks.background_tasks import CLOSED, ENDED, BackgroundTasks
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg._tasks.current import current
@@ -92,6 +93,7 @@ class RequestTasks(BackgroundTasks):
     def _begin(self) -> list[BackgroundTask]:
         # Make all objects that a later step may need with the first task: a garbage
         # collection that frees the response can start no thread.
+        successors.begin_request()
         collector = collectors.get()
         collector.start()
         new_list = [] if self.observer is None else self.observer.new_list()

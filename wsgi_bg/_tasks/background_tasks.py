@@ -83,11 +83,11 @@ class BackgroundTasks:
         options = self._options
         task = _new_task(BackgroundTask)
         task._fill(func, args, kwargs, copy_context(), options)
-        if options.is_watched or successors.logging:
-            options.admit(task, self._root)
         tasks = self._list
         if tasks is None:
             tasks = self._begin()
+        if options.is_watched or successors.logging:
+            options.admit(task, self._root)
         tasks.append(task)
         # This side appends, then reads the phase. _first() sets the phase, then reads the
         # list. So at least one side sees the other's change, and _claim() decides.

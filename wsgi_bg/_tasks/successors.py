@@ -41,14 +41,22 @@ def observe(task: BackgroundTask, observer: Callable[..., Any], *args: Any) -> N
         of tasks, only the first ``EndlessTasksError`` is raised; later errors are suppressed.
     """
     before = _thread.generation
-    _thread.generation = getattr(task, "_generation", 0) + 1
     try:
+        _thread.generation = getattr(task, "_generation", 0) + 1
         observer(*args)
     except EndlessTasksError as exc:
         if exc.is_first:
             raise
     finally:
         _thread.generation = before
+
+
+def begin_request() -> None:
+    """Count from zero: the calling thread adds the first task of a request.
+
+    The exception of a signal handler may have ended :func:`observe` before its last step.
+    """
+    _thread.generation = 0
 
 
 def observe_log(task: BackgroundTask, log: Callable[[], Any]) -> None:
