@@ -8,6 +8,7 @@ request has no such line or bytecode. Each task must have run to its end or be n
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import dis
 import gc
 import io
@@ -34,7 +35,22 @@ from wsgi_bg.flask import Background
 from wsgi_bg.hooks import Hooks
 from wsgi_bg.runners.ledger import batches_under_way
 
-pytestmark = [pytest.mark.usefixtures("no_request_left"), pytest.mark.timeout(240)]
+pytestmark = [
+    pytest.mark.usefixtures("no_request_left", "no_handled_error_left"),
+    pytest.mark.timeout(240),
+]
+
+
+@pytest.fixture
+def no_handled_error_left() -> Iterator[None]:
+    """Tell CPython that no error is handled any more.
+
+    An exception at a bytecode that ends an except block leaves the error of the block behind:
+    errors of later tests of the process would have it as their context.
+    """
+    yield
+    ctypes.pythonapi.PyErr_SetHandledException(ctypes.py_object(None))
+
 
 PACKAGE = os.path.dirname(wsgi_bg.__file__) + os.sep
 
@@ -271,9 +287,7 @@ class Case:
         while late < MAX_LATE:
             number += 1
             kind = kinds[number % len(kinds)]
-            # In a generator: an exception within an except block leaves CPython's record of the
-            # handled exceptions wrong, for later tests too, and a generator has its own record.
-            [tracer] = (self._interrupt_at(number, kind) for _ in "1")
+            tracer = self._interrupt_at(number, kind)
             if not tracer.place:
                 self.is_complete = True
                 return
