@@ -106,7 +106,9 @@ PARENTS = ["parent coroutine", "parent plain", "parent plain"]
 def check(done: Done, *said: str) -> None:
     """Check that the parent's tasks ran once, in the parent, and none was named."""
     assert done.said == sorted([*PARENTS, "child was forked", *said])
-    assert [line for line in done.logged if "fork" not in line] == []
+    # On a busy machine waitress says that its queue has a request.
+    logged = [line for line in done.logged if "fork" not in line and "queue depth" not in line]
+    assert logged == []
     assert done.status == 0
 
 

@@ -38,6 +38,7 @@ def test_import_wsgi_bg_loads_none_of_its_dependencies() -> None:
     done = run_python(
         """
         import sys
+        import concurrent.futures.thread  # loads inspect and dataclasses on Python 3.14
         before = set(sys.modules)
         import wsgi_bg
         loaded = sys.modules.keys() - before

@@ -350,8 +350,9 @@ def test_tasks_that_a_users_runner_does_not_return_are_named_when_time_is_up() -
 def test_a_child_is_drained_although_its_parent_was_drained_before_the_fork() -> None:
     assert run(
         """
-        import os, wsgi_bg
+        import os, warnings, wsgi_bg
 
+        warnings.simplefilter("ignore")  # of a fork beside threads
         request("pool", int)
         assert wsgi_bg.drain() == []
         if os.fork() == 0:

@@ -729,6 +729,22 @@ def test_a_batch_whose_tasks_another_batch_runs_sends_nothing() -> None:
     assert seen == ["ran"]
 
 
+def test_a_batch_whose_tasks_another_batch_runs_runs_no_async_task() -> None:
+    seen: list[str] = []
+
+    async def task() -> None:
+        seen.append("ran")
+
+    class Runner(InlineRunner):
+        def submit(self, batch: Any) -> None:
+            batch.again().run()
+            portal.run(batch.run_async)
+
+    app = app_that(lambda e: background_tasks.add_task(task))
+    respond(BackgroundTasksMiddleware(app, runner=Runner()))
+    assert seen == ["ran"]
+
+
 def test_a_record_is_made_outside_of_a_context_that_is_in_use() -> None:
     seen: list[str] = []
     context = copy_context()

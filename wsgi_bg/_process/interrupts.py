@@ -6,7 +6,6 @@ import functools
 import signal
 import sys
 import threading
-from contextlib import suppress
 from inspect import CO_VARARGS
 from types import CodeType, FrameType, TracebackType
 from typing import Any
@@ -28,7 +27,9 @@ def stops_worker(exc: BaseException) -> bool:
         return False
     if isinstance(exc, KeyboardInterrupt):
         return True
-    return isinstance(exc, SystemExit) and _passes_a_handler(exc.__traceback__)
+    if not isinstance(exc, SystemExit):
+        return False
+    return _passes_a_handler(exc.__traceback__) or _passes_a_former_handler(exc.__traceback__)
 
 
 def is_from_signal_handler(exc: BaseException) -> bool:
@@ -60,7 +61,16 @@ def _is_greenlet_kill(exc: BaseException) -> bool:
 def _passes_a_handler(traceback: TracebackType | None) -> bool:
     handlers = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()}
     while traceback is not None:
-        if traceback.tb_frame.f_code in handlers or _is_handlers(traceback.tb_frame):
+        if traceback.tb_frame.f_code in handlers:
+            return True
+        traceback = traceback.tb_next
+    return False
+
+
+def _passes_a_former_handler(traceback: TracebackType | None) -> bool:
+    # Only for exits: up to Python 3.12, reading f_locals keeps an error in a cycle.
+    while traceback is not None:
+        if _is_handlers(traceback.tb_frame):
             return True
         traceback = traceback.tb_next
     return False
@@ -81,8 +91,6 @@ def _is_handlers(frame: FrameType) -> bool:
     for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + has_varargs]:
         value = values.get(name)
         arguments += value if type(value) is tuple else [value]
-    with suppress(AttributeError):  # from Python 3.13 on, no copy that could be cleared
-        values.clear()  # the copy would keep the error in a cycle
     return any(value is frame.f_back for value in arguments if value is not None) and any(
         isinstance(value, int) for value in arguments
     )
