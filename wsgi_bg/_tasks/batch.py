@@ -447,12 +447,19 @@ class Batch:
         references can be counted. See :meth:`goes_on_async`.
         """
         this = steps.current_task()
-        references = getrefcount(this)
         try:
             if not self._start():
                 return
+            references = 0  # -1 if the next task gets an asyncio task of its own
             task: BackgroundTask | None
             while True:
+                if this is not None:
+                    # Counted at one place: since Python 3.14, not each use of a local counts.
+                    count = getrefcount(this)
+                    if references == 0:
+                        references = count
+                    elif count > references or steps.is_cancelled(this):
+                        return
                 if process.generation != self._generation:  # another task's fork
                     return
                 if self._begun is not None:  # the awaitable that a plain function returned
@@ -486,7 +493,7 @@ class Batch:
                             raise
                         if self._cause is not None:
                             exc, self._cause = self._cause, None
-                        references = 0  # the next task gets an asyncio task of its own
+                        references = -1
                     self._fail(task, context, exc)
                 else:
                     if process.generation != self._generation:
@@ -499,10 +506,6 @@ class Batch:
                     return
                 self._of._drop(task)
                 del awaitable
-                if this is not None and (
-                    getrefcount(this) > references or steps.is_cancelled(this)
-                ):
-                    return
         except BaseException as exc:
             if self._is_in_child:
                 process.end_child(exc)
