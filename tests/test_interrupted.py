@@ -42,14 +42,18 @@ pytestmark = [
 
 
 @pytest.fixture
-def no_handled_error_left() -> Iterator[None]:
-    """Tell CPython that no error is handled any more.
+def no_handled_error_left(request: pytest.FixtureRequest) -> None:
+    """Tell CPython after the test that no error is handled any more.
 
     An exception at a bytecode that ends an except block leaves the error of the block behind:
-    errors of later tests of the process would have it as their context.
+    errors of later tests of the process would have it as their context. (A finalizer and no
+    generator, which has a record of handled errors of its own.)
     """
-    yield
-    ctypes.pythonapi.PyErr_SetHandledException(ctypes.py_object(None))
+
+    def forget() -> None:
+        ctypes.pythonapi.PyErr_SetHandledException(ctypes.py_object(None))
+
+    request.addfinalizer(forget)  # noqa: PT021
 
 
 PACKAGE = os.path.dirname(wsgi_bg.__file__) + os.sep
