@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from types import GeneratorType
@@ -11,7 +12,13 @@ from wsgi_bg._request.body import Body, GeneratorBody, Guard, SizedBody
 from wsgi_bg._request.calls import Around
 from wsgi_bg._request.layer import OptionOverrides, merge_options
 from wsgi_bg._request.observer import observers
-from wsgi_bg._request.request_tasks import ABANDONED, RAISED, ObservedTasks, RequestTasks
+from wsgi_bg._request.request_tasks import (
+    ABANDONED,
+    RAISED,
+    ObservedTasks,
+    Outcome,
+    RequestTasks,
+)
 from wsgi_bg._request.servers import is_asked_for, refuse_eventlet
 from wsgi_bg._tasks.background_tasks import ENDED, OPEN, BackgroundTasks, View
 from wsgi_bg._tasks.current import ENVIRON_KEY, current
@@ -140,8 +147,10 @@ class BackgroundTasksMiddleware:
                     tasks.end(environ, ABANDONED)
                     return app_iter
                 body = _wrap(app_iter, kind, tasks, environ)
-            except BaseException as exc:
-                tasks.end(environ, ABANDONED if is_asked_for(environ, exc) else RAISED)
+            except:
+                # Without a class: on Python 3.15 a signal handler's exception that comes right
+                # after the match of a class passes the enclosing block by.
+                tasks.end(environ, _outcome_of(environ, sys.exception()))
                 raise
         except BaseException:
             # Once more: a signal handler may have raised before the first end() had begun.
@@ -206,6 +215,10 @@ class BackgroundTasksMiddleware:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self._wrapped!r}, {self._options.runner!r}>"
+
+
+def _outcome_of(environ: WSGIEnvironment, exc: BaseException | None) -> Outcome:
+    return ABANDONED if exc is not None and is_asked_for(environ, exc) else RAISED
 
 
 def _wrap(
