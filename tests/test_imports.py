@@ -10,6 +10,7 @@ import pytest
 
 import wsgi_bg
 from tests.support import run_python
+from tests.test_exit import needs_threads_at_exit
 from wsgi_bg import pytest_plugin
 from wsgi_bg.exceptions import OutsideRequestError
 
@@ -77,6 +78,7 @@ print(wsgi_bg.drain(10), {{"anyio", "asyncio"}} & sys.modules.keys())
     assert done.stdout == "ran\nran\n[] set()\n", done.stderr
 
 
+@needs_threads_at_exit
 def test_the_portals_thread_imports_asyncio_for_no_signal_handler_interrupts_it() -> None:
     """An exception of a signal handler would leave asyncio half imported for good."""
     done = run_python(
@@ -100,6 +102,7 @@ request(async_)
     ], done.stderr
 
 
+@needs_threads_at_exit
 @pytest.mark.parametrize("function", ["plain", "async_"])
 def test_a_name_may_be_used_first_when_the_main_thread_has_ended(function: str) -> None:
     done = run_python(
