@@ -120,6 +120,19 @@ def test_a_call_that_leaves_its_scope_open_ends_alone() -> None:
     assert wsgi_bg.portal() is portal
 
 
+def test_another_loop_calls_and_the_portal_goes_on() -> None:
+    async def divide(by: int) -> float:
+        return 1 / by
+
+    portal: Any = wsgi_bg.portal()
+    if not hasattr(portal, "call_async"):
+        pytest.skip("anyio has call_async() since 4.16")
+    assert asyncio.run(portal.call_async(divide, 2)) == 0.5
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(portal.call_async(divide, 0))
+    assert wsgi_bg.portal() is portal
+
+
 def test_a_future_that_is_cancelled_cancels_its_call() -> None:
     seen: list[str] = []
     begun, ended = threading.Event(), threading.Event()

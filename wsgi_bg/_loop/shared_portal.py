@@ -107,7 +107,7 @@ class SharedPortal(BlockingPortal):
         kwargs: dict[str, Any],
         future: Future[Any],
     ) -> None:
-        del self._not_begun[future]
+        self._not_begun.pop(future, None)  # not there for call_async()
         # anyio's method settles the future before it raises either of these.
         with suppress(SystemExit, KeyboardInterrupt):
             await super()._call_func(_Separately(func), args, kwargs, future)
