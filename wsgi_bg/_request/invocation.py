@@ -62,11 +62,11 @@ class Invocation:
     """A context manager around a call of a handler; knows the tasks to wait for."""
 
     def __init__(self) -> None:
+        self.pid: int = os.getpid()
         # Requests with tasks whose batch was not submitted yet, and submitted batches. Two
         # threads may submit a batch of the same request at once, and a single one of these
         # batches runs the tasks: the invocation waits for both. No lock is held, as in a
         # Ledger: each step is an atomic operation of a dictionary.
-        self.pid: int = os.getpid()
         self._open: dict[OpenRequest, None] = {}
         self._batches: dict[Batch, None] = {}
         self._changed = event()  # set when a batch is done
@@ -112,7 +112,8 @@ class Invocation:
             while (seconds := deadline - time.monotonic()) > 0:
                 self._changed.clear()
                 # A batch whose last task is done may still call hooks and on_error.
-                if not self._left() and not any(each.has_started for each in self._batches):
+                batches = list(self._batches)
+                if not self._left() and not any(batch.has_started for batch in batches):
                     break
                 self._changed.wait(seconds)
         finally:
