@@ -385,22 +385,21 @@ WAITING = """
 """A task of another request, and a task that waits after its fork."""
 
 
+def run_beside_another_request(fork: str) -> Done:
+    """Run ``fork``, a line that lets the loop run ``forks()``, while ``other()`` waits."""
+    steps = f"""
+    runner = PoolRunner()
+    request(runner, other)
+    assert other_waits.wait(10)
+    {fork}
+    assert runner.drain(10) == []
+    look_after_the_child()
+    """
+    return run("pass", textwrap.dedent(WAITING) + textwrap.dedent(steps))
+
+
 def test_a_child_that_waits_after_its_fork_runs_no_task_of_another_request() -> None:
-    done = run(
-        "pass",
-        textwrap.dedent(WAITING)
-        + textwrap.dedent(
-            """
-            runner = PoolRunner()
-            request(runner, other)
-            assert other_waits.wait(10)
-            request(runner, forks)
-            assert runner.drain(10) == []
-            look_after_the_child()
-            """
-        ),
-    )
-    assert done.said == [
+    assert run_beside_another_request("request(runner, forks)").said == [
         "child goes on",
         "child was forked",
         "parent goes on",
@@ -411,21 +410,7 @@ def test_a_child_that_waits_after_its_fork_runs_no_task_of_another_request() -> 
 
 
 def test_a_child_of_a_portal_call_runs_no_task() -> None:
-    done = run(
-        "pass",
-        textwrap.dedent(WAITING)
-        + textwrap.dedent(
-            """
-            import wsgi_bg
-            runner = PoolRunner()
-            request(runner, other)
-            assert other_waits.wait(10)
-            wsgi_bg.portal().call(forks)
-            assert runner.drain(10) == []
-            look_after_the_child()
-            """
-        ),
-    )
+    done = run_beside_another_request("import wsgi_bg; wsgi_bg.portal().call(forks)")
     assert "child other" not in done.said
     assert "parent other" in done.said
 

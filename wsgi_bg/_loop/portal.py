@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from contextvars import Context
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from wsgi_bg._loop import coroutines as steps
+from wsgi_bg._loop import coroutines
 from wsgi_bg._loop.asgiref_state import move_here
 from wsgi_bg._loop.portal_thread import LoopJob, PortalThread
 from wsgi_bg._process.greenlets import event
@@ -193,7 +193,7 @@ def wait_for(context: Context, awaitable: Awaitable[Any]) -> tuple[Any, BaseExce
     try:
         return run(_outcome, context, awaitable)
     except Exception:  # could not start, for example on the portal's own thread
-        steps.drop(context, awaitable)
+        coroutines.drop(context, awaitable)
         raise
 
 
@@ -202,7 +202,7 @@ async def _outcome(
 ) -> tuple[Any, BaseException | None]:
     move_here(context)
     try:
-        return await steps.in_context(context, awaitable), None
+        return await coroutines.in_context(context, awaitable), None
     except BaseException as exc:  # SystemExit, if raised, would end the loop for all
         return None, exc
 

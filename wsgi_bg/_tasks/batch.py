@@ -12,8 +12,7 @@ from threading import current_thread, main_thread
 from types import CoroutineType
 from typing import Any
 
-from wsgi_bg._loop import coroutines as steps
-from wsgi_bg._loop import portal
+from wsgi_bg._loop import coroutines, portal
 from wsgi_bg._loop.asgiref_state import move_here
 from wsgi_bg._loop.coroutines import DONE, RemainingSteps, as_coroutine
 from wsgi_bg._process import log
@@ -221,12 +220,8 @@ class Batch:
         """
         excluded = []
         for task in list(self._of._list or ()):
-            options = task._options
-            if options is not self._let_run:
-                if options.lets_run(self._status):
-                    self._let_run = options
-                else:
-                    excluded.append(task)
+            if task._options is not self._let_run and not self.lets_run(task):
+                excluded.append(task)
         if not excluded:
             return True
         self._done = _done_here()
@@ -426,7 +421,7 @@ class Batch:
         if self._begun is not None:
             _, context, awaitable = self._begun
             self._begun = None
-            steps.drop(context, awaitable)
+            coroutines.drop(context, awaitable)
         self._fail(task, context, exc)
         self._of._drop(task)
 
@@ -446,7 +441,7 @@ class Batch:
         ``asyncio.current_task()``. Each of these holds a reference to the asyncio task, and
         references can be counted. See :meth:`goes_on_async`.
         """
-        this = steps.current_task()
+        this = coroutines.current_task()
         try:
             if not self._start():
                 return
@@ -458,7 +453,7 @@ class Batch:
                     count = getrefcount(this)
                     if references == 0:
                         references = count
-                    elif count > references or steps.is_cancelled(this):
+                    elif count > references or coroutines.is_cancelled(this):
                         return
                 if process.generation != self._generation:  # another task's fork
                     return
@@ -488,7 +483,7 @@ class Batch:
                 except BaseException as exc:
                     if self._is_in_child:
                         raise
-                    if steps.is_cancellation(exc):
+                    if coroutines.is_cancellation(exc):
                         if self._stop:
                             raise
                         if self._cause is not None:
@@ -606,7 +601,7 @@ class Batch:
         elif RESULT in done:
             result = done[RESULT]
             if isawaitable(result):
-                steps.drop(copy_context(), result)
+                coroutines.drop(copy_context(), result)
             else:
                 self._running = None  # the task's call has returned
                 self.succeeded += 1

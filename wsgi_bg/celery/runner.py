@@ -14,7 +14,6 @@ from wsgi_bg._tasks import registry
 from wsgi_bg._tasks.checks import seconds
 from wsgi_bg._tasks.codec import encode
 from wsgi_bg.celery import headers as celery_headers
-from wsgi_bg.celery.headers import correlation_id, traceparent
 from wsgi_bg.celery.options import NO_OPTIONS
 from wsgi_bg.exceptions import (
     ExtraMissingError,
@@ -40,11 +39,9 @@ if TYPE_CHECKING:
     from wsgi_bg._tasks.batch import Batch
     from wsgi_bg._tasks.task import BackgroundTask
 
-__all__ = ["CeleryRunner", "correlation_id", "traceparent"]
-
 OnPublishError = Literal["local", "discard"]
 
-_CREW = 4  # threads for the batches of responses that must not wait for the broker
+_THREADS = 4  # for the batches of responses that must not wait for the broker
 
 
 class CeleryRunner(LedgerRunner):
@@ -102,7 +99,7 @@ class CeleryRunner(LedgerRunner):
         celery_worker.serve(celery_app)
 
     def _make_state(self) -> _State:
-        threads: Workers[Batch] = Workers(self._send_later, _CREW, "wsgi_bg-celery")
+        threads: Workers[Batch] = Workers(self._send_later, _THREADS, "wsgi_bg-celery")
         return _State(Ledger(), Publisher(self._app, self._timeout), threads)
 
     def check(self, task: BackgroundTask) -> Message | None:

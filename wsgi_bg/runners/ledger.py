@@ -155,13 +155,14 @@ def keep(batch: Batch) -> None:
 class LedgerRunner:
     """Base class of the package's runners, whose work is in the batches of their ledger.
 
-    A subclass defines ``ledger``: the ledger of this process.
+    A subclass defines ``ledger``.
     """
 
     work_is_in_ledgers = True
 
     @property
     def ledger(self) -> Ledger:
+        """The batches of this runner in this process."""
         raise NotImplementedError
 
     def drain(self, timeout: float) -> list[BackgroundTask]:

@@ -20,7 +20,7 @@ from wsgi_bg._tasks.background_tasks import CLOSED
 from wsgi_bg._tasks.current import current
 from wsgi_bg._tasks.task import BackgroundTask
 from wsgi_bg.exceptions import InsideTaskError
-from wsgi_bg.runners.ledger import Ledger, batches_under_way
+from wsgi_bg.runners.ledger import LedgerRunner, batches_under_way
 from wsgi_bg.runners.waiting import Notice, wait_for
 
 if TYPE_CHECKING:
@@ -336,8 +336,7 @@ def longest_limit(*, of_busy: bool = False) -> float:
 
 
 def _may_have_work(runner: Runner) -> bool:
-    ledger = getattr(runner, "ledger", None)
-    return not isinstance(ledger, Ledger) or bool(ledger.batches)
+    return not isinstance(runner, LedgerRunner) or bool(runner.ledger.batches)
 
 
 def _left_of(runner: Runner) -> list[BackgroundTask]:
