@@ -18,6 +18,7 @@ from starlette.background import BackgroundTasks as StarletteTasks
 
 from benchmarks.measure import HEADERS, App, begin, interleave, row, run
 from wsgi_bg import ENVIRON_KEY, BackgroundTasks, BackgroundTasksMiddleware
+from wsgi_bg._tasks.background_tasks import TaskQueue
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg.flask import Background
 from wsgi_bg.hooks import Hooks
@@ -43,14 +44,14 @@ def add_to(make: Callable[[], Any]) -> Callable[[], None]:
 
 
 def add_only() -> Batch:
-    background = BackgroundTasks()
+    background = TaskQueue()
     for _ in range(BATCH):
         background.add_task(nothing)
     return Batch(background, response_complete=True)
 
 
 def run_batch(func: Callable[..., object], tasks: int) -> None:
-    background = BackgroundTasks()
+    background = TaskQueue()
     for _ in range(tasks):
         background.add_task(func)
     Batch(background, response_complete=True).run()

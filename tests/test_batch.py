@@ -25,7 +25,6 @@ from tests.support import (
 )
 from wsgi_bg import (
     BackgroundTask,
-    BackgroundTasks,
     BackgroundTasksMiddleware,
     InlineRunner,
     PoolRunner,
@@ -33,7 +32,7 @@ from wsgi_bg import (
 )
 from wsgi_bg._loop import portal
 from wsgi_bg._process import workers
-from wsgi_bg._tasks.background_tasks import CLOSED, ENDED
+from wsgi_bg._tasks.background_tasks import CLOSED, ENDED, TaskQueue
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg.runners import Statistics
 
@@ -100,20 +99,20 @@ def test_a_batch_whose_submission_was_stopped_is_not_waited_for(
 
 
 def test_between_thread_and_loop_no_task_of_a_batch_is_running() -> None:
-    tasks = BackgroundTasks([BackgroundTask(int), BackgroundTask(nothing)])
+    tasks = TaskQueue([BackgroundTask(int), BackgroundTask(nothing)])
     batch = Batch(tasks, response_complete=True)
     assert batch.run_plain()
     assert not batch.is_running
     assert [task.func for task in batch.tasks] == [nothing]
 
 
-class Meanwhile(BackgroundTasks):
+class Meanwhile(TaskQueue):
     """Calls ``happens`` after each look at the tasks left: another thread comes between."""
 
     happens: Callable[[], object]
 
-    def _left(self) -> list[BackgroundTask]:
-        left = super()._left()
+    def left(self) -> list[BackgroundTask]:
+        left = super().left()
         self.happens()
         return left
 
@@ -140,13 +139,13 @@ def test_a_task_that_begins_as_the_batch_is_abandoned_is_named_too() -> None:
 
 
 def test_a_batch_abandoned_while_its_last_task_is_added_has_ended() -> None:
-    class AddedAtTheEnd(BackgroundTasks):
+    class AddedAtTheEnd(TaskQueue):
         @property
-        def _phase(self) -> int:
+        def phase(self) -> int:
             return phases[-1]
 
-        @_phase.setter
-        def _phase(self, phase: int) -> None:
+        @phase.setter
+        def phase(self, phase: int) -> None:
             if phase == CLOSED:
                 left.extend(batch.abandon())
             phases.append(phase)

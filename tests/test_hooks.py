@@ -34,6 +34,7 @@ from wsgi_bg import (
     get_background_tasks,
 )
 from wsgi_bg._tasks.options import DEFAULTS
+from wsgi_bg._tasks.task import DIRECT
 from wsgi_bg.exceptions import OptionTypeError
 from wsgi_bg.hooks import Hooks, TaskRecord
 
@@ -543,6 +544,6 @@ def test_the_last_hook_is_called_in_the_tasks_context(by_hand: bool) -> None:
     assert seen == [True] * 4
 
 
-def test_a_layer_without_hooks_makes_its_calls_itself() -> None:
-    assert DEFAULTS.calls is None
+def test_the_tasks_of_a_layer_without_hooks_are_called_directly() -> None:
+    assert DEFAULTS.calls is DIRECT
     assert not DEFAULTS.is_watched

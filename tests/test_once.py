@@ -38,9 +38,9 @@ from wsgi_bg import (
     get_background_tasks,
 )
 from wsgi_bg._request import middleware
-from wsgi_bg._request.request_tasks import EXHAUSTED, RequestTasks
-from wsgi_bg._request.unclosed import Collector, Unclosed, collectors
-from wsgi_bg._tasks.background_tasks import ENDED
+from wsgi_bg._request.request_tasks import RequestTasks
+from wsgi_bg._request.unclosed import EXHAUSTED, Collector, Unclosed, collectors
+from wsgi_bg._tasks.background_tasks import ENDED, OPEN, TaskQueue
 from wsgi_bg._tasks.batch import Batch
 
 with warnings.catch_warnings():  # "deprecated: use a2wsgi", which does call close()
@@ -405,7 +405,7 @@ def test_a_response_freed_while_no_thread_can_start_is_submitted_by_flush(
     own.queue.put(Unclosed(tasks.end, environ, EXHAUSTED))
     own.flush()
     assert any("freed a response" in message for message in log.warnings)
-    assert not get_background_tasks(environ)._is_open
+    assert get_background_tasks(environ).phase != OPEN
     body.close()
 
 
@@ -441,15 +441,15 @@ def test_a_task_that_arrives_as_an_idle_request_ends_is_run(
     class Late(RequestTasks):
         """Another thread adds a task after the end is marked, and before the last look."""
 
-        __slots__ = ("phase",)
+        __slots__ = ("_phase",)
 
         @property
-        def _phase(self) -> int:
-            return self.phase
+        def phase(self) -> int:
+            return self._phase
 
-        @_phase.setter
-        def _phase(self, phase: int) -> None:
-            self.phase = phase
+        @phase.setter
+        def phase(self, phase: int) -> None:
+            self._phase = phase
             if phase == ENDED and not seen and not self._list:
                 self.tasks.append(BackgroundTask(seen.append, "late"))
 
@@ -463,7 +463,7 @@ def test_a_task_that_ran_during_add_task_is_not_refused() -> None:
         def append(self, task: BackgroundTask) -> None:
             super().append(task)
             tasks()  # another thread runs the task, and then the batch ends
-            tasks._phase = ENDED
+            tasks.phase = ENDED
 
     seen: list[str] = []
     tasks = BackgroundTasks()
@@ -511,11 +511,11 @@ def test_a_task_that_arrives_as_the_batch_ends_is_run_or_refused() -> None:
         def __len__(self) -> int:
             if super().__len__() == 0:
                 self.looks += 1
-                if self.looks == 2:  # _first looks at the end, and once more after the mark
+                if self.looks == 2:  # first() looks at the end, and once more after the mark
                     self.append(BackgroundTask(seen.append, "late"))
             return super().__len__()
 
-    tasks = BackgroundTasks([BackgroundTask(seen.append, "first")])
+    tasks = TaskQueue([BackgroundTask(seen.append, "first")])
     tasks._list = Late(tasks.tasks)
     Batch(tasks, response_complete=True).run()
     assert seen == ["first", "late"]

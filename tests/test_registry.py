@@ -224,5 +224,5 @@ def test_a_runner_without_celery_ignores_its_options() -> None:
     (task,) = tasks.tasks
     tasks()
     assert ran == [1]
-    assert task._options.celery == {"queue": "slow"}
-    assert view.using(run_on="always")._options.celery == {"queue": "slow"}
+    assert task.options.celery == {"queue": "slow"}
+    assert view.using(run_on="always").options.celery == {"queue": "slow"}

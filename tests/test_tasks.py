@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import Log
 from wsgi_bg import BackgroundTask, BackgroundTasks
-from wsgi_bg._tasks.background_tasks import _LONG
+from wsgi_bg._tasks.background_tasks import _LONG, TaskQueue
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg.exceptions import BatchEndedError, TaskTypeError, WsgiBgError
 
@@ -151,7 +151,7 @@ def test_a_generator_based_coroutine_function_is_async() -> None:
         yield
         seen.append("ran")
 
-    tasks = BackgroundTasks()
+    tasks = TaskQueue()
     tasks.add_task(old_style)
     assert tasks.tasks[0].is_async
     Batch(tasks, response_complete=True).run()
@@ -400,13 +400,13 @@ def test_adding_to_an_ended_batch_names_the_function() -> None:
 
 
 def test_the_first_task_stays_first_until_it_is_dropped() -> None:
-    tasks = BackgroundTasks()
+    tasks = TaskQueue()
     for _ in range(2 * _LONG):
         tasks.add_task(int)
-    first = tasks._first()
+    first = tasks.first()
     assert first is not None
-    assert first is tasks._first()
-    tasks._drop(first)
-    second = tasks._first()
+    assert first is tasks.first()
+    tasks.drop(first)
+    second = tasks.first()
     assert second is not None
     assert second is not first

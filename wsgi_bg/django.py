@@ -111,7 +111,7 @@ class _Around:
     @staticmethod
     def added(task: BackgroundTask) -> None:
         """Separate the task's language from the view's, which asgiref 3.8 shares."""
-        task._context = detached(copy_context())
+        task.context = detached(copy_context())
 
     def __enter__(self) -> None:
         self._close_connections()
@@ -194,17 +194,17 @@ class _ClientTasks(View):
         self._request = request
 
     def add_task(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
-        if self._phase != ENDED or not _awaits_commit():
+        if self.phase != ENDED or not _awaits_commit():
             return super().add_task(func, *args, **kwargs)
 
         def add(tasks: BackgroundTasks) -> None:
-            View(tasks, self._options).add_task(func, *args, **kwargs)
+            View(tasks, self.options).add_task(func, *args, **kwargs)
 
         return _ClientRequest(self._request.environ, add).finish(self._request.status)
 
     def using(self, **options: Any) -> BackgroundTasks:
         view = super().using(**options)
-        return _ClientTasks(self._request, self, view._options)
+        return _ClientTasks(self._request, self, view.options)
 
 
 class _StreamError(Exception):
@@ -263,9 +263,9 @@ class _Visit(_ClientRequest):
     def __init__(self, environ: WSGIEnvironment) -> None:
         super().__init__(environ, lambda tasks: None)
         root = self.environ[ENVIRON_KEY]
-        self.tasks = _ClientTasks(self, root, root._options)
+        self.tasks = _ClientTasks(self, root, root.options)
         outer = current.get(None)
-        if isinstance(outer, _ClientTasks) and outer._phase == ENDED:
+        if isinstance(outer, _ClientTasks) and outer.phase == ENDED:
             outer._request.leave()
         self._has_left = False
         self._token: Token[BackgroundTasks] = current.set(self.tasks)

@@ -7,12 +7,13 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from wsgi_bg._process.interrupts import is_raised_here
-from wsgi_bg._request.request_tasks import ABANDONED, EXHAUSTED, RAISED, Outcome, RequestTasks
-from wsgi_bg._request.unclosed import Unclosed, collections
+from wsgi_bg._request.unclosed import ABANDONED, EXHAUSTED, RAISED, Outcome, collections
 from wsgi_bg._tasks.background_tasks import ENDED
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
+
+    from wsgi_bg._request.request_tasks import RequestTasks
 
 # An exhausted iterator; each call of next() raises StopIteration again.
 _NOTHING: Iterator[bytes] = iter(())
@@ -22,18 +23,23 @@ class Body:
     """Wraps the application's iterable; ``close()`` ends the request.
 
     A body has no ``__next__``. The server iterates over an iterator that holds the body,
-    because some adapters keep only the iterator. The middleware sets the slots, as those of
-    :class:`~wsgi_bg._request.request_tasks.RequestTasks`.
+    because some adapters keep only the iterator.
+
+    :param app_iter: the iterable of bytes; each subclass wraps a certain type.
     """
 
-    __slots__ = ("_app_iter", "_environ", "_guard", "_open", "_outcome", "_tasks")
+    __slots__ = ("_app_iter", "_environ", "_guard", "_is_fresh", "_open", "_outcome", "_tasks")
 
-    _app_iter: Any  # an Iterable[bytes]; each subclass wraps a certain type
-    _environ: WSGIEnvironment
-    _guard: Guard  # only if the view has added a task
-    _open: list[None]  # emptied by the first call of close()
-    _outcome: Outcome
-    _tasks: RequestTasks
+    def __init__(self, app_iter: Any, environ: WSGIEnvironment, tasks: RequestTasks) -> None:
+        self._app_iter = app_iter
+        self._environ = environ
+        self._outcome = ABANDONED
+        self._is_fresh = True  # until the first iter()
+        self._open: list[None] = [None]  # emptied by the first call of close()
+        self._guard = Guard(environ, tasks) if tasks.is_used else None
+        self._tasks = tasks  # last: see __del__()
+        if not tasks.status:
+            tasks.is_declared_late = True
 
     @property
     def headers(self) -> Sequence[tuple[str, str]] | None:
@@ -75,8 +81,10 @@ class Body:
                 close()
         finally:
             tasks = self._tasks
-            if not tasks.end_if_empty():
+            if not tasks.close():
                 tasks.submit(self._environ, outcome)
+            if self._guard is not None:
+                self._guard.is_needed = False
 
     def _look(self, *, is_freed: bool) -> Outcome:
         """Find how the iteration has ended, if ``__iter__`` did not see the end."""
@@ -89,14 +97,13 @@ class Body:
             tasks = self._tasks
         except AttributeError:  # the construction of this body was interrupted
             return
-        if tasks._phase != ENDED and not (tasks.end_if_empty() or tasks._is_handed_over):
+        if tasks.phase != ENDED:
             outcome = self._outcome
             if outcome is ABANDONED:
                 outcome = self._look(is_freed=True)
-            tasks._collector.queue.put(Unclosed(tasks.end, self._environ, outcome))
-            guard = getattr(self, "_guard", None)
-            if guard is not None:
-                guard.is_needed = False
+            tasks.collect(self._environ, outcome)
+            if self._guard is not None:
+                self._guard.is_needed = False
 
 
 class Guard:
@@ -107,23 +114,20 @@ class Guard:
 
     __slots__ = ("_environ", "_tasks", "is_needed")
 
-    def __init__(self, tasks: RequestTasks, environ: WSGIEnvironment) -> None:
+    def __init__(self, environ: WSGIEnvironment, tasks: RequestTasks) -> None:
         self.is_needed: bool = True
-        self._tasks = tasks
         self._environ = environ
+        self._tasks = tasks
 
     def __del__(self) -> None:
-        tasks = self._tasks
-        if self.is_needed and tasks._phase != ENDED and not tasks._is_handed_over:
-            tasks._collector.queue.put(Unclosed(tasks.end, self._environ, ABANDONED))
+        if self.is_needed:
+            self._tasks.collect(self._environ, ABANDONED)
 
 
 class GeneratorBody(Body):
     """A :class:`Body` around a generator; no Python code of the body runs for each chunk."""
 
-    __slots__ = ("_is_fresh",)
-
-    _is_fresh: bool  # True until the first iter()
+    __slots__ = ()
 
     def __iter__(self) -> Iterator[bytes]:
         """The application's chunks, unchanged.

@@ -16,19 +16,18 @@ from wsgi_bg._loop.coroutines import AwaitableInStack
 from wsgi_bg._process import log
 from wsgi_bg._process import per_process as process
 from wsgi_bg._process.interrupts import is_from_signal_handler
-from wsgi_bg._tasks.batch import Done, call
 from wsgi_bg._tasks.successors import observe
+from wsgi_bg._tasks.task import BackgroundTask, Caller, Done
 from wsgi_bg.hooks import Hooks, TaskRecord
 
 if TYPE_CHECKING:
     from wsgi_bg._tasks.background_tasks import BackgroundTasks
-    from wsgi_bg._tasks.task import BackgroundTask
 
 Send = Callable[..., bool]
 Around = Callable[[], AbstractContextManager[Any]]
 
 
-class Calls:
+class Calls(Caller):
     """Calls the tasks of a layer and the layer's hooks.
 
     :param hooks: called in this order.
@@ -58,7 +57,7 @@ class Calls:
         """Call the hooks for a task that is about to join ``batch``."""
         if self.hooks:
             record = TaskRecord(task, batch)
-            task._record = [record]
+            task.record = [record]
             self._tell("task_added", record)
 
     def send(self, task: BackgroundTask) -> bool:
@@ -68,19 +67,16 @@ class Calls:
         """
         if self._send is None:
             return False
-        if task.has_message:
-            message, task._message = task._message, None  # send once, then free the message
-            is_sent = self._send(task, message)
-        else:
-            is_sent = self._send(task)
-        if not is_sent:
+        message, task.message = task.message, None  # send once, then free the message
+        given = (task,) if message is None else (task, message)
+        if not self._send(*given):
             return False
         self._end(task, "task_sent")
         return True
 
     def send_or_make(self, task: BackgroundTask, done: Done) -> Any:
         """Send the task; if the task is not sent, make the call as :meth:`make` does."""
-        if not (task.has_message or self._may_send is None or self._may_send(task)):
+        if not (task.message is not None or self._may_send is None or self._may_send(task)):
             return self.make(task, done)
         if task.is_async:
             return self._send_or_make_async(task, done)
@@ -95,7 +91,7 @@ class Calls:
     def make(self, task: BackgroundTask, done: Done) -> Any:
         """Call the task's function in the current context and return its result.
 
-        :param done: see :func:`call`.
+        :param done: see :meth:`Caller.make`.
         :raises BaseException: the error of the call.
         """
         generation = process.generation
@@ -103,13 +99,13 @@ class Calls:
         if process.generation != generation:  # a hook has forked: the parent makes the call
             return None
         if self.around is None:
-            return call(task, done)
+            return super().make(task, done)
         inside = self._enter(task, self.around)
         if process.generation != generation:
             self._exit(inside, task, None)
             return None
         try:
-            result = call(task, done)
+            result = super().make(task, done)
         except BaseException as exc:
             self._exit(inside, task, exc)
             raise
@@ -151,7 +147,7 @@ class Calls:
     def _started(self, task: BackgroundTask) -> None:
         # Not in make(): the error of a call refers to the frame of make(), and the record
         # refers to the error.
-        for record in getattr(task, "_record", ()):
+        for record in task.record:
             record.started_at = time.monotonic()
             self._tell("task_started", record)
 
@@ -177,8 +173,8 @@ class Calls:
         try:
             # Popped, so that a single thread reports the end, and so that task, record and
             # batch are no cycle that only the garbage collector could free.
-            record = task._record.pop()
-        except (AttributeError, IndexError):
+            record = task.record.pop()
+        except IndexError:
             return
         record.ended_at = time.monotonic()
         record.error = error

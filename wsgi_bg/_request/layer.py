@@ -4,15 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from wsgi_bg._request.calls import Around, Calls
+from wsgi_bg._tasks.background_tasks import BackgroundTasks, View
 from wsgi_bg._tasks.callables import is_plain
 from wsgi_bg._tasks.options import OnError, Options
-from wsgi_bg._tasks.task import RunOn
+from wsgi_bg._tasks.task import DIRECT, RunOn
 from wsgi_bg.exceptions import OptionTypeError
 from wsgi_bg.hooks import HOOKS, Hooks
 from wsgi_bg.runners import Runner
+
+
+class LayerView(View):
+    """The tasks of a request as an inner layer of middleware sees them.
+
+    :ivar outer: the tasks as the layer outside sees them.
+    :ivar has_returned: True if the application of this layer has returned; its response may
+        still stream.
+    """
+
+    __slots__ = ("has_returned", "outer")
+
+    def __init__(self, outer: BackgroundTasks, options: Options) -> None:
+        super().__init__(outer.root, options)
+        self.outer: BackgroundTasks = outer
+        self.has_returned: bool = False
+
+
+def innermost_running(tasks: BackgroundTasks) -> BackgroundTasks:
+    """Return ``tasks``, or the view of the next outer layer that has not returned."""
+    while isinstance(tasks, LayerView) and tasks.has_returned:
+        tasks = tasks.outer
+    return tasks
 
 
 class OptionOverrides(TypedDict, total=False):
@@ -43,10 +67,13 @@ def merge_options(
         options = outer.override(**overrides)
     if hooks is None and around is None and runner is None:
         return options
-    calls: Any = outer.calls
-    all_hooks = _as_tuple(hooks) if hooks is not None else calls.hooks if calls else ()
-    if around is None and calls is not None:
-        around = calls.around
+    calls = outer.calls
+    all_hooks: tuple[Hooks, ...] = ()
+    if isinstance(calls, Calls):
+        all_hooks = calls.hooks
+        around = calls.around if around is None else around
+    if hooks is not None:
+        all_hooks = _as_tuple(hooks)
     is_default = outer.runner_is_default and runner is None
     runner = outer.runner if runner is None else runner
     send = getattr(runner, "send", None)
@@ -56,7 +83,7 @@ def merge_options(
         options,
         runner=runner,
         runner_is_default=is_default,
-        calls=None if is_called_directly else Calls(all_hooks, around, send, may_send),
+        calls=DIRECT if is_called_directly else Calls(all_hooks, around, send, may_send),
         check=getattr(runner, "check", None),
         added=getattr(around, "added", None),
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
-    from wsgi_bg._tasks.background_tasks import BackgroundTasks
+    from wsgi_bg._tasks.background_tasks import TaskQueue
     from wsgi_bg._tasks.batch import Batch
     from wsgi_bg._tasks.task import BackgroundTask
     from wsgi_bg.runners import Runner
@@ -61,7 +61,7 @@ class RequestObserver:
         """A task has raised; called in the task's context, before ``on_error``."""
 
 
-Observe = Callable[["BackgroundTasks", "WSGIEnvironment"], RequestObserver]
+Observe = Callable[["TaskQueue", "WSGIEnvironment"], RequestObserver]
 
 
 class Observers:

@@ -13,6 +13,7 @@ import os
 import queue
 from collections.abc import Callable
 from contextlib import suppress
+from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from wsgi_bg._process import log
@@ -33,13 +34,24 @@ if TYPE_CHECKING:
 _FLUSH_TIMEOUT = 1.0  # seconds
 
 
+class Outcome(Enum):
+    """How the application's call and the iteration over its body ended."""
+
+    ABANDONED = "the server has not asked for the end of the body"
+    EXHAUSTED = "the server has taken the whole body"
+    RAISED = "the application has raised"
+
+
+ABANDONED, EXHAUSTED, RAISED = Outcome
+
+
 class Unclosed(NamedTuple):
     """A response that was freed."""
 
     end: Callable[..., None]
     """Ends the request: ``end(environ, outcome, closed=False)``."""
     environ: WSGIEnvironment
-    outcome: Any
+    outcome: Outcome
 
 
 class UnfinishedRequest(Protocol):

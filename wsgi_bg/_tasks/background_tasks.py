@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from contextvars import Context, copy_context
-from sys import modules
 from typing import Any, ParamSpec
 
-from wsgi_bg._loop.asgiref_state import detached
 from wsgi_bg._process import per_process as process
 from wsgi_bg._process.interrupts import stops_worker
 from wsgi_bg._process.log import safe_repr
 from wsgi_bg._tasks import successors, task_log
 from wsgi_bg._tasks.options import DEFAULTS, OnError, Options
-from wsgi_bg._tasks.task import BackgroundTask, RunOn
+from wsgi_bg._tasks.task import BackgroundTask, RunOn, fill
 from wsgi_bg.exceptions import BatchEndedError, TaskTypeError
 
 P = ParamSpec("P")
 
-# The phases of a batch. OPEN: the request goes on. CLOSED: the request is over; the tasks
-# wait or run, and may add further tasks. ENDED: no task will run any more.
 OPEN, CLOSED, ENDED = range(3)
+"""The phases of a request's tasks. OPEN: the request goes on. CLOSED: the request is over; the
+tasks wait or run, and may add further tasks. ENDED: no task will run any more.
+
+No lock guards the phase. A thread that adds a task appends the task, then reads the phase. A
+thread that ends the batch sets the phase, then reads the list. So at least one of the two
+threads sees the other's change, and :meth:`BackgroundTask.claim` decides. All that follow this
+rule are here: :meth:`BackgroundTasks.add_task`, and three methods of :class:`TaskQueue`."""
 
 _LONG = 50  # tasks
 
@@ -36,15 +38,17 @@ class BackgroundTasks:
 
     :param tasks: tasks to begin with.
     :raises TypeError: if an item of ``tasks`` is not a :class:`BackgroundTask`.
+
+    :ivar options: the options that :meth:`add_task` gives to its tasks.
+    :ivar phase: OPEN, CLOSED or ENDED.
     """
 
-    __slots__ = ("_front", "_list", "_options", "_phase", "is_endless")
+    __slots__ = ("_list", "is_endless", "options", "phase")
 
-    is_endless: bool  # only if an endless row of tasks was cut: see wsgi_bg._tasks.successors
-    _front: list[BackgroundTask] | None  # taken from the list by a batch, in reverse
     _list: list[BackgroundTask] | None
-    _options: Options
-    _phase: int
+    is_endless: bool  # only if an endless row of tasks was cut: see wsgi_bg._tasks.successors
+    options: Options
+    phase: int
 
     def __init__(self, tasks: Sequence[BackgroundTask] | None = None) -> None:
         for task in tasks or ():
@@ -54,10 +58,9 @@ class BackgroundTasks:
                     "BackgroundTasks([BackgroundTask(function, ...)])",
                     task,
                 )
-        self._list = [task._owned(DEFAULTS) for task in tasks or ()]
-        self._options = DEFAULTS
-        self._front = None
-        self._phase = OPEN
+        self._list = [task.owned(DEFAULTS) for task in tasks or ()]
+        self.options = DEFAULTS
+        self.phase = OPEN
 
     @property
     def tasks(self) -> list[BackgroundTask]:
@@ -67,8 +70,7 @@ class BackgroundTasks:
         that joins the list without :meth:`add_task` has no options and no context of this
         request, and runs in a single batch only. After the request this is a new list.
         """
-        tasks = self._begin() if self._list is None else self._list
-        return self._root._left() if self._root._front else tasks
+        return self._begin() if self._list is None else self._list
 
     def add_task(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
         """Add a call of ``func``, to run after all tasks added before.
@@ -80,112 +82,44 @@ class BackgroundTasks:
         :raises TypeError: if ``func`` cannot run as a task.
         :raises RuntimeError: if the batch has ended.
         """
-        options = self._options
+        options = self.options
         task = _new_task(BackgroundTask)
-        task._fill(func, args, kwargs, copy_context(), options)
+        fill(task, func, args, kwargs, copy_context(), options)
         tasks = self._list
         if tasks is None:
             tasks = self._begin()
         if options.is_watched or successors.logging:
-            options.admit(task, self._root)
+            options.admit(task, self.root)
         tasks.append(task)
-        # This side appends, then reads the phase. _first() sets the phase, then reads the
-        # list. So at least one side sees the other's change, and _claim() decides.
-        if self._phase == ENDED and task._claim():
-            self._root._remove(task)
+        if self.phase == ENDED and task.claim():
+            self.root.remove(task)
             task_log.notify_discarded(task, "the batch has ended")
             raise BatchEndedError(task.name)
 
     @property
-    def _is_open(self) -> bool:
-        """True if another middleware may still share this object."""
-        return self._phase == OPEN
-
-    @property
-    def _root(self) -> BackgroundTasks:
-        """The object that all views share; not a view itself."""
-        return self
-
-    @property
-    def _layer(self) -> BackgroundTasks:
-        """This object; in a view whose layer has returned, the object of an outer layer."""
+    def root(self) -> BackgroundTasks:
+        """The object that all views share; this object, unless it is a view."""
         return self
 
     def _begin(self) -> list[BackgroundTask]:
         """Make the list, if ``__init__`` has not made it."""
         raise NotImplementedError
 
-    # The run of the tasks, for wsgi_bg._tasks.batch. The batch drops each finished task, so
-    # that a chain of tasks, each adding its successor for days, keeps a single task in memory.
-    # A long list is emptied in a single step: deleting its first item moves all the rest.
-
-    def _may_start(self) -> bool:
-        """Take the right to run the tasks; True for the first caller only."""
-        return True
-
-    def _allow_start(self) -> None:
-        """Let the tasks be run again, after they were offered to another process."""
-
-    def _first(self) -> BackgroundTask | None:
-        """Return the first task that is not done; if no task is left, end the batch."""
-        if self._front:
-            return self._front[-1]
-        tasks = self._list
-        if not tasks:
-            self._phase = ENDED  # and look again: see add_task
-            if not tasks:
-                return None
-            self._phase = CLOSED
-        if len(tasks) > _LONG:
-            # In this order each task is at every moment in at least one of the two lists.
-            self._front = front = tasks[::-1]
-            del tasks[: len(front)]
-            return front[-1]
-        return tasks[0]
-
-    def _left(self) -> list[BackgroundTask]:
-        """The tasks that are not done; may be called on any thread."""
-        # In this order, since another thread may move tasks in _first() meanwhile.
-        added = [*(self._list or ())]
-        front = self._front or ()
-        return list(dict.fromkeys([*front[::-1], *added]))
-
-    def _next_unclaimed(self) -> BackgroundTask | None:
-        """The first task that is not claimed; called on the thread that runs the tasks.
-
-        Makes no list, unlike :meth:`_left`, since a batch asks after each run of async tasks.
-        """
-        for tasks in (reversed(self._front or ()), self._list or ()):
-            for task in tasks:
-                if task._unclaimed:
-                    return task
-        return None
-
-    def _length(self) -> int:
-        """Approximate number of tasks that are not done; may be called on any thread."""
-        return len(self._front or ()) + len(self._list or ())
-
-    def _drop(self, task: BackgroundTask) -> None:
-        """Drop ``task``, the first task, which is done; on the thread that runs the tasks."""
-        front = self._front
-        if front:
-            front.pop()
-        else:
-            self._remove(task)
-
-    def _remove(self, task: BackgroundTask) -> None:
+    def remove(self, task: BackgroundTask) -> None:
         """Drop a task that was run by hand or refused; may be called on any thread."""
         assert self._list is not None
-        with suppress(ValueError):  # the batch has taken the task, and skips it
+        try:  # noqa: SIM105  # suppress() costs 0.2 us
             self._list.remove(task)
+        except ValueError:  # the batch has taken the task, and skips it
+            pass
 
-    def _notify_failure(self, task: BackgroundTask, exc: BaseException) -> None:
+    def context_of(self, task: BackgroundTask) -> Context:
+        """Return the context to run ``task`` in; the task no longer refers to the context."""
+        return task.take_context()
+
+    def notify_failure(self, task: BackgroundTask, exc: BaseException) -> None:
         """Call the hooks and the ``on_error`` of a failed task, in the task's context."""
         task_log.notify_failure(task, exc)
-
-    def _end(self) -> None:
-        """Run no further task: a later ``add_task`` raises."""
-        self._phase = ENDED
 
     def using(
         self,
@@ -209,19 +143,14 @@ class BackgroundTasks:
         :raises TypeError: if ``failed_from`` is not a whole number, ``on_error`` is not a
             plain callable, or an option in ``celery`` is of the wrong type.
         """
-        options = self._options.override(
+        options = self.options.override(
             run_on=run_on,
             failed_from=failed_from,
             on_error=on_error,
             stop_on_error=stop_on_error,
             celery=celery,
         )
-        return View(self._base, options)
-
-    @property
-    def _base(self) -> BackgroundTasks:
-        """The object for views to refer to, so that a view of a view is no longer chain."""
-        return self
+        return View(self.root, options)
 
     def __call__(self) -> None:
         """Run the tasks that have not run yet, each once; blocks until they are done.
@@ -235,9 +164,9 @@ class BackgroundTasks:
         first: BaseException | None = None
         generation = process.generation
         while (task := self._claim_next()) is not None:
-            context = self._context_of(task)
+            context = self.context_of(task)
             try:
-                task._call_in(context)
+                task.call_in(context)
             except BaseException as exc:
                 if stops_worker(exc) or process.generation != generation:
                     raise
@@ -245,75 +174,168 @@ class BackgroundTasks:
                     first = exc
                 else:
                     context.run(task_log.log_failure, task, exc)
-                    context.run(self._notify_failure, task, exc)
+                    context.run(self.notify_failure, task, exc)
             if process.generation != generation:
                 return  # in the child process that the task has forked
-            self._remove(task)
+            self.remove(task)
         if first is not None:
             raise first
 
     def _claim_next(self) -> BackgroundTask | None:
-        return next((task for task in self.tasks if task._claim()), None)
-
-    def _context_of(self, task: BackgroundTask) -> Context:
-        """Return the context to run ``task`` in, and clear the task's reference to it.
-
-        A request's context refers to the tasks, through the variable of the proxy. The
-        reference back would make a cycle that only the garbage collector could free.
-        """
-        context = task._context
-        if context is None:
-            context = copy_context()
-        else:
-            task._context = None
-        return detached(context) if "asgiref.sync" in modules else context
+        return next((task for task in self.tasks if task.claim()), None)
 
     def __repr__(self) -> str:
         names = ", ".join(task.name for task in self.tasks)
-        return f"<{type(self).__name__} [{names}]{' ended' if self._phase == ENDED else ''}>"
+        return f"<{type(self).__name__} [{names}]{' ended' if self.phase == ENDED else ''}>"
+
+
+class TaskQueue(BackgroundTasks):
+    """The tasks of a request, from which a batch takes the first task until none is left.
+
+    The batch drops each finished task, so that a chain of tasks, each adding its successor for
+    days, keeps a single task in memory. A long list is emptied in a single step: deleting its
+    first item moves all the rest.
+
+    :param tasks: tasks to begin with.
+    :param start_response: the server's function.
+
+    :ivar front: tasks that the batch has taken from the list, in reverse.
+    """
+
+    __slots__ = ("_start_response", "front")
+
+    # Cleared when the request is over: the server's function holds the environ.
+    _start_response: Any
+    front: list[BackgroundTask] | None
+
+    def __init__(
+        self, tasks: Sequence[BackgroundTask] | None = None, start_response: Any = None
+    ) -> None:
+        super().__init__(tasks)
+        self._start_response = start_response
+        self.front = None
+
+    @property
+    def tasks(self) -> list[BackgroundTask]:
+        """See :attr:`BackgroundTasks.tasks`."""
+        if self.front:
+            return self.left()
+        return self._begin() if self._list is None else self._list
+
+    def end_if_unused(self) -> bool:
+        """End the batch if no task was added; True if the batch has ended.
+
+        Called when no code of the application can add a task any more.
+        """
+        if self._list is None:
+            self.phase = ENDED
+            if self._list is None:
+                self._start_response = None
+                return True
+            self.phase = OPEN  # type: ignore[unreachable]  # added meanwhile
+        return False
+
+    def close(self) -> bool:
+        """Close the batch, or end the batch if no task is left; True if the batch has ended."""
+        self._start_response = None
+        if self.phase != OPEN:
+            return self.phase == ENDED
+        if not self._list:
+            self.phase = ENDED
+            if not self._list:
+                if self._list is not None:  # the view has run all its tasks by hand
+                    self.may_start()
+                return True
+        self.phase = CLOSED
+        return False
+
+    def first(self) -> BackgroundTask | None:
+        """Return the first task that is not done; if no task is left, end the batch."""
+        if self.front:
+            return self.front[-1]
+        tasks = self._list
+        if not tasks:
+            self.phase = ENDED
+            if not tasks:
+                return None
+            self.phase = CLOSED
+        if len(tasks) > _LONG:
+            # In this order each task is at every moment in at least one of the two lists.
+            self.front = front = tasks[::-1]
+            del tasks[: len(front)]
+            return front[-1]
+        return tasks[0]
+
+    def stop(self) -> None:
+        """Run no further task: a later ``add_task`` raises."""
+        self.phase = ENDED
+
+    def may_start(self) -> bool:
+        """Take the right to run the tasks; True for the first caller only."""
+        return True
+
+    def allow_start(self) -> None:
+        """Let the tasks be run again, after they were offered to another process."""
+
+    def left(self) -> list[BackgroundTask]:
+        """The tasks that are not done; may be called on any thread."""
+        # In this order, since another thread may move tasks in first() meanwhile.
+        added = [*(self._list or ())]
+        front = self.front or ()
+        return list(dict.fromkeys([*front[::-1], *added]))
+
+    def next_unclaimed(self) -> BackgroundTask | None:
+        """The first task that is not claimed; called on the thread that runs the tasks.
+
+        Makes no list, unlike :meth:`left`, since a batch asks after each run of async tasks.
+        """
+        for tasks in (reversed(self.front or ()), self._list or ()):
+            for task in tasks:
+                if task.unclaimed:
+                    return task
+        return None
+
+    def length(self) -> int:
+        """Approximate number of tasks that are not done; may be called on any thread."""
+        return len(self.front or ()) + len(self._list or ())
+
+    def drop(self, task: BackgroundTask) -> None:
+        """Drop ``task``, the first task, which is done; on the thread that runs the tasks."""
+        if self.front:
+            self.front.pop()
+        else:
+            self.remove(task)
 
 
 class View(BackgroundTasks):
-    """A view on a list of tasks under different options: see :meth:`BackgroundTasks.using`.
+    """A view on a list of tasks under different options: see :meth:`BackgroundTasks.using`."""
 
-    A middleware inside another middleware makes a view too. ``_has_returned`` is True if the
-    application of that middleware has returned; the response may still stream.
-    """
+    __slots__ = ("_root",)
 
-    __slots__ = ("_has_returned", "_is_layer", "_origin")
-
-    def __init__(
-        self, origin: BackgroundTasks, options: Options, *, is_layer: bool = False
-    ) -> None:
+    def __init__(self, root: BackgroundTasks, options: Options) -> None:
         self._list = None
-        self._front = None
-        self._origin = origin
-        self._options = options
-        self._is_layer = is_layer
-        self._has_returned = False
-
-    @property
-    def _base(self) -> BackgroundTasks:
-        return self if self._is_layer else self._origin
+        self._root = root
+        self.options = options
 
     def _begin(self) -> list[BackgroundTask]:
-        self._list = self._origin._begin() if self._origin._list is None else self._origin._list
+        self._list = self._root._begin() if self._root._list is None else self._root._list
         return self._list
 
     @property
-    def _phase(self) -> int:  # type: ignore[override]  # a slot in the base class: faster
-        return self._origin._phase
+    def tasks(self) -> list[BackgroundTask]:
+        """See :attr:`BackgroundTasks.tasks`."""
+        return self._root.tasks
 
     @property
-    def _root(self) -> BackgroundTasks:
-        return self._origin._root
+    def phase(self) -> int:  # type: ignore[override]  # a slot in the base class: faster
+        return self._root.phase
 
     @property
-    def _layer(self) -> BackgroundTasks:
-        return self._origin._layer if self._has_returned else self
+    def root(self) -> BackgroundTasks:
+        return self._root
 
     def __call__(self) -> None:
-        self._origin()
+        self._root()
 
     def __repr__(self) -> str:
-        return f"<view of {self._origin!r}>"
+        return f"<view of {self._root!r}>"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from contextvars import Context, copy_context
-from functools import partial
 from inspect import GEN_CREATED, getgeneratorstate, isawaitable, isgenerator
 from sys import getrefcount
 from threading import current_thread, main_thread
@@ -19,8 +18,8 @@ from wsgi_bg._process import log
 from wsgi_bg._process import per_process as process
 from wsgi_bg._process.interrupts import is_from_signal_handler, is_raised_here, stops_worker
 from wsgi_bg._tasks import task_log
-from wsgi_bg._tasks.background_tasks import ENDED, BackgroundTasks
-from wsgi_bg._tasks.task import CLAIMED, BackgroundTask, Caller, Layer
+from wsgi_bg._tasks.background_tasks import ENDED, TaskQueue
+from wsgi_bg._tasks.task import DIRECT, RESULT, BackgroundTask, Done, Layer
 
 _NOT_RUN = "it returned a generator that no one runs: nothing was done"
 
@@ -30,25 +29,6 @@ GO_ON, STOP, ABANDONED = range(3)
 
 _CANCEL_TIMEOUT = 1.0
 """Seconds for which a stopped worker waits for the cancelled async task."""
-
-
-Done = defaultdict[Any, Any] | None
-
-RESULT = "result"
-
-
-def call(task: BackgroundTask, done: Done) -> Any:
-    """Make the call of ``task`` in the current context and return its result.
-
-    :param done: given on a thread that runs signal handlers. Its ``default_factory`` makes
-        the call and stores the result under RESULT, with no bytecode, and so no handler,
-        between call and store.
-    :raises BaseException: the error of the call.
-    """
-    if done is None:
-        return task.func(*task.args, **task.kwargs)
-    done.default_factory = partial(task.func, *task.args, **task.kwargs)
-    return done[RESULT]
 
 
 class Batch:
@@ -83,9 +63,9 @@ class Batch:
         "_generation",
         "_has_started",
         "_let_run",
-        "_of",
         "_on_done",
         "_passed_over",
+        "_queue",
         "_running",
         "_status",
         "_stop",
@@ -102,7 +82,7 @@ class Batch:
 
     def __init__(
         self,
-        tasks: BackgroundTasks,
+        tasks: TaskQueue,
         *,
         response_complete: bool,
         status: int = 200,
@@ -115,7 +95,7 @@ class Batch:
         self.failed: int = 0
         self.discarded: int = 0
         self.run_here: int = 0
-        self._of = tasks
+        self._queue = tasks
         # The number of tasks that are claimed but not yet dropped.
         self._passed_over = 0
         self._status = status
@@ -131,7 +111,7 @@ class Batch:
         # Progress of the running task, kept only on the main thread, which runs signal
         # handlers. The key RESULT appears in the moment in which the task's call returns, the
         # key SAID with its log record.
-        self._done: defaultdict[Any, Any] | None = None
+        self._done: Done = None
         # A task whose plain function has returned an awaitable, which the portal will await.
         self._begun: tuple[BackgroundTask, Context, Any] | None = None
         # The exception for which the running async task is cancelled.
@@ -143,7 +123,7 @@ class Batch:
 
         Whichever of the two batches starts first runs the tasks.
         """
-        batch = Batch(self._of, response_complete=False, status=self._status)
+        batch = Batch(self._queue, response_complete=False, status=self._status)
         batch._passed_over = self._passed_over
         batch.on_done((lambda batch: self._tell(),))
         return batch
@@ -154,13 +134,13 @@ class Batch:
         Another batch can discard the task then.
         """
         task = self._running
-        if task is not None and not task._unclaimed and log.SAID not in (self._done or ()):
-            task._unclaimed = [None]
+        if task is not None and not task.unclaimed and log.SAID not in (self._done or ()):
+            task.unclaim()
 
     @property
     def tasks(self) -> list[BackgroundTask]:
         """The tasks that have not finished; the running task is first."""
-        waiting = [task for task in self._of._left() if task._unclaimed]
+        waiting = [task for task in self._queue.left() if task.unclaimed]
         running = self._running  # read now: a task is marked as running before it is claimed
         if running is None or running in waiting:
             return waiting
@@ -169,7 +149,7 @@ class Batch:
     @property
     def length(self) -> int:
         """Approximate number of tasks left; further threads add and run tasks meanwhile."""
-        return max(0, self._of._length() - self._passed_over)
+        return max(0, self._queue.length() - self._passed_over)
 
     @property
     def is_running(self) -> bool:
@@ -184,18 +164,18 @@ class Batch:
     @property
     def has_ended(self) -> bool:
         """True if this batch will begin no further task."""
-        return self._of._phase == ENDED or self._stop != GO_ON
+        return self._queue.phase == ENDED or self._stop != GO_ON
 
     @property
     def next_is_async(self) -> bool | None:
         """True if the next task runs on the portal; None if no task is left."""
-        task = self._of._next_unclaimed()
+        task = self._queue.next_unclaimed()
         return None if task is None else task.is_async
 
     @property
     def has_messages(self) -> bool:
         """True if the runner's ``check`` returned a message for a task that is left."""
-        return any(task.has_message for task in self.tasks)
+        return any(task.message is not None for task in self.tasks)
 
     def on_done(self, functions: tuple[Callable[[Any], None], ...]) -> None:
         """Call each of ``functions`` with the batch when its last task is done, or more often.
@@ -219,15 +199,15 @@ class Batch:
         :return: False in a child process that a hook has forked meanwhile.
         """
         excluded = []
-        for task in list(self._of._list or ()):
-            if task._options is not self._let_run and not self.lets_run(task):
+        for task in list(self._queue.tasks):
+            if task.options is not self._let_run and not self.lets_run(task):
                 excluded.append(task)
         if not excluded:
             return True
         self._done = _done_here()
         for task in excluded:
             self._running = task
-            if task._claim():
+            if task.claim():
                 self._discard(task)
                 self._passed_over += 1
             self._running = None
@@ -287,10 +267,10 @@ class Batch:
                 if self._stopped or self._stop == ABANDONED:
                     break
                 self._running = task  # before the claim: a signal finds its name
-                if task._claim():
+                if task.claim():
                     self._send_or_keep(task)
                 self._running = None
-            self._of._allow_start()
+            self._queue.allow_start()
             self._has_started = False
         except BaseException as exc:
             self.stop(exc)
@@ -299,11 +279,11 @@ class Batch:
             self.notify_if_ended()  # after a stop; else the remaining tasks are still to run
 
     def _send_or_keep(self, task: BackgroundTask) -> None:
-        calls = task._options.calls
-        context = task._context or copy_context()
+        calls = task.options.calls
+        context = task.context or copy_context()
         try:
-            if calls is None or not context.run(calls.send, task):
-                task._unclaimed = [None]  # only the thread that has claimed the task does this
+            if not context.run(calls.send, task):
+                task.unclaim()
                 return
         except BaseException as exc:
             if stops_worker(exc):
@@ -312,7 +292,7 @@ class Batch:
         else:
             self.succeeded += 1
         self._passed_over += 1
-        task._context = None
+        task.context = None
 
     def _start(self) -> bool:
         """Start the run of the request's tasks, which only a single batch may do.
@@ -322,29 +302,20 @@ class Batch:
         """
         if self._has_started:
             return True
-        self._has_started = self._of._may_start()
+        self._has_started = self._queue.may_start()
         if not self._has_started:
             self._stop = STOP
             self._tell()
         return self._has_started
 
     def _run_plain_tasks(self) -> bool:
-        of, done = self._of, self._done
+        queue, done = self._queue, self._done
         while (task := self._next(False)) is not None:
-            context = of._context_of(task)
-            calls = task._options.calls
+            context = queue.context_of(task)
+            calls = task.options.calls
             try:
-                if calls is not None:
-                    result = context.run(self._make_of(calls), task, done)
-                elif done is None:
-                    result = context.run(task.func, *task.args, **task.kwargs)
-                else:  # calls.call() written out; an empty ** costs 0.1 us
-                    done.default_factory = (
-                        partial(context.run, task.func, *task.args, **task.kwargs)
-                        if task.kwargs
-                        else partial(context.run, task.func, *task.args)
-                    )
-                    result = done[RESULT]
+                make = calls.send_or_make if self.sends else calls.make
+                result = context.run(make, task, done)
                 if result is not None:
                     if isawaitable(result):
                         self._begun = task, context, result
@@ -370,15 +341,15 @@ class Batch:
                 if done:  # empty if the task was sent
                     del done[RESULT]
                 self.succeeded += 1
-                if calls is not None:
+                if calls is not DIRECT:  # this spares the call of a method that does nothing
                     _run_in(context, calls.finished, task)
                     if process.generation != self._generation:
                         return False
-            front = of._front
+            front = queue.front
             if front:
                 front.pop()
             else:
-                of._drop(task)
+                queue.drop(task)
         if done is not None:
             done.default_factory = None  # and so the arguments of the last task
         return not (self.has_ended or self._is_in_child)
@@ -387,9 +358,6 @@ class Batch:
     def _is_in_child(self) -> bool:
         """True in a child process that a task, or an observer of a task, has forked."""
         return process.generation != self._generation
-
-    def _make_of(self, calls: Caller) -> Callable[..., Any]:
-        return calls.send_or_make if self.sends else calls.make
 
     def _run_async_tasks(self) -> None:
         """Run the next async tasks on the portal; blocks until they are done."""
@@ -417,13 +385,13 @@ class Batch:
         task = None if self._stop == ABANDONED else self._running or self._next(True)
         if task is None:
             return
-        context = self._of._context_of(task)
+        context = self._queue.context_of(task)
         if self._begun is not None:
             _, context, awaitable = self._begun
             self._begun = None
             coroutines.drop(context, awaitable)
         self._fail(task, context, exc)
-        self._of._drop(task)
+        self._queue.drop(task)
 
     async def _run_async_and_say(self) -> Any:
         await self.run_async()
@@ -466,14 +434,12 @@ class Batch:
                     if task is None:
                         return
                     awaitable = None
-                    context = self._of._context_of(task)
-                calls = task._options.calls
+                    context = self._queue.context_of(task)
+                calls = task.options.calls
                 try:
                     if awaitable is None:
-                        if calls is None:
-                            awaitable = context.run(task.func, *task.args, **task.kwargs)
-                        else:
-                            awaitable = context.run(self._make_of(calls), task, None)
+                        make = calls.send_or_make if self.sends else calls.make
+                        awaitable = context.run(make, task, None)
                     if type(awaitable) is not CoroutineType:
                         awaitable = as_coroutine(awaitable)
                     # The first step; a coroutine that waits for nothing ends in this step.
@@ -495,11 +461,11 @@ class Batch:
                         return
                     self._running = None
                     self.succeeded += 1
-                    if calls is not None:
+                    if calls is not DIRECT:
                         _run_in(context, calls.finished, task)
                 if process.generation != self._generation:
                     return
-                self._of._drop(task)
+                self._queue.drop(task)
                 del awaitable
         except BaseException as exc:
             if self._is_in_child:
@@ -514,42 +480,42 @@ class Batch:
         """Begin no further task; claim and return the tasks left, the running task first."""
         was_abandoned = self._stop == ABANDONED
         self._stop = ABANDONED
-        self._of._end()
+        self._queue.stop()
         running = None if was_abandoned else self._running
         if running is not None:
-            running._claim()  # if the task was only about to begin
-        left = [task for task in self._of._left() if task._claim()]
+            running.claim()  # if the task was only about to begin
+        left = [task for task in self._queue.left() if task.claim()]
         return left if running is None else [running, *left]
 
     def _next(self, is_async: bool) -> BackgroundTask | None:
         """Claim the next task if its ``is_async`` matches; end the batch if no task is left."""
-        of = self._of
+        queue = self._queue
         while not self._stop:
-            front = of._front
-            task = front[-1] if front else of._first()
+            front = queue.front
+            task = front[-1] if front else queue.first()
             if task is None:
                 return None
-            runs = not self._stopped and (task._options is self._let_run or self.lets_run(task))
-            if runs and task.is_async is not is_async and task._unclaimed:
+            runs = not self._stopped and (task.options is self._let_run or self.lets_run(task))
+            if runs and task.is_async is not is_async and task.unclaimed:
                 return None
             self._running = task  # before the claim: a signal finds its name
             try:
-                task._unclaimed.pop()  # task._claim(), without the call
+                task.unclaimed.pop()  # task.claim(), without the call
             except IndexError as exc:
                 if not is_raised_here(exc):
                     raise
             else:
                 if runs:
                     if is_async:  # the task may wait for long: free the emptied list
-                        task._unclaimed = CLAIMED
+                        task.free_claim()
                     return task
                 self._discard(task)
                 if self._is_in_child:
                     return None
             self._running = None
             self._passed_over = max(0, self._passed_over - 1)  # 0: another thread claimed
-            of._drop(task)
-        of._end()  # again: abandon() may have run between two steps of _first()
+            queue.drop(task)
+        queue.stop()  # again: abandon() may have run between two steps of _first()
         return None
 
     def lets_run(self, task: BackgroundTask) -> bool:
@@ -558,7 +524,7 @@ class Batch:
         The batch compares ``_let_run`` first: in most batches all tasks share their options,
         and a call for each task would make an inline task a tenth slower.
         """
-        options = task._options
+        options = task.options
         if options.lets_run(self._status):
             self._let_run = options
             return True
@@ -566,19 +532,19 @@ class Batch:
 
     def _fail(self, task: BackgroundTask, context: Context, exc: BaseException) -> None:
         self.failed += 1
-        if task._options.stop_on_error:
+        if task.options.stop_on_error:
             self._stopped = True
         _run_in(context, task_log.log_failure, task, exc, self._done)
         self._settle()
-        _run_in(context, self._of._notify_failure, task, exc)
+        _run_in(context, self._queue.notify_failure, task, exc)
 
     def _discard(self, task: BackgroundTask) -> None:
         self.discarded += 1
         if self._stopped:
             reason = "a task before it failed, with stop_on_error set"
         else:
-            reason = task._options.why_not_run(self._status)
-        context = self._of._context_of(task)
+            reason = task.options.why_not_run(self._status)
+        context = self._queue.context_of(task)
         _run_in(context, task_log.log_skipped, task, reason, self._done)
         self._settle()
         _run_in(context, task_log.notify_discarded, task, reason)
@@ -594,7 +560,7 @@ class Batch:
         if self._is_in_child:
             return
         running = self._running
-        has_begun = running is not None and not running._unclaimed
+        has_begun = running is not None and not running.unclaimed
         done: dict[Any, Any] = self._done or {}
         if log.SAID in done:
             self._running = None  # the task is logged already
@@ -621,7 +587,7 @@ class Batch:
         return f"<{type(self).__name__} [{', '.join(names)}]>"
 
 
-def _done_here() -> defaultdict[Any, Any] | None:
+def _done_here() -> Done:
     """A new dictionary for :attr:`Batch._done`, on the thread that signal handlers run on."""
     return defaultdict() if current_thread() is main_thread() else None
 

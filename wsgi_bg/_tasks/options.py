@@ -10,7 +10,7 @@ from wsgi_bg._tasks import successors
 from wsgi_bg._tasks.callables import is_plain
 from wsgi_bg._tasks.checks import whole_number
 from wsgi_bg._tasks.registry import options_of
-from wsgi_bg._tasks.task import BackgroundTask, Caller, Layer, RunOn
+from wsgi_bg._tasks.task import DIRECT, BackgroundTask, Caller, Layer, RunOn
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError
 
 OnError = Callable[[BackgroundTask, BaseException], Any]
@@ -23,7 +23,7 @@ class Options(Layer):
     :ivar celery: options for Celery, ignored by every runner but ``CeleryRunner``.
     :ivar runner: runs the tasks; None in a ``BackgroundTasks`` that was made by hand.
     :ivar runner_is_default: True if the runner is a default, which an inner layer may replace.
-    :ivar calls: calls the tasks; None if their functions are called directly.
+    :ivar calls: calls the tasks.
     :ivar check: the runner's method, called with each added task; may return a message.
     :ivar added: called with each added task, to record the place of the call.
     :ivar is_watched: True if :meth:`admit` must be called for each added task.
@@ -36,13 +36,13 @@ class Options(Layer):
     celery: Mapping[str, Any] | None = None
     runner: Any = None
     runner_is_default: bool = False
-    calls: Caller | None = None
+    calls: Caller = DIRECT
     check: Callable[[BackgroundTask], Any] | None = None
     added: Callable[[BackgroundTask], object] | None = None
     is_watched: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
-        is_watched = bool(self.check or self.added or self.calls or self.on_error)
+        is_watched = bool(self.check or self.added or self.on_error or self.calls is not DIRECT)
         object.__setattr__(self, "is_watched", is_watched)  # the class is frozen
 
     def admit(self, task: BackgroundTask, batch: Any) -> None:
@@ -53,11 +53,10 @@ class Options(Layer):
         """
         successors.admit(task, batch)
         if self.check is not None:
-            task._message = self.check(task)
+            task.message = self.check(task)
         if self.added is not None:
             self.added(task)
-        if self.calls is not None:
-            self.calls.added(task, batch)
+        self.calls.added(task, batch)
 
     def override(
         self,

@@ -42,7 +42,7 @@ def observe(task: BackgroundTask, observer: Callable[..., Any], *args: Any) -> N
     """
     before = _thread.generation
     try:
-        _thread.generation = getattr(task, "_generation", 0) + 1
+        _thread.generation = task.generation + 1
         observer(*args)
     except EndlessTasksError as exc:
         if exc.is_first:
@@ -79,4 +79,4 @@ def admit(task: BackgroundTask, batch: Any) -> None:
             is_first = not getattr(batch, "is_endless", False)
             batch.is_endless = True
             raise EndlessTasksError(task.name, generation, is_first=is_first)
-        task._generation = generation
+        task.generation = generation

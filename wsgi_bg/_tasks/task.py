@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextvars import Context, copy_context
+from functools import partial
 from inspect import CO_COROUTINE
+from sys import modules
 from types import FunctionType, MethodType
-from typing import Any, Literal, ParamSpec, Protocol
+from typing import Any, Literal, ParamSpec
 
 from wsgi_bg._loop import portal
 from wsgi_bg._loop.asgiref_state import detached
@@ -23,16 +26,57 @@ CRASHED = 1000
 """In place of a status code if the application raised; counts as failed for each option."""
 
 
-class Caller(Protocol):
-    """Calls tasks, and observes their calls: see :class:`wsgi_bg._request.calls.Calls`."""
+RESULT = "result"
 
-    def added(self, task: BackgroundTask, batch: Any) -> None: ...
-    def send(self, task: BackgroundTask) -> bool: ...
-    def send_or_make(self, task: BackgroundTask, done: Any) -> Any: ...
-    def make(self, task: BackgroundTask, done: Any) -> Any: ...
-    def finished(self, task: BackgroundTask) -> None: ...
-    def failed(self, task: BackgroundTask, exc: BaseException) -> None: ...
-    def discarded(self, task: BackgroundTask, reason: str) -> None: ...
+Done = defaultdict[Any, Any] | None
+
+
+class Caller:
+    """Calls tasks directly; base class of callers that observe tasks, or send them away."""
+
+    __slots__ = ()
+
+    def added(self, task: BackgroundTask, batch: Any) -> None:
+        """``task`` is about to join ``batch``, a ``BackgroundTasks``."""
+
+    def send(self, task: BackgroundTask) -> bool:
+        """Send the task to another process; True if the task was sent."""
+        return False
+
+    def send_or_make(self, task: BackgroundTask, done: Done) -> Any:
+        """Send the task; if the task is not sent, make the call as :meth:`make` does."""
+        return self.make(task, done)
+
+    def make(self, task: BackgroundTask, done: Done) -> Any:
+        """Make the call of ``task`` in the current context and return its result.
+
+        :param done: given on a thread that runs signal handlers. Its ``default_factory`` makes
+            the call and stores the result under RESULT, with no bytecode, and so no handler,
+            between call and store.
+        :raises BaseException: the error of the call.
+        """
+        if done is None:
+            return task.func(*task.args, **task.kwargs)
+        # An empty ** costs 0.1 us.
+        done.default_factory = (
+            partial(task.func, *task.args, **task.kwargs)
+            if task.kwargs
+            else partial(task.func, *task.args)
+        )
+        return done[RESULT]
+
+    def finished(self, task: BackgroundTask) -> None:
+        """``task`` has returned; an awaitable that its function returned was awaited."""
+
+    def failed(self, task: BackgroundTask, exc: BaseException) -> None:
+        """``task`` has raised ``exc``."""
+
+    def discarded(self, task: BackgroundTask, reason: str) -> None:
+        """``task`` will not run, or was interrupted."""
+
+
+DIRECT: Caller = Caller()
+"""The caller of tasks that nothing observes."""
 
 
 class Layer:
@@ -43,7 +87,7 @@ class Layer:
 
     :ivar run_on: after which requests the tasks run.
     :ivar failed_from: the lowest status that counts as a failure.
-    :ivar calls: calls the tasks; None if their functions are called directly.
+    :ivar calls: calls the tasks.
     :ivar on_error: called with a task and its error.
     :ivar stop_on_error: True if a task's error skips the rest of the batch.
     :ivar celery: options for Celery, ignored by every runner but ``CeleryRunner``.
@@ -53,7 +97,7 @@ class Layer:
 
     run_on: RunOn = "success"
     failed_from: int = 500
-    calls: Caller | None = None
+    calls: Caller = DIRECT
     on_error: Callable[[BackgroundTask, BaseException], Any] | None = None
     stop_on_error: bool = False
     celery: Mapping[str, Any] | None = None
@@ -78,8 +122,7 @@ class Layer:
 
 _NO_LAYER = Layer()
 
-CLAIMED: list[None] = []
-"""``_unclaimed`` of all claimed tasks; always empty."""
+_EMPTY: list[Any] = []  # always empty; of claimed tasks, and of tasks without a record
 
 
 class BackgroundTask:
@@ -96,77 +139,51 @@ class BackgroundTask:
     :ivar is_async: True if ``func`` is known to return an awaitable: an ``async def``
         function, a :func:`functools.partial` of an async function, an object with an async
         ``__call__``. An awaitable that any other function returns is awaited too.
+    :ivar options: the options of the layer or view in which the task was added, for runners.
+    :ivar context: the context variables to run in; None for a task that runs or has run, and
+        for a task that was made by hand.
+    :ivar unclaimed: emptied by :meth:`claim`.
+    :ivar generation: of a task that a hook, an ``on_error`` or a teardown has added: see
+        :mod:`wsgi_bg._tasks.successors`.
+    :ivar message: the result of the runner's ``check``, until ``send`` gets the message.
+    :ivar record: the record that the hooks get, alone in a list until the task has ended.
     """
 
     __slots__ = (
         "__weakref__",
-        "_context",
-        "_generation",
-        "_message",
-        "_options",
-        "_record",
-        "_unclaimed",
         "_unowned",
         "args",
+        "context",
         "func",
+        "generation",
         "is_async",
         "kwargs",
+        "message",
+        "options",
+        "record",
+        "unclaimed",
     )
 
     func: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     is_async: bool
-    _generation: int  # only if added by a hook, an on_error or a teardown: see successors
-    _message: Any  # only if the runner has check(): its result, until send() gets it
-    _record: list[Any]  # only if hooks observe the task: the record that the hooks get
-    _unclaimed: list[None]
+    options: Layer
+    context: Context | None
+    unclaimed: list[None]
+    generation: int
+    message: Any
+    record: list[Any]
     _unowned: list[None]  # only if the task was made by hand
 
     def __init__(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
-        self._fill(func, args, kwargs, None, _NO_LAYER)
+        fill(self, func, args, kwargs, None, _NO_LAYER)
         self._unowned = [None]
-
-    def _fill(
-        self,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        context: Context | None,
-        options: Layer,
-    ) -> None:
-        flags = NOT_PLAIN
-        if type(func) is FunctionType or (
-            type(func) is MethodType and type(func.__func__) is FunctionType
-        ):
-            flags = func.__code__.co_flags & NOT_PLAIN
-        if flags == 0:
-            self.is_async = False
-        elif flags == CO_COROUTINE:
-            self.is_async = True
-        else:
-            self.is_async = is_async_callable(func)
-        self.func = func
-        self.args = args
-        self.kwargs = kwargs
-        self._context = context
-        self._options = options
-        self._unclaimed = [None]
 
     @property
     def name(self) -> str:
         """``module.qualname`` of the function, for logs."""
         return name_of(self.func)
-
-    @property
-    def options(self) -> Layer:
-        """The options of the layer or view in which the task was added, for runners."""
-        return self._options
-
-    @property
-    def has_message(self) -> bool:
-        """True if the runner's ``check`` has returned a message that was not sent yet."""
-        return getattr(self, "_message", None) is not None
 
     def __call__(self) -> Any:
         """Make the call now and return its result; blocks until the call is done.
@@ -177,13 +194,12 @@ class BackgroundTask:
         :raises BaseException: the error of the call.
         :raises RuntimeError: for an async call from the portal's own thread.
         """
-        context = copy_context() if self._context is None else self._context
-        return self._call_in(detached(context))
+        context = copy_context() if self.context is None else self.context
+        return self.call_in(detached(context))
 
-    def _call_in(self, context: Context) -> Any:
-        calls = self._options.calls
-        if calls is None:
-            return self._finish(context, context.run(self.func, *self.args, **self.kwargs))
+    def call_in(self, context: Context) -> Any:
+        """Make the call in ``context``: see :meth:`__call__`."""
+        calls = self.options.calls
         try:
             result = self._finish(context, context.run(calls.make, self, None))
         except BaseException as exc:
@@ -203,7 +219,7 @@ class BackgroundTask:
                 raise error
         return result
 
-    def _claim(self) -> bool:
+    def claim(self) -> bool:
         """Claim the right to run or log this task; True for a single caller only.
 
         ``list.pop`` is an atomic operation on every Python, also on free-threaded builds
@@ -211,25 +227,81 @@ class BackgroundTask:
         leaves nothing locked for a signal handler or a fork.
         """
         try:
-            self._unclaimed.pop()
+            self.unclaimed.pop()
         except IndexError as exc:
             if not is_raised_here(exc):
                 raise
             return False
-        self._unclaimed = CLAIMED  # frees the list
+        self.free_claim()
         return True
 
-    def _owned(self, options: Layer) -> BackgroundTask:
+    def free_claim(self) -> None:
+        """Free the list that the claim has emptied."""
+        self.unclaimed = _EMPTY
+
+    def unclaim(self) -> None:
+        """Give the claim back; called only by the thread that has the claim."""
+        self.unclaimed = [None]
+
+    def take_context(self) -> Context:
+        """Return the context to run in, and clear the task's reference to the context.
+
+        Must be called on the thread that will run the task. A request's context refers to the
+        tasks, through the variable of the proxy. The reference back would make a cycle that
+        only the garbage collector could free.
+        """
+        context = self.context
+        if context is None:
+            context = copy_context()
+        else:
+            self.context = None
+        return detached(context) if "asgiref.sync" in modules else context
+
+    def owned(self, options: Layer) -> BackgroundTask:
         """Return this task for a new batch, or a copy if another batch owns this task."""
         try:
             self._unowned.pop()
         except (AttributeError, IndexError):
             task = BackgroundTask.__new__(BackgroundTask)
-            task._fill(self.func, self.args, self.kwargs, copy_context(), options)
+            fill(task, self.func, self.args, self.kwargs, copy_context(), options)
             return task
-        self._context = copy_context()
-        self._options = options
+        self.context = copy_context()
+        self.options = options
         return self
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}>"
+
+
+def fill(
+    task: BackgroundTask,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: Context | None,
+    options: Layer,
+) -> None:
+    """Set the attributes of a new task: the ``__init__`` of a task of a batch.
+
+    :raises TypeError: if ``func`` cannot run as a task.
+    """
+    flags = NOT_PLAIN
+    if type(func) is FunctionType or (
+        type(func) is MethodType and type(func.__func__) is FunctionType
+    ):
+        flags = func.__code__.co_flags & NOT_PLAIN
+    if flags == 0:
+        task.is_async = False
+    elif flags == CO_COROUTINE:
+        task.is_async = True
+    else:
+        task.is_async = is_async_callable(func)
+    task.func = func
+    task.args = args
+    task.kwargs = kwargs
+    task.context = context
+    task.options = options
+    task.unclaimed = [None]
+    task.generation = 0
+    task.message = None
+    task.record = _EMPTY

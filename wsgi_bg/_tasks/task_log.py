@@ -33,10 +33,8 @@ def log_failure(
 def notify_failure(task: BackgroundTask, exc: BaseException) -> None:
     """Call the hooks and the ``on_error`` of a failed task, in the task's context."""
     generation = process.generation
-    calls = task._options.calls
-    if calls is not None:
-        calls.failed(task, exc)
-    on_error = task._options.on_error
+    task.options.calls.failed(task, exc)
+    on_error = task.options.on_error
     if on_error is None or process.generation != generation:
         return
     try:
@@ -73,9 +71,7 @@ def log_unfinished(task: BackgroundTask, reason: str) -> None:
 
 def notify_discarded(task: BackgroundTask, reason: str) -> None:
     """Call the hooks for a task that will not run, or that was interrupted."""
-    calls = task._options.calls
-    if calls is not None:
-        calls.discarded(task, reason)
+    task.options.calls.discarded(task, reason)
 
 
 def _kind_of(exc: BaseException) -> str:

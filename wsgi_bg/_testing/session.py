@@ -20,7 +20,7 @@ from wsgi_bg.runners import resolve
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
-    from wsgi_bg._tasks.background_tasks import BackgroundTasks
+    from wsgi_bg._tasks.background_tasks import TaskQueue
     from wsgi_bg._tasks.task import BackgroundTask
     from wsgi_bg.runners import Runner
 
@@ -79,7 +79,7 @@ class RecordingSession:
                         request.drop()
                 self._raise_all()
 
-    def _observe(self, tasks: BackgroundTasks, environ: WSGIEnvironment) -> RecordedRequest:
+    def _observe(self, tasks: TaskQueue, environ: WSGIEnvironment) -> RecordedRequest:
         request = RecordedRequest(self, tasks, environ)
         self._requests.append(request)
         return request
@@ -166,7 +166,7 @@ class RecordedRequest(RequestObserver):
     """
 
     def __init__(
-        self, session: RecordingSession, tasks: BackgroundTasks, environ: WSGIEnvironment
+        self, session: RecordingSession, tasks: TaskQueue, environ: WSGIEnvironment
     ) -> None:
         path = f"{environ.get('SCRIPT_NAME', '')}{environ.get('PATH_INFO', '')}"
         # PEP 3333, "Unicode"

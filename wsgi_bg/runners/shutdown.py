@@ -159,7 +159,7 @@ def drain(timeout: float | None = None) -> list[BackgroundTask]:
 def _check(name: str, timeout: float | None) -> float | None:
     checks.seconds("timeout", timeout, or_none=True)
     tasks, loop = current.get(None), portal.peek()
-    is_in_task = tasks is not None and tasks._phase == CLOSED
+    is_in_task = tasks is not None and tasks.phase == CLOSED
     if is_in_task or (loop is not None and loop.is_current):
         raise InsideTaskError(name)
     # An int may be larger than any float.
