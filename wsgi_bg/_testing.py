@@ -274,7 +274,8 @@ class _Request(RequestObserver):
         if not self.is_of_test_client:
             return response
         stream = _Stream(self, response)
-        self.recorder._streams.append(stream)
+        if not stream.is_closed:
+            self.recorder._streams.append(stream)
         return stream
 
     def submit(self, batch: Batch, runner: Runner) -> None:
@@ -340,7 +341,7 @@ class _Stream:
     def __init__(self, request: _Request, response: Response) -> None:
         self._request = request
         self._response = response
-        self._is_closed = False  # by the client, or at the end
+        self.is_closed = False  # by the client, or at the end
         self._is_cut = False
         self._chunks = self._read()
         # Not if the application is a generator: Django's requests begin before their views.
@@ -366,7 +367,7 @@ class _Stream:
         except GeneratorExit:  # the client drops the stream
             raise
         except BaseException as exc:
-            self._is_closed = True  # raise no second error to the client
+            self.is_closed = True  # raise no second error to the client
             response.close()
             if isinstance(exc, Exception):
                 yield from seen  # the error comes at its usual place
@@ -385,15 +386,15 @@ class _Stream:
         :raises BaseException: the error of the application's ``close()``, or in mode "run"
             the first error of the request's tasks.
         """
-        if not self._is_closed:  # a client closes twice
-            self._is_closed = True
+        if not self.is_closed:  # a client closes twice
+            self.is_closed = True
             self._response.close()
             if self._request.recorder.mode == "run":
                 self._request.recorder._raise_first(self._request)
 
     def cut(self) -> None:
         """Close the response if the client has not; on any thread."""
-        if not self._is_closed:
+        if not self.is_closed:
             self._is_cut = True
             self._response.close()
 
