@@ -25,7 +25,7 @@ import urllib.request
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import fastapi
 import uvicorn
@@ -42,18 +42,10 @@ CONNECTIONS = 16
 COLUMNS = ("requests/s", "p50 ms", "p99 ms", "completed/s", "left", "drained s")
 MILLISECONDS = {"us": 0.001, "ms": 1.0, "s": 1000.0, "m": 60_000.0}
 
+Figures = tuple[float, ...]
+"""The results of a subject in one round, in the order of COLUMNS."""
+
 processes = multiprocessing.get_context("spawn")
-
-
-class Figures(NamedTuple):
-    """The results of a subject in one round."""
-
-    rate: float
-    p50: float
-    p99: float
-    completed: float
-    left: float
-    drained: float
 
 
 class Tasks:
@@ -93,10 +85,6 @@ def flask(view: Callable[[], str]) -> Flask:
     return app
 
 
-def no_task(tasks: Tasks) -> App:
-    return flask(lambda: "ok")
-
-
 def with_runner(runner: Literal["inline", "pool"], tasks: Tasks) -> App:
     app = flask(lambda: tasks.add(background_tasks.add_task))
     return BackgroundTasksMiddleware(app, runner=runner)
@@ -120,7 +108,7 @@ def asgi(tasks: Tasks) -> fastapi.FastAPI:
 
 
 SUBJECTS: dict[str, Callable[[Tasks], Any]] = {
-    "Flask, no task": no_task,
+    "Flask, no task": lambda tasks: flask(lambda: "ok"),
     "Flask, inline": partial(with_runner, "inline"),
     "Flask, pool": partial(with_runner, "pool"),
     "Flask, Flask-Executor": partial(flask_executor, None),
@@ -168,25 +156,17 @@ def measure(subject: str, seconds: int) -> Figures:
             before, began = tasks.completed.value, time.monotonic()
             of_wrk = put_load(url, seconds)
             completed = (tasks.completed.value - before) / (time.monotonic() - began)
-            return Figures(*of_wrk, completed, tasks.left(), tasks.drain())
+            return *of_wrk, completed, tasks.left(), tasks.drain()
         finally:
             server.kill()
             server.join()
 
 
 def print_table(rounds: dict[str, list[Figures]]) -> None:
-    medians = {
-        subject: Figures(*map(statistics.median, zip(*figures, strict=True)))
-        for subject, figures in rounds.items()
-    }
     print("| | " + " | ".join(COLUMNS) + " |\n|" + "---|" * (len(COLUMNS) + 1))
-    for subject, median in medians.items():
-        print(f"| {subject} | " + " | ".join(f"{figure:.1f}" for figure in median) + " |")
-    bare, inline, pool = (medians[f"Flask, {name}"] for name in ("no task", "inline", "pool"))
-    print(f"\npool / inline: {pool.rate / inline.rate:.1f} times the requests (to reach: 5)")
-    print(f"p99 of pool / of no task: {pool.p99 / bare.p99:.2f} (to reach: 2)")
-    ratio = pool.completed / medians["FastAPI on uvicorn"].completed
-    print(f"completed, pool / FastAPI: {ratio:.2f} (to reach: 1)")
+    for subject, figures in rounds.items():
+        medians = map(statistics.median, zip(*figures, strict=True))
+        print(f"| {subject} | " + " | ".join(f"{median:.1f}" for median in medians) + " |")
 
 
 def main() -> None:

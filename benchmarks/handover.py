@@ -12,12 +12,11 @@ objects, by tracemalloc. ``--tasks`` shortens these rows, ``--rounds`` all rows.
 from __future__ import annotations
 
 import asyncio
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from operator import attrgetter
@@ -30,7 +29,17 @@ from flask import Flask
 from flask_executor import Executor
 from starlette.background import BackgroundTasks as StarletteTasks
 
-from benchmarks.measure import HEADERS, begin, in_turns, options, peak_memory, request, row, run
+from benchmarks.measure import (
+    HEADERS,
+    begin,
+    in_turns,
+    options,
+    peak_memory,
+    request,
+    row,
+    run,
+    time_calls,
+)
 from wsgi_bg import ENVIRON_KEY, BackgroundTasksMiddleware, PoolRunner
 
 THREADS = 40
@@ -62,39 +71,31 @@ class Countdown:
         assert self._done.wait(TIMEOUT), "not all tasks were run"
 
 
-class Requests:
-    """Requests through the middleware to an application that only adds given functions.
+def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+    for func in environ.get("functions", ()):
+        environ[ENVIRON_KEY].add_task(func)
+    start_response("200 OK", HEADERS)
+    return [b"ok"]
 
-    :param sized: True if the responses have a declared length, and so are complete.
+
+def ours() -> Callable[..., HandOver]:
+    """Return a function that makes a request to an application that adds given functions.
+
+    The function returns the ``close()`` that the server calls at the end of the request.
     """
+    runner = PoolRunner(threads=THREADS, max_pending=None)
+    wrapped = BackgroundTasksMiddleware(app, runner=runner)
+    return lambda *functions: begin(wrapped, functions=functions)
 
-    def __init__(self, *, sized: bool = True) -> None:
-        self._headers = HEADERS if sized else []
-        runner = PoolRunner(threads=THREADS, max_pending=None)
-        self._app = BackgroundTasksMiddleware(self._add, runner=runner)
 
-    def _add(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
-        add_task = environ[ENVIRON_KEY].add_task
-        for func in environ["functions"]:
-            add_task(func)
-        start_response("200 OK", self._headers)
-        return [b"ok"]
-
-    def begin(self, *functions: Func) -> HandOver:
-        """Make a request; return the ``close()`` that the server calls at its end."""
-        return begin(self._app, functions=functions)
-
-    def make(self, *functions: Func) -> None:
-        self.begin(*functions)()
+def ours_at_once() -> HandOver:
+    """Return a function that makes a whole request."""
+    make = ours()
+    return lambda *functions: make(*functions)()
 
 
 def beside_request(hand_over: HandOver) -> Callable[[Func], HandOver]:
     """For a peer: make a request to a bare application; return the peer's own call."""
-
-    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
-        start_response("200 OK", HEADERS)
-        return [b"ok"]
-
     serve = request(app)
 
     def begin(func: Func) -> HandOver:
@@ -105,41 +106,36 @@ def beside_request(hand_over: HandOver) -> Callable[[Func], HandOver]:
 
 
 @contextmanager
-def thread_peers() -> Iterator[dict[str, HandOver]]:
-    """Yield the subjects that run plain functions on threads."""
-    app = Flask(__name__)
-    app.config["EXECUTOR_MAX_WORKERS"] = THREADS
-    with ExitStack() as stack:
-        stack.enter_context(app.test_request_context())
-        flask_executor = Executor(app)
-        stack.callback(flask_executor.shutdown)
+def peers() -> Iterator[dict[str, HandOver]]:
+    """Yield functions that hand over to threads, or to an event loop in a separate thread."""
+    flask = Flask(__name__)
+    flask.config["EXECUTOR_MAX_WORKERS"] = THREADS
+    with (
+        flask.test_request_context(),
+        ThreadPoolExecutor(THREADS) as pool,
+        start_blocking_portal() as portal,
+    ):
+        flask_executor = Executor(flask)
+        loop = portal.call(asyncio.get_running_loop)
         yield {
-            "ThreadPoolExecutor": stack.enter_context(ThreadPoolExecutor(THREADS)).submit,
+            "ThreadPoolExecutor": pool.submit,
             "Flask-Executor": flask_executor.submit,
-        }
-
-
-@contextmanager
-def loop_peers() -> Iterator[dict[str, HandOver]]:
-    """Yield the subjects that run functions on an event loop in a separate thread."""
-    with start_blocking_portal() as blocking:
-        loop = blocking.call(asyncio.get_running_loop)
-        yield {
-            "start_task_soon": blocking.start_task_soon,
+            "start_task_soon": portal.start_task_soon,
             "run_coroutine_threadsafe": lambda func: asyncio.run_coroutine_threadsafe(
                 func(), loop
             ),
         }
+        flask_executor.shutdown()
 
 
-def starlette(tasks: int, size: int) -> float:
-    """Seconds for ``tasks`` plain tasks, ``size`` a response, on a running loop.
+def starlette(size: int) -> float:
+    """Seconds for ``options.tasks`` plain tasks, ``size`` a response, on a running loop.
 
     After sending a response Starlette awaits its tasks, in the asyncio task of the request.
     Here 16 requests run at a time: Starlette is slower with a single request, and with all.
     """
-    countdown = Countdown(tasks)
-    responses = iter(range(tasks // size))
+    countdown = Countdown(options.tasks)
+    responses = iter(range(options.tasks // size))
 
     async def connection() -> None:
         for _ in responses:
@@ -156,83 +152,46 @@ def starlette(tasks: int, size: int) -> float:
     return asyncio.run(serve())
 
 
-def task_group(tasks: int, func: Callable[[Countdown], Func]) -> float:
-    """Seconds for ``tasks`` coroutines in one anyio task group."""
-    wait = func(Countdown(tasks))
+def task_group(func: Callable[[Countdown], Func]) -> float:
+    """Seconds for ``options.tasks`` coroutines in one anyio task group."""
+    wait = func(Countdown(options.tasks))
 
     async def serve() -> float:
         began = time.perf_counter()
         async with anyio.create_task_group() as group:
-            for _ in range(tasks):
+            for _ in range(options.tasks):
                 group.start_soon(wait)
         return time.perf_counter() - began
 
     return asyncio.run(serve())
 
 
-def one_by_one(
-    begin: Callable[[Func], HandOver], func: Callable[[SimpleQueue[None]], Func]
-) -> Callable[[], float]:
+def one_by_one(begin: Callable[[Func], HandOver], *, is_async: bool) -> Callable[[], float]:
     """Time single calls, each made after the previous call's task is done.
 
     :param begin: makes a request, and returns the call that submits a function.
     """
     finished: SimpleQueue[None] = SimpleQueue()
-    task = func(finished)
 
-    def measured() -> float:
-        taken = []
-        for _ in range(CALLS):
-            time.sleep(PAUSE)
-            hand_over = begin(task)
-            began = time.perf_counter()
-            hand_over()
-            taken.append(time.perf_counter() - began)
-            finished.get(timeout=TIMEOUT)
-        return statistics.median(taken) * 1e6
-
-    return measured
-
-
-def telling(finished: SimpleQueue[None]) -> Func:
-    """A plain task that puts an item into ``finished``."""
-    return partial(finished.put, None)
-
-
-def telling_async(finished: SimpleQueue[None]) -> Func:
-    """The same as an async task."""
-
-    async def tell() -> None:
+    async def async_task() -> None:
         finished.put(None)
 
-    return tell
+    task = async_task if is_async else partial(finished.put, None)
+
+    def start() -> HandOver:
+        time.sleep(PAUSE)
+        return begin(task)
+
+    return time_calls(start, CALLS, partial(finished.get, timeout=TIMEOUT))
 
 
-def compare(
-    what: str, others: dict[str, HandOver], func: Callable[[SimpleQueue[None]], Func]
-) -> None:
-    """Print a row for each of ``others``, and a row for streams."""
-    begins: list[Callable[[Func], HandOver]] = [
-        Requests().begin,
-        Requests(sized=False).begin,
-        *map(beside_request, others.values()),
-    ]
-    mine, of_stream, *theirs = in_turns(*(one_by_one(begin, func) for begin in begins))
-    for name, peer in zip(others, theirs, strict=True):
+def compare(names: tuple[str, ...], *, is_async: bool) -> None:
+    with peers() as hand_overs:
+        begins = [ours(), *(beside_request(hand_overs[name]) for name in names)]
+        mine, *theirs = in_turns(*(one_by_one(begin, is_async=is_async) for begin in begins))
+    what = "hand over an async task" if is_async else "hand over a plain task"
+    for name, peer in zip(names, theirs, strict=True):
         row(what, mine, name, peer, GOAL)
-    # The tasks of a stream begin 5 ms later, so the CPU's caches are cold at the next call.
-    row(f"{what}, of a stream", of_stream, "with a length", mine)
-
-
-def plain() -> None:
-    with thread_peers() as others, loop_peers() as portal:
-        others["start_task_soon"] = portal["start_task_soon"]
-        compare("hand over a plain task", others, telling)
-
-
-def async_task() -> None:
-    with loop_peers() as others:
-        compare("hand over an async task", others, telling_async)
 
 
 def all_of_them(hand_over: HandOver, func: Callable[[Countdown], Func], size: int) -> float:
@@ -258,46 +217,38 @@ def waiting(countdown: Countdown, seconds: float) -> Func:
 
 def rate(size: int) -> None:
     counting = attrgetter("tick")  # a plain task that takes no time
-    with thread_peers() as plain:
-        others: dict[str, Callable[[], float]] = {
-            name: partial(all_of_them, hand_over, counting, 1)
-            for name, hand_over in plain.items()
-        }
-        others["Starlette"] = partial(starlette, options.tasks, size)
-        ours = partial(all_of_them, Requests().make, counting, size)
-        mine, *theirs = in_turns(ours, *others.values(), rounds=min(options.rounds, 7))
-    for name, peer in zip(others, theirs, strict=True):
+    with peers() as hand_overs:
+        mine, *theirs = in_turns(
+            partial(all_of_them, ours_at_once(), counting, size),
+            *(partial(all_of_them, hand_overs[name], counting, 1) for name in OF_THREADS),
+            partial(starlette, size),
+            rounds=min(options.rounds, 7),
+        )
+    for name, peer in zip((*OF_THREADS, "Starlette"), theirs, strict=True):
         what, thousand = f"plain tasks a second, {size} a batch", options.tasks / 1000
         row(what, thousand / mine, name, thousand / peer, GOAL, "k")
 
 
 def async_many() -> None:
     seconds = options.tasks / 10_000  # shorter for fewer tasks, to keep short runs short
-    with loop_peers() as portal:
-        handing = {"wsgi_bg": Requests().make, **portal}
 
-        def subjects(seconds: float) -> dict[str, Callable[[], float]]:
-            func = partial(waiting, seconds=seconds)
-            group = partial(task_group, options.tasks, func)
-            ours_and_portals = {
-                name: partial(all_of_them, hand_over, func, 1)
-                for name, hand_over in handing.items()
-            }
-            return {**ours_and_portals, "anyio task group": group}
+    def subjects(seconds: float) -> tuple[Callable[[], float], Callable[[], float]]:
+        func = partial(waiting, seconds=seconds)
+        return partial(all_of_them, ours_at_once(), func, 1), partial(task_group, func)
 
-        took = in_turns(*subjects(seconds).values(), rounds=min(options.rounds, 3))
-        # Tracing slows submitting: longer tasks make sure that all tasks wait together.
-        sizes = [peak_memory(each) / options.tasks for each in subjects(4 * seconds).values()]
+    mine, peer = in_turns(*subjects(seconds), rounds=min(options.rounds, 3))
+    # Tracing slows submitting: longer tasks make sure that all tasks wait together.
+    size, of_peer = (peak_memory(each) / options.tasks for each in subjects(4 * seconds))
     what = f"{options.tasks} async tasks of {seconds:g} s"
-    names = [*portal, "anyio task group"]
-    for name, peer, size in zip(names, took[1:], sizes[1:], strict=True):
-        row(what, took[0], name, peer, "<= 1.3 s", " s")
-        row("    memory each", sizes[0], name, size, "<= 2.6 kB", " kB")
+    row(what, mine, "anyio task group", peer, "<= 1.3 s", " s")
+    row("    memory each", size, "anyio task group", of_peer, "<= 2.6 kB", " kB")
 
 
+OF_THREADS = ("ThreadPoolExecutor", "Flask-Executor")
+OF_LOOPS = ("start_task_soon", "run_coroutine_threadsafe")
 ROWS: dict[str, Callable[[], None]] = {
-    "plain": plain,
-    "async": async_task,
+    "plain": partial(compare, (*OF_THREADS, "start_task_soon"), is_async=False),
+    "async": partial(compare, OF_LOOPS, is_async=True),
     "rate": partial(rate, 1),
     "rate-ten": partial(rate, 10),
     "async-many": async_many,

@@ -20,14 +20,8 @@ App = Callable[[dict[str, Any], Any], Iterable[bytes]]
 HEADERS = [("Content-Length", "2")]
 
 
-class Options(argparse.Namespace):
-    """The command line's numbers; defaults until the command line is parsed."""
-
-    rounds: int
-    tasks: int
-
-
-options = Options(rounds=36)
+options = argparse.Namespace(rounds=36)
+"""The command line's numbers; defaults until the command line is parsed."""
 
 
 def in_turns(*subjects: Callable[[], float], rounds: int | None = None) -> list[float]:
@@ -48,28 +42,36 @@ def in_turns(*subjects: Callable[[], float], rounds: int | None = None) -> list[
 
 def interleave(*subjects: Callable[[], object], calls: int) -> list[float]:
     """Return the median time of a call for each subject, in microseconds."""
+
+    def timed(subject: Callable[[], object]) -> Callable[[], float]:
+        timer = Timer(subject)
+        return lambda: timer.timeit(calls) / calls * 1e6
+
     for subject in subjects:
         subject()
-    return in_turns(*(timed(subject, calls) for subject in subjects))
+    return in_turns(*map(timed, subjects))
 
 
-def timed(subject: Callable[[], object], calls: int) -> Callable[[], float]:
-    """Return a function that makes ``calls`` calls and returns microseconds per call."""
-    timer = Timer(subject)
-    return lambda: timer.timeit(calls) / calls * 1e6
+def time_calls(
+    start: Callable[[], Callable[[], object]],
+    calls: int,
+    finish: Callable[[], object] = lambda: None,
+) -> Callable[[], float]:
+    """Return a function that returns the median time of a call, in microseconds.
 
-
-def time_close(app: App, calls: int, **environ: object) -> Callable[[], float]:
-    """Return a function that makes requests and returns microseconds per ``close()``."""
+    :param start: called before each call, and returns the function to call.
+    :param finish: called after each call.
+    """
 
     def measured() -> float:
-        taken = 0.0
+        taken = []
         for _ in range(calls):
-            close = begin(app, **environ)
+            call = start()
             began = time.perf_counter()
-            close()
-            taken += time.perf_counter() - began
-        return taken / calls * 1e6
+            call()
+            taken.append(time.perf_counter() - began)
+            finish()
+        return statistics.median(taken) * 1e6
 
     return measured
 

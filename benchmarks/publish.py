@@ -1,9 +1,7 @@
 """Times sending a task to Celery: ``python -m benchmarks.publish``.
 
-The peer is Celery's own ``task.delay()``, in the same process, to the same broker. Brokers
-are Redis, which the program starts if ``redis-server`` is installed, and the memory of the
-process, which costs nothing. The times are those for which the server's thread is busy:
-``close()``, and the whole request. No worker runs.
+The peer is Celery's own ``task.delay()``, in the same process, to the same broker: a Redis
+that the program starts if ``redis-server`` is installed. No worker runs.
 """
 
 from __future__ import annotations
@@ -11,14 +9,14 @@ from __future__ import annotations
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from celery import Celery
 
-from benchmarks.measure import HEADERS, begin, in_turns, row, run, time_close, timed
+from benchmarks.measure import HEADERS, begin, in_turns, row, run, time_calls
 from wsgi_bg import ENVIRON_KEY, BackgroundTasksMiddleware, registered_task
 from wsgi_bg.celery import CeleryRunner
 
@@ -53,36 +51,24 @@ def redis() -> Iterator[str]:
             process.kill()
 
 
-def compare(broker: str, url: str) -> None:
-    celery = Celery("benchmark", broker=url, set_as_current=False)
-    celery.conf.task_ignore_result = True
-    ours = BackgroundTasksMiddleware(app, runner=CeleryRunner(celery))
-    delay = celery.task(name="bare", shared=False)(send_mail).delay
-    subjects = (
-        time_close(ours, CALLS),
-        timed(lambda: begin(ours)(), CALLS),
-        timed(lambda: delay(*ARGUMENTS, lines=LINES), CALLS),
-    )
-    for subject in subjects:
-        subject()  # opens the connections
-    close, whole, peer = in_turns(*subjects)
-    row(f"close(), a task to {broker}", close, "delay()", peer)
-    row(f"the whole request, a task to {broker}", whole, "delay()", peer)
-
-
 def to_redis() -> None:
     if shutil.which("redis-server") is None:
         print("redis-server is not installed: left out")
-    else:
-        with redis() as url:
-            compare("Redis", url)
-
-
-ROWS: dict[str, Callable[[], None]] = {
-    "redis": to_redis,
-    "memory": partial(compare, "memory", "memory://"),
-}
+        return
+    with redis() as url:
+        celery = Celery("benchmark", broker=url, set_as_current=False)
+        celery.conf.task_ignore_result = True
+        ours = BackgroundTasksMiddleware(app, runner=CeleryRunner(celery))
+        delay = celery.task(name="bare", shared=False)(send_mail).delay
+        subjects = (
+            time_calls(partial(begin, ours), CALLS),
+            time_calls(lambda: partial(delay, *ARGUMENTS, lines=LINES), CALLS),
+        )
+        for subject in subjects:
+            subject()  # opens the connections
+        close, peer = in_turns(*subjects)
+    row("close(), a task to Redis", close, "delay()", peer)
 
 
 if __name__ == "__main__":
-    run("Sending to Celery", ROWS)
+    run("Sending to Celery", {"redis": to_redis})

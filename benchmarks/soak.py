@@ -29,6 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from threading import Event, Semaphore
 from typing import Any
@@ -67,50 +68,42 @@ def noted(number: int) -> Iterator[None]:
         raise RuntimeError("a task that fails")
 
 
-def plain(number: int) -> None:
+def plain(number: int, seconds: float) -> None:
     with noted(number):
-        time.sleep(random.uniform(0, LONGEST))
+        time.sleep(seconds)
 
 
-async def coroutine(number: int) -> None:
+async def coroutine(number: int, seconds: float) -> None:
     with noted(number):
-        await asyncio.sleep(random.uniform(0, LONGEST))
+        await asyncio.sleep(seconds)
 
 
-def adding(number: int) -> None:
+def adding(number: int, seconds: float) -> None:
     with noted(number):
         add(background_tasks, coroutine, plain)
 
 
-async def adding_async(number: int) -> None:
+async def adding_async(number: int, seconds: float) -> None:
     with noted(number):
         add(background_tasks, plain)
 
 
-def stuck(number: int) -> None:
-    with noted(number):
-        time.sleep(1000)
-
-
-async def stuck_async(number: int) -> None:
-    with noted(number):
-        await asyncio.sleep(1000)
-
-
-TASKS: dict[str, tuple[Callable[[int], Any], ...]] = {
+TASKS: dict[str, tuple[Callable[[int, float], Any], ...]] = {
     "none": (),
     "plain": (plain,),
     "async": (coroutine,),
     "mixed": (plain, coroutine, coroutine, plain, plain),
     "nested": (adding, adding_async),
 }
-STUCK = {"stuck": (stuck, plain), "stuck-async": (stuck_async, coroutine)}
+STUCK = {"stuck": (plain, plain), "stuck-async": (coroutine, coroutine)}
 
 
-def add(tasks: BackgroundTasks, *functions: Callable[[int], Any]) -> None:
+def add(
+    tasks: BackgroundTasks, *functions: Callable[[int, float], Any], seconds: float = 0
+) -> None:
     for func in functions:
         number = next(numbers)
-        tasks.add_task(func, number)
+        tasks.add_task(func, number, seconds or random.uniform(0, LONGEST))
         note("added", number)
 
 
@@ -120,10 +113,12 @@ def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
     status = "204 No Content" if chunks == "0" else "200 OK"
     length = [("Content-Length", str(len(CHUNK)))] if chunks == "1" else []
     start_response(status, length)
-    tasks, functions = get_background_tasks(environ), {**TASKS, **STUCK}[name]
+    functions = {**TASKS, **STUCK}[name]
+    seconds = 1000 if name in STUCK else 0
+    add_all = partial(add, get_background_tasks(environ), *functions, seconds=seconds)
     if int(chunks) > 1:
-        return stream(int(chunks), lambda: add(tasks, *functions))
-    add(tasks, *functions)
+        return stream(int(chunks), add_all)
+    add_all()
     return [CHUNK] * int(chunks)
 
 

@@ -7,16 +7,15 @@ Starlette application.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from functools import partial
+from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 from flask import Flask
 from starlette.background import BackgroundTask as StarletteTask
 from starlette.background import BackgroundTasks as StarletteTasks
 
-from benchmarks.measure import HEADERS, App, begin, interleave, row, run
+from benchmarks.measure import HEADERS, begin, interleave, row, run
 from wsgi_bg import ENVIRON_KEY, BackgroundTasks, BackgroundTasksMiddleware
 from wsgi_bg._tasks.background_tasks import TaskQueue
 from wsgi_bg._tasks.batch import Batch
@@ -43,30 +42,17 @@ def add_to(make: Callable[[], Any]) -> Callable[[], None]:
     return add
 
 
-def add_only() -> Batch:
-    background = TaskQueue()
-    for _ in range(BATCH):
-        background.add_task(nothing)
-    return Batch(background, response_complete=True)
-
-
-def run_batch(func: Callable[..., object], tasks: int) -> None:
+def batch_of(func: Callable[..., object], tasks: int = BATCH) -> Batch:
     background = TaskQueue()
     for _ in range(tasks):
         background.add_task(func)
-    Batch(background, response_complete=True).run()
+    return Batch(background, response_complete=True)
 
 
-@contextmanager
-def starlette(func: Callable[..., object]) -> Iterator[Callable[[], None]]:
-    """Yield a function that runs Starlette's tasks in sequence, on a running event loop."""
-
-    async def run_all() -> None:
-        for _ in range(BATCH):
-            await StarletteTask(func)()
-
-    with closing(asyncio.new_event_loop()) as loop:
-        yield lambda: loop.run_until_complete(run_all())
+async def starlette() -> None:
+    """Run Starlette's tasks in sequence, on a running event loop."""
+    for _ in range(BATCH):
+        await StarletteTask(nothing)()
 
 
 def adding() -> None:
@@ -75,19 +61,23 @@ def adding() -> None:
 
 
 def plain() -> None:
-    run_plain = partial(run_batch, nothing, BATCH)
-    with starlette(nothing) as theirs:
-        added, ran, peer = interleave(add_only, run_plain, theirs, calls=5)
+    with closing(asyncio.new_event_loop()) as loop:
+        added, ran, peer = interleave(
+            lambda: batch_of(nothing),
+            lambda: batch_of(nothing).run(),
+            lambda: loop.run_until_complete(starlette()),
+            calls=5,
+        )
     row("inline plain task", (ran - added) / BATCH, "Starlette", peer / BATCH, "<= 0.6")
 
 
 def async_batch() -> None:
-    ours = (partial(run_batch, nothing_async, tasks) for tasks in (1, BATCH))
-    with starlette(nothing_async) as theirs:
-        one, hundred, peer = interleave(*ours, theirs, calls=20)
+    one, hundred = interleave(
+        lambda: batch_of(nothing_async, 1).run(),
+        lambda: batch_of(nothing_async).run(),
+        calls=20,
+    )
     row("async batch of 100, inline", hundred, "batch of one", one, "ratio <= 2.5")
-    one_more = (hundred - one) / (BATCH - 1)
-    row("one more async task of a batch", one_more, "Starlette, on its loop", peer / BATCH)
 
 
 def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
@@ -109,22 +99,18 @@ def watched() -> None:
             with flask_app.app_context():
                 nothing()
 
-    apps = (
-        BackgroundTasksMiddleware(app),
-        BackgroundTasksMiddleware(app, hooks=Hooks()),
-        flask_app.wsgi_app,
-    )
+    plain, watched = (BackgroundTasksMiddleware(app, hooks=hooks) for hooks in (None, Hooks()))
     bare, hooked, in_context, peer = interleave(
-        *(partial(add_and_run, wrapped) for wrapped in apps), by_hand, calls=5
+        lambda: begin(plain)(),
+        lambda: begin(watched)(),
+        lambda: begin(flask_app.wsgi_app)(),
+        by_hand,
+        calls=5,
     )
     what = "add and run a task that hooks watch, added"
     row(what, (hooked - bare) / BATCH, "without hooks", bare / BATCH)
     what = "a task in a Flask application context, added"
     row(what, (in_context - bare) / BATCH, "app.app_context() by hand", peer / BATCH)
-
-
-def add_and_run(app: App) -> None:
-    begin(app)()
 
 
 if __name__ == "__main__":

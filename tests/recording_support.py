@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -12,20 +12,16 @@ from webtest import TestApp
 from werkzeug.test import Client
 
 from tests.support import Environ, app_that
-from wsgi_bg import BackgroundTasksMiddleware, get_background_tasks
-from wsgi_bg._testing.session import RecordingSession
+from wsgi_bg import BackgroundTasksMiddleware, _testing, get_background_tasks
 from wsgi_bg.pytest_plugin import TaskRecorder
 
 done: list[Any] = []
 """Results of tasks and closed bodies; a fixture clears the list before each test."""
 
 
-@contextmanager
-def recording(mode: Any = "record") -> Iterator[TaskRecorder]:
+def recording(mode: Any = "record") -> AbstractContextManager[TaskRecorder]:
     """The fixture, for a part of a test."""
-    session = RecordingSession(mode)
-    with session.active():
-        yield TaskRecorder(session)
+    return _testing.recording(mode)
 
 
 def send(to: str, *, copies: int = 1) -> None:

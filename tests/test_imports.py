@@ -175,7 +175,7 @@ def test_a_run_of_pytest_without_the_fixture_loads_the_plugin_only(
             loaded = {name for name in sys.modules if name.startswith("wsgi_bg")}
             assert loaded == {"wsgi_bg", "wsgi_bg.exceptions", "wsgi_bg._process.interrupts",
                               "wsgi_bg._process.log", "wsgi_bg._process.per_process",
-                              "wsgi_bg._testing", "wsgi_bg._process", "wsgi_bg._version",
+                              "wsgi_bg._process", "wsgi_bg._version",
                               "wsgi_bg.pytest_plugin"}
             assert "werkzeug" not in sys.modules
         """
@@ -190,9 +190,9 @@ def test_what_the_fixture_needs_is_loaded_before_the_first_test(
     pytester.makepyfile(
         """
         import sys
-        at_import = "wsgi_bg._testing.session" in sys.modules
+        at_import = "wsgi_bg._testing" in sys.modules
         def test_first():
-            assert (at_import, "wsgi_bg._testing.session" in sys.modules) == (False, True)
+            assert (at_import, "wsgi_bg._testing" in sys.modules) == (False, True)
         def test_second(background_tasks): pass
         """
     )
@@ -208,9 +208,9 @@ def _assert_passes(pytester: pytest.Pytester) -> None:
 
 
 def test_the_plugin_exports_only_the_names_for_annotations() -> None:
-    from wsgi_bg._testing import recording
+    from wsgi_bg import _testing
 
-    assert pytest_plugin.TaskRecorder is recording.TaskRecorder
-    assert pytest_plugin.RecordedTask is recording.RecordedTask
+    assert pytest_plugin.TaskRecorder is _testing.TaskRecorder
+    assert pytest_plugin.RecordedTask is _testing.RecordedTask
     with pytest.raises(AttributeError, match="has no attribute 'Recorder'"):
         getattr(pytest_plugin, "Recorder")  # noqa: B009

@@ -565,7 +565,7 @@ def test_join_finds_no_request_in_an_environ_that_the_application_has_emptied(
 
 def test_a_batch_without_a_name_is_described_by_its_path(recorder: TaskRecorder) -> None:
     by_werkzeug(whole((send, "ada")))
-    request = recorder._session._requests[0]
+    request = recorder._requests[0]
     assert request.describe() == "tests.recording_support.send"
     recorder.run()
     assert request.describe() == "tasks of /"
@@ -575,7 +575,7 @@ def test_join_ends_while_a_test_has_stopped_the_time(
     recorder: TaskRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     respond(BackgroundTasksMiddleware(app_that(add((send, "ada")))))
-    recorder._session._requests[0].batch = None
+    recorder._requests[0].batch = None
     with monkeypatch.context() as stopped:
         stopped.setattr("time.monotonic", lambda: 0.0)
         with pytest.raises(TimeoutError):
@@ -612,7 +612,7 @@ def test_a_request_of_an_earlier_test_stays_with_that_test_and_its_runner(log: L
     app = stream(fail, runner=sender)
     with recording("real") as first:
         body: Any = app(make_server_environ(), Server().start_response)
-        first._session._requests.clear()  # or the end of the test would wait
+        first._requests.clear()  # or the end of the test would wait
     with recording() as second:
         body.close()
         second.assert_none()
@@ -672,10 +672,10 @@ def test_nothing_is_kept_of_a_test_that_is_over() -> None:
     with recording() as recorder:
         by_werkzeug(whole((send, "ada")))
         unread = by_werkzeug(stream((send, "grace")))
-    session = weakref.ref(recorder._session)
+    freed = weakref.ref(recorder)
     del recorder, unread
     gc.collect()
-    assert session() is None
+    assert freed() is None
     assert done == []
 
 

@@ -3,14 +3,14 @@
 pytest loads the plugin by its entry point; ``-p no:wsgi_bg`` turns the plugin off. To
 annotate the fixture import :class:`TaskRecorder` from here.
 
-Every run of pytest imports this module, so it imports :mod:`wsgi_bg._testing.recording` only
-for tests that use the fixture.
+Every run of pytest imports this module, so it imports :mod:`wsgi_bg._testing` only for tests
+that use the fixture.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from wsgi_bg.exceptions import ExtraMissingError
 
@@ -19,18 +19,16 @@ try:
 except ModuleNotFoundError as _exc:
     raise ExtraMissingError("pytest", "wsgi_bg.pytest_plugin") from _exc
 
-from wsgi_bg._testing import Mode
-
 if TYPE_CHECKING:
-    from wsgi_bg._testing.recording import RecordedTask, TaskRecorder
+    from wsgi_bg._testing import Mode, RecordedTask, TaskRecorder
 else:
 
     def __getattr__(name: str) -> object:
-        if name not in {"RecordedTask", "TaskRecorder"}:
+        if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from wsgi_bg._testing import recording
+        from wsgi_bg import _testing
 
-        return getattr(recording, name)
+        return getattr(_testing, name)
 
 
 __all__ = ["RecordedTask", "TaskRecorder", "background_tasks"]
@@ -38,7 +36,7 @@ __all__ = ["RecordedTask", "TaskRecorder", "background_tasks"]
 _MARKER = "wsgi_bg"
 _FIXTURE = "background_tasks"
 _INI = "wsgi_bg_mode"
-_MODES = get_args(Mode)
+_MODES = ("record", "run", "real")
 _WORDS = "'record', 'run' or 'real'"
 
 
@@ -69,7 +67,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.fixturenames = [_FIXTURE, *others]  # type: ignore[attr-defined]
         if _FIXTURE in getattr(item, "fixturenames", []):
             # Import now: some tests freeze the time or patch the standard library.
-            from wsgi_bg._testing import recording  # noqa: F401
+            from wsgi_bg import _testing  # noqa: F401
 
 
 def _mode_of(item: pytest.Item) -> Mode:
@@ -83,7 +81,7 @@ def _mode_of(item: pytest.Item) -> Mode:
         return ini
     mode: Mode = marker.kwargs.get("mode", ini)
     if marker.args or marker.kwargs.keys() - {"mode"} or mode not in _MODES:
-        from wsgi_bg._testing.recording import format_call
+        from wsgi_bg._testing import format_call
 
         given = format_call(_MARKER, marker.args, marker.kwargs)
         raise pytest.UsageError(
@@ -102,9 +100,7 @@ def background_tasks(request: pytest.FixtureRequest) -> Iterator[TaskRecorder]:
     runner: see .join(timeout). The fixture closes the responses of test clients. If a task
     raises and the test does not read .errors, the test fails in its teardown.
     """
-    from wsgi_bg._testing.recording import TaskRecorder
-    from wsgi_bg._testing.session import RecordingSession
+    from wsgi_bg._testing import recording
 
-    session = RecordingSession(_mode_of(request.node))
-    with session.active():
-        yield TaskRecorder(session)
+    with recording(_mode_of(request.node)) as recorder:
+        yield recorder
