@@ -6,6 +6,7 @@ import ast
 import os
 import re
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pytest
 
@@ -41,7 +42,15 @@ def test_each_python_block_runs_alone(
     block: str, title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run(block, title)
+    close_database(run(block, title))
+
+
+def close_database(namespace: dict[str, Any]) -> None:
+    """Close the connections that Flask-SQLAlchemy keeps, if the block has a database."""
+    if "db" in namespace:
+        with namespace["app"].app_context():
+            for engine in namespace["db"].engines.values():
+                engine.dispose()
 
 
 def test_the_blocks_that_do_not_run_alone_have_tests() -> None:

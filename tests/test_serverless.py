@@ -361,6 +361,7 @@ class Broken(Mine):
         raise OSError("no broker")
 
 
+@pytest.mark.usefixtures("no_collection")  # else another thread may submit the tasks too
 def test_tasks_that_a_runner_does_not_take_are_awaited(log: Log, gate: Gate) -> None:
     runner = Broken()
 
