@@ -551,7 +551,6 @@ def test_under_gevent_the_loop_has_an_executor_for_code_that_is_thread_sensitive
 
 
 def test_a_stop_in_a_repr_is_no_error_of_the_repr() -> None:
-    from wsgi_bg._process import log as logs
 
     class Slow:
         def __repr__(self) -> str:
@@ -559,17 +558,16 @@ def test_a_stop_in_a_repr_is_no_error_of_the_repr() -> None:
             return "slow"
 
     with handler(TimeLimitError) as stop, pytest.raises(TimeLimitError):
-        logs.safe_repr(Slow())
+        interrupts.safe_repr(Slow())
 
 
 def test_an_error_in_a_repr_is_shown_instead_of_the_repr() -> None:
-    from wsgi_bg._process import log as logs
 
     class Broken:
         def __repr__(self) -> str:
             raise ValueError
 
-    assert "Broken object, whose repr() raises" in logs.safe_repr(Broken())
+    assert "Broken object, whose repr() raises" in interrupts.safe_repr(Broken())
 
 
 def test_a_handler_that_restores_the_default_before_it_raises_stops_the_worker(

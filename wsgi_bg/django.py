@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 from wsgi_bg._loop.asgiref_state import detached
 from wsgi_bg._process import log
 from wsgi_bg._request.middleware import BackgroundTasksMiddleware
-from wsgi_bg._tasks.background_tasks import ENDED, BackgroundTasks, View
+from wsgi_bg._tasks.background_tasks import BackgroundTasks, View
 from wsgi_bg._tasks.callables import name_of
 from wsgi_bg._tasks.current import ENVIRON_KEY, current
 from wsgi_bg.exceptions import ExtraMissingError, OptionError
@@ -194,7 +194,7 @@ class _ClientTasks(View):
         self._request = request
 
     def add_task(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
-        if self.phase != ENDED or not _awaits_commit():
+        if not self.has_ended or not _awaits_commit():
             return super().add_task(func, *args, **kwargs)
 
         def add(tasks: BackgroundTasks) -> None:
@@ -265,7 +265,7 @@ class _Visit(_ClientRequest):
         root = self.environ[ENVIRON_KEY]
         self.tasks = _ClientTasks(self, root, root.options)
         outer = current.get(None)
-        if isinstance(outer, _ClientTasks) and outer.phase == ENDED:
+        if isinstance(outer, _ClientTasks) and outer.has_ended:
             outer._request.leave()
         self._has_left = False
         self._token: Token[BackgroundTasks] = current.set(self.tasks)

@@ -6,7 +6,7 @@ Attributes carry the details for an exception handler.
 
 from __future__ import annotations
 
-from wsgi_bg._process.log import safe_repr
+from wsgi_bg._process.interrupts import safe_repr
 
 
 class WsgiBgError(Exception):

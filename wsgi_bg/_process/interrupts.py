@@ -1,4 +1,7 @@
-"""Tells a task's own exceptions from those that must reach the server."""
+"""Tells a task's own exceptions from those that must reach the server.
+
+A repr() runs users' code too; :func:`safe_repr` never raises an error of that code.
+"""
 
 from __future__ import annotations
 
@@ -102,3 +105,18 @@ def _code_of(handler: Any) -> CodeType | None:
     if not hasattr(handler, "__code__") and callable(handler):
         handler = type(handler).__call__
     return getattr(handler, "__code__", None)  # None for SIG_DFL and handlers set by C
+
+
+def safe_repr(given: object) -> str:
+    """``repr(given)``, or the name of its type if the object's ``__repr__`` raises."""
+    try:
+        return repr(given)
+    except BaseException as exc:
+        if is_from_signal_handler(exc):
+            raise
+        return f"<{type_name(given)} object, whose repr() raises>"
+
+
+def type_name(given: object) -> str:
+    """The qualified name of the type of ``given``, without asking the object or its type."""
+    return str(type.__dict__["__qualname__"].__get__(type(given)))

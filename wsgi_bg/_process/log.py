@@ -18,7 +18,12 @@ from functools import partial
 from typing import Any
 
 from wsgi_bg._process import per_process as process
-from wsgi_bg._process.interrupts import is_from_signal_handler, stops_worker
+from wsgi_bg._process.interrupts import (
+    is_from_signal_handler,
+    safe_repr,
+    stops_worker,
+    type_name,
+)
 
 logger: logging.Logger = logging.getLogger("wsgi_bg")
 
@@ -127,18 +132,3 @@ def _format(exc: BaseException) -> list[str]:
         if is_from_signal_handler(failure):
             raise
         return []
-
-
-def safe_repr(given: object) -> str:
-    """``repr(given)``, or the name of its type if the object's ``__repr__`` raises."""
-    try:
-        return repr(given)
-    except BaseException as exc:
-        if is_from_signal_handler(exc):
-            raise
-        return f"<{type_name(given)} object, whose repr() raises>"
-
-
-def type_name(given: object) -> str:
-    """The qualified name of the type of ``given``, without asking the object or its type."""
-    return str(type.__dict__["__qualname__"].__get__(type(given)))

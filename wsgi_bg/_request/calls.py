@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from wsgi_bg._loop.coroutines import AwaitableInStack
 from wsgi_bg._process import log
 from wsgi_bg._process import per_process as process
-from wsgi_bg._process.interrupts import is_from_signal_handler
+from wsgi_bg._process.interrupts import is_from_signal_handler, type_name
 from wsgi_bg._tasks.successors import observe
 from wsgi_bg._tasks.task import BackgroundTask, Caller, Done
 from wsgi_bg.hooks import Hooks, TaskRecord
@@ -191,7 +191,7 @@ class Calls(Caller):
                     raise
                 log.error(
                     "%s.%s raised for background task %s",
-                    log.type_name(hooks),
+                    type_name(hooks),
                     hook,
                     record.task.name,
                     exc_info=exc,

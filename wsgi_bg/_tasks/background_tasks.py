@@ -7,8 +7,7 @@ from contextvars import Context, copy_context
 from typing import Any, ParamSpec
 
 from wsgi_bg._process import per_process as process
-from wsgi_bg._process.interrupts import stops_worker
-from wsgi_bg._process.log import safe_repr
+from wsgi_bg._process.interrupts import safe_repr, stops_worker
 from wsgi_bg._tasks import successors, task_log
 from wsgi_bg._tasks.options import DEFAULTS, OnError, Options
 from wsgi_bg._tasks.task import BackgroundTask, RunOn, fill
@@ -104,6 +103,16 @@ class BackgroundTasks:
     def _begin(self) -> list[BackgroundTask]:
         """Make the list, if ``__init__`` has not made it."""
         raise NotImplementedError
+
+    @property
+    def is_closed(self) -> bool:
+        """True if the request is over and its tasks wait or run."""
+        return self.phase == CLOSED
+
+    @property
+    def has_ended(self) -> bool:
+        """True if no task will run any more."""
+        return self.phase == ENDED
 
     def remove(self, task: BackgroundTask) -> None:
         """Drop a task that was run by hand or refused; may be called on any thread."""

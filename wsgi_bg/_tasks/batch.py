@@ -9,7 +9,7 @@ from inspect import GEN_CREATED, getgeneratorstate, isawaitable, isgenerator
 from sys import getrefcount
 from threading import current_thread, main_thread
 from types import CoroutineType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wsgi_bg._loop import coroutines, portal
 from wsgi_bg._loop.asgiref_state import move_here
@@ -18,8 +18,10 @@ from wsgi_bg._process import log
 from wsgi_bg._process import per_process as process
 from wsgi_bg._process.interrupts import is_from_signal_handler, is_raised_here, stops_worker
 from wsgi_bg._tasks import task_log
-from wsgi_bg._tasks.background_tasks import ENDED, TaskQueue
 from wsgi_bg._tasks.task import DIRECT, RESULT, BackgroundTask, Done, Layer
+
+if TYPE_CHECKING:
+    from wsgi_bg._tasks.background_tasks import TaskQueue
 
 _NOT_RUN = "it returned a generator that no one runs: nothing was done"
 
@@ -164,7 +166,7 @@ class Batch:
     @property
     def has_ended(self) -> bool:
         """True if this batch will begin no further task."""
-        return self._queue.phase == ENDED or self._stop != GO_ON
+        return self._stop != GO_ON or self._queue.has_ended
 
     @property
     def next_is_async(self) -> bool | None:

@@ -9,8 +9,7 @@ from inspect import CO_COROUTINE
 from types import NoneType
 from typing import Any
 
-from wsgi_bg._process.interrupts import is_from_signal_handler
-from wsgi_bg._process.log import type_name
+from wsgi_bg._process.interrupts import is_from_signal_handler, type_name
 from wsgi_bg.exceptions import TaskTypeError
 
 # These flags suffice for the usual cases, a function or a bound method, plain or async. A

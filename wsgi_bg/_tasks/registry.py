@@ -12,7 +12,7 @@ from importlib import import_module
 from types import FunctionType, MethodType
 from typing import Any, TypeVar, overload
 
-from wsgi_bg._process.log import type_name
+from wsgi_bg._process.interrupts import type_name
 from wsgi_bg._tasks.callables import is_async_callable, name_of
 from wsgi_bg.exceptions import (
     NameTakenError,

@@ -16,7 +16,6 @@ from wsgi_bg._process import log, uwsgi
 from wsgi_bg._process.exit import call_before_exit
 from wsgi_bg._process.interrupts import stops_worker
 from wsgi_bg._tasks import checks, task_log
-from wsgi_bg._tasks.background_tasks import CLOSED
 from wsgi_bg._tasks.current import current
 from wsgi_bg._tasks.task import BackgroundTask
 from wsgi_bg.exceptions import InsideTaskError
@@ -159,7 +158,7 @@ def drain(timeout: float | None = None) -> list[BackgroundTask]:
 def _check(name: str, timeout: float | None) -> float | None:
     checks.seconds("timeout", timeout, or_none=True)
     tasks, loop = current.get(None), portal.peek()
-    is_in_task = tasks is not None and tasks.phase == CLOSED
+    is_in_task = tasks is not None and tasks.is_closed
     if is_in_task or (loop is not None and loop.is_current):
         raise InsideTaskError(name)
     # An int may be larger than any float.

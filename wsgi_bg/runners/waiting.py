@@ -11,6 +11,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from wsgi_bg._process import log
+from wsgi_bg._process.interrupts import safe_repr
 from wsgi_bg.runners.ledger import batches_under_way, ledgers_here
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class Notice:
                 f"{count} background task{'s' * (count > 1)} ({_list(names, count)})"
             )
         if not waits_for:
-            waits_for.append("the runners" if runner is None else log.safe_repr(runner))
+            waits_for.append("the runners" if runner is None else safe_repr(runner))
         limit = min(deadline, self.latest) - now
         how_long = "without a limit" if limit == math.inf else f"for {limit:.0f} s more at most"
         log.warning(
