@@ -13,7 +13,7 @@ import pytest
 from tests.servers import table
 from tests.support import Gate
 from wsgi_bg._loop import portal
-from wsgi_bg._loop.portal_thread import PortalThread
+from wsgi_bg._loop.portal import PortalThread
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._request.unclosed import Collector, collectors
 from wsgi_bg._tasks.current import current

@@ -18,7 +18,7 @@ from tests.conftest import Log
 from tests.support import TIMEOUT, Gate, app_that, nothing, respond, run_python
 from wsgi_bg import BackgroundTask, BackgroundTasksMiddleware, background_tasks
 from wsgi_bg._loop import portal
-from wsgi_bg._loop.portal_thread import LoopJob, PortalThread
+from wsgi_bg._loop.portal import LoopJob, PortalThread
 from wsgi_bg._process.per_process import PerProcess
 
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")

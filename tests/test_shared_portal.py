@@ -14,7 +14,7 @@ import pytest
 import wsgi_bg
 from tests.support import TIMEOUT, Server, app_that, make_server_environ, run_python
 from wsgi_bg import BackgroundTasksMiddleware, background_tasks
-from wsgi_bg._loop.portal_thread import PortalThread
+from wsgi_bg._loop.portal import PortalThread
 
 number: ContextVar[int] = ContextVar("number", default=0)
 

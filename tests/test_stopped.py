@@ -42,8 +42,8 @@ from wsgi_bg import (
     get_background_tasks,
     wait,
 )
-from wsgi_bg._loop import portal, portal_thread
-from wsgi_bg._loop.portal_thread import LoopJob, PortalThread
+from wsgi_bg._loop import portal
+from wsgi_bg._loop.portal import LoopJob, PortalThread
 from wsgi_bg._process import exit as ending
 from wsgi_bg._process import interrupts, log, repeated, workers
 from wsgi_bg._request import servers, unclosed
@@ -541,7 +541,7 @@ def test_under_gevent_the_loop_has_an_executor_for_code_that_is_thread_sensitive
     async def task() -> None:
         names.append(await sync_to_async(lambda: threading.current_thread().name)())
 
-    monkeypatch.setattr(portal_thread, "are_threads", lambda: True)
+    monkeypatch.setattr(portal, "are_threads", lambda: True)
     thread = PortalThread()
     done = threading.Event()
     thread.start(None, LoopJob(lambda _: task(), bool, lambda _: done.set()))

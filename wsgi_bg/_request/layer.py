@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from wsgi_bg._request.calls import Around, Calls
 from wsgi_bg._tasks.background_tasks import BackgroundTasks, View
@@ -13,7 +13,9 @@ from wsgi_bg._tasks.options import OnError, Options
 from wsgi_bg._tasks.task import DIRECT, RunOn
 from wsgi_bg.exceptions import OptionTypeError
 from wsgi_bg.hooks import HOOKS, Hooks
-from wsgi_bg.runners import Runner
+
+if TYPE_CHECKING:
+    from wsgi_bg.runners import Runner
 
 
 class LayerView(View):

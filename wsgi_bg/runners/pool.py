@@ -6,7 +6,7 @@ import time
 from math import inf
 
 from wsgi_bg._loop import portal
-from wsgi_bg._loop.portal_thread import LoopJob
+from wsgi_bg._loop.portal import LoopJob
 from wsgi_bg._process import greenlets
 from wsgi_bg._process.exit import is_exiting
 from wsgi_bg._process.interrupts import stops_worker
