@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -139,7 +140,7 @@ def test_beyond_max_pending_a_complete_batch_runs_in_close(gate: Gate) -> None:
 def minutes(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time for repeated warnings, in minutes: a list with a single number."""
     minutes = [0.0]
-    monkeypatch.setattr(repeated, "clock", lambda: minutes[0] * 60)
+    monkeypatch.setattr(repeated, "time", SimpleNamespace(monotonic=lambda: minutes[0] * 60))
     return minutes
 
 
@@ -223,11 +224,11 @@ def test_two_threads_at_the_same_event_log_a_single_record(
 
     class Now(float):
         def __lt__(self, other: float) -> bool:
-            monkeypatch.setattr(repeated, "clock", lambda: 0.0)
+            monkeypatch.setattr(repeated, "time", SimpleNamespace(monotonic=lambda: 0.0))
             warning.count()
             return False
 
-    monkeypatch.setattr(repeated, "clock", Now)
+    monkeypatch.setattr(repeated, "time", SimpleNamespace(monotonic=Now))
     warning.count()
     assert log.warnings == ["2 events"]
 
@@ -245,7 +246,7 @@ def test_an_event_while_another_thread_logs_is_counted_only(
             warning.count()
         return 60.0 * (times > 3)
 
-    monkeypatch.setattr(repeated, "clock", clock)
+    monkeypatch.setattr(repeated, "time", SimpleNamespace(monotonic=clock))
     warning.count()
     warning.count()
     assert log.warnings == ["1 events", "2 events"]

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from contextvars import Context
 from typing import Any
 
-from wsgi_bg._process import per_process as process
+from wsgi_bg._process import per_process
 
 # The default given to next(), which returns DONE for a coroutine that has ended. This is
 # cheaper than the StopIteration that coroutine.send() raises.
@@ -20,7 +20,7 @@ DONE: Any = object()
 
 
 loop_generation: int = 0
-"""``process.generation`` when the loop of this process was made."""
+"""``per_process.generation`` when the loop of this process was made."""
 
 
 def is_cancelled(task: Any) -> bool:
@@ -138,8 +138,9 @@ class RemainingSteps(Generator[Any, Any, Any]):
         if waits_for is not DONE:
             self._waits_for = DONE
             return waits_for
-        if process.generation != loop_generation:  # a task of this loop has forked: the child
-            process.end_child(None)
+        # If True, a task of this loop has forked, and this is the child.
+        if per_process.generation != loop_generation:
+            per_process.end_child(None)
         return self._context.run(self._coroutine.send, None)
 
     def send(self, value: Any) -> Any:

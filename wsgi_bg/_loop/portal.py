@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from wsgi_bg._loop import coroutines
 from wsgi_bg._loop.asgiref_state import move_here, use_for_sync_code
-from wsgi_bg._process import log
-from wsgi_bg._process import per_process as process
+from wsgi_bg._process import log, per_process
 from wsgi_bg._process.greenlets import are_threads, event, start_real_thread
 from wsgi_bg._process.interrupts import is_from_signal_handler
 from wsgi_bg._process.per_process import PerProcess
@@ -101,7 +100,7 @@ class PortalThread:
             return False
 
     def _run(self, ready: Future[SharedPortal]) -> None:
-        coroutines.loop_generation = process.generation
+        coroutines.loop_generation = per_process.generation
         try:
             import anyio
 

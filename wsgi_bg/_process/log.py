@@ -17,7 +17,7 @@ from collections import defaultdict
 from functools import partial
 from typing import Any
 
-from wsgi_bg._process import per_process as process
+from wsgi_bg._process import per_process
 from wsgi_bg._process.interrupts import (
     is_from_signal_handler,
     safe_repr,
@@ -66,7 +66,7 @@ def _log(  # %r of a str adds quotes: placeholders are %s, %d and %g
     said: defaultdict[Any, Any] | None = None,
 ) -> None:
     said = defaultdict() if said is None else said
-    generation = process.generation
+    generation = per_process.generation
     try:
         logger.disabled = False
         if not logger.isEnabledFor(level):
@@ -81,7 +81,7 @@ def _log(  # %r of a str adds quotes: placeholders are %s, %d and %g
         )
         said[SAID]  # no bytecode comes between the record and the key
     except BaseException as exc:
-        if stops_worker(exc) or process.generation != generation:  # a handler has forked
+        if stops_worker(exc) or per_process.generation != generation:  # a handler has forked
             raise
         if SAID not in said:
             _print_instead(level, message, args, exc_info, exc)

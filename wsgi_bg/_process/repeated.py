@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from itertools import count
 from typing import Any
 
@@ -11,9 +10,6 @@ from wsgi_bg._process import log
 
 INTERVAL = 60.0
 """Seconds that pass at least between two records of the same warning."""
-
-clock: Callable[[], float] = time.monotonic
-"""Returns the time in seconds; replaced by tests."""
 
 
 class RepeatedWarning:
@@ -36,14 +32,14 @@ class RepeatedWarning:
         :param args: for the placeholders after the first.
         """
         events = next(self._events)
-        if clock() < self._not_before:
+        if time.monotonic() < self._not_before:
             return
         try:
             self._turn.pop()
         except IndexError:  # another thread logs
             return
         try:
-            now = clock()
+            now = time.monotonic()
             if now < self._not_before:  # another thread has logged meanwhile
                 return
             self._not_before = now + INTERVAL

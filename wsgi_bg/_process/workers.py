@@ -19,8 +19,7 @@ from itertools import count
 from operator import call
 from typing import Generic, TypeVar
 
-from wsgi_bg._process import log
-from wsgi_bg._process import per_process as process
+from wsgi_bg._process import log, per_process
 from wsgi_bg._process.interrupts import is_raised_here
 from wsgi_bg._process.threads import start_daemon
 
@@ -98,7 +97,7 @@ class Workers(Generic[Job]):
         return True
 
     def _run(self, worker: _Worker) -> None:
-        generation = process.generation
+        generation = per_process.generation
         try:
             while self._wait(worker):
                 try:
@@ -108,16 +107,16 @@ class Workers(Generic[Job]):
                 try:
                     self._work(job)
                 except BaseException as exc:
-                    if process.generation != generation:
+                    if per_process.generation != generation:
                         raise  # in a child that a task has forked, whose only thread this is
                     log.error("%s was stopped", self._name, exc_info=exc)
-                if process.generation != generation:
+                if per_process.generation != generation:
                     return
                 del job  # an idle thread holds no request
         finally:
             self._alive.pop(worker, None)
             # A submit() may have counted on this worker.
-            if self._backlog and process.generation == generation:
+            if self._backlog and per_process.generation == generation:
                 self._wake() or self._start()
 
     def _wait(self, worker: _Worker) -> bool:

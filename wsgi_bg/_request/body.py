@@ -83,8 +83,8 @@ class Body:
             tasks = self._tasks
             if not tasks.close():
                 tasks.submit(self._environ, outcome)
-            if self._guard is not None:
-                self._guard.is_needed = False
+                if self._guard is not None:
+                    self._guard.is_needed = False
 
     def _look(self, *, is_freed: bool) -> Outcome:
         """Find how the iteration has ended, if ``__iter__`` did not see the end."""

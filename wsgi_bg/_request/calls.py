@@ -13,8 +13,7 @@ from inspect import isawaitable
 from typing import TYPE_CHECKING, Any
 
 from wsgi_bg._loop.coroutines import AwaitableInStack
-from wsgi_bg._process import log
-from wsgi_bg._process import per_process as process
+from wsgi_bg._process import log, per_process
 from wsgi_bg._process.interrupts import is_from_signal_handler, type_name
 from wsgi_bg._tasks.successors import observe
 from wsgi_bg._tasks.task import BackgroundTask, Caller, Done
@@ -94,14 +93,14 @@ class Calls(Caller):
         :param done: see :meth:`Caller.make`.
         :raises BaseException: the error of the call.
         """
-        generation = process.generation
+        generation = per_process.generation
         self._started(task)
-        if process.generation != generation:  # a hook has forked: the parent makes the call
+        if per_process.generation != generation:  # a hook has forked: the parent makes the call
             return None
         if self.around is None:
             return super().make(task, done)
         inside = self._enter(task, self.around)
-        if process.generation != generation:
+        if per_process.generation != generation:
             self._exit(inside, task, None)
             return None
         try:
@@ -182,12 +181,12 @@ class Calls(Caller):
         self._tell(hook, record)
 
     def _tell(self, hook: str, record: TaskRecord) -> None:
-        generation = process.generation
+        generation = per_process.generation
         for hooks in self.hooks:
             try:
                 observe(record.task, getattr(hooks, hook), record)
             except BaseException as exc:
-                if is_from_signal_handler(exc) or process.generation != generation:
+                if is_from_signal_handler(exc) or per_process.generation != generation:
                     raise
                 log.error(
                     "%s.%s raised for background task %s",

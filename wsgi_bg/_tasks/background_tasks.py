@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context, copy_context
 from typing import Any, ParamSpec
 
-from wsgi_bg._process import per_process as process
+from wsgi_bg._process import per_process
 from wsgi_bg._process.interrupts import safe_repr, stops_worker
 from wsgi_bg._tasks import successors, task_log
 from wsgi_bg._tasks.options import DEFAULTS, OnError, Options
@@ -171,20 +171,20 @@ class BackgroundTasks:
             errors are logged.
         """
         first: BaseException | None = None
-        generation = process.generation
+        generation = per_process.generation
         while (task := self._claim_next()) is not None:
             context = self.context_of(task)
             try:
                 task.call_in(context)
             except BaseException as exc:
-                if stops_worker(exc) or process.generation != generation:
+                if stops_worker(exc) or per_process.generation != generation:
                     raise
                 if first is None:
                     first = exc
                 else:
                     context.run(task_log.log_failure, task, exc)
                     context.run(self.notify_failure, task, exc)
-            if process.generation != generation:
+            if per_process.generation != generation:
                 return  # in the child process that the task has forked
             self.remove(task)
         if first is not None:

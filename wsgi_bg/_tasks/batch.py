@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from wsgi_bg._loop import coroutines, portal
 from wsgi_bg._loop.asgiref_state import move_here
 from wsgi_bg._loop.coroutines import DONE, RemainingSteps, as_coroutine
-from wsgi_bg._process import log
-from wsgi_bg._process import per_process as process
+from wsgi_bg._process import log, per_process
 from wsgi_bg._process.interrupts import is_from_signal_handler, is_raised_here, stops_worker
 from wsgi_bg._tasks import task_log
 from wsgi_bg._tasks.task import DIRECT, RESULT, BackgroundTask, Done, Layer
@@ -102,7 +101,7 @@ class Batch:
         self._passed_over = 0
         self._status = status
         self._let_run: Layer | None = None  # the last options that let a task run
-        self._generation = process.generation
+        self._generation = per_process.generation
         self._has_started = self._stopped = False
         # Not GO_ON if no further task begins: STOP if a signal handler raised or another batch
         # runs the tasks, ABANDONED if abandon() has claimed the tasks that were left.
@@ -334,10 +333,10 @@ class Batch:
                         raise
                     done.clear()
                 self._fail(task, context, exc)
-                if process.generation != self._generation:
+                if per_process.generation != self._generation:
                     return False
             else:
-                if process.generation != self._generation:  # a child, forked by the task
+                if per_process.generation != self._generation:  # a child, forked by the task
                     return False
                 self._running = None
                 if done:  # empty if the task was sent
@@ -345,7 +344,7 @@ class Batch:
                 self.succeeded += 1
                 if calls is not DIRECT:  # this spares the call of a method that does nothing
                     _run_in(context, calls.finished, task)
-                    if process.generation != self._generation:
+                    if per_process.generation != self._generation:
                         return False
             front = queue.front
             if front:
@@ -359,7 +358,7 @@ class Batch:
     @property
     def _is_in_child(self) -> bool:
         """True in a child process that a task, or an observer of a task, has forked."""
-        return process.generation != self._generation
+        return per_process.generation != self._generation
 
     def _run_async_tasks(self) -> None:
         """Run the next async tasks on the portal; blocks until they are done."""
@@ -425,7 +424,7 @@ class Batch:
                         references = count
                     elif count > references or coroutines.is_cancelled(this):
                         return
-                if process.generation != self._generation:  # another task's fork
+                if per_process.generation != self._generation:  # another task's fork
                     return
                 if self._begun is not None:  # the awaitable that a plain function returned
                     task, context, awaitable = self._begun
@@ -459,23 +458,23 @@ class Batch:
                         references = -1
                     self._fail(task, context, exc)
                 else:
-                    if process.generation != self._generation:
+                    if per_process.generation != self._generation:
                         return
                     self._running = None
                     self.succeeded += 1
                     if calls is not DIRECT:
                         _run_in(context, calls.finished, task)
-                if process.generation != self._generation:
+                if per_process.generation != self._generation:
                     return
                 self._queue.drop(task)
                 del awaitable
         except BaseException as exc:
             if self._is_in_child:
-                process.end_child(exc)
+                per_process.end_child(exc)
             raise
         finally:
             if self._is_in_child:
-                process.end_child(None)
+                per_process.end_child(None)
             self.notify_if_ended()
 
     def abandon(self) -> list[BackgroundTask]:
@@ -575,7 +574,7 @@ class Batch:
                 self.succeeded += 1
         left = self.abandon()
         for task in left:
-            if process.generation != self._generation:  # a hook has forked
+            if per_process.generation != self._generation:  # a hook has forked
                 return
             self.discarded += 1
             task_log.log_interrupted(task, exc, began=has_begun and task is running)

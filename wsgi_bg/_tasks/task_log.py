@@ -9,8 +9,7 @@ from collections import defaultdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from wsgi_bg._process import log
-from wsgi_bg._process import per_process as process
+from wsgi_bg._process import log, per_process
 from wsgi_bg._process.interrupts import is_from_signal_handler
 from wsgi_bg._tasks.successors import observe, observe_log
 
@@ -32,15 +31,15 @@ def log_failure(
 
 def notify_failure(task: BackgroundTask, exc: BaseException) -> None:
     """Call the hooks and the ``on_error`` of a failed task, in the task's context."""
-    generation = process.generation
+    generation = per_process.generation
     task.options.calls.failed(task, exc)
     on_error = task.options.on_error
-    if on_error is None or process.generation != generation:
+    if on_error is None or per_process.generation != generation:
         return
     try:
         observe(task, on_error, task, exc)
     except BaseException as second:
-        if is_from_signal_handler(second) or process.generation != generation:
+        if is_from_signal_handler(second) or per_process.generation != generation:
             raise
         log.error("on_error raised for background task %s", task.name, exc_info=second)
 
