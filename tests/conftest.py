@@ -16,7 +16,7 @@ from wsgi_bg._loop import portal
 from wsgi_bg._loop.portal import PortalThread
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._request.unclosed import Collector, collectors
-from wsgi_bg._tasks.current import current
+from wsgi_bg._tasks.task import current
 from wsgi_bg.runners import shutdown
 
 pytest_plugins = ["pytester", "tests.django_fixtures"]

@@ -23,7 +23,7 @@ from tests.conftest import Log
 from tests.django_support import Order, settings
 from tests.support import TIMEOUT, run_python
 from wsgi_bg import BackgroundTasks, background_tasks, get_background_tasks, inject
-from wsgi_bg._tasks.current import current
+from wsgi_bg._tasks.task import current
 from wsgi_bg.django import get_wsgi_application
 
 Enter = Callable[[Any], object]

@@ -21,7 +21,8 @@ from wsgi_bg._process import log
 from wsgi_bg._request.middleware import BackgroundTasksMiddleware
 from wsgi_bg._tasks.background_tasks import BackgroundTasks, View
 from wsgi_bg._tasks.callables import name_of
-from wsgi_bg._tasks.current import ENVIRON_KEY, current
+from wsgi_bg._tasks.current import ENVIRON_KEY
+from wsgi_bg._tasks.task import current
 from wsgi_bg.exceptions import ExtraMissingError, OptionError
 
 try:

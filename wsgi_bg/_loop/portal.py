@@ -316,20 +316,10 @@ class PortalCall(Generic[T]):
             self._arrived.wait(threading.TIMEOUT_MAX)
         return self._outcome.result()
 
-    def _has_to_go_on(self) -> bool:
-        return self._goes_on
+    # The three steps of the job that runs on the loop.
 
-    def _arrive(self) -> None:
-        self._arrived.set()
-
-    async def _run_here(self) -> T:
-        import asyncio
-
-        while (result := await asyncio.ensure_future(self._func(*self._args))) is AGAIN:
-            pass
-        return result
-
-    async def _run(self) -> None:
+    async def run(self) -> None:
+        """Call the function, and keep its result or error."""
         self._goes_on = False
         if self._is_cancelled:
             self._outcome.set_exception(RuntimeError("the portal call was cancelled"))
@@ -343,6 +333,21 @@ class PortalCall(Generic[T]):
         except BaseException as exc:  # close() must not raise a cancellation, made at exit
             ended = RuntimeError("the portal has ended")
             self._outcome.set_exception(exc if isinstance(exc, Exception) else ended)
+
+    def has_to_go_on(self) -> bool:
+        """True if the function has returned AGAIN."""
+        return self._goes_on
+
+    def arrive(self) -> None:
+        """Wake the thread that waits in :meth:`make`."""
+        self._arrived.set()
+
+    async def _run_here(self) -> T:
+        import asyncio
+
+        while (result := await asyncio.ensure_future(self._func(*self._args))) is AGAIN:
+            pass
+        return result
 
     def cancel(self, timeout: float) -> bool:
         """Cancel the call, begun or not, and wait for its end; not on the portal's thread.
@@ -358,7 +363,7 @@ class PortalCall(Generic[T]):
         return not self.is_pending
 
 
-_CALL = LoopJob(PortalCall._run, PortalCall._has_to_go_on, PortalCall._arrive)
+_CALL = LoopJob(PortalCall.run, PortalCall.has_to_go_on, PortalCall.arrive)
 
 
 def wait_for(context: Context, awaitable: Awaitable[Any]) -> tuple[Any, BaseException | None]:

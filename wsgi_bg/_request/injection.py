@@ -13,7 +13,8 @@ from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_ori
 
 from wsgi_bg._tasks.background_tasks import BackgroundTasks
 from wsgi_bg._tasks.callables import name_of
-from wsgi_bg._tasks.current import current, current_background_tasks
+from wsgi_bg._tasks.current import current_background_tasks
+from wsgi_bg._tasks.task import current
 from wsgi_bg.exceptions import OptionTypeError, OutsideRequestError
 
 _NAME = re.compile(rf"{BackgroundTasks.__name__}\b")

@@ -21,9 +21,9 @@ from wsgi_bg._request.request_tasks import ObservedTasks, RequestTasks
 from wsgi_bg._request.servers import is_asked_for, refuse_eventlet
 from wsgi_bg._request.unclosed import ABANDONED, RAISED, Outcome
 from wsgi_bg._tasks.background_tasks import OPEN, BackgroundTasks
-from wsgi_bg._tasks.current import ENVIRON_KEY, current
+from wsgi_bg._tasks.current import ENVIRON_KEY
 from wsgi_bg._tasks.options import OnError, Options
-from wsgi_bg._tasks.task import RunOn
+from wsgi_bg._tasks.task import RunOn, current
 from wsgi_bg.exceptions import OptionTypeError
 from wsgi_bg.hooks import Hooks
 from wsgi_bg.runners import Runner, resolve

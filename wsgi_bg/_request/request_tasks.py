@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextvars import Context
 from typing import TYPE_CHECKING, Any
 
 from wsgi_bg._process import log
@@ -21,7 +20,6 @@ from wsgi_bg._request.unclosed import (
 from wsgi_bg._tasks import successors
 from wsgi_bg._tasks.background_tasks import ENDED, OPEN, TaskQueue
 from wsgi_bg._tasks.batch import Batch
-from wsgi_bg._tasks.current import current
 from wsgi_bg._tasks.task import CRASHED, BackgroundTask
 from wsgi_bg.runners.ledger import keep
 from wsgi_bg.runners.pool import shared_pool
@@ -110,14 +108,6 @@ class RequestTasks(TaskQueue):
     def allow_start(self) -> None:
         assert self._list is not None
         self._collector.unfinished[id(self)] = self, self._list
-
-    def context_of(self, task: BackgroundTask) -> Context:
-        context = task.take_context()
-        inside = context.get(current)
-        if inside is self or (inside is not None and inside.root is self):
-            return context
-        context.run(current.set, self)  # the task was added in a stream or on another thread
-        return context
 
     def notify_failure(self, task: BackgroundTask, exc: BaseException) -> None:
         if self.observer is not None:

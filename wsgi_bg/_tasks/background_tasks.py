@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import Context, copy_context
+from contextvars import copy_context
 from typing import Any, ParamSpec
 
 from wsgi_bg._process import per_process
@@ -69,6 +69,10 @@ class BackgroundTasks:
         that joins the list without :meth:`add_task` has no options and no context of this
         request, and runs in a single batch only. After the request this is a new list.
         """
+        return self.open_list()
+
+    def open_list(self) -> list[BackgroundTask]:
+        """Return the list that :meth:`add_task` appends to."""
         return self._begin() if self._list is None else self._list
 
     def add_task(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -122,10 +126,6 @@ class BackgroundTasks:
         except ValueError:  # the batch has taken the task, and skips it
             pass
 
-    def context_of(self, task: BackgroundTask) -> Context:
-        """Return the context to run ``task`` in; the task no longer refers to the context."""
-        return task.take_context()
-
     def notify_failure(self, task: BackgroundTask, exc: BaseException) -> None:
         """Call the hooks and the ``on_error`` of a failed task, in the task's context."""
         task_log.notify_failure(task, exc)
@@ -173,7 +173,7 @@ class BackgroundTasks:
         first: BaseException | None = None
         generation = per_process.generation
         while (task := self._claim_next()) is not None:
-            context = self.context_of(task)
+            context = task.take_context(self if isinstance(self, TaskQueue) else None)
             try:
                 task.call_in(context)
             except BaseException as exc:
@@ -229,7 +229,7 @@ class TaskQueue(BackgroundTasks):
         """See :attr:`BackgroundTasks.tasks`."""
         if self.front:
             return self.left()
-        return self._begin() if self._list is None else self._list
+        return self.open_list()
 
     def end_if_unused(self) -> bool:
         """End the batch if no task was added; True if the batch has ended.
@@ -327,7 +327,7 @@ class View(BackgroundTasks):
         self.options = options
 
     def _begin(self) -> list[BackgroundTask]:
-        self._list = self._root._begin() if self._root._list is None else self._root._list
+        self._list = self._root.open_list()
         return self._list
 
     @property

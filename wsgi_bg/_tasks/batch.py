@@ -199,10 +199,8 @@ class Batch:
 
         :return: False in a child process that a hook has forked meanwhile.
         """
-        excluded = []
-        for task in list(self._queue.tasks):
-            if task.options is not self._let_run and not self.lets_run(task):
-                excluded.append(task)
+        tasks = list(self._queue.tasks)
+        excluded = [task for task in tasks if not task.options.lets_run(self._status)]
         if not excluded:
             return True
         self._done = _done_here()
@@ -312,7 +310,7 @@ class Batch:
     def _run_plain_tasks(self) -> bool:
         queue, done = self._queue, self._done
         while (task := self._next(False)) is not None:
-            context = queue.context_of(task)
+            context = task.take_context(queue)
             calls = task.options.calls
             try:
                 make = calls.send_or_make if self.sends else calls.make
@@ -386,7 +384,7 @@ class Batch:
         task = None if self._stop == ABANDONED else self._running or self._next(True)
         if task is None:
             return
-        context = self._queue.context_of(task)
+        context = task.take_context(self._queue)
         if self._begun is not None:
             _, context, awaitable = self._begun
             self._begun = None
@@ -435,7 +433,7 @@ class Batch:
                     if task is None:
                         return
                     awaitable = None
-                    context = self._queue.context_of(task)
+                    context = task.take_context(self._queue)
                 calls = task.options.calls
                 try:
                     if awaitable is None:
@@ -545,7 +543,7 @@ class Batch:
             reason = "a task before it failed, with stop_on_error set"
         else:
             reason = task.options.why_not_run(self._status)
-        context = self._queue.context_of(task)
+        context = task.take_context(self._queue)
         _run_in(context, task_log.log_skipped, task, reason, self._done)
         self._settle()
         _run_in(context, task_log.notify_discarded, task, reason)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, cast
 
 from werkzeug.local import LocalProxy
 
+from wsgi_bg._tasks.task import current
 from wsgi_bg.exceptions import MiddlewareMissingError, OutsideRequestError
 
 if TYPE_CHECKING:
@@ -16,10 +16,6 @@ if TYPE_CHECKING:
 ENVIRON_KEY = "wsgi_bg.background_tasks"
 """The environ key under which the middleware puts the request's ``BackgroundTasks``."""
 
-# Set while the application callable runs and in the contexts of its tasks. The variable cannot
-# be set for a streamed body: each chunk is made in the server's context.
-current: ContextVar[BackgroundTasks] = ContextVar("wsgi_bg.current")
-
 
 def current_background_tasks() -> BackgroundTasks:
     """Return the object that the proxy ``background_tasks`` stands for.
@@ -27,7 +23,7 @@ def current_background_tasks() -> BackgroundTasks:
     :raises RuntimeError: if no application callable and no task is running.
     """
     try:
-        return current.get()
+        return cast("BackgroundTasks", current.get())
     except LookupError:
         raise OutsideRequestError(
             "wsgi_bg.background_tasks works while the application callable runs and inside "

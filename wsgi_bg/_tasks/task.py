@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from contextvars import Context, copy_context
+from contextvars import Context, ContextVar, copy_context
 from functools import partial
 from inspect import CO_COROUTINE
 from sys import modules
@@ -25,6 +25,11 @@ RunOn = Literal["success", "error", "always"]
 CRASHED = 1000
 """In place of a status code if the application raised; counts as failed for each option."""
 
+
+current: ContextVar[Any] = ContextVar("wsgi_bg.current")
+"""The ``BackgroundTasks`` of the request, while the application callable runs and in its tasks.
+
+The variable cannot be set for a streamed body: each chunk is made in the server's context."""
 
 RESULT = "result"
 
@@ -243,19 +248,29 @@ class BackgroundTask:
         """Give the claim back; called only by the thread that has the claim."""
         self.unclaimed = [None]
 
-    def take_context(self) -> Context:
+    def take_context(self, batch: Any = None) -> Context:
         """Return the context to run in, and clear the task's reference to the context.
 
         Must be called on the thread that will run the task. A request's context refers to the
         tasks, through the variable of the proxy. The reference back would make a cycle that
         only the garbage collector could free.
+
+        :param batch: the ``BackgroundTasks`` of the request, for which the proxy stands in the context; None
+            to leave the proxy as it is.
         """
         context = self.context
         if context is None:
             context = copy_context()
         else:
             self.context = None
-        return detached(context) if "asgiref.sync" in modules else context
+        if "asgiref.sync" in modules:
+            context = detached(context)
+        if batch is not None:
+            inside = context.get(current)
+            if inside is not batch and (inside is None or inside.root is not batch):
+                # The task was added in a stream or on another thread.
+                context.run(current.set, batch)
+        return context
 
     def owned(self, options: Layer) -> BackgroundTask:
         """Return this task for a new batch, or a copy if another batch owns this task."""

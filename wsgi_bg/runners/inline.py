@@ -28,7 +28,7 @@ class InlineRunner(LedgerRunner):
 
         :raises KeyboardInterrupt: or another exception that stops the server's worker.
         """
-        takes_more = self.ledger.add(batch)
+        takes_more = self._ledgers.get().add(batch)
         if batch.response_complete or not takes_more:
             batch.run()
         else:

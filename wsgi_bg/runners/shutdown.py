@@ -16,8 +16,7 @@ from wsgi_bg._process import log, uwsgi
 from wsgi_bg._process.exit import call_before_exit
 from wsgi_bg._process.interrupts import stops_worker
 from wsgi_bg._tasks import checks, task_log
-from wsgi_bg._tasks.current import current
-from wsgi_bg._tasks.task import BackgroundTask
+from wsgi_bg._tasks.task import BackgroundTask, current
 from wsgi_bg.exceptions import InsideTaskError
 from wsgi_bg.runners.ledger import LedgerRunner, batches_under_way
 from wsgi_bg.runners.waiting import Notice, wait_for
