@@ -414,6 +414,8 @@ def test_requests_are_not_held_up_while_statistics_counts() -> None:
     ledger = Ledger()
     ledger.add(cast("Any", Many(ledger)))
     assert ledger.statistics() == Statistics(2, 1, 0, 0, 0)
+    for batch in ledger.batches:
+        ledger.remove(batch)  # or a later test finds batches under way
 
 
 def test_a_runner_of_the_users_own() -> None:
