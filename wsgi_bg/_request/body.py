@@ -7,7 +7,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from wsgi_bg._process.interrupts import is_raised_here
-from wsgi_bg._request.unclosed import ABANDONED, EXHAUSTED, RAISED, Outcome, collections
+from wsgi_bg._request.unclosed import ABANDONED, EXHAUSTED, RAISED, UNREAD, Outcome, collections
 from wsgi_bg._tasks.background_tasks import ENDED
 
 if TYPE_CHECKING:
@@ -28,13 +28,12 @@ class Body:
     :param app_iter: the iterable of bytes; each subclass wraps a certain type.
     """
 
-    __slots__ = ("_app_iter", "_environ", "_guard", "_is_fresh", "_open", "_outcome", "_tasks")
+    __slots__ = ("_app_iter", "_environ", "_guard", "_open", "_outcome", "_tasks")
 
     def __init__(self, app_iter: Any, environ: WSGIEnvironment, tasks: RequestTasks) -> None:
         self._app_iter = app_iter
         self._environ = environ
-        self._outcome = ABANDONED
-        self._is_fresh = True  # until the first iter()
+        self._outcome = UNREAD  # or only not read to its end, except for a generator
         self._open: list[None] = [None]  # emptied by the first call of close()
         self._guard = Guard(environ, tasks) if tasks.is_used else None
         self._tasks = tasks  # last: see __del__()
@@ -134,8 +133,8 @@ class GeneratorBody(Body):
 
         ``chain`` calls this again when the generator has ended.
         """
-        if self._is_fresh:  # reading gi_frame of an unfinished generator makes an object
-            self._is_fresh = False
+        if self._outcome is UNREAD:  # do not read gi_frame, which makes an object here
+            self._outcome = ABANDONED
         elif self._app_iter.gi_frame is None:
             self._outcome = EXHAUSTED
             return _NOTHING
@@ -144,7 +143,7 @@ class GeneratorBody(Body):
     def _look(self, *, is_freed: bool) -> Outcome:
         # A generator that raised has no frame. An unfinished generator has a frame until its
         # close() is called, which a garbage collection that frees body and generator may do.
-        is_over = self._app_iter.gi_frame is None and not self._is_fresh
+        is_over = self._app_iter.gi_frame is None
         return RAISED if is_over and not (is_freed and collections.are_running) else ABANDONED
 
 

@@ -37,12 +37,13 @@ _FLUSH_TIMEOUT = 1.0  # seconds
 class Outcome(Enum):
     """How the application's call and the iteration over its body ended."""
 
+    UNREAD = "the server has not asked for the body"
     ABANDONED = "the server has not asked for the end of the body"
     EXHAUSTED = "the server has taken the whole body"
     RAISED = "the application has raised"
 
 
-ABANDONED, EXHAUSTED, RAISED = Outcome
+UNREAD, ABANDONED, EXHAUSTED, RAISED = Outcome
 
 
 class Unclosed(NamedTuple):

@@ -255,8 +255,8 @@ class BackgroundTask:
         tasks, through the variable of the proxy. The reference back would make a cycle that
         only the garbage collector could free.
 
-        :param batch: the ``BackgroundTasks`` of the request, for which the proxy stands in the context; None
-            to leave the proxy as it is.
+        :param batch: the ``BackgroundTasks`` of the request, for which the proxy stands in the
+            context; None to leave the proxy as it is.
         """
         context = self.context
         if context is None:
