@@ -32,8 +32,25 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 
+_FILE_WRAPPER = "wsgi.file_wrapper"
+
 # Up to Python 3.12 this and a call of __init__() take 0.05 us less than a call of the class.
 _new: Any = object.__new__
+
+
+class _Bodies(dict[type, type[Body]]):
+    """The classes of bodies, by the type of the application's iterable."""
+
+    def __missing__(self, kind: type) -> type[Body]:
+        body = SizedBody if issubclass(kind, (list, tuple)) else Body
+        if len(self) < _MOST_TYPES:
+            self[kind] = body
+        return body
+
+
+_MOST_TYPES = 100  # an application may make classes for ever
+
+_bodies = _Bodies({GeneratorType: GeneratorBody})
 
 
 class _MergedOptions(NamedTuple):
@@ -134,8 +151,10 @@ class BackgroundTasksMiddleware:
                 app_iter = self._app(environ, tasks.start_response)
                 kind = type(app_iter)
                 if (
-                    kind is list or kind is tuple or kind is environ.get("wsgi.file_wrapper")
-                ) and tasks.end_if_unused():
+                    not tasks.is_used
+                    and (kind is list or kind is tuple or kind is environ.get(_FILE_WRAPPER))
+                    and tasks.end_if_unused()
+                ):
                     # Return the iterable unwrapped: no code in such an iterable could add a
                     # task, and a server sends its own file wrapper without iterating.
                     return app_iter
@@ -143,17 +162,11 @@ class BackgroundTasksMiddleware:
                     # gunicorn's asynchronous workers compare the iterable with ALREADY_HANDLED.
                     tasks.end(environ, ABANDONED)
                     return app_iter
-                body: Body
-                if kind is GeneratorType:
-                    body = _new(GeneratorBody)
-                elif isinstance(app_iter, (list, tuple)):
-                    body = _new(SizedBody)
-                else:
-                    body = _new(Body)
+                body: Body = _new(_bodies[kind])
                 body.__init__(app_iter, environ, tasks)  # type: ignore[misc]
             except:
-                # Without a class: on Python 3.15 a signal handler's exception that comes right
-                # after the match of a class passes the enclosing block by.
+                # Without a class, and with no branch taken above if there are tasks: on Python
+                # 3.15 an exception that a tracer raises there passes the enclosing block by.
                 tasks.end(environ, _outcome_of(environ, sys.exception()))
                 raise
         except BaseException:
