@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from types import SimpleNamespace
+from weakref import WeakValueDictionary
 
 import pytest
 
@@ -600,7 +601,9 @@ def test_tasks_are_named_without_a_wait_when_there_is_no_time(
         def abandon(self) -> list[BackgroundTask]:
             return [BackgroundTask(int)]
 
-    monkeypatch.setattr("wsgi_bg.runners.shutdown._runners", {})
+    monkeypatch.setattr(
+        "wsgi_bg.runners.shutdown._own_runners", WeakValueDictionary[int, object]()
+    )
     busy = [Busy(), Busy()]
     for runner in busy:
         shutdown.register(runner)
@@ -625,7 +628,9 @@ def test_the_drain_times_of_all_runners_begin_together(
             now += 25.0
             return []
 
-    monkeypatch.setattr("wsgi_bg.runners.shutdown._runners", {})
+    monkeypatch.setattr(
+        "wsgi_bg.runners.shutdown._own_runners", WeakValueDictionary[int, object]()
+    )
     runners = [Slow(), Slow(), Slow()]
     for runner in runners:
         shutdown.register(runner)

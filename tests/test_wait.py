@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import re
 import threading
 import weakref
@@ -546,7 +547,7 @@ def test_a_runner_without_a_reference_is_freed(make: Any) -> None:
     del runner
     gc.collect()
     assert freed.wait(TIMEOUT)
-    assert key not in shutdown._runners
+    assert key not in shutdown._own_runners
 
 
 def test_a_runner_with_work_is_kept_until_the_work_is_done(gate: Gate) -> None:
@@ -559,7 +560,7 @@ def test_a_runner_with_work_is_kept_until_the_work_is_done(gate: Gate) -> None:
     gc.collect()
     assert gate.begun.wait(TIMEOUT)
     assert not freed.is_set()
-    assert key in shutdown._runners
+    assert key in shutdown._own_runners
     gate.open()
     assert wsgi_bg.wait(TIMEOUT) == []
     gc.collect()
@@ -572,14 +573,15 @@ def test_a_users_runner_is_kept_since_it_may_have_work() -> None:
     key = id(runner)
     del runner
     gc.collect()
-    assert shutdown._runners.pop(key).runner is not None
+    assert isinstance(shutdown._users_runners.pop(key), Own)
 
 
 def test_a_runner_at_the_address_of_a_freed_runner_is_drained_too() -> None:
     first, second = InlineRunner(), InlineRunner()
-    shutdown._runners[id(second)] = old = shutdown._Registered(first)
+    shutdown._own_runners[id(second)] = first
+    shutdown._drained_in[id(second)] = os.getpid()
     shutdown.register(second)
     del first  # its entry is removed
     gc.collect()
-    assert shutdown._runners[id(second)].runner is second
-    assert old.runner is None
+    assert shutdown._own_runners[id(second)] is second
+    assert id(second) not in shutdown._drained_in

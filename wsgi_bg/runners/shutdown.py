@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
-from weakref import WeakSet, ref
+from typing import TYPE_CHECKING, TypeAlias
+from weakref import WeakSet, WeakValueDictionary
 
 from wsgi_bg._loop import portal
 from wsgi_bg._process import log, uwsgi
@@ -31,14 +31,21 @@ DRAIN_TIMEOUT = 30.0
 # How long the portal's thread may take to end once its tasks are cancelled, in seconds.
 _PORTAL_TIMEOUT = 0.5
 
+_Collector: TypeAlias = tuple[Callable[[], None], Callable[[], list[BackgroundTask]]]
+
 # In seconds; small enough for a time of the clock to be added without overflow.
 _FOR_EVER = 1e300
 
 # A runner's drain() has given up if it returns tasks so many seconds before its timeout.
 _EARLY = 0.05
 
-# By id of the runner.
-_runners: dict[int, _Registered] = {}
+# By id of the runner: the runners that exit drains. The package's own runners are referenced
+# weakly: an unfinished batch holds its runner, and these runners have no work besides batches.
+_own_runners: WeakValueDictionary[int, Runner] = WeakValueDictionary()
+# A user's runner may have work besides batches, so exit keeps the runner alive.
+_users_runners: dict[int, Runner] = {}
+# By id of the runner: the process that has drained it. A forked child drains again.
+_drained_in: dict[int, int] = {}
 # Tasks logged as unfinished: serve() drains before interpreter exit drains, and no task is
 # logged twice.
 _logged: WeakSet[BackgroundTask] = WeakSet()
@@ -46,49 +53,27 @@ _logged: WeakSet[BackgroundTask] = WeakSet()
 _had_their_time: WeakSet[Batch] = WeakSet()
 # By process id: a function that hands over the responses freed without close(), and a function
 # that claims the tasks of all remaining requests.
-_collectors: dict[int, tuple[Callable[[], None], Callable[[], list[BackgroundTask]]]] = {}
-
-
-class _Registered:
-    """A runner that exit drains.
-
-    The package's own runners are referenced weakly: an unfinished batch holds its runner,
-    and these runners have no work besides batches. A user's runner may have, so exit keeps
-    that runner alive.
-
-    :ivar drained_in: id of the process that has drained the runner; a forked child drains
-        the runner again.
-    """
-
-    def __init__(self, runner: Runner) -> None:
-        self.drained_in: int | None = None
-        self._runner: Callable[[], Runner | None] = lambda: runner
-        if getattr(runner, "work_is_in_ledgers", False):
-            self._runner = ref(runner, partial(self._forget, id(runner)))
-
-    def _forget(self, key: int, _: object) -> None:
-        if _runners.get(key) is self:
-            del _runners[key]
-
-    @property
-    def was_drained(self) -> bool:
-        return self.drained_in == os.getpid()
-
-    @property
-    def runner(self) -> Runner | None:
-        return self._runner()
+_collectors: dict[int, _Collector] = {}
+_NO_REQUESTS: _Collector = (lambda: None), list  # before the first task of a process
 
 
 def register(runner: Runner) -> None:
     """Let interpreter exit drain ``runner``."""
-    known = _runners.get(id(runner))
-    if known is None or known.runner is not runner:
-        _runners[id(runner)] = _Registered(runner)
+    runners = _own_runners if _works_by_ledger(runner) else _users_runners
+    key = id(runner)
+    if runners.get(key) is not runner:  # perhaps at the address of a freed runner
+        _drained_in.pop(key, None)
+        runners[key] = runner
 
 
-def _registered() -> list[tuple[_Registered, Runner]]:
-    both = [(entry, entry.runner) for entry in list(_runners.values())]
-    return [(entry, runner) for entry, runner in both if runner is not None]
+def _registered() -> list[Runner]:
+    """The runners to drain: those of the user first, which may use one of the package."""
+    own = [reference() for reference in _own_runners.valuerefs()]
+    return list(_users_runners.values()) + [each for each in own if each is not None]
+
+
+def _works_by_ledger(runner: Runner) -> bool:
+    return getattr(runner, "work_is_in_ledgers", False)
 
 
 def register_drain(
@@ -109,9 +94,8 @@ def register_drain(
 
 
 def _flush() -> None:
-    collector = _collectors.get(os.getpid())
-    if collector is not None:
-        collector[0]()
+    flush, _ = _collectors.get(os.getpid(), _NO_REQUESTS)
+    flush()
 
 
 def wait(timeout: float | None = None) -> list[BackgroundTask]:
@@ -177,10 +161,8 @@ def _log_if_interrupted() -> Iterator[None]:
 def _drain_at_exit(is_last: bool) -> None:
     _flush()
     left = batches_under_way()
-    if left and all(batch in _had_their_time for batch in left):
-        finish(began=time.monotonic() - longest_limit(of_busy=True), names_requests=is_last)
-    else:
-        finish(names_requests=is_last)
+    no_time_left = bool(left) and all(batch in _had_their_time for batch in left)
+    finish(began=-math.inf if no_time_left else None, names_requests=is_last)
 
 
 @_log_if_interrupted()
@@ -215,9 +197,10 @@ def finish(
         began = time.monotonic()
     if notice is None:
         notice = Notice()
-    waiting = [runner for entry, runner in _registered() if not entry.was_drained]
+    pid = os.getpid()
+    waiting = [runner for runner in _registered() if _drained_in.get(id(runner)) != pid]
     batches = batches_under_way()
-    limits = {id(runner): _limit_of(runner, limit) for runner in waiting}
+    limits = {id(each): _limit_of(each) if limit is None else limit for each in waiting}
     busy = [runner for runner in waiting if _may_have_work(runner)]
     latest = began + max((limits[id(runner)] for runner in busy), default=0.0)
     reasons: dict[int, str] = {}
@@ -283,7 +266,7 @@ def _is_interruption(exc: BaseException, runner: Runner) -> bool:
     """
     if isinstance(exc, Exception):
         return False
-    return getattr(runner, "work_is_in_ledgers", False) or stops_worker(exc)
+    return _works_by_ledger(runner) or stops_worker(exc)
 
 
 def log_all_unfinished(reason: str) -> None:
@@ -300,14 +283,17 @@ def _log_left(
     once.
     """
     named = []
-    for entry, runner in _registered():
-        entry.drained_in = os.getpid()
+    for runner in _registered():
+        _drained_in[id(runner)] = os.getpid()
         named += _name(_left_of(runner), reasons.get(id(runner), otherwise))
     # Tasks that a user's runner has accepted and did not return.
     named += _name(
         [task for batch in batches_under_way() for task in batch.abandon()], otherwise
     )
-    return named + (_name(_unfinished_requests(), otherwise) if names_requests else [])
+    if names_requests:
+        _, abandon = _collectors.get(os.getpid(), _NO_REQUESTS)
+        named += _name(abandon(), otherwise)
+    return named
 
 
 def _name(tasks: list[BackgroundTask], reason: str) -> list[BackgroundTask]:
@@ -318,18 +304,12 @@ def _name(tasks: list[BackgroundTask], reason: str) -> list[BackgroundTask]:
     return left
 
 
-def _unfinished_requests() -> list[BackgroundTask]:
-    """Claim and return the tasks of requests that are open or were not handed over."""
-    collector = _collectors.get(os.getpid())
-    return [] if collector is None else collector[1]()
-
-
 def longest_limit(*, of_busy: bool = False) -> float:
     """The longest ``drain_timeout`` of all runners, in seconds.
 
     :param of_busy: True to count only runners that may have unfinished tasks now.
     """
-    runners = [runner for _, runner in _registered() if not of_busy or _may_have_work(runner)]
+    runners = [runner for runner in _registered() if not of_busy or _may_have_work(runner)]
     return max(map(_limit_of, runners), default=0.0)
 
 
@@ -342,9 +322,7 @@ def _left_of(runner: Runner) -> list[BackgroundTask]:
     try:
         can_abandon = hasattr(runner, "abandon")
         left = runner.abandon() if can_abandon else runner.drain(0.0)  # type: ignore[attr-defined]
-        return (
-            [] if left is None else [task for task in left if isinstance(task, BackgroundTask)]
-        )
+        return [task for task in left or () if isinstance(task, BackgroundTask)]
     except BaseException as exc:  # a user's runner, as in _drain()
         if _is_interruption(exc, runner):
             raise
@@ -353,9 +331,7 @@ def _left_of(runner: Runner) -> list[BackgroundTask]:
         return []
 
 
-def _limit_of(runner: Runner, limit: float | None = None) -> float:
-    if limit is not None:
-        return limit
+def _limit_of(runner: Runner) -> float:
     try:
         given = float(getattr(runner, "drain_timeout", DRAIN_TIMEOUT))
         if given >= 0:
