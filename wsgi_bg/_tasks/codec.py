@@ -51,11 +51,11 @@ _UNREADABLE = (
 
 
 class _RefusedError(Exception):
-    """A value cannot be sent; ``path`` leads from the argument to the value."""
+    """A value cannot be sent; ``path`` has the argument and the keys that lead to the value."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
-        self.path = ""
+        self.path: list[Any] = []
 
 
 def encode(
@@ -70,18 +70,15 @@ def encode(
         signature.bind(*args, **kwargs)
     except TypeError as exc:
         raise ArgumentError(name, "", str(exc)) from None
-    packed: list[Any] = []
-    named: dict[str, Any] = {}
-    argument: int | str = 0
+    # A name may be of a subclass of str.
+    named = {str.__str__(argument): value for argument, value in kwargs.items()}
     try:
-        for argument, value in enumerate(args):  # noqa: B007  # for the error below
-            packed.append(_pack(value))
-        for argument, value in kwargs.items():
-            named[_text(argument)] = _pack(value)
+        return _dumps([VERSION, _pack_list(args, 0), _pack_dict(named, 0)])
     except _RefusedError as exc:
+        argument, *keys = exc.path
         where = argument if isinstance(argument, str) else _positional(signature, argument)
-        raise ArgumentError(name, where + exc.path, exc.reason) from None
-    return _dumps([VERSION, packed, _escape(named)])
+        where += "".join(f"[{reprlib.repr(key)}]" for key in keys)
+        raise ArgumentError(name, where, exc.reason) from None
 
 
 def decode(text: object) -> tuple[list[Any], dict[str, Any]]:
@@ -116,7 +113,7 @@ def _positional(signature: Signature, index: int) -> str:
     return f"{rest}[{index - len(names)}]"
 
 
-def _pack(value: Any, depth: int = 0) -> Any:
+def _pack(value: Any, depth: int) -> Any:
     kind = type(value)
     if value is None or kind is bool or kind is float:
         return value
@@ -129,7 +126,7 @@ def _pack(value: Any, depth: int = 0) -> Any:
             raise _RefusedError(
                 f"it is nested more than {MAX_DEPTH} levels deep, or contains itself"
             )
-        return _pack_list(value, depth) if kind is list else _pack_dict(value, depth)
+        return _pack_list(value, depth + 1) if kind is list else _pack_dict(value, depth + 1)
     if kind in _TYPES:
         tag, pack, _ = _TYPES[kind]
         return {tag: pack(value)}
@@ -145,13 +142,13 @@ def _text(value: str) -> str:
     return value
 
 
-def _pack_list(values: list[Any], depth: int) -> list[Any]:
+def _pack_list(values: Sequence[Any], depth: int) -> list[Any]:
     packed: list[Any] = []
     try:
         for value in values:
-            packed.append(_pack(value, depth + 1))  # len(packed) is the index in the path
+            packed.append(_pack(value, depth))
     except _RefusedError as exc:
-        exc.path = f"[{len(packed)}]{exc.path}"
+        exc.path.insert(0, len(packed))
         raise
     return packed
 
@@ -164,9 +161,9 @@ def _pack_dict(values: dict[Any, Any], depth: int) -> dict[str, Any]:
                 f"it has a key of type {type(key).__qualname__}, and keys come back as str"
             )
         try:
-            packed[_text(key)] = _pack(value, depth + 1)
+            packed[_text(key)] = _pack(value, depth)
         except _RefusedError as exc:
-            exc.path = f"[{reprlib.repr(key)}]{exc.path}"
+            exc.path.insert(0, key)
             raise
     return _escape(packed)
 

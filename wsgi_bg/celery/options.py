@@ -8,11 +8,10 @@ checked; Celery knows the rest.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from datetime import datetime
 from math import isfinite
 from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError
 
@@ -53,19 +52,16 @@ _OF_MESSAGE = {
 }
 
 
-@dataclass(frozen=True)
-class CeleryOptions:
-    """Celery options, split by the Celery function that takes them.
+class CeleryOptions(NamedTuple):
+    """Celery options, split by the Celery function that takes them."""
 
-    :ivar task: options for ``app.task``.
-    :ivar message: options for ``apply_async``.
-    """
-
-    task: Mapping[str, Any] = field(default_factory=dict)
-    message: Mapping[str, Any] = field(default_factory=dict)
+    task: Mapping[str, Any]
+    """Options for ``app.task``."""
+    message: Mapping[str, Any]
+    """Options for ``apply_async``."""
 
 
-NO_OPTIONS = CeleryOptions()
+NO_OPTIONS = CeleryOptions({}, {})
 
 
 def for_function(given: Mapping[str, Any]) -> CeleryOptions:

@@ -6,8 +6,9 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from contextvars import copy_context
+from functools import partial
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 from celery import Celery
 from kombu import Producer
@@ -24,18 +25,13 @@ CONNECTIONS = 8
 _RETRY = {"max_retries": 1, "interval_start": 0, "interval_step": 0.05, "interval_max": 0.05}
 
 
-class Message:
+class Message(NamedTuple):
     """A registered task's call, encoded when the task was added."""
 
-    __slots__ = ("headers", "name", "options", "text")
-
-    def __init__(
-        self, name: str, text: str, headers: Mapping[str, str], options: Mapping[str, Any]
-    ) -> None:
-        self.name: str = name
-        self.text: str = text
-        self.headers: Mapping[str, str] = headers
-        self.options: Mapping[str, Any] = options
+    name: str
+    text: str
+    headers: Mapping[str, str]
+    options: Mapping[str, Any]
 
 
 class Publisher:
@@ -78,11 +74,13 @@ class Publisher:
 
     def _work(self, job: _Job) -> None:
         """Send the message of ``job``; runs on a thread of this publisher."""
-        if job.is_settled:
+        if job.is_settled():
             return
         producer = None
         try:
-            producer = self._take_idle() or self._connect()
+            with suppress(IndexError):
+                producer = self._idle.pop()
+            producer = producer or self._connect()
             # Receivers of Celery's signals read the context of add_task(): a span, an id.
             job.context.run(self._send, producer, job.message)
         except BaseException as exc:
@@ -103,12 +101,6 @@ class Publisher:
                     "background task %s was sent after its time was up: it may run twice",
                     job.message.name,
                 )
-
-    def _take_idle(self) -> Producer | None:
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return None
 
     def _connect(self) -> Producer:
         app, timeout = self._app, self._timeout
@@ -136,30 +128,16 @@ class Publisher:
 class _Job:
     """A message, its result, and the lock that :meth:`Publisher.publish` waits for."""
 
-    __slots__ = ("_is_open", "context", "error", "is_done", "message")
-
     def __init__(self, message: Message) -> None:
         self.message = message
         self.error: BaseException | None = None
         self.context = copy_context()
-        self._is_open = True
         self.is_done = threading.Lock()
         self.is_done.acquire()
-
-    def settle(self) -> bool:
-        """Decide whether the job was sent or timed out.
-
-        :return: True for the first caller only: deleting an attribute is atomic.
-        """
-        try:
-            del self._is_open
-        except AttributeError:
-            return False
-        return True
-
-    @property
-    def is_settled(self) -> bool:
-        return not hasattr(self, "_is_open")
+        # The caller that acquires this lock decides whether the job was sent or timed out.
+        settled = threading.Lock()
+        self.settle = partial(settled.acquire, blocking=False)
+        self.is_settled = settled.locked
 
 
 def _for_transport(name: str, timeout: float) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from wsgi_bg.exceptions import MessageError, OptionValueError, UnsafeCeleryError
 HIDDEN = "(...)"
 """Celery's logs and headers show this text in place of arguments, which are data."""
 
-# The applications that have the registered functions, by id; held, so that no id is reused.
-_served: dict[int, Celery] = {}
+# The applications that have the registered functions.
+_served: set[Celery] = set()
 
 
 def check_settings(app: Celery) -> None:
@@ -50,8 +50,8 @@ def _is_unsafe(serializer: object) -> bool:
 
 def serve(app: Celery) -> None:
     """Make each registered function a task of ``app``, also if registered later."""
-    if id(app) not in _served:
-        _served[id(app)] = app
+    if app not in _served:
+        _served.add(app)
         registry.subscribe(partial(_add, app))
 
 
