@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
+from inspect import Parameter
 from types import BuiltinMethodType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -89,34 +90,26 @@ def look_at(tasks: Iterable[BackgroundTask]) -> None:
 
 
 def _look_closely(task: BackgroundTask) -> None:
-    found = [
-        (name_it, advice)
-        for name_it, argument in _arguments_of(task)
-        if (advice := _advice_on(argument)) is not None
-    ]
     name = task.name
-    if not found or name in _warned:
+    if name in _warned:
         return
-    _warned.add(name)
-    log.warning(
-        "background task %s has an argument of the request: %s",
-        name,
-        "; ".join(f"{name_it()} is {advice}" for name_it, advice in found),
-    )
-
-
-def _arguments_of(task: BackgroundTask) -> Iterator[tuple[Callable[[], str], object]]:
-    """Yield each argument of the task's function, with a function that returns its name."""
     func: Any = task.func
     args, kwargs = task.args, task.kwargs
     while isinstance(func, partial):
         func, args, kwargs = func.func, (*func.args, *args), {**func.keywords, **kwargs}
-    if type(func) in _METHODS:
-        yield lambda: "the object of the method", func.__self__
-    for index, argument in enumerate(args):
-        yield partial(_name_of, func, index), argument
-    for name, argument in kwargs.items():
-        yield partial("argument {!r}".format, name), argument
+    places: list[tuple[int | str, object]] = [*enumerate(args), *kwargs.items()]
+    found = [
+        f"{_name_of(func, place)} is {advice}"
+        for place, argument in places
+        if (advice := _advice_on(argument)) is not None
+    ]
+    if type(func) in _METHODS and (advice := _advice_on(func.__self__)) is not None:
+        found.insert(0, f"the object of the method is {advice}")
+    if found:
+        _warned.add(name)
+        log.warning(
+            "background task %s has an argument of the request: %s", name, "; ".join(found)
+        )
 
 
 def _advice_on(argument: object) -> str | None:
@@ -133,16 +126,18 @@ def _advice_on(argument: object) -> str | None:
     return None
 
 
-def _name_of(func: Callable[..., object], place: int) -> str:
-    """Return the name of a positional argument's parameter, or the argument's position."""
+def _name_of(func: Callable[..., object], place: int | str) -> str:
+    """Name an argument by its parameter, or by its position if that has no parameter.
+
+    :param place: the index of a positional argument, or the name of a keyword argument.
+    """
+    if isinstance(place, str):
+        return f"argument {place!r}"
     try:
         parameters = list(inspect.signature(func).parameters.values())
     except (TypeError, ValueError):  # a function in C without a signature
         parameters = []
-    named: Any = (
-        inspect.Parameter.POSITIONAL_ONLY,
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    )
-    if place >= len(parameters) or parameters[place].kind not in named:
-        return f"positional argument {place + 1}"
-    return f"argument {parameters[place].name!r}"
+    named = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    if place < len(parameters) and parameters[place].kind in named:
+        return f"argument {parameters[place].name!r}"
+    return f"positional argument {place + 1}"

@@ -13,7 +13,6 @@ from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_ori
 
 from wsgi_bg._tasks.background_tasks import BackgroundTasks
 from wsgi_bg._tasks.callables import name_of
-from wsgi_bg._tasks.current import current_background_tasks
 from wsgi_bg._tasks.task import current
 from wsgi_bg.exceptions import OptionTypeError, OutsideRequestError
 
@@ -57,48 +56,31 @@ def find_injected(func: Callable[..., Any]) -> tuple[list[InjectedParameter], li
         return [], []
     for place, parameter in enumerate(parameters):
         annotation = parameter.annotation
-        if annotation is parameter.empty or parameter.name in given:
+        if (
+            annotation is parameter.empty
+            or parameter.name in given
+            or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        ):
             continue
-        has_default = parameter.default is not parameter.empty
-        is_variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         try:
             members = _members(_resolve(parameter.name, annotation, names))
         except Exception as exc:  # evaluating a string may raise any exception
             is_ours = _NAME.search(str(annotation)) is not None
             unresolved.append(Unresolved(parameter.name, exc, is_ours))
             continue
-        if is_variadic or not any(member is BackgroundTasks for member in members):
+        if not any(member is BackgroundTasks for member in members):
             continue
+        has_default = parameter.default is not parameter.empty
         may_be_none = type(None) in members or parameter.default is None
-        by_name_only = parameter.kind is parameter.KEYWORD_ONLY
         injected.append(
             InjectedParameter(
-                parameter.name,
-                None if by_name_only else place,
-                parameter.kind is not parameter.POSITIONAL_ONLY,
-                has_default and may_be_none,
+                name=parameter.name,
+                place=None if parameter.kind is parameter.KEYWORD_ONLY else place,
+                by_name=parameter.kind is not parameter.POSITIONAL_ONLY,
+                is_optional=has_default and may_be_none,
             )
         )
     return injected, unresolved
-
-
-def injected_value(
-    parameter: InjectedParameter, func: Callable[..., Any]
-) -> BackgroundTasks | None:
-    """Return the request's ``BackgroundTasks`` for a parameter of ``func``, or None.
-
-    :raises RuntimeError: outside of a request, if the parameter cannot be omitted.
-    """
-    if parameter.is_optional and current.get(None) is None:
-        return None
-    try:
-        return current_background_tasks()
-    except OutsideRequestError:
-        raise OutsideRequestError(
-            f"{name_of(func)} wants the request's BackgroundTasks and was called outside "
-            "of a request: give it one as an argument, or make the parameter optional with "
-            "None as its default"
-        ) from None
 
 
 def _resolve(name: str, annotation: Any, names: dict[str, Any]) -> Any:
@@ -151,29 +133,31 @@ def inject(func: Callable[..., R]) -> Callable[..., R]:
         return typing.cast("Callable[..., R]", type(func)(inject(func.__func__)))
     if not callable(func):
         raise OptionTypeError("inject", func, "used on a function: @inject above a def")
-    injected: list[InjectedParameter] = []
-
-    def find_once() -> list[InjectedParameter]:
-        if not injected:
-            injected.extend(_find_injected(func))
-        return injected
-
-    return fill_injected(func, find_once)
+    return fill_injected(func, functools.cache(functools.partial(_find_injected, func)))
 
 
 def fill_injected(
     func: Callable[..., R], injected: Callable[[], list[InjectedParameter]]
 ) -> Callable[..., R]:
-    """Wrap ``func``: each call gets the injected parameters, unless the caller passed them."""
+    """Wrap ``func``: each call gets the injected parameters, unless the caller passed them.
+
+    :raises RuntimeError: from a call outside of a request, if a parameter is not optional.
+    """
 
     def fill(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         for parameter in injected():
             is_given = parameter.place is not None and parameter.place < len(args)
             if is_given or (parameter.by_name and parameter.name in kwargs):
                 continue
-            tasks = injected_value(parameter, func)
-            if tasks is None:
+            tasks = current.get(None)
+            if tasks is None and parameter.is_optional:
                 continue
+            if tasks is None:
+                raise OutsideRequestError(
+                    f"{name_of(func)} wants the request's BackgroundTasks and was called "
+                    "outside of a request: give it one as an argument, or make the parameter "
+                    "optional with None as its default"
+                )
             if parameter.by_name:
                 kwargs[parameter.name] = tasks
             elif parameter.place == len(args):
@@ -197,15 +181,12 @@ def fill_injected(
 
 def _find_injected(func: Callable[..., Any]) -> list[InjectedParameter]:
     injected, unresolved = find_injected(func)
-    if unresolved and not injected:
-        name, error, _ = unresolved[0]
-        raise OptionTypeError(
-            "inject",
-            func,
-            f"used on a function whose annotations can be resolved ({name}: {error})",
-        ) from error
-    if not injected:
+    if injected:
+        return injected
+    if not unresolved:
         raise OptionTypeError(
             "inject", func, "used on a function with a parameter annotated BackgroundTasks"
         )
-    return injected
+    name, error, _ = unresolved[0]
+    wanted = f"used on a function whose annotations can be resolved ({name}: {error})"
+    raise OptionTypeError("inject", func, wanted) from error
