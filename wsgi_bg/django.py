@@ -13,17 +13,19 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from contextvars import Token, copy_context
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
 from wsgi_bg._loop.asgiref_state import detached
 from wsgi_bg._process import log
+from wsgi_bg._request.configuration import make_configured
 from wsgi_bg._request.middleware import BackgroundTasksMiddleware
 from wsgi_bg._tasks.background_tasks import BackgroundTasks, View
 from wsgi_bg._tasks.callables import name_of
 from wsgi_bg._tasks.current import ENVIRON_KEY
 from wsgi_bg._tasks.task import current
-from wsgi_bg.exceptions import ExtraMissingError, OptionError
+from wsgi_bg.exceptions import ExtraMissingError
 
 try:
     from asgiref.sync import SyncToAsync
@@ -38,7 +40,7 @@ except ModuleNotFoundError as _exc:
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
     from wsgi_bg._tasks.options import OnError, Options
     from wsgi_bg._tasks.task import BackgroundTask, RunOn
@@ -85,25 +87,11 @@ def get_wsgi_application(
         stop_on_error=stop_on_error,
         hooks=hooks,
     )
-    return _configured(_Middleware, application)
+    return _configured(partial(_Middleware, application))
 
 
-def _configured(
-    kind: type[BackgroundTasksMiddleware], application: Any, **overrides: Any
-) -> BackgroundTasksMiddleware:
-    """Make a middleware: ``overrides`` win over the settings, these over ``_options``."""
-    keys = {option: f"WSGI_BG_{option.upper()}" for option in _options}
-    from_settings = {
-        option: value
-        for option, key in keys.items()
-        if (value := getattr(settings, key, None)) is not None
-    }
-    try:
-        return kind(application, **{**_options, **from_settings, **overrides})
-    except OptionError as exc:
-        if exc.option not in from_settings:
-            raise
-        raise type(exc)(keys[exc.option], exc.given, exc.wanted) from None
+def _configured(make: Callable[..., BackgroundTasksMiddleware]) -> BackgroundTasksMiddleware:
+    return make_configured(make, _options, lambda key: getattr(settings, key, None))
 
 
 class _Around:
@@ -175,9 +163,12 @@ class _Middleware(BackgroundTasksMiddleware):
 
 
 class _MiddlewareInTests(BackgroundTasksMiddleware):
-    """The middleware around a request of the test client."""
+    """The middleware around a request of the test client, whose thread runs the tasks."""
 
     _around = _AroundInTests
+
+    def __init__(self, app: WSGIApplication, **options: Any) -> None:
+        super().__init__(app, **{**options, "runner": "inline"})
 
 
 class _ClientTasks(View):
@@ -226,7 +217,7 @@ class _ClientRequest:
         self.environ = {**environ, "REQUEST_METHOD": "GET"}
         self.environ.pop(ENVIRON_KEY, None)
         self._enter = enter
-        middleware = _configured(_MiddlewareInTests, self._call, runner="inline")
+        middleware = _configured(partial(_MiddlewareInTests, self._call))
         self._body = middleware(self.environ, lambda *args: lambda data: None)
 
     def _call(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:

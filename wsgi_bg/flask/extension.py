@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from wsgi_bg._request.configuration import make_configured
 from wsgi_bg._request.middleware import BackgroundTasksMiddleware
-from wsgi_bg.exceptions import (
-    ExtraMissingError,
-    InstalledTwiceError,
-    OptionError,
-    OptionTypeError,
-)
+from wsgi_bg.exceptions import ExtraMissingError, InstalledTwiceError, OptionTypeError
 
 try:
     from flask import Flask
@@ -92,7 +89,7 @@ class Background:
             raise OptionTypeError("app", app, "a Flask application")
         if _NAME in app.extensions:
             raise InstalledTwiceError(app.name)
-        middleware = _make_middleware(app, self._options)
+        middleware = make_configured(partial(_Middleware, app), self._options, app.config.get)
         app.wsgi_app = middleware  # type: ignore[method-assign]
         app.extensions[_NAME] = self
 
@@ -122,18 +119,3 @@ class _Middleware(BackgroundTasksMiddleware):
                 inject_views(self._flask_app)
                 self._views_are_ready = True
         return super()._handle_first(environ, start_response)
-
-
-def _make_middleware(app: Flask, options: dict[str, Any]) -> BackgroundTasksMiddleware:
-    configured = {
-        option: app.config[key]
-        for option in options
-        if app.config.get(key := f"WSGI_BG_{option.upper()}") is not None
-    }
-    try:
-        return _Middleware(app, **{**options, **configured})
-    except OptionError as exc:
-        if exc.option not in configured:
-            raise
-        key = f"WSGI_BG_{exc.option.upper()}"
-        raise type(exc)(key, exc.given, exc.wanted) from None
