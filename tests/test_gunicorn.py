@@ -186,7 +186,7 @@ def stop():
     drains.wait()
     kill(signal.SIGTERM, lambda: worker.wsgi_bg_exit._ends_at < math.inf)
     print("goes on")
-    kill(signal.SIGINT, lambda: not worker.wsgi_bg_exit._is_draining)
+    kill(signal.SIGINT, lambda: worker.wsgi_bg_exit._notice is None)
 
 worker = begin(Worker(30))
 submit(pool, wait_for_ever)

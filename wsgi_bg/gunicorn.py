@@ -76,8 +76,8 @@ class _Exit:
         self._previous: dict[int, Any] = {}
         # When a drain must end, by time.monotonic(); infinite until a signal has come.
         self._ends_at = math.inf
+        # Logs during the drain; None before and after.
         self._notice: Notice | None = None
-        self._is_draining = False
         config = getattr(worker, "config", None)
         if config is not None and hasattr(config, "timeout_notify"):  # uvicorn's
             # A heartbeat each second, for _came(): uvicorn handles the signals itself.
@@ -95,28 +95,26 @@ class _Exit:
 
     def drain(self) -> None:
         """Drain all runners; see :func:`worker_exit`."""
-        self._notice = Notice(ended_by=_ENDS_DRAIN)
-        self._is_draining = True
+        self._notice = notice = Notice(ended_by=_ENDS_DRAIN)
         self.watch_signals()  # again: an event loop has removed its handlers when it was closed
         signal.signal(signal.SIGALRM, _end_drain)
-        self._set_alarm()
+        self._set_alarm(notice)
         # The arbiter compares this time with its clock: the worker is alive for the drain time.
         alive_until = min(time.monotonic() + shutdown.longest_limit(), self._ends_at)
         os.utime(self._heartbeat, (alive_until, alive_until))
         try:
-            shutdown.finish(notice=self._notice)
+            shutdown.finish(notice=notice)
         except BaseException:  # from the alarm, perhaps before finish() had begun
             shutdown.log_all_unfinished("before gunicorn ends the worker")
             raise
         finally:
-            self._is_draining = False
+            self._notice = None
             signal.setitimer(signal.ITIMER_REAL, 0)
 
-    def _set_alarm(self) -> None:
+    def _set_alarm(self, notice: Notice) -> None:
         """Let SIGALRM end the drain in time; each runner also has its own limit."""
         if self._ends_at < math.inf:
-            assert self._notice is not None
-            self._notice.latest = self._ends_at
+            notice.latest = self._ends_at
             left = self._ends_at - time.monotonic()
             # Repeat the alarm: a wait that is about to begin misses a signal. 0 sets no alarm.
             signal.setitimer(signal.ITIMER_REAL, max(left, 0.001), 0.1)
@@ -125,11 +123,11 @@ class _Exit:
         previous = self._previous[number]
         if self._ends_at == math.inf:
             self._ends_at = self._came(previous) + self._graceful_timeout - _MARGIN
-            if self._is_draining:  # for instance because of max_requests
-                self._set_alarm()
+            if self._notice is not None:  # draining, for instance because of max_requests
+                self._set_alarm(self._notice)
         if callable(previous):
             previous(number, frame)
-        elif not (self._is_draining and number == signal.SIGTERM):
+        elif self._notice is None or number != signal.SIGTERM:
             raise SystemExit(0)
 
     def _came(self, previous: Any) -> float:
@@ -139,7 +137,7 @@ class _Exit:
         which the worker has no handler. The last heartbeat was at most a second before the
         first signal.
         """
-        if callable(previous) or self._is_draining:
+        if callable(previous) or self._notice is not None:
             return time.monotonic()
         return os.fstat(self._heartbeat).st_mtime
 

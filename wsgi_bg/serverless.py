@@ -73,42 +73,38 @@ def _decorate(handler: Callable[..., Any], *, timeout: float | None) -> Callable
 
         @functools.wraps(handler)
         async def call_async(*args: Any, **kwargs: Any) -> Any:
-            return await _finish_async(lambda: handler(*args, **kwargs), timeout, args, kwargs)
+            limit = functools.partial(_limit, timeout, *args, *kwargs.values())
+            return await _finish_async(handler(*args, **kwargs), limit)
 
         return call_async
 
     @functools.wraps(handler)
     def call(*args: Any, **kwargs: Any) -> Any:
+        limit = functools.partial(_limit, timeout, *args, *kwargs.values())
         failed = True
         with Invocation() as invocation:
             try:
                 response = handler(*args, **kwargs)
                 failed = False
             finally:
-                invocation.finish(_limit(timeout, *args, *kwargs.values()), failed=failed)
+                invocation.finish(limit(), failed=failed)
         if inspect.isawaitable(response):  # the handler wraps an ``async def``
-            return _finish_async(lambda: response, timeout, args, kwargs)
+            return _finish_async(response, limit)
         return response
 
     return call
 
 
-async def _finish_async(
-    make: Callable[[], Awaitable[Any]],
-    given: float | None,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    """Await the result of ``make()``, then the tasks of its requests."""
+async def _finish_async(awaitable: Awaitable[Any], limit: Callable[[], float]) -> Any:
+    """Return the handler's response after the tasks of its requests."""
     failed = True
     with Invocation() as invocation:
         try:
-            response = await make()
+            response = await awaitable
             failed = False
             return response
         finally:
-            limit = _limit(given, *args, *kwargs.values())
-            finish = functools.partial(invocation.finish, limit, failed=failed)
+            finish = functools.partial(invocation.finish, limit(), failed=failed)
             # Not the loop's executor, whose threads the handler may keep busy.
             await asyncio.get_running_loop().run_in_executor(LoopExecutor(1), finish)
 

@@ -48,10 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     :param arguments: the command-line arguments; None for the arguments of the process.
     """
     _open_standard_files()
+    own = list(sys.argv[1:] if arguments is None else arguments)
+    end = own.index("--") if "--" in own else len(own)
     try:
-        own, behind = _split(sys.argv[1:] if arguments is None else arguments)
-        given = _parser().parse_args(own)
-        server = _prepare(given, behind)
+        given = _parser().parse_args(own[:end])
+        server = _prepare(given, own[end + 1 :])
     except _UsageError as exc:
         print(f"wsgi-bg: {exc}", file=sys.stderr)
         return 2
@@ -66,12 +67,6 @@ def _open_standard_files() -> None:
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)
-
-
-def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split the arguments at the first ``--``."""
-    end = arguments.index("--") if "--" in arguments else len(arguments)
-    return list(arguments[:end]), list(arguments[end + 1 :])
 
 
 def _parser() -> argparse.ArgumentParser:
