@@ -38,8 +38,6 @@ except ModuleNotFoundError as _exc:
     raise ExtraMissingError("django", "wsgi_bg.django") from _exc
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
     from wsgi_bg._tasks.options import OnError, Options
@@ -199,8 +197,8 @@ class _ClientTasks(View):
         return _ClientTasks(self._request, self, view.options)
 
 
-class _StreamError(Exception):
-    """Stands for the error of a stream, which the test gets from Django's client."""
+class _RaisedError(Exception):
+    """Stands for an error of the application, which the test gets from Django's client."""
 
 
 class _ClientRequest:
@@ -216,33 +214,29 @@ class _ClientRequest:
         # A response to HEAD may be closed before it is read, but this response must stay open.
         self.environ = {**environ, "REQUEST_METHOD": "GET"}
         self.environ.pop(ENVIRON_KEY, None)
-        self._enter = enter
-        middleware = _configured(partial(_MiddlewareInTests, self._call))
+
+        def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterator[bytes]:
+            enter(environ[ENVIRON_KEY])
+            return self._respond(start_response)
+
+        middleware = _configured(partial(_MiddlewareInTests, app))
         self._body = middleware(self.environ, lambda *args: lambda data: None)
 
-    def _call(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        self._start_response = start_response
-        self._enter(environ[ENVIRON_KEY])
-        return self._chunks()
-
-    def _chunks(self) -> Iterator[bytes]:
-        self._start_response(self.status, [])
+    def _respond(self, start_response: StartResponse) -> Iterator[bytes]:
+        if not self.status:
+            raise _RaisedError
+        start_response(self.status, [])
         yield b""
-        if self._has_raised:
-            raise _StreamError
 
-    def finish(self, status: str, *, has_raised: bool = False) -> None:
+    def finish(self, status: str) -> None:
         """End the request and run its tasks on this thread, which is the test's.
 
-        :param has_raised: True if the response was a stream that has raised.
+        :param status: the status of the response; empty if the application has raised.
         """
         self.status = status
-        self._has_raised = has_raised
         try:
-            for _ in self._body:
-                pass
-        except _StreamError:
-            pass
+            with suppress(_RaisedError):
+                list(self._body)
         finally:
             self._body.close()  # type: ignore[attr-defined]
 
@@ -256,28 +250,31 @@ class _Visit(_ClientRequest):
         super().__init__(environ, lambda tasks: None)
         root = self.environ[ENVIRON_KEY]
         self.tasks = _ClientTasks(self, root, root.options)
-        outer = current.get(None)
-        if isinstance(outer, _ClientTasks) and outer.has_ended:
-            outer._request.leave()
+        outer = _latest_visit()
+        if outer is not None and outer.tasks.has_ended:
+            outer.leave()
         self._has_left = False
         self._token: Token[BackgroundTasks] = current.set(self.tasks)
         environ[ENVIRON_KEY] = self.tasks
         environ[self.KEY] = self
 
-    def finish(self, status: str, *, has_raised: bool = False) -> None:
+    def finish(self, status: str) -> None:
         if not _awaits_commit():
             self.leave()
-        super().finish(status, has_raised=has_raised)
+        super().finish(status)
 
     def leave(self) -> None:
         """Give ``background_tasks`` the value from before the request."""
         self._has_left = True
-        if current.get(None) is self.tasks:
-            with suppress(ValueError):  # the response was closed in a copied context
-                current.reset(self._token)
-                outer = current.get(None)
-                if isinstance(outer, _ClientTasks) and outer._request._has_left:
-                    outer._request.leave()  # its stream was closed before this one
+        with suppress(ValueError):  # the response was closed in a copied context
+            # Streams may be closed in the order of their requests.
+            while (latest := _latest_visit()) is not None and latest._has_left:
+                current.reset(latest._token)
+
+
+def _latest_visit() -> _Visit | None:
+    tasks = current.get(None)
+    return tasks._request if isinstance(tasks, _ClientTasks) else None
 
 
 def _awaits_commit() -> bool:
@@ -298,7 +295,7 @@ def _on_started(sender: Any, environ: WSGIEnvironment | None = None, **_: object
 
 def _on_exception(request: Any, **_: object) -> None:
     if settings.DEBUG_PROPAGATE_EXCEPTIONS:  # else Django makes a response and closes it
-        _finish(request, "500 Internal Server Error")
+        _finish(request, "")
 
 
 def _on_finished(sender: Any, **_: object) -> None:
@@ -311,7 +308,7 @@ def _on_finished(sender: Any, **_: object) -> None:
         if isinstance(response, HttpResponseBase):
             request = getattr(response, "wsgi_request", None)
             status = f"{response.status_code} {response.reason_phrase}"
-            _finish(request, status, has_raised=_raises_through(frame.f_back))
+            _finish(request, "" if _raises_through(frame.f_back) else status)
             return
         frame = frame.f_back
 
@@ -327,12 +324,12 @@ def _raises_through(frame: FrameType | None) -> bool:
     return False
 
 
-def _finish(request: Any, status: str, *, has_raised: bool = False) -> None:
+def _finish(request: Any, status: str) -> None:
     visit = getattr(request, "environ", {}).pop(_Visit.KEY, None)
     if visit is None:
         return
     try:
-        visit.finish(status, has_raised=has_raised)
+        visit.finish(status)
     except BaseException:  # an error that the pytest fixture raises
         # The test client disconnects this receiver and connects it again after close(), unless
         # close() raises.
