@@ -153,7 +153,7 @@ def _log_if_interrupted() -> Iterator[None]:
     try:
         yield
     except BaseException as exc:
-        log_all_unfinished(_interruption(exc))
+        log_all_unfinished(f"before the wait for it was interrupted ({type(exc).__name__})")
         raise
 
 
@@ -193,48 +193,40 @@ def finish(
     :return: the tasks that were logged as unfinished.
     :raises KeyboardInterrupt: if Ctrl-C ends the wait; unfinished tasks are logged too.
     """
-    if began is None:
-        began = time.monotonic()
-    if notice is None:
-        notice = Notice()
-    pid = os.getpid()
-    waiting = [runner for runner in _registered() if _drained_in.get(id(runner)) != pid]
+    began = time.monotonic() if began is None else began
+    notice = notice or Notice()
+    waiting = [
+        (runner, _limit_of(runner) if limit is None else limit)
+        for runner in _registered()
+        if _drained_in.get(id(runner)) != os.getpid()
+    ]
     batches = batches_under_way()
-    limits = {id(each): _limit_of(each) if limit is None else limit for each in waiting}
-    busy = [runner for runner in waiting if _may_have_work(runner)]
-    latest = began + max((limits[id(runner)] for runner in busy), default=0.0)
+    limits = [seconds for runner, seconds in waiting if _may_have_work(runner)]
+    latest = began + max(limits, default=0.0)
     reasons: dict[int, str] = {}
     all_done = True
-    otherwise = "by the end of the process"
     try:
-        for runner in waiting:
-            seconds = limits[id(runner)]
-            reason = _drain(runner, seconds, began + seconds, notice, latest)
-            all_done = all_done and reason is None
-            reasons[id(runner)] = reason or _time_is_up(seconds)
-        if waiting and all_done:
-            # A user's drain() may return no tasks although some batches have not ended.
-            wait_for(batches, latest, notice)
-    except BaseException as exc:
-        otherwise = _interruption(exc)
-        raise
+        with _log_if_interrupted():
+            for runner, seconds in waiting:
+                reason = _drain(runner, seconds, began, notice, latest)
+                all_done = all_done and reason is None
+                reasons[id(runner)] = reason or _time_is_up(seconds)
+            if waiting and all_done:
+                # A user's drain() may return no tasks although some batches have not ended.
+                wait_for(batches, latest, notice)
+        return _log_left(reasons, "by the end of the process", names_requests=names_requests)
     finally:
-        left = _log_left(reasons, otherwise, names_requests=names_requests)
         portal.stop(_PORTAL_TIMEOUT if waiting else 0.0)
-    return left
-
-
-def _interruption(exc: BaseException) -> str:
-    return f"before the wait for it was interrupted ({type(exc).__name__})"
 
 
 def _drain(
-    runner: Runner, seconds: float, deadline: float, notice: Notice, latest: float
+    runner: Runner, seconds: float, began: float, notice: Notice, latest: float
 ) -> str | None:
     """Drain ``runner``; return why its tasks are unfinished, or None if all are done.
 
     :param latest: the latest deadline of all runners, by :func:`time.monotonic`.
     """
+    deadline = began + seconds
     while True:
         until = min(deadline, notice.due)
         try:
