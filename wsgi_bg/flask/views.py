@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from flask import Flask, request
 from flask.views import MethodView, View
@@ -43,18 +43,14 @@ def inject_views(app: Flask) -> None:
                 if (wished := _find_injected(handler, view, of_url))
             }
         except InjectionError as exc:
-            views[endpoint] = _raising(view, exc)
+            views[endpoint] = fill_injected(view, functools.partial(_refuse, exc))
             continue
         if injected:
             views[endpoint] = fill_injected(view, functools.partial(_injected_now, injected))
 
 
-def _raising(view: Callable[..., Any], exc: InjectionError) -> Callable[..., Any]:
-    @functools.wraps(view)
-    def refused(**values: Any) -> Any:
-        raise exc.with_traceback(None)  # else each call would lengthen the traceback
-
-    return refused
+def _refuse(exc: InjectionError) -> NoReturn:
+    raise exc.with_traceback(None)  # else each call would lengthen the traceback
 
 
 def _handlers_of(view: Any) -> dict[str, Callable[..., Any]]:
@@ -64,9 +60,9 @@ def _handlers_of(view: Any) -> dict[str, Callable[..., Any]]:
         return {_ANY: view}  # a mock has any attribute
     handlers: dict[str, Callable[..., Any]] = {_ANY: view_class.dispatch_request}
     if issubclass(view_class, MethodView):
-        for method in view_class.methods or ():
-            if hasattr(view_class, method.lower()):
-                handlers[method.lower()] = getattr(view_class, method.lower())
+        for method in map(str.lower, view_class.methods or ()):
+            if hasattr(view_class, method):
+                handlers[method] = getattr(view_class, method)
     return handlers
 
 
