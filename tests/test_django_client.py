@@ -89,7 +89,7 @@ def no_request_left() -> Iterator[None]:
     yield
     left: Any = current.get(None)
     if left is not None:
-        left._request.leave()
+        left.visit.leave()
     assert current.get(None) is None
 
 

@@ -112,9 +112,8 @@ class _Around:
             _call_on_asgirefs_thread(close_old_connections)
         else:
             _call_safely(close_old_connections)
-            if (
-                SyncToAsync.single_thread_executor._threads
-            ):  # a plain task may use asyncio.run()
+            # A plain task may use asyncio.run(). Without a thread there is no connection.
+            if SyncToAsync.single_thread_executor._threads:  # noqa: SLF001
                 _call_on_asgirefs_thread(close_old_connections)
 
 
@@ -177,11 +176,11 @@ class _ClientTasks(View):
     adds runs at once.
     """
 
-    __slots__ = ("_request",)
+    __slots__ = ("visit",)
 
-    def __init__(self, request: _Visit, origin: BackgroundTasks, options: Options) -> None:
+    def __init__(self, visit: _Visit, origin: BackgroundTasks, options: Options) -> None:
         super().__init__(origin, options)
-        self._request = request
+        self.visit = visit
 
     def add_task(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
         if not self.has_ended or not _awaits_commit():
@@ -190,11 +189,11 @@ class _ClientTasks(View):
         def add(tasks: BackgroundTasks) -> None:
             View(tasks, self.options).add_task(func, *args, **kwargs)
 
-        return _ClientRequest(self._request.environ, add).finish(self._request.status)
+        return _ClientRequest(self.visit.environ, add).finish(self.visit.status)
 
     def using(self, **options: Any) -> BackgroundTasks:
         view = super().using(**options)
-        return _ClientTasks(self._request, self, view.options)
+        return _ClientTasks(self.visit, self, view.options)
 
 
 class _RaisedError(Exception):
@@ -253,8 +252,8 @@ class _Visit(_ClientRequest):
         outer = _latest_visit()
         if outer is not None and outer.tasks.has_ended:
             outer.leave()
-        self._has_left = False
-        self._token: Token[BackgroundTasks] = current.set(self.tasks)
+        self.has_left = False
+        self.token: Token[BackgroundTasks] = current.set(self.tasks)
         environ[ENVIRON_KEY] = self.tasks
         environ[self.KEY] = self
 
@@ -265,16 +264,16 @@ class _Visit(_ClientRequest):
 
     def leave(self) -> None:
         """Give ``background_tasks`` the value from before the request."""
-        self._has_left = True
+        self.has_left = True
         with suppress(ValueError):  # the response was closed in a copied context
             # Streams may be closed in the order of their requests.
-            while (latest := _latest_visit()) is not None and latest._has_left:
-                current.reset(latest._token)
+            while (latest := _latest_visit()) is not None and latest.has_left:
+                current.reset(latest.token)
 
 
 def _latest_visit() -> _Visit | None:
     tasks = current.get(None)
-    return tasks._request if isinstance(tasks, _ClientTasks) else None
+    return tasks.visit if isinstance(tasks, _ClientTasks) else None
 
 
 def _awaits_commit() -> bool:

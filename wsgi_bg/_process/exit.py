@@ -51,7 +51,7 @@ def call_before_exit(drain: Callable[[bool], object], wait: Callable[[], object]
     with suppress(Exception):
         import concurrent.futures.process  # noqa: F401
     try:
-        threading._register_atexit(_main_thread_ends, pid, drain, wait)  # type: ignore[attr-defined]
+        threading._register_atexit(_main_thread_ends, pid, drain, wait)  # type: ignore[attr-defined]  # noqa: SLF001
     except RuntimeError:  # the main thread has ended
         _drain_after_threads(pid, drain)
 
@@ -112,7 +112,7 @@ def _keepers() -> list[threading.Thread]:
     after the first callback.
     """
     main = threading.main_thread()
-    workers = concurrent.futures.thread._threads_queues
+    workers = concurrent.futures.thread._threads_queues  # noqa: SLF001
     return [
         thread
         for thread in threading.enumerate()
