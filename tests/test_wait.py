@@ -300,6 +300,16 @@ def test_drain_waits_as_long_as_each_runner_wants() -> None:
     ]
 
 
+def test_a_limit_larger_than_any_float_is_no_limit() -> None:
+    assert run(
+        """
+        runner = PoolRunner(drain_timeout=10**400)
+        submit(runner, int)
+        print(wsgi_bg.drain())
+        """
+    ) == ["[]"]
+
+
 def test_leave_still_works_and_names_its_replacement() -> None:
     assert run(
         """

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
 from wsgi_bg._loop.asgiref_state import detached
 from wsgi_bg._process import log
-from wsgi_bg._request.configuration import make_configured
+from wsgi_bg._request.layer import make_configured
 from wsgi_bg._request.middleware import BackgroundTasksMiddleware
 from wsgi_bg._tasks.background_tasks import BackgroundTasks, View
 from wsgi_bg._tasks.callables import name_of

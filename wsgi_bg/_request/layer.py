@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from wsgi_bg._request.calls import Around, Calls
 from wsgi_bg._tasks.background_tasks import BackgroundTasks, View
 from wsgi_bg._tasks.callables import is_plain
 from wsgi_bg._tasks.options import OnError, Options
 from wsgi_bg._tasks.task import DIRECT, RunOn
-from wsgi_bg.exceptions import OptionTypeError
+from wsgi_bg.exceptions import OptionError, OptionTypeError
 from wsgi_bg.hooks import HOOKS, Hooks
 
 if TYPE_CHECKING:
     from wsgi_bg.runners import Runner
+
+M = TypeVar("M")
 
 
 class LayerView(View):
@@ -100,3 +102,27 @@ def _as_tuple(hooks: Hooks | Sequence[Hooks]) -> tuple[Hooks, ...]:
             wanted = "of plain functions; one is an async def or a generator function"
             raise OptionTypeError("hooks", each, wanted)
     return several
+
+
+def make_configured(
+    make: Callable[..., M], options: Mapping[str, Any], read: Callable[[str], Any]
+) -> M:
+    """Return ``make(**options)``; values of the configuration override ``options``.
+
+    :param make: makes the middleware.
+    :param read: returns the configuration's value of a key, such as ``WSGI_BG_RUNNER`` for
+        the option ``runner``; None if the configuration has no such key.
+    :raises TypeError: if an option has the wrong type. The message names the option, or the
+        key that has set the option.
+    :raises ValueError: if an option is an unknown word, or a number out of range.
+    """
+    keys = {option: f"WSGI_BG_{option.upper()}" for option in options}
+    configured = {
+        option: value for option, key in keys.items() if (value := read(key)) is not None
+    }
+    try:
+        return make(**{**options, **configured})
+    except OptionError as exc:
+        if exc.option not in configured:
+            raise
+        raise type(exc)(keys[exc.option], exc.given, exc.wanted) from None

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from wsgi_bg._request.configuration import make_configured
+from wsgi_bg._request.layer import make_configured
 from wsgi_bg._request.middleware import BackgroundTasksMiddleware
 from wsgi_bg.exceptions import ExtraMissingError, InstalledTwiceError, OptionTypeError
 

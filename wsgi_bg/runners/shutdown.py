@@ -144,8 +144,12 @@ def _check(name: str, timeout: float | None) -> float | None:
     is_in_task = tasks is not None and tasks.is_closed
     if is_in_task or (loop is not None and loop.is_current):
         raise InsideTaskError(name)
-    # An int may be larger than any float.
-    return math.inf if timeout is not None and timeout > _FOR_EVER else timeout
+    return None if timeout is None else _bounded(timeout)
+
+
+def _bounded(seconds: float) -> float:
+    """``seconds`` as a float; infinite if the number, perhaps an int, is too large for that."""
+    return math.inf if seconds > _FOR_EVER else float(seconds)
 
 
 @contextmanager
@@ -325,7 +329,7 @@ def _left_of(runner: Runner) -> list[BackgroundTask]:
 
 def _limit_of(runner: Runner) -> float:
     try:
-        given = float(getattr(runner, "drain_timeout", DRAIN_TIMEOUT))
+        given = _bounded(getattr(runner, "drain_timeout", DRAIN_TIMEOUT))
         if given >= 0:
             return given
         error: Exception = ValueError(f"{given:g} seconds")
