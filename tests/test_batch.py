@@ -35,6 +35,7 @@ from wsgi_bg._process import workers
 from wsgi_bg._tasks.background_tasks import CLOSED, ENDED, TaskQueue
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg.runners import Statistics
+from wsgi_bg.runners.ledger import Ledger
 
 
 def test_without_a_loop_an_async_task_has_failed_and_the_next_runs() -> None:
@@ -257,3 +258,25 @@ def test_to_go_to_and_fro_between_kinds_of_tasks_looks_at_no_task_that_waits(
     assert own.drain(TIMEOUT) == []
     assert len(seen) == 3 * count
     assert next(looks) < 30 * count
+
+
+def test_a_copy_that_comes_too_late_does_not_end_the_wait_for_the_running_batch(
+    gate: Gate,
+) -> None:
+    class OfARequest(TaskQueue):
+        def may_start(self) -> bool:
+            return bool(right and right.pop())
+
+    right, known = [True], Ledger()
+    tasks = OfARequest([BackgroundTask(gate.task)])
+    first = Batch(tasks, response_complete=True)
+    known.add(first)
+    again = first.again()
+    thread = threading.Thread(target=first.run)
+    thread.start()
+    assert gate.begun.wait(TIMEOUT)
+    again.run()  # returns at once
+    assert known.batches == [first]
+    gate.open()
+    thread.join(TIMEOUT)
+    assert known.batches == []

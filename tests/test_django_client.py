@@ -509,3 +509,17 @@ def test_a_request_that_only_looks_like_the_clients_has_no_tasks() -> None:
     request = RequestFactory().get("/")
     with pytest.raises(LookupError):
         get_background_tasks(request.environ)
+
+
+def test_all_tasks_of_a_request_are_one_batch_to_the_hooks() -> None:
+    """The views of the test client share the request's object."""
+    batches: list[object] = []
+
+    def enter(request: Any) -> None:
+        tasks = get_background_tasks(request.environ)
+        for view in (tasks, tasks.using(), tasks.using().using()):
+            batches.append(view.root)
+
+    serve(enter).get("/")
+    assert len(batches) == 3
+    assert len({id(each) for each in batches}) == 1

@@ -10,6 +10,7 @@ from typing import Any
 from wsgiref.validate import validator
 
 import pytest
+from werkzeug.local import LocalProxy
 from werkzeug.middleware.lint import LintMiddleware
 from werkzeug.test import Client
 from werkzeug.wrappers import Request, Response
@@ -34,6 +35,7 @@ from wsgi_bg import (
     background_tasks,
     get_background_tasks,
 )
+from wsgi_bg._request.unclosed import collectors
 
 
 def fail(error: BaseException) -> None:
@@ -637,3 +639,72 @@ def test_with_runner_pool_a_test_client_is_served_by_the_pool() -> None:
     respond(app)
     assert done.wait(TIMEOUT)
     assert names[0].startswith("wsgi_bg-pool")
+
+
+class Meta(type):
+    """Classes that compare and have no hash."""
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other
+
+
+class OfUnhashableType(metaclass=Meta):
+    def __iter__(self) -> Iterator[bytes]:
+        yield b"ok"
+
+
+def test_an_iterable_of_any_type_is_passed_on_and_a_proxy_of_a_list_keeps_its_length() -> None:
+    seen: list[str] = []
+
+    def has_length(body: Any) -> bool:
+        app = BackgroundTasksMiddleware(
+            app_that(lambda e: background_tasks.add_task(seen.append, "ran"), body=lambda: body)
+        )
+        response: Any = app(make_environ(), Server().start_response)
+        assert b"".join(response) == b"ok"
+        response.close()
+        return hasattr(response, "__len__")
+
+    assert not has_length(OfUnhashableType())
+    assert has_length(LocalProxy(lambda: [b"ok"]))
+    assert seen == ["ran", "ran"]
+
+
+class Completeness:
+    """A runner that notes if each response is complete."""
+
+    def __init__(self) -> None:
+        self.seen: list[bool] = []
+
+    def submit(self, batch: Any) -> None:
+        self.seen.append(batch.response_complete)
+        batch.run()
+
+    def drain(self, timeout: float) -> list[BackgroundTask]:
+        return []
+
+    def statistics(self) -> Any:
+        raise NotImplementedError
+
+
+def test_a_length_declared_with_an_error_before_the_return_counts() -> None:
+    def app(environ: Environ, start_response: Any) -> list[bytes]:
+        background_tasks.add_task(int)
+        start_response("200 OK", [("Content-Length", "2")])
+        start_response("404 Not Found", [("Content-Length", "2")], (None, None, None))
+        return [b"ok"]
+
+    runner = Completeness()
+    Server().run(BackgroundTasksMiddleware(app, runner=runner), make_server_environ())
+    assert runner.seen == [True]
+
+
+def test_a_task_that_comes_too_late_keeps_nothing_alive() -> None:
+    environ = make_environ()
+    respond(BackgroundTasksMiddleware(app_that(lambda e: None)), environ)
+    tasks = get_background_tasks(environ)
+    before = len(collectors.get().unfinished)
+    assert tasks.tasks == []
+    with pytest.raises(RuntimeError, match="has ended"):
+        tasks.add_task(int)
+    assert len(collectors.get().unfinished) == before

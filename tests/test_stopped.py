@@ -800,3 +800,24 @@ def test_a_portal_that_cannot_start_fails_the_task_and_not_the_pool(
     runner.abandon()
     for unfinished in runner.ledger.batches:  # else the exit of the tests waits for it
         runner.ledger.remove(unfinished)
+
+
+def test_a_time_limit_of_a_task_called_by_hand_is_raised_unchanged(gate: Gate) -> None:
+    """The loop is in the middle of a step, in the task's context."""
+
+    class TimeLimitError(Exception):
+        """The handler's exception."""
+
+    def limit(number: int, frame: object) -> None:
+        raise TimeLimitError
+
+    async def blocks() -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        gate.task()
+
+    before = signal.signal(signal.SIGUSR1, limit)
+    try:
+        with pytest.raises(TimeLimitError):
+            BackgroundTask(blocks)()
+    finally:
+        signal.signal(signal.SIGUSR1, before)

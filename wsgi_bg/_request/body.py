@@ -37,8 +37,7 @@ class Body:
         self._open: list[None] = [None]  # emptied by the first call of close()
         self._guard = Guard(environ, tasks) if tasks.is_used else None
         self._tasks = tasks  # last: see __del__()
-        if not tasks.status:
-            tasks.is_declared_late = True
+        tasks.is_declared_late = not tasks.status
 
     @property
     def headers(self) -> Sequence[tuple[str, str]] | None:
@@ -90,8 +89,8 @@ class Body:
         return ABANDONED
 
     def __del__(self) -> None:
-        # This may run within a garbage collection: put on a SimpleQueue and do no more. A
-        # call of close() may have been interrupted by the exception of a signal handler.
+        # This may run within a garbage collection. A call of close() may have been interrupted
+        # by the exception of a signal handler.
         try:
             tasks = self._tasks
         except AttributeError:  # the construction of this body was interrupted

@@ -38,19 +38,10 @@ _FILE_WRAPPER = "wsgi.file_wrapper"
 _new: Any = object.__new__
 
 
-class _Bodies(dict[type, type[Body]]):
-    """The classes of bodies, by the type of the application's iterable."""
-
-    def __missing__(self, kind: type) -> type[Body]:
-        body = SizedBody if issubclass(kind, (list, tuple)) else Body
-        if len(self) < _MOST_TYPES:
-            self[kind] = body
-        return body
-
-
-_MOST_TYPES = 100  # an application may make classes for ever
-
-_bodies = _Bodies({GeneratorType: GeneratorBody})
+def _body_class(app_iter: object) -> type[Body]:
+    if type(app_iter) is GeneratorType:
+        return GeneratorBody
+    return SizedBody if isinstance(app_iter, (list, tuple)) else Body
 
 
 class _MergedOptions(NamedTuple):
@@ -162,7 +153,7 @@ class BackgroundTasksMiddleware:
                     # gunicorn's asynchronous workers compare the iterable with ALREADY_HANDLED.
                     tasks.end(environ, ABANDONED)
                     return app_iter
-                body: Body = _new(_bodies[kind])
+                body: Body = _new(_body_class(app_iter))
                 body.__init__(app_iter, environ, tasks)  # type: ignore[misc]
             except:
                 # Without a class, and with no branch taken above if there are tasks: on Python

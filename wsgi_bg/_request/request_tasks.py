@@ -18,7 +18,7 @@ from wsgi_bg._request.unclosed import (
     collectors,
 )
 from wsgi_bg._tasks import successors
-from wsgi_bg._tasks.background_tasks import ENDED, OPEN, TaskQueue
+from wsgi_bg._tasks.background_tasks import OPEN, TaskQueue
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg._tasks.task import CRASHED, BackgroundTask
 from wsgi_bg.runners.ledger import keep
@@ -40,7 +40,7 @@ class RequestTasks(TaskQueue):
     :ivar status: the status line of the last call of ``start_response``; empty before.
     :ivar headers: the headers of that call; None before.
     :ivar is_declared_late: True if that call may have come after the application returned.
-    :ivar is_used: True if a task was added.
+    :ivar is_used: True if the list of tasks was made.
     """
 
     __slots__ = (
@@ -66,6 +66,7 @@ class RequestTasks(TaskQueue):
     observer: RequestObserver | None = None  # no slot: it would cost each request 3 %
 
     def __init__(self, options: Options, start_response: StartResponse) -> None:
+        # Each slot here, and no call of super().__init__(): every request makes such an object.
         self._list = self.front = self.headers = None
         self._start_response = start_response
         self.options = options
@@ -126,8 +127,8 @@ class RequestTasks(TaskQueue):
     def collect(self, environ: WSGIEnvironment, outcome: Outcome) -> None:
         """Let the collector's thread end the request, whose response was freed.
 
-        Called by finalizers, perhaps within a garbage collection, so this method puts the
-        request on a ``SimpleQueue`` and does no more.
+        Called by finalizers, perhaps within a garbage collection, so this method takes no lock
+        and starts no thread: a thread takes the request from a ``SimpleQueue``.
         """
         if not (self.close() or self._is_handed_over):
             self._collector.queue.put(Unclosed(self.end, environ, outcome))
@@ -157,11 +158,6 @@ class RequestTasks(TaskQueue):
             if batch is not None and self._collector.pid == os.getpid():
                 self._stop(batch, exc)
             raise
-
-    def abandon(self) -> list[BackgroundTask]:
-        """End the batch; claim and return the tasks that are left."""
-        self.phase = ENDED
-        return [task for task in self.left() if task.claim()]
 
     def end_unclosed(self, *, failed: bool) -> None:
         """End a request whose response was neither closed nor freed."""

@@ -22,7 +22,7 @@ tasks wait or run, and may add further tasks. ENDED: no task will run any more.
 No lock guards the phase. A thread that adds a task appends the task, then reads the phase. A
 thread that ends the batch sets the phase, then reads the list. So at least one of the two
 threads sees the other's change, and :meth:`BackgroundTask.claim` decides. All that follow this
-rule are here: :meth:`BackgroundTasks.add_task`, and three methods of :class:`TaskQueue`."""
+rule are here: :meth:`BackgroundTasks.add_task`, and the methods of :class:`TaskQueue`."""
 
 _LONG = 50  # tasks
 
@@ -38,9 +38,9 @@ class BackgroundTasks:
     :param tasks: tasks to begin with.
     :raises TypeError: if an item of ``tasks`` is not a :class:`BackgroundTask`.
 
-    :ivar options: the options that :meth:`add_task` gives to its tasks.
-    :ivar phase: OPEN, CLOSED or ENDED.
     """
+
+    # The attributes and methods that the how-to pages do not name are this package's own.
 
     __slots__ = ("_list", "is_endless", "options", "phase")
 
@@ -72,8 +72,10 @@ class BackgroundTasks:
         return self.open_list()
 
     def open_list(self) -> list[BackgroundTask]:
-        """Return the list that :meth:`add_task` appends to."""
-        return self._begin() if self._list is None else self._list
+        """Return the list that :meth:`add_task` appends to; empty after the end."""
+        if self._list is None:
+            return [] if self.phase == ENDED else self._begin()
+        return self._list
 
     def add_task(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
         """Add a call of ``func``, to run after all tasks added before.
@@ -90,6 +92,8 @@ class BackgroundTasks:
         fill(task, func, args, kwargs, copy_context(), options)
         tasks = self._list
         if tasks is None:
+            if self.phase == ENDED:
+                raise BatchEndedError(task.name)
             tasks = self._begin()
         if options.is_watched or successors.logging:
             options.admit(task, self.root)
@@ -279,6 +283,11 @@ class TaskQueue(BackgroundTasks):
         """Run no further task: a later ``add_task`` raises."""
         self.phase = ENDED
 
+    def abandon(self) -> list[BackgroundTask]:
+        """End the batch; claim and return the tasks that are left."""
+        self.stop()
+        return [task for task in self.left() if task.claim()]
+
     def may_start(self) -> bool:
         """Take the right to run the tasks; True for the first caller only."""
         return True
@@ -323,7 +332,7 @@ class View(BackgroundTasks):
 
     def __init__(self, root: BackgroundTasks, options: Options) -> None:
         self._list = None
-        self._root = root
+        self._root = root.root
         self.options = options
 
     def _begin(self) -> list[BackgroundTask]:

@@ -126,7 +126,7 @@ class Batch:
         """
         batch = Batch(self._queue, response_complete=False, status=self._status)
         batch._passed_over = self._passed_over
-        batch.on_done((lambda batch: self._tell(),))
+        batch.on_done((lambda batch: self.notify_if_ended(),))
         return batch
 
     def unclaim_running(self) -> None:
@@ -479,11 +479,10 @@ class Batch:
         """Begin no further task; claim and return the tasks left, the running task first."""
         was_abandoned = self._stop == ABANDONED
         self._stop = ABANDONED
-        self._queue.stop()
         running = None if was_abandoned else self._running
         if running is not None:
             running.claim()  # if the task was only about to begin
-        left = [task for task in self._queue.left() if task.claim()]
+        left = self._queue.abandon()
         return left if running is None else [running, *left]
 
     def _next(self, is_async: bool) -> BackgroundTask | None:
@@ -514,7 +513,7 @@ class Batch:
             self._running = None
             self._passed_over = max(0, self._passed_over - 1)  # 0: another thread claimed
             queue.drop(task)
-        queue.stop()  # again: abandon() may have run between two steps of _first()
+        queue.stop()  # again: abandon() may have run between two steps of first()
         return None
 
     def lets_run(self, task: BackgroundTask) -> bool:

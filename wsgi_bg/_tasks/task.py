@@ -145,14 +145,10 @@ class BackgroundTask:
         function, a :func:`functools.partial` of an async function, an object with an async
         ``__call__``. An awaitable that any other function returns is awaited too.
     :ivar options: the options of the layer or view in which the task was added, for runners.
-    :ivar context: the context variables to run in; None for a task that runs or has run, and
-        for a task that was made by hand.
-    :ivar unclaimed: emptied by :meth:`claim`.
-    :ivar generation: of a task that a hook, an ``on_error`` or a teardown has added: see
-        :mod:`wsgi_bg._tasks.successors`.
     :ivar message: the result of the runner's ``check``, until ``send`` gets the message.
-    :ivar record: the record that the hooks get, alone in a list until the task has ended.
     """
+
+    # The attributes and methods that this docstring does not name are the package's own.
 
     __slots__ = (
         "__weakref__",
@@ -174,11 +170,11 @@ class BackgroundTask:
     kwargs: dict[str, Any]
     is_async: bool
     options: Layer
-    context: Context | None
-    unclaimed: list[None]
-    generation: int
     message: Any
-    record: list[Any]
+    context: Context | None  # to run in; None for a task made by hand, and once the task runs
+    unclaimed: list[None]  # emptied by claim()
+    generation: int  # see wsgi_bg._tasks.successors
+    record: list[Any]  # holds the record that the hooks get until the task has ended
     _unowned: list[None]  # only if the task was made by hand
 
     def __init__(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -208,6 +204,8 @@ class BackgroundTask:
         try:
             result = self._finish(context, context.run(calls.make, self, None))
         except BaseException as exc:
+            if calls is DIRECT:  # nothing observes: and the context may still be entered
+                raise
             if stops_worker(exc):  # the loop may still run in this context
                 calls.discarded(self, f"{type(exc).__name__} stopped its worker")
             else:
