@@ -451,7 +451,7 @@ def test_a_task_that_arrives_as_an_idle_request_ends_is_run(
         def phase(self, phase: int) -> None:
             self._phase = phase
             if phase == ENDED and not seen and not self._list:
-                self.tasks.append(BackgroundTask(seen.append, "late"))
+                self._begin().append(BackgroundTask(seen.append, "late"))
 
     monkeypatch.setattr(middleware, "RequestTasks", Late)
     Server().run(BackgroundTasksMiddleware(app_that(lambda e: None, body=body)), make_environ())
