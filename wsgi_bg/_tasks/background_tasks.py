@@ -220,6 +220,7 @@ class TaskQueue(BackgroundTasks):
     # Cleared when the request is over: the server's function holds the environ.
     _start_response: Any
     front: list[BackgroundTask] | None
+    phase: int  # a slot of the base class
 
     def __init__(
         self, tasks: Sequence[BackgroundTask] | None = None, start_response: Any = None
