@@ -396,3 +396,14 @@ def test_a_task_that_was_called_by_hand_meanwhile_is_not_sent() -> None:
     respond(BackgroundTasksMiddleware(app_that(add), runner=runner))
     assert called == ["second"]
     assert runner.sent == [()]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_task_that_joined_the_list_without_add_task_is_called_here(late: bool) -> None:
+    def do() -> None:
+        background_tasks.add_task(away)
+        background_tasks.tasks.append(BackgroundTask(here))
+        background_tasks.tasks.append(BackgroundTask(away))
+
+    request(Sender("away", late=late), do)
+    assert ran == ["here", "away"]

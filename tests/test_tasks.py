@@ -14,7 +14,13 @@ from unittest.mock import AsyncMock, MagicMock
 import pytest
 
 from tests.conftest import Log
-from wsgi_bg import BackgroundTask, BackgroundTasks
+from tests.support import app_that, respond
+from wsgi_bg import (
+    BackgroundTask,
+    BackgroundTasks,
+    BackgroundTasksMiddleware,
+    background_tasks,
+)
 from wsgi_bg._tasks.background_tasks import _LONG, TaskQueue
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg.exceptions import BatchEndedError, TaskTypeError, WsgiBgError
@@ -410,3 +416,17 @@ def test_the_first_task_stays_first_until_it_is_dropped() -> None:
     second = tasks.first()
     assert second is not None
     assert second is not first
+
+
+def test_a_task_of_a_long_batch_sees_the_tasks_that_are_not_done() -> None:
+    left: list[int] = []
+
+    def look() -> None:
+        left.append(len(background_tasks.tasks))
+
+    def add(environ: object) -> None:
+        for _ in range(2 * _LONG):
+            background_tasks.add_task(look)
+
+    respond(BackgroundTasksMiddleware(app_that(add)))
+    assert left == list(range(2 * _LONG, 0, -1))

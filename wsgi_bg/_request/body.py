@@ -85,8 +85,11 @@ class Body:
                     self._guard.is_needed = False
 
     def _look(self, *, is_freed: bool) -> Outcome:
-        """Find how the iteration has ended, if ``__iter__`` did not see the end."""
-        return ABANDONED
+        """Find how the iteration has ended, if ``__iter__`` did not see the end.
+
+        Called for ABANDONED, the outcome of a generator that was begun.
+        """
+        raise NotImplementedError
 
     def __del__(self) -> None:
         # This may run within a garbage collection. A call of close() may have been interrupted

@@ -239,14 +239,13 @@ class TaskQueue(BackgroundTasks):
     def end_if_unused(self) -> bool:
         """End the batch if no task was added; True if the batch has ended.
 
-        Called when no code of the application can add a task any more.
+        Called while no task is known, when the application's code is through.
         """
+        self.phase = ENDED
         if self._list is None:
-            self.phase = ENDED
-            if self._list is None:
-                self._start_response = None
-                return True
-            self.phase = OPEN  # type: ignore[unreachable]  # added meanwhile
+            self._start_response = None
+            return True
+        self.phase = OPEN  # added meanwhile
         return False
 
     def close(self) -> bool:
