@@ -150,7 +150,7 @@ class RequestTasks(TaskQueue):
             if invocation.freezes and self._invocation is None:
                 invocation.warn_of_freezing(environ)
             batch = self._make_batch(environ, outcome, closed)
-            if not batch.discard_excluded():
+            if not batch.discard_excluded(list(self._list or ())):
                 return
             self._submit(batch)
             self._is_handed_over = True

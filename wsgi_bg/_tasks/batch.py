@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import Context, copy_context
 from inspect import GEN_CREATED, getgeneratorstate, isawaitable, isgenerator
 from sys import getrefcount
@@ -194,13 +194,15 @@ class Batch:
         for tell in self._on_done:
             tell(self)
 
-    def discard_excluded(self) -> bool:
-        """Discard the tasks that must not run after this outcome of the request.
+    def discard_excluded(self, tasks: Iterable[BackgroundTask]) -> bool:
+        """Discard those of ``tasks`` that must not run after this outcome of the request.
 
         :return: False in a child process that a hook has forked meanwhile.
         """
-        tasks = list(self._queue.tasks)
-        excluded = [task for task in tasks if not task.options.lets_run(self._status)]
+        excluded = []
+        for task in tasks:
+            if task.options is not self._let_run and not self.lets_run(task):
+                excluded.append(task)
         if not excluded:
             return True
         self._done = _done_here()
