@@ -426,6 +426,14 @@ def check(
     assert case.count > 20
 
 
+# On Python 3.11 two of nine such runs ended with a segmentation fault, once in a dependency's
+# generator; none of 500 cases did in workers of pytest-xdist. Up to 3.12 the interpreter writes
+# all locals of a frame back after each call of a trace function.
+in_a_worker = pytest.mark.skipif(
+    sys.version_info < (3, 13) and "PYTEST_XDIST_WORKER" not in os.environ,
+    reason="a process that has run all other tests may crash under the tracer: use -n auto",
+)
+
 ORDERS = {
     "first": ["KeyboardInterrupt", "SystemExit", "TimeLimit"],
     "second": ["SystemExit", "TimeLimit", "KeyboardInterrupt"],
@@ -458,6 +466,7 @@ def cases() -> Iterator[Any]:
         yield pytest.param(*case, id=name, marks=() if name in USUAL else pytest.mark.slow)
 
 
+@in_a_worker
 @pytest.mark.parametrize(("layer", "runner", "response", "tasks", "order"), [*cases()])
 def test_each_task_runs_or_is_named_once_wherever_an_exception_comes(
     names: Names, layer: str, runner: str, response: str, tasks: str, order: str
@@ -466,6 +475,7 @@ def test_each_task_runs_or_is_named_once_wherever_an_exception_comes(
     check(names, layer=layer, response=response, runner=runner, tasks=tasks, kinds=kinds)
 
 
+@in_a_worker
 @pytest.mark.parametrize(
     ("layer", "runner", "response", "tasks"),
     [
