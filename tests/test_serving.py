@@ -23,7 +23,7 @@ import pytest
 
 import wsgi_bg
 import wsgi_bg._serving.serve as wsgi_bg_serving
-from tests.command import MODULE, SHOP, running, serving, write
+from tests.command import MODULE, SHOP, Command, running, serving, write
 from tests.support import TIMEOUT, App, app_that
 from wsgi_bg._serving import server as graceful
 from wsgi_bg._serving.server import GracefulServer
@@ -212,7 +212,13 @@ def test_a_second_signal_names_the_tasks_and_ends_the_process(
         command.send(number)
         reason = f"before a second signal ({number.name})"
         name = "shop.slow" if path == "/plain" else "shop.task"
-        assert command.end() == (-number, [not_finished(name, reason)])
+        assert end_without_notices(command) == (-number, [not_finished(name, reason)])
+
+
+def end_without_notices(command: Command) -> tuple[int, list[str]]:
+    """The end; a busy machine may take more than the second after which a wait is logged."""
+    code, lines = command.end()
+    return code, [line for line in lines if "the process ends, and waits for" not in line]
 
 
 def may_unshare() -> bool:
@@ -241,7 +247,8 @@ def test_a_second_signal_ends_a_container_without_an_init(
         command.stop_accepting(number, pid)
         os.kill(pid, number)
         reason = f"before a second signal ({number.name})"
-        assert command.end() == (128 + number, [not_finished("shop.slow", reason)])
+        end = end_without_notices(command)
+        assert end == (128 + number, [not_finished("shop.slow", reason)])
 
 
 def test_a_hangup_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
