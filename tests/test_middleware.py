@@ -670,23 +670,6 @@ def test_an_iterable_of_any_type_is_passed_on_and_a_proxy_of_a_list_keeps_its_le
     assert seen == ["ran", "ran"]
 
 
-class Completeness:
-    """A runner that notes if each response is complete."""
-
-    def __init__(self) -> None:
-        self.seen: list[bool] = []
-
-    def submit(self, batch: Any) -> None:
-        self.seen.append(batch.response_complete)
-        batch.run()
-
-    def drain(self, timeout: float) -> list[BackgroundTask]:
-        return []
-
-    def statistics(self) -> Any:
-        raise NotImplementedError
-
-
 def test_a_length_declared_with_an_error_before_the_return_counts() -> None:
     def app(environ: Environ, start_response: Any) -> list[bytes]:
         background_tasks.add_task(int)
@@ -694,9 +677,14 @@ def test_a_length_declared_with_an_error_before_the_return_counts() -> None:
         start_response("404 Not Found", [("Content-Length", "2")], (None, None, None))
         return [b"ok"]
 
-    runner = Completeness()
-    Server().run(BackgroundTasksMiddleware(app, runner=runner), make_server_environ())
-    assert runner.seen == [True]
+    class Completeness(InlineRunner):
+        def submit(self, batch: Any) -> None:
+            seen.append(batch.response_complete)
+            super().submit(batch)
+
+    seen: list[bool] = []
+    Server().run(BackgroundTasksMiddleware(app, runner=Completeness()), make_server_environ())
+    assert seen == [True]
 
 
 def test_a_task_that_comes_too_late_keeps_nothing_alive() -> None:

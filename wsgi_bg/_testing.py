@@ -155,8 +155,12 @@ class TaskRecorder:
         """
         __tracebackhide__ = True
         self._close_streams()
-        while self._not_run:
-            self._not_run.pop(0).run()
+        while True:
+            try:
+                batch = self._not_run.pop(0)
+            except IndexError:
+                break  # another thread may have popped the last batch
+            batch.run()
         self._raise_first()
 
     def join(self, timeout: float = TEARDOWN_TIMEOUT) -> None:

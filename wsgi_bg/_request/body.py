@@ -33,11 +33,11 @@ class Body:
     def __init__(self, app_iter: Any, environ: WSGIEnvironment, tasks: RequestTasks) -> None:
         self._app_iter = app_iter
         self._environ = environ
-        self._outcome = UNREAD  # or only not read to its end, except for a generator
+        self._outcome = UNREAD  # until the end; a generator's body also sets ABANDONED
         self._open: list[None] = [None]  # emptied by the first call of close()
         self._guard = Guard(environ, tasks) if tasks.is_used else None
-        self._tasks = tasks  # last: see __del__()
         tasks.is_declared_late = not tasks.status
+        self._tasks = tasks  # last: see __del__()
 
     @property
     def headers(self) -> Sequence[tuple[str, str]] | None:

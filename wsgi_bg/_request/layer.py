@@ -31,7 +31,7 @@ class LayerView(View):
     __slots__ = ("has_returned", "outer")
 
     def __init__(self, outer: BackgroundTasks, options: Options) -> None:
-        super().__init__(outer.root, options)
+        super().__init__(outer, options)
         self.outer: BackgroundTasks = outer
         self.has_returned: bool = False
 

@@ -40,7 +40,7 @@ class RequestTasks(TaskQueue):
     :ivar status: the status line of the last call of ``start_response``; empty before.
     :ivar headers: the headers of that call; None before.
     :ivar is_declared_late: True if that call may have come after the application returned.
-    :ivar is_used: True if the list of tasks was made.
+    :ivar is_used: True if the list of tasks was made; read without a call for each request.
     """
 
     __slots__ = (
@@ -127,8 +127,8 @@ class RequestTasks(TaskQueue):
     def collect(self, environ: WSGIEnvironment, outcome: Outcome) -> None:
         """Let the collector's thread end the request, whose response was freed.
 
-        Called by finalizers, perhaps within a garbage collection, so this method takes no lock
-        and starts no thread: a thread takes the request from a ``SimpleQueue``.
+        Called by finalizers, perhaps within a garbage collection. So this method takes no lock
+        and starts no thread, and the collector's thread reads a ``SimpleQueue``.
         """
         if not (self.close() or self._is_handed_over):
             self._collector.queue.put(Unclosed(self.end, environ, outcome))

@@ -37,10 +37,10 @@ class BackgroundTasks:
 
     :param tasks: tasks to begin with.
     :raises TypeError: if an item of ``tasks`` is not a :class:`BackgroundTask`.
-
     """
 
-    # The attributes and methods that the how-to pages do not name are this package's own.
+    # Users need tasks, add_task, using and the call. The other names are for the package's own
+    # modules.
 
     __slots__ = ("_list", "is_endless", "options", "phase")
 
@@ -69,13 +69,13 @@ class BackgroundTasks:
         that joins the list without :meth:`add_task` has no options and no context of this
         request, and runs in a single batch only. After the request this is a new list.
         """
+        if self._list is None and self.phase == ENDED:
+            return []
         return self.open_list()
 
     def open_list(self) -> list[BackgroundTask]:
-        """Return the list that :meth:`add_task` appends to; empty after the end."""
-        if self._list is None:
-            return [] if self.phase == ENDED else self._begin()
-        return self._list
+        """Return the list that :meth:`add_task` appends to."""
+        return self._begin() if self._list is None else self._list
 
     def add_task(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
         """Add a call of ``func``, to run after all tasks added before.
@@ -163,7 +163,7 @@ class BackgroundTasks:
             stop_on_error=stop_on_error,
             celery=celery,
         )
-        return View(self.root, options)
+        return View(self, options)
 
     def __call__(self) -> None:
         """Run the tasks that have not run yet, each once; blocks until they are done.
@@ -210,36 +210,30 @@ class TaskQueue(BackgroundTasks):
     first item moves all the rest.
 
     :param tasks: tasks to begin with.
-    :param start_response: the server's function.
 
     :ivar front: tasks that the batch has taken from the list, in reverse.
     """
 
     __slots__ = ("_start_response", "front")
 
-    # Cleared when the request is over: the server's function holds the environ.
+    # The server's function, which holds the environ; cleared when the request is over.
     _start_response: Any
     front: list[BackgroundTask] | None
     phase: int  # a slot of the base class
 
-    def __init__(
-        self, tasks: Sequence[BackgroundTask] | None = None, start_response: Any = None
-    ) -> None:
+    def __init__(self, tasks: Sequence[BackgroundTask] | None = None) -> None:
         super().__init__(tasks)
-        self._start_response = start_response
-        self.front = None
+        self._start_response = self.front = None
 
     @property
     def tasks(self) -> list[BackgroundTask]:
         """See :attr:`BackgroundTasks.tasks`."""
-        if self.front:
-            return self.left()
-        return self.open_list()
+        return self.left() if self.front else super().tasks
 
     def end_if_unused(self) -> bool:
         """End the batch if no task was added; True if the batch has ended.
 
-        Called while no task is known, when the application's code is through.
+        Called when the application has returned, if no thread has added a task so far.
         """
         self.phase = ENDED
         if self._list is None:
@@ -326,13 +320,16 @@ class TaskQueue(BackgroundTasks):
 
 
 class View(BackgroundTasks):
-    """A view on a list of tasks under different options: see :meth:`BackgroundTasks.using`."""
+    """A view on a list of tasks under different options: see :meth:`BackgroundTasks.using`.
+
+    :param tasks: the object to view, which may be a view.
+    """
 
     __slots__ = ("_root",)
 
-    def __init__(self, root: BackgroundTasks, options: Options) -> None:
+    def __init__(self, tasks: BackgroundTasks, options: Options) -> None:
         self._list = None
-        self._root = root.root
+        self._root = tasks.root
         self.options = options
 
     def _begin(self) -> list[BackgroundTask]:
