@@ -22,6 +22,13 @@ from wsgi_bg import BackgroundTasksMiddleware, InlineRunner, PoolRunner, backgro
 
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
 
+def print(*values, flush=False):
+    # In one step: the built-in print() writes the end of the line by itself, and a log record
+    # of another thread could come between.
+    sys.stdout.write(" ".join(map(str, values)) + "\\n")
+    if flush:
+        sys.stdout.flush()
+
 def request(runner, *functions, complete=False):
     def add(environ):
         for func in functions:
