@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from inspect import CORO_CLOSED, getcoroutinestate
 from typing import Any
 
 import pytest
@@ -158,6 +159,29 @@ def test_a_batch_abandoned_while_its_last_task_is_added_has_ended() -> None:
     batch.run()
     assert [task.args for task in left] == [("1",)]
     assert batch.has_ended
+
+
+def test_an_abandoned_task_is_not_logged_again_for_want_of_a_loop(
+    monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    """A drain times out while another thread starts the portal in vain."""
+    left: list[BackgroundTask] = []
+    made: list[Coroutine[Any, Any, None]] = []
+
+    def make() -> Coroutine[Any, Any, None]:
+        made.append(nothing())
+        return made[0]
+
+    def fail() -> None:
+        left.extend(batch.abandon())
+        raise OSError
+
+    monkeypatch.setattr(portal, "_thread", fail)
+    batch = Batch(TaskQueue([BackgroundTask(make)]), response_complete=True)
+    batch.run()
+    assert [task.func for task in left] == [make]
+    assert log.errors == []
+    assert getcoroutinestate(made[0]) == CORO_CLOSED
 
 
 def test_batches_outlive_a_loop_that_a_stray_task_has_ended(log: Log, gate: Gate) -> None:

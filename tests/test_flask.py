@@ -531,7 +531,7 @@ def test_without_a_loop_the_context_of_a_task_is_left(
         g.owner = "task"
         return never()
 
-    monkeypatch.setattr(portal.PortalCall, "make", broken)
+    monkeypatch.setattr(portal, "_thread", broken)
     visit(app, adding(returns_awaitable))
     assert torn_down == ["view", "task"]
     assert [str(exc) for exc in log.tracebacks] == ["no thread"]

@@ -7,6 +7,9 @@ import contextvars
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from concurrent import futures
+from concurrent.futures import CancelledError
 from typing import Any
 
 import anyio
@@ -89,13 +92,14 @@ def test_consecutive_async_tasks_make_a_single_portal_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trips: list[object] = []
-    make = portal.PortalCall.make
+    shared: Any = portal.portal()
+    make = shared.make_call
 
-    def counting_make(call: Any) -> Any:
+    def counting_make(call: Any, *args: Any) -> Any:
         trips.append(call)
-        return make(call)
+        return make(call, *args)
 
-    monkeypatch.setattr(portal.PortalCall, "make", counting_make)
+    monkeypatch.setattr(shared, "make_call", counting_make)
     seen: list[int] = []
 
     async def task(x: int) -> None:
@@ -274,6 +278,115 @@ def test_stop_waits_for_the_clean_up_of_a_cancelled_task() -> None:
     assert seen == ["cleaned up"]
 
 
+def test_stop_waits_for_the_clean_up_of_a_task_that_a_thread_waits_for() -> None:
+    thread, begun, seen = PortalThread(), threading.Event(), list[str]()
+
+    async def clean_up() -> None:
+        begun.set()
+        try:
+            await asyncio.sleep(TIMEOUT)
+        finally:
+            await asyncio.sleep(0.01)
+            seen.append("cleaned up")
+
+    def call() -> None:
+        with pytest.raises(CancelledError):
+            thread.portal.call(clean_up)
+        seen.append("raised")
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    assert begun.wait(TIMEOUT)
+    thread.stop(TIMEOUT)
+    caller.join(TIMEOUT)
+    assert seen == ["cleaned up", "raised"]
+
+
+@pytest.fixture
+def ending_loop(
+    monkeypatch: pytest.MonkeyPatch, log: Log
+) -> Iterator[asyncio.AbstractEventLoop]:
+    """A loop that is ended after it has got a portal call, and before the call begins."""
+    shared: Any = portal.portal()
+    before = next(t for t in threading.enumerate() if t.name == "wsgi_bg-portal")
+    gate, strays = Gate(), list[asyncio.Task[None]]()
+    spawn = shared._spawn_task_from_thread
+
+    def spawn_and_open(*args: Any) -> None:
+        spawn(*args)
+        gate.open()
+
+    async def stray() -> None:
+        raise SystemExit
+
+    async def end_the_loop() -> None:
+        strays.append(asyncio.get_running_loop().create_task(stray()))
+        gate.task()
+
+    portal.start(None, LoopJob(lambda _: end_the_loop(), bool, id))
+    assert gate.begun.wait(TIMEOUT)
+    monkeypatch.setattr(shared, "_spawn_task_from_thread", spawn_and_open)
+    yield shared._loop
+    gate.open()
+    before.join(TIMEOUT)  # or the end would be logged after the test
+    assert isinstance(strays[0].exception(), SystemExit)
+
+
+def test_an_awaitable_whose_loop_is_ended_keeps_its_turn(
+    ending_loop: asyncio.AbstractEventLoop,
+) -> None:
+    seen: list[object] = []
+
+    async def first() -> None:
+        seen.append(asyncio.get_running_loop() is ending_loop)
+
+    run(lambda: first(), lambda: seen.append("second"))
+    assert seen == [False, "second"]
+
+
+def test_a_task_called_by_hand_whose_loop_is_ended_runs_on_the_next_loop(
+    ending_loop: asyncio.AbstractEventLoop,
+) -> None:
+    async def task() -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()
+
+    assert BackgroundTask(task)() not in (None, ending_loop)
+
+
+def test_the_end_of_the_loop_cancels_a_task_that_a_thread_waits_for_once(log: Log) -> None:
+    """By a stray task: asyncio cancels the portal call, and the asyncio task of its work."""
+    portal.portal()
+    before = next(t for t in threading.enumerate() if t.name == "wsgi_bg-portal")
+    strays, seen = list[asyncio.Task[None]](), list[str]()
+
+    async def stray() -> None:
+        raise SystemExit
+
+    async def clean_up() -> None:
+        strays.append(asyncio.create_task(stray()))
+        try:
+            await asyncio.sleep(TIMEOUT)
+        finally:
+            await asyncio.sleep(0.01)
+            seen.append("cleaned up")
+
+    async def then() -> None:
+        seen.append("then")
+
+    run(clean_up, then)
+    assert seen == ["cleaned up", "then"]
+    before.join(TIMEOUT)
+    assert isinstance(strays[0].exception(), SystemExit)
+
+
+def test_work_for_which_a_thread_waits_raises_its_error() -> None:
+    async def fail() -> None:
+        raise ValueError("its own")
+
+    with pytest.raises(ValueError, match="its own"):
+        portal.run(fail, lambda: True)
+
+
 def test_a_loop_that_cannot_be_had_is_the_tasks_error() -> None:
     """No file descriptor is left for the loop: the async task fails, the plain task runs."""
     done = run_python(
@@ -321,7 +434,7 @@ def test_a_portal_call_raises_the_error_of_the_coroutine() -> None:
         raise ValueError("its own")
 
     with pytest.raises(ValueError, match="its own"):
-        portal.run(fail)
+        portal.portal().call(fail)
 
 
 def test_a_signal_handlers_exception_cancels_the_awaited_coroutine() -> None:
@@ -344,7 +457,7 @@ def test_a_signal_handlers_exception_cancels_the_awaited_coroutine() -> None:
     before = signal.signal(signal.SIGUSR1, handler)
     try:
         with pytest.raises(TimeLimitError):
-            portal.run(stuck)
+            portal.portal().call(stuck)
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert cancelled.wait(TIMEOUT)
@@ -381,22 +494,28 @@ def test_a_coroutine_does_not_begin_after_a_signal_handlers_exception(
         with monkeypatch.context() as patch:
             patch.setattr(portal, "event", SignalledEvent)
             with pytest.raises(TimeLimitError):
-                portal.run(begin)
+                portal.portal().call(begin)
     finally:
         signal.signal(signal.SIGUSR1, before)
         gate.open()
-    portal.run(nothing)  # queued behind the first call
+    portal.portal().call(nothing)  # queued behind the first call
     assert begun == []
 
 
 def test_a_call_that_is_cancelled_before_its_begin_does_not_begin() -> None:
-    begun: list[bool] = []
+    gate, begun = Gate(), list[bool]()
+
+    async def block() -> None:
+        gate.task()
 
     async def begin() -> None:
         begun.append(True)
 
-    call = portal.PortalCall(begin)
-    call._is_cancelled = True  # by cancel(), while the loop is busy
-    with pytest.raises(RuntimeError, match="cancelled"):
-        call.make()
+    portal.start(None, LoopJob(lambda _: block(), bool, id))
+    assert gate.begun.wait(TIMEOUT)  # the loop is busy
+    future = portal.portal().start_task_soon(begin)
+    assert future.cancel()
+    gate.open()
+    portal.portal().call(nothing)  # queued behind the first call
+    assert futures.wait([future], TIMEOUT).done == {future}
     assert begun == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future, wait
 from concurrent.futures.thread import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any
@@ -194,6 +194,44 @@ def test_a_call_that_arrives_as_the_portal_ends_fails(monkeypatch: pytest.Monkey
     monkeypatch.setattr(portal._task_group, "start_soon", refuse)
     with pytest.raises(RuntimeError, match="task group is not active"):
         portal.call(int)
+
+
+def test_a_call_that_arrives_while_the_ending_portal_waits_for_others_does_not_begin() -> None:
+    thread, late, seen = PortalThread(), Future[None](), list[str]()
+    begun = threading.Event()
+
+    async def begin() -> None:
+        seen.append("begun")
+
+    async def clean_up() -> None:
+        begun.set()
+        try:
+            await asyncio.sleep(TIMEOUT)
+        finally:
+            thread.portal._spawn_task_from_thread(begin, (), {}, None, late)
+            await asyncio.sleep(0.01)
+            seen.append("cleaned up")
+
+    thread.portal.start_task_soon(clean_up)
+    assert begun.wait(TIMEOUT)
+    thread.stop(TIMEOUT)
+    assert late.cancelled()
+    assert seen == ["cleaned up"]
+
+
+def test_a_cancelled_call_that_arrives_as_the_portal_ends_stays_cancelled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        future.cancel()
+        raise RuntimeError("This task group is not active")
+
+    portal: Any = wsgi_bg.portal()
+    future: Future[int] = Future()
+    monkeypatch.setattr(portal._task_group, "start_soon", refuse)
+    portal._spawn_task_from_thread(int, (), {}, None, future)
+    assert wait([future], TIMEOUT).done == {future}
+    assert future.cancelled()
 
 
 def test_a_forked_process_has_a_portal_of_its_own() -> None:

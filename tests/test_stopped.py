@@ -157,6 +157,27 @@ def test_a_time_limit_while_an_async_task_runs_is_that_tasks_error(
         assert all("TimeLimitError stopped its worker" in message for message in named)
 
 
+def test_after_a_time_limit_the_next_task_waits_for_the_clean_up(log: Log) -> None:
+    seen: list[str] = []
+
+    async def slow() -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        try:
+            await asyncio.sleep(TIMEOUT)
+        finally:
+            await asyncio.sleep(0.01)
+            seen.append("cleaned up")
+
+    def add(environ: object) -> None:
+        background_tasks.add_task(slow)
+        background_tasks.add_task(seen.append, "ran")
+
+    with handler(TimeLimitError):
+        respond(BackgroundTasksMiddleware(app_that(add), runner=InlineRunner()))
+    assert seen == ["cleaned up", "ran"]
+    assert len(log.errors) == 1
+
+
 def raises(stop: object) -> None:
     raise TimeLimitError
 
@@ -488,7 +509,7 @@ def test_a_runtime_error_of_a_signal_handler_is_not_taken_for_a_missing_thread(
     with handler(RuntimeError) as stop, monkeypatch.context() as patch:
         patch.setattr(portal, "_thread", first_stopped(stop, portal._thread))
         with pytest.raises(RuntimeError):
-            portal.run(nothing)
+            portal.wait_for(copy_context(), nothing())
 
 
 def test_a_time_limit_after_the_call_of_a_task_is_not_the_tasks_error(
@@ -736,7 +757,7 @@ def test_a_batch_whose_tasks_another_batch_runs_runs_no_async_task() -> None:
     class Runner(InlineRunner):
         def submit(self, batch: Any) -> None:
             batch.again().run()
-            portal.run(batch.run_async)
+            portal.portal().call(batch.run_async)
 
     app = app_that(lambda e: background_tasks.add_task(task))
     respond(BackgroundTasksMiddleware(app, runner=Runner()))

@@ -104,6 +104,15 @@ async def _divide() -> float:
     return 1 / 0
 
 
+def test_calling_a_task_that_cancels_itself_and_returns_gives_the_result() -> None:
+    async def cancel_itself() -> int:
+        task: Any = asyncio.current_task()
+        task.cancel()
+        return 3
+
+    assert BackgroundTask(cancel_itself)() == 3
+
+
 def test_calling_a_task_lets_a_system_exit_out_and_leaves_the_portal_alive() -> None:
     async def leave() -> None:
         raise SystemExit(3)

@@ -201,7 +201,7 @@ def test_neither_is_for_the_portals_thread(function: Any) -> None:
         function()
 
     with pytest.raises(InsideTaskError):
-        portal.run(call)
+        portal.portal().call(call)
 
 
 @pytest.mark.parametrize("function", [wsgi_bg.wait, wsgi_bg.drain])

@@ -1,18 +1,22 @@
-"""Runs each step of a coroutine in a given context.
+"""Runs coroutines in asyncio tasks of their own, or each step in a given context.
 
-An asyncio task for each coroutine would do the same (``create_task(context=...)``, Python
-3.11), but cost ten times as much, including a turn of the loop.
+For the context alone, an asyncio task for each coroutine would do the same
+(``create_task(context=...)``, Python 3.11), but cost ten times as much, including a turn of the
+loop.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import ExitStack
 from contextvars import Context
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wsgi_bg._process import per_process
+
+if TYPE_CHECKING:
+    import asyncio
 
 # The default given to next(), which returns DONE for a coroutine that has ended. This is
 # cheaper than the StopIteration that coroutine.send() raises.
@@ -47,6 +51,41 @@ def is_cancellation(exc: BaseException) -> bool:
     import asyncio
 
     return isinstance(exc, asyncio.CancelledError)
+
+
+def new_task(work: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> asyncio.Task[Any]:
+    """Start ``work(*args)`` in a new asyncio task of the running loop."""
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    try:
+        return loop.create_task(work(*args), name="wsgi_bg")
+    except Exception:  # raised by a task factory that a task has set
+        return asyncio.Task(work(*args), loop=loop, name="wsgi_bg")
+
+
+async def separately(
+    work: Callable[[], Coroutine[Any, Any, Any]], goes_on: Callable[[], object] = bool
+) -> asyncio.Task[Any]:
+    """Run ``work()`` in an asyncio task of its own, again in another while ``goes_on()``.
+
+    Work that cancels its asyncio task, or leaves a cancel scope open, ends only this asyncio
+    task, and not the asyncio task that awaits ``separately``. If the latter is cancelled, the
+    work is cancelled, and ``separately`` waits for its end.
+
+    :return: the last asyncio task, which has ended.
+    :raises Exception: the error of the work, which a cancellation is not.
+    """
+    import asyncio
+
+    while True:
+        task = new_task(work)
+        # Unlike "await task", gather() does not raise a cancellation that the task has caused.
+        await asyncio.gather(task, return_exceptions=True)
+        if not task.cancelled():
+            task.result()
+        if not goes_on():
+            return task
 
 
 async def in_context(context: Context, awaitable: Awaitable[Any]) -> Any:

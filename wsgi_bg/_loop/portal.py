@@ -2,7 +2,10 @@
 
 All requests and runners share the portal, so that a client or a database pool opened by an
 async task serves the next async task. The portal is made on first use and stopped at
-interpreter exit. Any thread can submit work to the loop without waiting for the loop.
+interpreter exit.
+
+A thread that waits for async code makes a call of the portal: :func:`run`, :func:`wait_for`,
+or the user's :func:`portal`. A pool waits for nothing and hands work over by :func:`start`.
 
 asyncio and anyio take 20 ms to import, so they are imported on first use too, and on the
 portal's thread. On the main thread a signal handler could raise during the import and leave
@@ -14,11 +17,11 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from contextvars import Context
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wsgi_bg._loop import coroutines
 from wsgi_bg._loop.asgiref_state import move_here, use_for_sync_code
@@ -33,11 +36,6 @@ if TYPE_CHECKING:
     from anyio.from_thread import BlockingPortal
 
     from wsgi_bg._loop.shared_portal import SharedPortal
-
-T = TypeVar("T")
-
-AGAIN: Any = object()
-"""Returned by a portal call's function to be called again: see :class:`PortalCall`."""
 
 
 class LoopJob(NamedTuple):
@@ -70,24 +68,21 @@ class PortalThread:
         self._context = Context()  # of all callbacks: empty, and not copied for each
         self._on_finish = self._finish  # one object for all asyncio tasks
         self._loop: asyncio.AbstractEventLoop
-        # asyncio.Task at the time the loop was made, since libraries replace the class.
-        self._task_class: type[asyncio.Task[None]]
-        self._end: asyncio.Future[None]
         self._thread_has_ended = threading.Event()
         ready: Future[SharedPortal] = Future()
         # A real thread even under gevent: if a loop ran on the thread of the application's
         # greenlets, asyncio.run() would fail in all greenlets.
         start_real_thread(partial(self._run, ready), "wsgi_bg-portal")
-        self.portal: SharedPortal = ready.result(threading.TIMEOUT_MAX)  # as in PortalCall
+        self.portal: SharedPortal = ready.result(threading.TIMEOUT_MAX)  # as in make_call()
 
     @property
     def has_ended(self) -> bool:
         """True if the loop begins no further work.
 
         Before asyncio closes a loop, it cancels all tasks of the loop. Cancelling the task of
-        ``_serve`` cancels ``_end`` immediately, before the loop's next step.
+        ``_serve`` cancels ``end`` immediately, before the loop's next step.
         """
-        return self._was_stopped or self._end.done()
+        return self._was_stopped or self.portal.end.done()
 
     @property
     def is_current(self) -> bool:
@@ -127,15 +122,13 @@ class PortalThread:
         from wsgi_bg._loop.shared_portal import SharedPortal
 
         async with SharedPortal() as portal:
-            self._task_class = asyncio.Task
             self._loop = asyncio.get_running_loop()
             self._loop.set_default_executor(LoopExecutor())
             if are_threads():
                 use_for_sync_code(LoopExecutor(threads=1))
-            self._end = self._loop.create_future()
             ready.set_result(portal)
             try:
-                await self._end  # never set, only cancelled
+                await portal.end
             finally:
                 self._return_inbox()
 
@@ -167,10 +160,7 @@ class PortalThread:
             self._create_task(*self._inbox.popleft())
 
     def _create_task(self, subject: Any, job: LoopJob) -> None:
-        try:
-            task = self._loop.create_task(job.work(subject), name="wsgi_bg")
-        except Exception:  # raised by a task factory that a task has set
-            task = self._task_class(job.work(subject), loop=self._loop, name="wsgi_bg")
+        task = coroutines.new_task(job.work, subject)
         self._under_way[task] = subject, job  # the loop has weak references
         task.add_done_callback(self._on_finish, context=self._context)
 
@@ -187,23 +177,13 @@ class PortalThread:
                 subject, job = self._inbox.popleft()
                 job.on_done(subject)
 
-    def cancel(self, subject: Any) -> None:
-        """Cancel the asyncio task of ``subject``, begun or not; from any thread."""
-        with suppress(RuntimeError):  # closed
-            self._loop.call_soon_threadsafe(self._cancel, subject, context=self._context)
-
-    def _cancel(self, subject: Any) -> None:
-        for task, (each, _) in list(self._under_way.items()):
-            if each is subject:
-                task.cancel()
-
     def stop(self, timeout: float) -> None:
         """Cancel all that runs; wait at most ``timeout`` seconds until the thread has ended."""
         if self.has_ended:
             return
         self._was_stopped = True
         # Not start_task_soon, which waits for the loop: a task may be blocking the loop.
-        self._loop.call_soon_threadsafe(self._end.cancel)
+        self._loop.call_soon_threadsafe(self.portal.end.cancel)
         self._thread_has_ended.wait(timeout)
 
 
@@ -217,7 +197,8 @@ def portal() -> BlockingPortal:
     blocks until it is done; ``start_task_soon`` returns a future. Works in views, in plain
     tasks and on any thread, with every runner: a client that async tasks keep open on this
     loop serves synchronous code too. The call runs in a copy of the caller's context
-    variables, and its errors, including ``SystemExit``, are raised in the caller.
+    variables, and its errors, including ``SystemExit``, are raised in the caller. The call is
+    cancelled if a signal handler raises in the caller, as for a time limit.
 
     Ask for the portal at each use: a forked process has a portal of its own, and a new portal
     replaces a portal whose loop was ended. The first call makes the portal and blocks until it
@@ -246,124 +227,81 @@ def peek() -> PortalThread | None:
 def start(subject: Any, job: LoopJob) -> None:
     """Run ``job`` for ``subject`` on the loop; does not wait for the loop, however busy.
 
+    Not by a call of the portal. anyio's ``start_task_soon`` waits for the loop. The method of
+    ``SharedPortal`` does not wait, but nobody needs its future, and each waiting job would
+    take 9 kB in place of 1.2 kB: a future, a cancel scope and a second asyncio task.
+
     :raises Exception: what keeps a portal from being made, if there is none.
     """
     _thread().start(subject, job)
 
 
-def run(func: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T:
-    """Run ``func(*args)`` on the portal; blocks until the call is done.
+class PortalCall(Future[Any]):
+    """The future of a portal call, which the calling thread can end, even before its begin.
 
-    ``func`` must not raise ``SystemExit``, which would end the loop for all requests.
-    """
-    call = PortalCall(func, args)
-    try:
-        return call.make()
-    except BaseException:
-        # If the coroutine still runs, a signal handler has raised, such as for a time limit.
-        call.cancel(0.0)
-        raise
-
-
-class PortalCall(Generic[T]):
-    """A call on the portal that can be cancelled, even before the call has begun.
-
-    ``func`` is called again, in another asyncio task, as long as it returns AGAIN.
-
-    The call is not in the portal's task group: a task that cancels itself and returns would
-    end the group, and thereby the loop for all requests. Also, anyio's ``start_task_soon``
-    waits for the loop.
+    The thread makes the object before the call: a signal handler may raise as soon as the loop
+    knows the call.
     """
 
-    def __init__(
-        self, func: Callable[..., Coroutine[Any, Any, T]], args: tuple[Any, ...] = ()
-    ) -> None:
-        self._func = func
-        self._args = args
-        self._thread: PortalThread | None = None
-        self._is_cancelled = self._goes_on = False
-        self._outcome: Future[T] = Future()
-        self._arrived: Any = None
+    def __init__(self) -> None:
+        super().__init__()
+        self.portal: SharedPortal | None = None  # the portal that has got the call
+        self.ended = ended = event()
+        # Added before the loop knows the future: the exception of a signal handler could leave
+        # the future's lock locked.
+        self.add_done_callback(lambda _: ended.set())
 
     @property
     def is_pending(self) -> bool:
         """True if the call was made and has neither returned nor raised."""
-        return self._thread is not None and not self._outcome.done()
+        return self.portal is not None and not self.ended.wait(0.0)
 
-    def make(self) -> T:
-        """Make the call; blocks, but lets the greenlets of this thread run.
-
-        If no thread can start for the portal (in Python 3.12 while the interpreter exits),
-        the coroutine runs on the calling thread.
-
-        :raises RuntimeError: on the portal's own thread, which would block for ever.
-        """
-        while not self._outcome.done():  # again if the loop was ended before the call began
-            try:
-                thread = _thread()
-            except RuntimeError as exc:
-                if is_from_signal_handler(exc):
-                    raise
-                import anyio
-
-                return anyio.run(self._run_here, backend="asyncio")
-            if thread.is_current:
-                raise RuntimeError("this cannot be called from the event loop thread")
-            self._arrived = event()
-            self._thread = thread
-            thread.start(self, _CALL)
-            # With a timeout: gevent reports an unlimited wait as a deadlock if all is idle.
-            self._arrived.wait(threading.TIMEOUT_MAX)
-        return self._outcome.result()
-
-    # The three steps of the job that runs on the loop.
-
-    async def run(self) -> None:
-        """Call the function, and keep its result or error."""
-        self._goes_on = False
-        if self._is_cancelled:
-            self._outcome.set_exception(RuntimeError("the portal call was cancelled"))
-            return
-        try:
-            result = await self._func(*self._args)
-            if result is AGAIN:
-                self._goes_on = True
-            else:
-                self._outcome.set_result(result)
-        except BaseException as exc:  # close() must not raise a cancellation, made at exit
-            ended = RuntimeError("the portal has ended")
-            self._outcome.set_exception(exc if isinstance(exc, Exception) else ended)
-
-    def has_to_go_on(self) -> bool:
-        """True if the function has returned AGAIN."""
-        return self._goes_on
-
-    def arrive(self) -> None:
-        """Wake the thread that waits in :meth:`make`."""
-        self._arrived.set()
-
-    async def _run_here(self) -> T:
-        import asyncio
-
-        while (result := await asyncio.ensure_future(self._func(*self._args))) is AGAIN:
-            pass
-        return result
-
-    def cancel(self, timeout: float) -> bool:
+    def end(self, timeout: float) -> bool:
         """Cancel the call, begun or not, and wait for its end; not on the portal's thread.
 
         :param timeout: the longest wait, in seconds.
         :return: True if the call has ended.
         """
-        if self.is_pending:
-            assert self._thread is not None
-            self._is_cancelled = True
-            self._thread.cancel(self)
-            self._arrived.wait(timeout)
-        return not self.is_pending
+        if self.portal is None:
+            return True
+        self.portal.cancel_call(self)
+        return bool(self.ended.wait(timeout))
 
 
-_CALL = LoopJob(PortalCall.run, PortalCall.has_to_go_on, PortalCall.arrive)
+def run(
+    work: Callable[[], Coroutine[Any, Any, object]],
+    goes_on: Callable[[], object] = bool,
+    call: PortalCall | None = None,
+) -> None:
+    """Run ``work()`` by a call of the portal; blocks until the work is done.
+
+    Each time ``goes_on()`` is true after that, ``work()`` is called again, in another asyncio
+    task of the same call. If the loop is ended, ``run`` returns before the work is done,
+    perhaps before the work has begun.
+
+    If no thread can start for the portal (in Python 3.12 while the interpreter exits), the
+    work runs on the calling thread.
+
+    :param call: a new object, which the caller must end if a signal handler raises; None to
+        cancel the call then.
+    :raises Exception: the error of ``work()``, or what keeps a portal from being made.
+    :raises RuntimeError: on the portal's own thread, which would block for ever.
+    """
+    try:
+        thread = _thread()
+    except RuntimeError as exc:
+        if is_from_signal_handler(exc):
+            raise
+        import anyio
+
+        anyio.run(coroutines.separately, work, goes_on, backend="asyncio")
+        return
+    make = thread.portal.call if call is None else partial(thread.portal.make_call, call)
+    try:
+        make(coroutines.separately, work, goes_on)
+    except (CancelledError, RuntimeError) as exc:
+        if not thread.has_ended or is_from_signal_handler(exc):
+            raise
 
 
 def wait_for(context: Context, awaitable: Awaitable[Any]) -> tuple[Any, BaseException | None]:
@@ -372,21 +310,22 @@ def wait_for(context: Context, awaitable: Awaitable[Any]) -> tuple[Any, BaseExce
     :return: the result and the error of ``awaitable``. The error is not raised, since on the
         main thread the caller could not tell it from a signal handler's exception.
     """
+    outcome: list[tuple[Any, BaseException | None]] = []
+
+    async def work() -> None:
+        move_here(context)
+        try:
+            outcome.append((await coroutines.in_context(context, awaitable), None))
+        except BaseException as exc:  # SystemExit, if raised, would end the loop for all
+            outcome.append((None, exc))
+
     try:
-        return run(_outcome, context, awaitable)
+        while not outcome:  # again if the loop was ended before the work began
+            run(work)
     except Exception:  # could not start, for example on the portal's own thread
         coroutines.drop(context, awaitable)
         raise
-
-
-async def _outcome(
-    context: Context, awaitable: Awaitable[Any]
-) -> tuple[Any, BaseException | None]:
-    move_here(context)
-    try:
-        return await coroutines.in_context(context, awaitable), None
-    except BaseException as exc:  # SystemExit, if raised, would end the loop for all
-        return None, exc
+    return outcome.pop()  # or a raised error would refer to itself, by the frame of work()
 
 
 def stop(timeout: float) -> None:

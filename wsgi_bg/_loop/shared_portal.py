@@ -10,13 +10,15 @@ import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from inspect import isawaitable
 from types import TracebackType
 from typing import Any, Self
 
 from anyio.from_thread import BlockingPortal
 
-from wsgi_bg._process.greenlets import event
+from wsgi_bg._loop.coroutines import current_task, is_cancelled, separately
+from wsgi_bg._loop.portal import PortalCall
 from wsgi_bg.exceptions import SharedPortalError
 
 
@@ -28,7 +30,8 @@ class SharedPortal(BlockingPortal):
     - A call cannot be left in a state that ends the portal's task group, such as an asyncio
       task that has cancelled itself: each coroutine runs in an asyncio task of its own.
     - :meth:`stop` and ``async with`` are refused: the portal ends with the process.
-    - Only :meth:`call` waits, and lets the greenlets of its thread run meanwhile.
+    - Only :meth:`call` waits, and lets the greenlets of its thread run meanwhile. If a signal
+      handler raises in this thread, the call is cancelled.
     """
 
     def __new__(cls) -> Self:
@@ -38,7 +41,10 @@ class SharedPortal(BlockingPortal):
         super().__init__()
         self._loop = asyncio.get_running_loop()
         self._is_entered = False
-        self._not_begun: dict[Future[Any], None] = {}
+        # Never set, only cancelled: by PortalThread.stop(), or as asyncio cancels all tasks.
+        self.end: asyncio.Future[None] = self._loop.create_future()
+        # The calls that have not ended, each with its asyncio task, or None before the begin.
+        self._calls: dict[Future[Any], asyncio.Task[Any] | None] = {}
 
     async def __aenter__(self) -> Self:
         if self._is_entered:
@@ -53,7 +59,11 @@ class SharedPortal(BlockingPortal):
         exc_tb: TracebackType | None,
     ) -> bool:
         await super().stop()
-        return bool(await self._task_group.__aexit__(exc_type, exc_val, exc_tb))
+        for call, task in list(self._calls.items()):
+            if not is_cancelled(task):  # else asyncio has cancelled all tasks of the loop
+                (task or call).cancel()
+        # Without the error, or the scope would cancel each step of the calls' clean-up too.
+        return bool(await self._task_group.__aexit__(None, None, None))
 
     async def stop(self, cancel_remaining: bool = False) -> None:
         """Refuse to stop the portal.
@@ -64,20 +74,30 @@ class SharedPortal(BlockingPortal):
 
     def call(self, func: Callable[..., Any], *args: Any) -> Any:  # type: ignore[override]
         """Call ``func`` on the loop and return its result; blocks, but lets greenlets run."""
+        call = PortalCall()
+        try:
+            return self.make_call(call, func, *args)
+        except BaseException:
+            call.end(0.0)
+            raise
+
+    def make_call(self, call: PortalCall, func: Callable[..., Any], *args: Any) -> Any:
+        """Make a :meth:`call` whose future is ``call``, a new object; does not cancel it."""
         self._check_running()
-        arrived = event()
-        future: Future[Any] = Future()
-        # Added before the loop knows the future: the exception of a signal handler could leave
-        # the future's lock locked.
-        future.add_done_callback(lambda _: arrived.set())
-        self._spawn_task_from_thread(func, args, {}, None, future)
-        arrived.wait(threading.TIMEOUT_MAX)  # gevent reports an unlimited wait as a deadlock
-        return future.result()
+        call.portal = self
+        self._spawn_task_from_thread(func, args, {}, None, call)
+        call.ended.wait(threading.TIMEOUT_MAX)  # gevent reports an unlimited wait as a deadlock
+        return call.result()
+
+    def cancel_call(self, call: Future[Any]) -> None:
+        """Cancel ``call``, begun or not; its future is done when the call has ended."""
+        with suppress(RuntimeError):  # closed
+            self._loop.call_soon_threadsafe(lambda: (self._calls.get(call) or call).cancel())
 
     def cancel_not_begun(self) -> None:
         """Cancel the calls that the loop has not begun; called when the loop is closed."""
-        for future in list(self._not_begun):
-            future.cancel()
+        for call in list(self._calls):
+            call.cancel()
 
     def _spawn_task_from_thread(
         self,
@@ -89,15 +109,20 @@ class SharedPortal(BlockingPortal):
     ) -> None:
         # anyio's method waits for the loop, which may be busy.
         def begin() -> None:
+            factory = self._loop.get_task_factory()
+            self._loop.set_task_factory(None)  # a factory that a task has set may raise
             try:
                 self._task_group.start_soon(
                     self._call_func, func, args, kwargs, future, name=name
                 )
             except Exception as exc:  # the loop is ending
-                del self._not_begun[future]
-                future.set_exception(exc)
+                del self._calls[future]
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(exc)
+            finally:
+                self._loop.set_task_factory(factory)
 
-        self._not_begun[future] = None
+        self._calls[future] = None
         self._loop.call_soon_threadsafe(begin)
 
     async def _call_func(
@@ -107,27 +132,34 @@ class SharedPortal(BlockingPortal):
         kwargs: dict[str, Any],
         future: Future[Any],
     ) -> None:
-        self._not_begun.pop(future, None)  # not there for call_async()
-        # anyio's method settles the future before it raises either of these.
-        with suppress(SystemExit, KeyboardInterrupt):
-            await super()._call_func(_Separately(func), args, kwargs, future)
+        try:
+            if self.end.done():
+                future.cancel()
+            if future.cancelled():
+                future.set_running_or_notify_cancel()
+                return
+            self._calls[future] = current_task()
+            if func is not separately:
+                func = partial(_separate, func)
+            # anyio's method settles the future before it raises either of these.
+            with suppress(SystemExit, KeyboardInterrupt):
+                await super()._call_func(func, args, kwargs, future)
+        finally:
+            self._calls.pop(future, None)
 
 
-class _Separately:
-    """A function whose coroutine runs in an asyncio task of its own."""
+def _separate(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call ``func``, whose coroutine then runs in an asyncio task of its own."""
+    result = func(*args, **kwargs)
+    return _await(result) if isawaitable(result) else result
 
-    def __init__(self, func: Callable[..., Any]) -> None:
-        self._func = func
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        result = self._func(*args, **kwargs)
-        return self._await(result) if isawaitable(result) else result
-
-    async def _await(self, awaitable: Awaitable[Any]) -> Any:
-        result, error = await asyncio.ensure_future(_outcome(awaitable))
-        if error is not None:
-            raise error
-        return result
+async def _await(awaitable: Awaitable[Any]) -> Any:
+    task = await separately(partial(_outcome, awaitable))
+    result, error = task.result()
+    if error is not None:
+        raise error
+    return result
 
 
 async def _outcome(awaitable: Awaitable[Any]) -> tuple[Any, BaseException | None]:

@@ -310,6 +310,8 @@ class Batch:
         return self._has_started
 
     def _run_plain_tasks(self) -> bool:
+        if self._begun is not None:  # the loop was ended before it has got the awaitable
+            return True
         queue, done = self._queue, self._done
         while (task := self._next(False)) is not None:
             context = task.take_context(queue)
@@ -362,41 +364,39 @@ class Batch:
 
     def _run_async_tasks(self) -> None:
         """Run the next async tasks on the portal; blocks until they are done."""
-        call = portal.PortalCall(self._run_async_and_say)
+        call = portal.PortalCall()
         try:
-            call.make()
+            portal.run(self.run_async, self.goes_on_async, call)
         except Exception as exc:
-            if not call.is_pending:  # no loop can be made, or the loop was ended
+            if not call.is_pending:  # no loop can be made, or this is the loop's thread
                 self._fail_next(exc)
                 return
             # A signal handler has raised, for example for a time limit. The running task
             # fails with this error.
             self._cause = exc
-            has_ended = call.cancel(_CANCEL_TIMEOUT)
+            has_ended = call.end(_CANCEL_TIMEOUT)
             if not has_ended or self._cause is not None:
                 raise
         except BaseException:
             self._stop = self._stop or STOP
-            call.cancel(_CANCEL_TIMEOUT)
+            call.end(_CANCEL_TIMEOUT)
             raise
 
     def _fail_next(self, exc: Exception) -> None:
         """Fail the next async task, because there is no loop to run the task on."""
-        # A drain that timed out has abandoned the batch and logged its tasks already.
-        task = None if self._stop == ABANDONED else self._running or self._next(True)
-        if task is None:
-            return
-        context = task.take_context(self._queue)
+        context = None
         if self._begun is not None:
             _, context, awaitable = self._begun
             self._begun = None
             coroutines.drop(context, awaitable)
+        # A drain that timed out has abandoned the batch and logged its tasks already.
+        task = None if self._stop == ABANDONED else self._running or self._next(True)
+        if task is None:
+            return
+        if context is None:
+            context = task.take_context(self._queue)
         self._fail(task, context, exc)
         self._queue.drop(task)
-
-    async def _run_async_and_say(self) -> Any:
-        await self.run_async()
-        return portal.AGAIN if self.goes_on_async() else None
 
     def goes_on_async(self) -> bool:
         """True if :meth:`run_async` must be called again, in another asyncio task."""
