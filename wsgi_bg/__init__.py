@@ -22,6 +22,7 @@ __all__ = [
     "BackgroundTasksMiddleware",
     "InlineRunner",
     "PoolRunner",
+    "Retry",
     "__version__",
     "background_tasks",
     "drain",
@@ -41,6 +42,7 @@ _HOMES = {
     "BackgroundTasksMiddleware": "_request.middleware",
     "InlineRunner": "runners",
     "PoolRunner": "runners",
+    "Retry": "_tasks.retry",
     "background_tasks": "_tasks.current",
     "drain": "runners.shutdown",
     "get_background_tasks": "_tasks.current",
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from wsgi_bg._tasks.background_tasks import BackgroundTasks
     from wsgi_bg._tasks.current import ENVIRON_KEY, background_tasks, get_background_tasks
     from wsgi_bg._tasks.registry import registered_task
+    from wsgi_bg._tasks.retry import Retry
     from wsgi_bg._tasks.task import BackgroundTask
     from wsgi_bg.runners import InlineRunner, PoolRunner
     from wsgi_bg.runners.shutdown import drain, wait

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
 from reprlib import Repr
@@ -20,6 +20,7 @@ from wsgi_bg._request.observer import RequestObserver, Response, observers
 from wsgi_bg._request.servers import declared_length, is_test_client
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg._tasks.callables import name_of
+from wsgi_bg._tasks.retry import plan_of
 from wsgi_bg._tasks.task_log import notify_discarded
 from wsgi_bg.runners import resolve
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from wsgi_bg._tasks.background_tasks import TaskQueue
     from wsgi_bg._tasks.task import BackgroundTask
     from wsgi_bg.runners import Runner
+    from wsgi_bg.runners.timer import LaterTasks
 
 P = ParamSpec("P")
 
@@ -39,6 +41,7 @@ TEARDOWN_TIMEOUT = 10.0
 
 _POLL = 0.001  # seconds
 
+_OVER = "the test is over"
 _NOTE = "A background task raised this, and the test did not look at it."
 
 _short = Repr()
@@ -68,6 +71,8 @@ class RecordedTask:
     :ivar kwargs: the keyword arguments.
     :ivar path: the path of the request that has added the task.
     :ivar name: ``module.qualname`` of the function.
+    :ivar attempts: how often the function was called when :attr:`TaskRecorder.tasks` was read.
+    :ivar delay: the seconds given to ``using(delay=...)``.
     """
 
     func: Callable[..., Any]
@@ -75,6 +80,8 @@ class RecordedTask:
     kwargs: dict[str, Any]
     path: str
     name: str
+    attempts: int = field(default=0, compare=False)
+    delay: float = field(default=0.0, compare=False)
 
     def __str__(self) -> str:
         return f"{format_call(self.name, self.args, self.kwargs)} by {self.path}"
@@ -86,6 +93,9 @@ class TaskRecorder:
     Tasks that are skipped because of their request's outcome (``run_on``) do not count. Each
     method and attribute first closes the streams that the test client has not read to their
     end. All may be used from any thread.
+
+    In the modes ``"record"`` and ``"run"`` delays are zero, and the next attempt of a task with
+    a ``Retry`` follows at once, before the tasks added after it.
 
     :ivar mode: ``"record"``, ``"run"`` or ``"real"``.
     """
@@ -189,8 +199,10 @@ class TaskRecorder:
                 if self.mode != "record":
                     self._wait(TEARDOWN_TIMEOUT, lambda request: bool(request.added))
         finally:
-            if self.mode != "real":
-                for request in self._requests:
+            for request in self._requests:
+                if self.mode == "real":
+                    request.give_up()
+                else:
                     request.drop()
             self._raise_first(note=_NOTE)
 
@@ -221,7 +233,15 @@ class TaskRecorder:
     def _added(self, *, runs: bool = True) -> list[RecordedTask]:
         """Return the tasks that run, or do not run, after the outcome of their request."""
         return [
-            RecordedTask(task.func, task.args, task.kwargs, request.path, task.name)
+            RecordedTask(
+                task.func,
+                task.args,
+                task.kwargs,
+                request.path,
+                task.name,
+                attempts=request.attempts_of(task),
+                delay=task.options.delay,
+            )
             for request in self._closed
             for task in request.added
             if request.batch and request.batch.lets_run(task) is runs
@@ -263,6 +283,8 @@ class _Request(RequestObserver):
         self.added: list[BackgroundTask] = []
         self.batch: Batch | None = None
         self.recorder = recorder
+        self.waits = recorder.mode == "real"
+        self._later: list[LaterTasks] = []
         self.is_of_test_client = is_test_client(environ)
         # WebTest reads every response, and drops a TypeError meanwhile.
         self.is_of_webtest = "paste.testing" in environ
@@ -295,24 +317,42 @@ class _Request(RequestObserver):
         else:
             self.recorder._not_run.append(batch)
 
+    def put_off(self, later: LaterTasks) -> None:
+        self._later.append(later)
+
+    def attempts_of(self, task: BackgroundTask) -> int:
+        """How often ``task``, one of :attr:`added`, was called."""
+        plan = plan_of(task)
+        if plan is not None and plan.retry is not None:
+            return plan.calls
+        return 0 if task.unclaimed else 1
+
     def task_failed(self, task: BackgroundTask, exc: BaseException) -> None:
         self.recorder._failures.append(_Failure(self, exc))
 
     @property
     def is_over(self) -> bool:
-        """True if the response is closed and all tasks are done."""
-        return self._unsubmitted.has_ended
+        """True if the response is closed and all tasks are done, even if they had to wait."""
+        return self._unsubmitted.has_ended and all(later.has_ended for later in self._later)
 
     def describe(self) -> str:
         """Name the unclosed response or the unfinished tasks."""
         if self.batch is None:
             return f"the response of {self.path}, which was not closed"
-        return ", ".join(task.name for task in self.batch.tasks) or f"tasks of {self.path}"
+        tasks = [*self.batch.tasks, *(task for later in self._later for task in later.tasks)]
+        return ", ".join(task.name for task in tasks) or f"tasks of {self.path}"
+
+    def give_up(self) -> None:
+        """Let no task of this request wait any longer for its time."""
+        for later in self._later:
+            if not later.has_begun:
+                for task in later.give_up():
+                    notify_discarded(task, _OVER)
 
     def drop(self) -> None:
         """Let no further task of this request begin or be added."""
         for task in self._unsubmitted.abandon():
-            notify_discarded(task, "the test is over")
+            notify_discarded(task, _OVER)
         if self.added:
             self._unsubmitted.run()  # runs nothing; makes the collector forget the request
 

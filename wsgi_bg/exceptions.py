@@ -56,6 +56,22 @@ class EndlessTasksError(WsgiBgError, RuntimeError):
         self.is_first = is_first
 
 
+class WaitingLimitError(WsgiBgError, RuntimeError):
+    """A task with a delay was not added, because too many tasks wait for their time.
+
+    :ivar name: the name of the function that was not added.
+    :ivar limit: how many tasks of a runner may wait in a process.
+    """
+
+    def __init__(self, name: str, limit: int) -> None:
+        super().__init__(
+            f"{name} was not added: {limit} tasks of this runner wait for their time already, "
+            "and each takes memory. Keep what is to be done later in a database or a queue."
+        )
+        self.name = name
+        self.limit = limit
+
+
 class OutsideRequestError(WsgiBgError, RuntimeError):
     """``background_tasks`` or ``inject`` was used while no request is being handled."""
 

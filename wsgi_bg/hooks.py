@@ -11,13 +11,16 @@ if TYPE_CHECKING:
 
 
 class TaskRecord:
-    """The state of a task; all hooks of a task get the same record.
+    """The state of a task; all hooks of a task get the same record, in each attempt.
 
     Times are seconds by :func:`time.monotonic`, or None before the event. A record that is
     kept keeps alive the tasks of the request, and their arguments.
 
-    :ivar task: the task. The arguments are the application's data: do not log them.
-    :ivar batch: the ``BackgroundTasks`` of the request, the same for all its tasks.
+    :ivar task: the task. The arguments are the application's data: do not log them. A task
+        that has waited for its time is another object, with the same function and arguments.
+    :ivar batch: the ``BackgroundTasks`` of the request, the same for all its tasks. A task
+        that has waited for its time has a new one.
+    :ivar attempt: the number of the call: 1, or more if a ``Retry`` has called the task again.
     :ivar added_at: when the task was added.
     :ivar started_at: when the call began.
     :ivar ended_at: when the task returned, raised, was sent or was discarded.
@@ -28,6 +31,7 @@ class TaskRecord:
     __slots__ = (
         "__weakref__",
         "added_at",
+        "attempt",
         "batch",
         "ended_at",
         "error",
@@ -39,6 +43,7 @@ class TaskRecord:
     def __init__(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
         self.task: BackgroundTask = task
         self.batch: BackgroundTasks = batch
+        self.attempt: int = 1
         self.added_at: float = time.monotonic()
         self.started_at: float | None = None
         self.ended_at: float | None = None
@@ -55,11 +60,13 @@ class Hooks:
     ``task_added`` is called first. Then follows ``task_discarded``, or ``task_sent``, or
     ``task_started``. After ``task_started`` follows ``task_finished``, ``task_failed`` or, if
     the worker is stopped during the task, ``task_discarded``. If a task could not be sent and
-    is given up, ``task_failed`` is called without ``task_started``. Each method is called at
-    most once a task.
+    is given up, ``task_failed`` is called without ``task_started``. If the call raised and a
+    ``Retry`` will call the task again, ``task_retried`` is called in place of ``task_failed``,
+    and ``task_started`` again with the next attempt. Each further method is called at most once
+    a task.
 
-    ``task_started``, ``task_finished`` and ``task_failed`` run in the task's context
-    variables: only that task sees a variable (a span) that ``task_started`` sets. These
+    ``task_started``, ``task_finished``, ``task_failed`` and ``task_retried`` run in the task's
+    context variables: only that task sees a variable (a span) that ``task_started`` sets. These
     methods are called on the thread of the call; for an ``async def`` task this is the event
     loop's thread, which a hook must not block. ``task_discarded`` is called on the thread that
     gives the task up.
@@ -82,6 +89,9 @@ class Hooks:
 
     def task_failed(self, record: TaskRecord) -> None:
         """The call has raised ``record.error`` or could not be made."""
+
+    def task_retried(self, record: TaskRecord) -> None:
+        """Attempt ``record.attempt`` has raised ``record.error``; a further attempt follows."""
 
     def task_discarded(self, record: TaskRecord) -> None:
         """The task will not run, or was stopped, because of ``record.reason``."""

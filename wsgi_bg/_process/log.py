@@ -30,6 +30,11 @@ logger: logging.Logger = logging.getLogger("wsgi_bg")
 SAID = "said"
 
 
+def debug(message: str, *args: Any) -> None:
+    """Log at DEBUG; see :func:`error`."""
+    _log(logging.DEBUG, message, args)
+
+
 def warning(
     message: str,
     *args: Any,

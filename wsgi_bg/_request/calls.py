@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from wsgi_bg._loop.coroutines import AwaitableInStack
 from wsgi_bg._process import log, per_process
 from wsgi_bg._process.interrupts import is_from_signal_handler, type_name
+from wsgi_bg._tasks.retry import NotSent, plan_of
 from wsgi_bg._tasks.successors import observe
 from wsgi_bg._tasks.task import BackgroundTask, Caller, Done
 from wsgi_bg.hooks import Hooks, TaskRecord
@@ -36,9 +37,10 @@ class Calls(Caller):
         Called with the task and, unless ``check`` returned None, the message.
     :param may_send: the runner's method, which returns True if ``send`` may be called without
         a message; None if ``send`` may always be called.
+    :param waits: True if the process that gets a message waits for the task's delay.
     """
 
-    __slots__ = ("_may_send", "_send", "around", "hooks")
+    __slots__ = ("_may_send", "_send", "_waits", "around", "hooks")
 
     def __init__(
         self,
@@ -46,11 +48,14 @@ class Calls(Caller):
         around: Around | None,
         send: Send | None,
         may_send: Send | None = None,
+        *,
+        waits: bool = False,
     ) -> None:
         self.hooks: tuple[Hooks, ...] = hooks
         self.around: Around | None = around
         self._send = send
         self._may_send = may_send
+        self._waits = waits
 
     def added(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
         """Call the hooks for a task that is about to join ``batch``."""
@@ -58,6 +63,10 @@ class Calls(Caller):
             record = TaskRecord(task, batch)
             task.record = [record]
             self._tell("task_added", record)
+
+    def sends_delayed(self, task: BackgroundTask) -> bool:
+        """True if the process that gets the message of ``task`` waits for the delay."""
+        return self._waits and task.message is not None
 
     def send(self, task: BackgroundTask) -> bool:
         """Send the task to another process; True if the runner sent the task. Blocks.
@@ -68,7 +77,14 @@ class Calls(Caller):
             return False
         message, task.message = task.message, None  # send once, then free the message
         given = (task,) if message is None else (task, message)
-        if not self._send(*given):
+        try:
+            is_sent = self._send(*given)
+        except BaseException:
+            plan = plan_of(task)
+            if plan is not None:
+                plan.retry = None  # given up: the function was not called
+            raise
+        if not is_sent:
             return False
         self._end(task, "task_sent")
         return True
@@ -79,12 +95,23 @@ class Calls(Caller):
             return self.make(task, done)
         if task.is_async:
             return self._send_or_make_async(task, done)
-        return None if self.send(task) else self.make(task, done)
+        return None if self._is_sent(task) else self.make(task, done)
+
+    def _is_sent(self, task: BackgroundTask) -> bool:
+        """Send the task.
+
+        :raises NotSent: if the task was not sent, and its time has not come.
+        """
+        if self.send(task):
+            return True
+        if task.options.delay and not task.plan.is_due:
+            raise NotSent
+        return False
 
     async def _send_or_make_async(self, task: BackgroundTask, done: Done) -> Any:
         import asyncio  # already loaded: this code runs on a loop
 
-        is_sent = await asyncio.to_thread(self.send, task)  # not on the loop: send() blocks
+        is_sent = await asyncio.to_thread(self._is_sent, task)  # not on the loop: send() blocks
         return None if is_sent else await self.make(task, done)
 
     def make(self, task: BackgroundTask, done: Done) -> Any:
@@ -147,6 +174,7 @@ class Calls(Caller):
         # Not in make(): the error of a call refers to the frame of make(), and the record
         # refers to the error.
         for record in task.record:
+            record.ended_at = record.error = None
             record.started_at = time.monotonic()
             self._tell("task_started", record)
 
@@ -157,6 +185,21 @@ class Calls(Caller):
     def failed(self, task: BackgroundTask, exc: BaseException) -> None:
         """Call the hooks for a task that has raised ``exc``."""
         self._end(task, "task_failed", error=exc)
+
+    def retried(self, task: BackgroundTask, exc: BaseException) -> None:
+        """Call the hooks for a task that has raised ``exc`` and will be called again."""
+        for record in task.record:
+            record.ended_at = time.monotonic()
+            record.error = exc
+            self._tell("task_retried", record)
+            record.attempt += 1
+
+    def moved(self, task: BackgroundTask, copy: BackgroundTask, batch: BackgroundTasks) -> None:
+        """Let the record be the one of ``copy``, too; a single thread pops the record."""
+        copy.record = task.record
+        for record in task.record:
+            record.task = copy
+            record.batch = batch
 
     def discarded(self, task: BackgroundTask, reason: str) -> None:
         """Call the hooks for a task that will not run, or that was interrupted."""

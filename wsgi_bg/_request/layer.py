@@ -82,12 +82,16 @@ def merge_options(
     runner = outer.runner if runner is None else runner
     send = getattr(runner, "send", None)
     may_send = getattr(runner, "may_send", None)
+    waits = bool(getattr(runner, "sends_delayed", False))
     is_called_directly = not (all_hooks or around or send)
+    caller = DIRECT
+    if not is_called_directly:
+        caller = Calls(all_hooks, around, send, may_send, waits=waits)
     return replace(
         options,
         runner=runner,
         runner_is_default=is_default,
-        calls=DIRECT if is_called_directly else Calls(all_hooks, around, send, may_send),
+        calls=caller,
         check=getattr(runner, "check", None),
         added=getattr(around, "added", None),
     )

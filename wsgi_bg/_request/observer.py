@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from wsgi_bg._tasks.batch import Batch
     from wsgi_bg._tasks.task import BackgroundTask
     from wsgi_bg.runners import Runner
+    from wsgi_bg.runners.timer import LaterTasks
 
 
 class Response(Protocol):
@@ -34,7 +35,12 @@ class Response(Protocol):
 
 
 class RequestObserver:
-    """Observes a request. The methods of this base class change nothing."""
+    """Observes a request. The methods of this base class change nothing.
+
+    :ivar waits: False if delays, and waits for a further attempt, are to be zero.
+    """
+
+    waits: bool = True
 
     def new_list(self) -> list[BackgroundTask]:
         """Make the list of the request's tasks; called on the thread that adds the first.
@@ -56,6 +62,9 @@ class RequestObserver:
         :param runner: the application's runner, whose ``submit`` this method replaces.
         """
         runner.submit(batch)
+
+    def put_off(self, later: LaterTasks) -> None:
+        """A task is about to wait for its time; called on the thread that runs the tasks."""
 
     def task_failed(self, task: BackgroundTask, exc: BaseException) -> None:
         """A task has raised; called in the task's context, before ``on_error``."""

@@ -18,11 +18,12 @@ from wsgi_bg._request.unclosed import (
     collectors,
 )
 from wsgi_bg._tasks import successors
-from wsgi_bg._tasks.background_tasks import OPEN, TaskQueue
+from wsgi_bg._tasks.background_tasks import OPEN
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg._tasks.task import CRASHED, BackgroundTask
 from wsgi_bg.runners.ledger import keep
 from wsgi_bg.runners.pool import shared_pool
+from wsgi_bg.runners.timer import Deferring
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from wsgi_bg._tasks.options import Options
 
 
-class RequestTasks(TaskQueue):
+class RequestTasks(Deferring):
     """The ``BackgroundTasks`` that the middleware puts into the environ.
 
     Every request makes such an object, even if the request adds no task. The first task sets
@@ -109,11 +110,6 @@ class RequestTasks(TaskQueue):
     def allow_start(self) -> None:
         assert self._list is not None
         self._collector.unfinished[id(self)] = self, self._list
-
-    def notify_failure(self, task: BackgroundTask, exc: BaseException) -> None:
-        if self.observer is not None:
-            self.observer.task_failed(task, exc)
-        super().notify_failure(task, exc)
 
     def end(self, environ: WSGIEnvironment, outcome: Outcome, *, closed: bool = True) -> None:
         """Submit the tasks, if any: the application is done with the request.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import copy_context
-from typing import Any, ParamSpec
+from contextvars import Context, copy_context
+from itertools import takewhile
+from typing import Any, ParamSpec, Protocol
 
 from wsgi_bg._process import per_process
 from wsgi_bg._process.interrupts import safe_repr, stops_worker
 from wsgi_bg._tasks import successors, task_log
 from wsgi_bg._tasks.options import DEFAULTS, OnError, Options
+from wsgi_bg._tasks.retry import Retry, plan_of
 from wsgi_bg._tasks.task import BackgroundTask, RunOn, fill
 from wsgi_bg.exceptions import BatchEndedError, TaskTypeError
 
@@ -85,7 +87,8 @@ class BackgroundTasks:
 
         :param func: a plain or ``async def`` function, called as ``func(*args, **kwargs)``.
         :raises TypeError: if ``func`` cannot run as a task.
-        :raises RuntimeError: if the batch has ended.
+        :raises RuntimeError: if the batch has ended, or the task has a delay and too many
+            tasks wait for their time.
         """
         options = self.options
         task = _new_task(BackgroundTask)
@@ -95,7 +98,7 @@ class BackgroundTasks:
             if self.phase == ENDED:
                 raise BatchEndedError(task.name)
             tasks = self._begin()
-        if options.is_watched or successors.logging:
+        if options.is_watched or successors.watched:
             options.admit(task, self.root)
         tasks.append(task)
         if self.phase == ENDED and task.claim():
@@ -134,6 +137,12 @@ class BackgroundTasks:
         """Call the hooks and the ``on_error`` of a failed task, in the task's context."""
         task_log.notify_failure(task, exc)
 
+    def admit_wait(self, task: BackgroundTask) -> None:
+        """Admit ``task``, which has a delay or may be called again, and is about to be added.
+
+        :raises RuntimeError: if the task has a delay, and too many tasks wait already.
+        """
+
     def using(
         self,
         *,
@@ -142,6 +151,8 @@ class BackgroundTasks:
         on_error: OnError | None = None,
         stop_on_error: bool | None = None,
         celery: Mapping[str, Any] | None = None,
+        retry: Retry | None = None,
+        delay: float | None = None,
     ) -> BackgroundTasks:
         """Return a view on the same list, whose ``add_task`` gives its tasks these options.
 
@@ -151,10 +162,17 @@ class BackgroundTasks:
         :param celery: options such as ``{"queue": "slow", "countdown": 60}``, which override
             the options of ``registered_task``. Runners without Celery ignore them, and so
             does a task that runs in this process because the broker cannot be reached.
+        :param retry: when the task is called again after an error, in place of the ``retry``
+            of ``registered_task``.
+        :param delay: how long the task waits, in seconds, counted from the end of the
+            request, or from ``add_task`` in a running task. The wait holds no thread, and
+            the tasks added later do not wait for this task.
         :raises ValueError: if ``run_on`` is none of ``"success"``, ``"error"``, ``"always"``,
-            ``failed_from`` is not from 100 to 600, or ``celery`` has an unknown option.
+            ``failed_from`` is not from 100 to 600, ``delay`` is negative, infinite or NaN,
+            ``celery`` has an unknown option, or ``countdown`` or ``eta`` beside a delay.
         :raises TypeError: if ``failed_from`` is not a whole number, ``on_error`` is not a
-            plain callable, or an option in ``celery`` is of the wrong type.
+            plain callable, ``retry`` is not a ``Retry``, ``delay`` is not a number (such as
+            a timedelta), or an option in ``celery`` is of the wrong type.
         """
         options = self.options.override(
             run_on=run_on,
@@ -162,6 +180,8 @@ class BackgroundTasks:
             on_error=on_error,
             stop_on_error=stop_on_error,
             celery=celery,
+            retry=retry,
+            delay=delay,
         )
         return View(self, options)
 
@@ -289,6 +309,32 @@ class TaskQueue(BackgroundTasks):
     def allow_start(self) -> None:
         """Let the tasks be run again, after they were offered to another process."""
 
+    def begin_delay(self, task: BackgroundTask) -> None:
+        """Let the delay of ``task`` begin, unless it has begun."""
+        task.plan.is_due = True  # a list made by hand has no runner to run the task later
+
+    def put_off(
+        self, task: BackgroundTask, wait: float | None, status: int, *, holds_rest: bool
+    ) -> Wait | None:
+        """Prepare the wait of a claimed task, which runs in a batch of its own afterwards.
+
+        :param wait: how long to wait, in seconds; None until the task's delay is over.
+        :param status: the status of the request, for the tasks that the task adds.
+        :param holds_rest: True if the tasks left in this list wait for the task, too.
+        :return: None if no runner could run the task later.
+        """
+        return None
+
+    def tasks_of_attempt(self, task: BackgroundTask) -> list[BackgroundTask]:
+        """The tasks that the last attempt of ``task`` has added, if no other follows them.
+
+        Called on the thread that runs the tasks, right after the attempt. Looks at no other
+        tasks: thousands may be left.
+        """
+        has_added = task.plan.has_added
+        added = reversed(self._list or ())
+        return list(takewhile(lambda each: has_added(_context_of(each)), added))
+
     def left(self) -> list[BackgroundTask]:
         """The tasks that are not done; may be called on any thread."""
         # In this order, since another thread may move tasks in first() meanwhile.
@@ -317,6 +363,27 @@ class TaskQueue(BackgroundTasks):
             self.front.pop()
         else:
             self.remove(task)
+
+
+def _context_of(task: BackgroundTask) -> Context | None:
+    plan = plan_of(task)
+    return task.context if plan is None or plan.context is None else plan.context
+
+
+class Wait(Protocol):
+    """The wait of a task that has been prepared and not begun.
+
+    :ivar moves_rest: True if the tasks left in the list wait with the task.
+    """
+
+    moves_rest: bool
+
+    @property
+    def begin(self) -> Callable[[], object]:
+        """Begins the wait, by a call without bytecode: after it the timer has the task."""
+
+    def wake_timer(self) -> None:
+        """Let the timer look for new waits; called after :attr:`begin`, also if it raised."""
 
 
 class View(BackgroundTasks):

@@ -17,16 +17,17 @@ from wsgi_bg._loop.coroutines import DONE, RemainingSteps, as_coroutine
 from wsgi_bg._process import log, per_process
 from wsgi_bg._process.interrupts import is_from_signal_handler, is_raised_here, stops_worker
 from wsgi_bg._tasks import task_log
+from wsgi_bg._tasks.retry import NotSent, plan_of
 from wsgi_bg._tasks.task import DIRECT, RESULT, BackgroundTask, Done, Layer
 
 if TYPE_CHECKING:
-    from wsgi_bg._tasks.background_tasks import TaskQueue
+    from wsgi_bg._tasks.background_tasks import TaskQueue, Wait
 
 _NOT_RUN = "it returned a generator that no one runs: nothing was done"
 
 _SHOWN = 10  # tasks of a batch in its repr, which is logged on a server's thread
 
-GO_ON, STOP, ABANDONED = range(3)
+GO_ON, STOP, ABANDONED, MOVED = range(4)
 
 _CANCEL_TIMEOUT = 1.0
 """Seconds for which a stopped worker waits for the cancelled async task."""
@@ -104,7 +105,8 @@ class Batch:
         self._generation = per_process.generation
         self._has_started = self._stopped = False
         # Not GO_ON if no further task begins: STOP if a signal handler raised or another batch
-        # runs the tasks, ABANDONED if abandon() has claimed the tasks that were left.
+        # runs the tasks, ABANDONED if abandon() has claimed the tasks that were left, MOVED if
+        # the tasks that are left wait with a task that will be called again.
         self._stop = GO_ON
         # The running task. Set before the task is claimed, and cleared when its call has
         # returned or its log record is made.
@@ -141,6 +143,8 @@ class Batch:
     @property
     def tasks(self) -> list[BackgroundTask]:
         """The tasks that have not finished; the running task is first."""
+        if self._stop == MOVED:
+            return []
         waiting = [task for task in self._queue.left() if task.unclaimed]
         running = self._running  # read now: a task is marked as running before it is claimed
         if running is None or running in waiting:
@@ -267,6 +271,8 @@ class Batch:
             for task in self.tasks:
                 if self._stopped or self._stop == ABANDONED:
                     break
+                if task.options.delay and not self._may_begin(task):
+                    continue
                 self._running = task  # before the claim: a signal finds its name
                 if task.claim():
                     self._send_or_keep(task)
@@ -281,7 +287,7 @@ class Batch:
 
     def _send_or_keep(self, task: BackgroundTask) -> None:
         calls = task.options.calls
-        context = task.context or copy_context()
+        context = task.context or task.new_context()
         try:
             if not context.run(calls.send, task):
                 task.unclaim()
@@ -495,7 +501,7 @@ class Batch:
             task = front[-1] if front else queue.first()
             if task is None:
                 return None
-            runs = not self._stopped and (task.options is self._let_run or self.lets_run(task))
+            runs = not self._stopped and (task.options is self._let_run or self._begins(task))
             if runs and task.is_async is not is_async and task.unclaimed:
                 return None
             self._running = task  # before the claim: a signal finds its name
@@ -509,14 +515,24 @@ class Batch:
                     if is_async:  # the task may wait for long: free the emptied list
                         task.free_claim()
                     return task
-                self._discard(task)
+                if not self._puts_off(task):
+                    self._discard(task)
                 if self._is_in_child:
                     return None
             self._running = None
             self._passed_over = max(0, self._passed_over - 1)  # 0: another thread claimed
             queue.drop(task)
-        queue.stop()  # again: abandon() may have run between two steps of first()
+        if self._stop != MOVED:
+            queue.stop()  # again: abandon() may have run between two steps of first()
         return None
+
+    def _begins(self, task: BackgroundTask) -> bool:
+        """True if the next task runs after this outcome of the request, and its time is up."""
+        return self.lets_run(task) and (not task.options.delay or self._may_begin(task))
+
+    def _may_begin(self, task: BackgroundTask) -> bool:
+        """True if the delay of ``task`` is over, or another process will wait for its time."""
+        return task.plan.is_due or (self.sends and task.options.calls.sends_delayed(task))
 
     def lets_run(self, task: BackgroundTask) -> bool:
         """True if the task runs after this outcome of the request.
@@ -526,11 +542,69 @@ class Batch:
         """
         options = task.options
         if options.lets_run(self._status):
-            self._let_run = options
+            if options.delay:  # each of these tasks is looked at
+                self._queue.begin_delay(task)
+            else:
+                self._let_run = options
             return True
         return False
 
+    def _puts_off(self, task: BackgroundTask) -> bool:
+        """Let a claimed task wait until its delay is over; False to skip the task."""
+        if self._stopped or not task.options.delay or not self.lets_run(task):
+            return False
+        wait = self._queue.put_off(task, None, self._status, holds_rest=False)
+        if wait is not None:
+            self._begin(wait)
+        return wait is not None
+
+    def _repeats(self, task: BackgroundTask, context: Context, exc: BaseException) -> bool:
+        """Let a task that raised ``exc`` wait for its next attempt; False if it has failed."""
+        plan = plan_of(task)
+        if plan is None or self._stop:
+            return False
+        if isinstance(exc, NotSent):
+            return self._puts_off(task)
+        retry = plan.retry
+        if retry is None or not retry.allows(plan.attempt, exc):
+            return False
+        seconds = retry.wait_before(plan.attempt + 1)
+        holds_rest = task.options.stop_on_error
+        wait = self._queue.put_off(task, seconds, self._status, holds_rest=holds_rest)
+        if wait is None:
+            return False
+        for added in self._queue.tasks_of_attempt(task):
+            if added.claim():
+                self._passed_over += 1
+                self.discarded += 1
+                _run_in(context, task_log.log_dropped, added, task)
+        _run_in(context, task_log.log_attempt, task, exc, seconds)
+        _run_in(context, task.options.calls.retried, task, exc)
+        if self._is_in_child:
+            return True
+        plan.attempt += 1
+        if wait.moves_rest:
+            self._stop = self._stop or MOVED
+        self._begin(wait)
+        return True
+
+    def _begin(self, wait: Wait) -> None:
+        """Begin the wait of the running task, which this batch then forgets."""
+        done = self._done
+        try:
+            if done is None:
+                wait.begin()
+            else:
+                # No bytecode, and so no signal handler, comes between begin() and the key.
+                done.default_factory = wait.begin
+                done[log.SAID]
+        finally:
+            wait.wake_timer()
+        self._settle()
+
     def _fail(self, task: BackgroundTask, context: Context, exc: BaseException) -> None:
+        if self._repeats(task, context, exc):
+            return
         self.failed += 1
         if task.options.stop_on_error:
             self._stopped = True

@@ -41,7 +41,10 @@ def seconds(
     if or_none and given is None:
         return
     if isinstance(given, bool) or not isinstance(given, (int, float)):
-        raise OptionTypeError(option, given, f"a number of seconds{' or None' * or_none}")
+        wanted = f"a number of seconds{' or None' * or_none}"
+        if hasattr(given, "total_seconds"):  # a timedelta
+            wanted += f": write {option}=....total_seconds()"
+        raise OptionTypeError(option, given, wanted)
     if not given >= 0 or (above_zero and given == 0):
         wanted = "more than 0 seconds" if above_zero else "0 seconds or more"
         raise OptionValueError(option, given, f"{wanted}{', or None' * or_none}")

@@ -9,7 +9,8 @@ from typing import Any, get_args
 from wsgi_bg._tasks import successors
 from wsgi_bg._tasks.callables import is_plain
 from wsgi_bg._tasks.checks import whole_number
-from wsgi_bg._tasks.registry import options_of
+from wsgi_bg._tasks.registry import check_retry, has_retries, options_of, retry_of
+from wsgi_bg._tasks.retry import Plan, Retry, wait
 from wsgi_bg._tasks.task import DIRECT, BackgroundTask, Caller, Layer, RunOn
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError
 
@@ -34,6 +35,8 @@ class Options(Layer):
     on_error: OnError | None = None
     stop_on_error: bool = False
     celery: Mapping[str, Any] | None = None
+    retry: Retry | None = None
+    delay: float = 0.0
     runner: Any = None
     runner_is_default: bool = False
     calls: Caller = DIRECT
@@ -43,20 +46,33 @@ class Options(Layer):
 
     def __post_init__(self) -> None:
         is_watched = bool(self.check or self.added or self.on_error or self.calls is not DIRECT)
+        is_watched = is_watched or bool(self.retry or self.delay)
         object.__setattr__(self, "is_watched", is_watched)  # the class is frozen
 
     def admit(self, task: BackgroundTask, batch: Any) -> None:
         """Let the runner check a task that is about to join ``batch``, and call the hooks.
 
         :raises TypeError: if the runner refuses the task.
-        :raises RuntimeError: if the task belongs to an endless row of tasks.
+        :raises RuntimeError: if the task belongs to an endless row of tasks, or too many
+            tasks wait for their time already.
         """
         successors.admit(task, batch)
+        if has_retries or self.retry is not None or self.delay:
+            self._plan(task, batch)
         if self.check is not None:
             task.message = self.check(task)
         if self.added is not None:
             self.added(task)
         self.calls.added(task, batch)
+
+    def _plan(self, task: BackgroundTask, batch: Any) -> None:
+        retry = self.retry or retry_of(task.func)
+        if retry is None and not self.delay:
+            return
+        task.plan = Plan(retry)
+        batch.admit_wait(task)
+        if retry is not None:
+            task.keep_context()
 
     def override(
         self,
@@ -66,14 +82,17 @@ class Options(Layer):
         on_error: OnError | None = None,
         stop_on_error: bool | None = None,
         celery: Mapping[str, Any] | None = None,
+        retry: Retry | None = None,
+        delay: float | None = None,
     ) -> Options:
         """Return a copy of these options, in which each argument that is not None is set.
 
         :raises ValueError: if ``run_on`` is none of the three words, ``failed_from`` is not
-            from 100 to 600, or ``celery`` has an unknown option.
+            from 100 to 600, ``delay`` is not a bounded number from 0 on, ``celery`` has an
+            unknown option, or both set the time.
         :raises TypeError: if ``failed_from`` is not a whole number, ``on_error`` is not a
-            plain callable, ``stop_on_error`` is not a bool, or an option in ``celery`` is of
-            the wrong type.
+            plain callable, ``stop_on_error`` is not a bool, ``retry`` is not a ``Retry``,
+            ``delay`` is not a number, or an option in ``celery`` is of the wrong type.
         """
         if run_on is not None and run_on not in get_args(RunOn):
             raise OptionValueError("run_on", run_on, "'success', 'error' or 'always'")
@@ -87,17 +106,25 @@ class Options(Layer):
             raise OptionTypeError("stop_on_error", stop_on_error, "True or False")
         if celery is not None:
             celery = options_of("celery").for_one_call(celery)
+        check_retry(retry)
+        if delay is not None:
+            wait("delay", delay)
         given = {
             "run_on": run_on,
             "failed_from": failed_from,
             "on_error": on_error,
             "stop_on_error": stop_on_error,
             "celery": celery,
+            "retry": retry,
+            "delay": delay,
         }
         set_here: dict[str, Any] = {
             name: value for name, value in given.items() if value is not None
         }
-        return replace(self, **set_here)
+        options = replace(self, **set_here)
+        if options.delay and options.celery:
+            options_of("celery").refuse_time(options.celery, options.delay)
+        return options
 
 
 DEFAULTS = Options()

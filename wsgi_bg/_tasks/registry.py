@@ -13,7 +13,9 @@ from types import FunctionType, MethodType
 from typing import Any, TypeVar, overload
 
 from wsgi_bg._process.interrupts import type_name
+from wsgi_bg._tasks import successors
 from wsgi_bg._tasks.callables import is_async_callable, name_of
+from wsgi_bg._tasks.retry import Retry
 from wsgi_bg.exceptions import (
     NameTakenError,
     OptionTypeError,
@@ -34,12 +36,14 @@ class Registration:
     :ivar func: the function.
     :ivar signature: the signature of ``func`` itself, not of a function that it wraps.
     :ivar celery: options for Celery, opaque to all but Celery's runner; None if not given.
+    :ivar retry: when the function is called again after an error; None for never.
     """
 
     name: str
     func: Callable[..., Any]
     signature: inspect.Signature
     celery: Any
+    retry: Retry | None = None
 
 
 # Guards the three collections below. Reentrant, because a listener may import a module that
@@ -49,6 +53,9 @@ _by_name: dict[str, Registration] = {}
 _by_function: dict[Callable[..., Any], Registration] = {}
 _listeners: list[Callable[[Registration], object]] = []
 
+has_retries: list[None] = []
+"""Not empty once a function was registered with a ``Retry``."""
+
 
 @overload
 def registered_task(func: F, /) -> F: ...
@@ -56,7 +63,10 @@ def registered_task(func: F, /) -> F: ...
 
 @overload
 def registered_task(
-    *, name: str | None = None, celery: Mapping[str, Any] | None = None
+    *,
+    name: str | None = None,
+    celery: Mapping[str, Any] | None = None,
+    retry: Retry | None = None,
 ) -> Callable[[F], F]: ...
 
 
@@ -66,6 +76,7 @@ def registered_task(
     *,
     name: str | None = None,
     celery: Mapping[str, Any] | None = None,
+    retry: Retry | None = None,
 ) -> Any:
     """Register a plain or async function of a module, so that other processes can run it.
 
@@ -79,25 +90,49 @@ def registered_task(
         as long as messages are under way. With a name of its own the function can be moved.
     :param celery: options of Celery for this function, see
         :class:`~wsgi_bg.celery.CeleryRunner`.
+    :param retry: when a task of this function is called again after an error, on every
+        runner, unless ``using(retry=...)`` says otherwise.
     :raises TypeError: if another process could not find the function: a lambda, a local
         function, a method, a partial, any object that is not a function, or a function of
         ``__main__`` without a name; for a generator function; for an option that Celery
         would refuse.
-    :raises ValueError: if another function has the name; for an unknown option.
+    :raises ValueError: if another function has the name; for an unknown option; for
+        ``retry`` beside Celery's own ``autoretry_for``.
     """
     if name is not None and not isinstance(name, str):
         raise OptionTypeError("name", name, "a str")
     if name == "":
         raise OptionValueError("name", name, "a str that is not empty")
     options = None if celery is None else options_of("celery").for_function(celery)
+    check_retry(retry)
+    if retry is not None and celery is not None and "autoretry_for" in celery:
+        wanted = "options without autoretry_for, since retry is given"
+        raise OptionValueError("celery", celery, wanted)
     if func is not _NOT_GIVEN:
-        return _register(func, name, options)
-    return lambda func: _register(func, name, options)
+        return _register(func, name, options, retry)
+    return lambda func: _register(func, name, options, retry)
+
+
+def check_retry(given: object) -> None:
+    """Raise unless ``given`` is a :class:`~wsgi_bg.Retry` or None.
+
+    :raises TypeError: if ``given`` is of another type.
+    """
+    if given is not None and not isinstance(given, Retry):
+        raise OptionTypeError("retry", given, "a wsgi_bg.Retry, such as Retry(attempts=3)")
 
 
 def find(func: Callable[..., Any]) -> Registration | None:
     """Return the registration of ``func``, compared by identity; None if not registered."""
     return _by_function.get(func) if type(func) is FunctionType else None
+
+
+def retry_of(func: Callable[..., Any]) -> Retry | None:
+    """Return the ``Retry`` that ``func`` was registered with, or None."""
+    if not has_retries:
+        return None
+    registration = find(func)
+    return None if registration is None else registration.retry
 
 
 def get(name: str) -> Registration | None:
@@ -126,14 +161,14 @@ def subscribe(listener: Callable[[Registration], object]) -> None:
             listener(registration)
 
 
-def _register(func: Any, name: str | None, options: Any) -> Any:
+def _register(func: Any, name: str | None, options: Any, retry: Retry | None) -> Any:
     reason = _why_not(func, name)
     if reason:
         raise RegistrationError(f"{_shown(func)} cannot be registered: {reason}", func)
     is_async_callable(func)  # raises for a generator function
     name = name or name_of(func)
     signature = inspect.signature(func, follow_wrapped=False)
-    new = Registration(name, func, signature, options)
+    new = Registration(name, func, signature, options, retry)
     with _lock:
         old = _by_name.get(name)
         if old is not None and name_of(old.func) != name_of(func):
@@ -145,6 +180,9 @@ def _register(func: Any, name: str | None, options: Any) -> Any:
             )
         _by_name[name] = new
         _by_function[func] = new
+        if retry is not None and not has_retries:
+            has_retries.append(None)
+            successors.watched.append(None)  # every add_task has to look for the function
         for listener in _listeners:
             listener(new)
     return func

@@ -30,8 +30,9 @@ class _Thread(threading.local):
 
 _thread = _Thread()
 
-logging: list[None] = []
-"""Not empty while a thread logs a task: then a task without hooks is admitted, too."""
+watched: list[None] = []
+"""If not empty, a task without hooks is admitted, too: while a thread logs a task, and once a
+function was registered with a ``Retry``."""
 
 
 def observe(task: BackgroundTask, observer: Callable[..., Any], *args: Any) -> None:
@@ -61,11 +62,11 @@ def begin_request() -> None:
 
 def observe_log(task: BackgroundTask, log: Callable[[], Any]) -> None:
     """Call ``log()``, whose handler may add a task to send the record by mail, for example."""
-    logging.append(None)
+    watched.append(None)
     try:
         observe(task, log)
     finally:
-        logging.pop()
+        watched.pop()
 
 
 def admit(task: BackgroundTask, batch: Any) -> None:

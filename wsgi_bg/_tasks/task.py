@@ -16,6 +16,7 @@ from wsgi_bg._loop import portal
 from wsgi_bg._loop.asgiref_state import detached
 from wsgi_bg._process.interrupts import is_raised_here, stops_worker
 from wsgi_bg._tasks.callables import NOT_PLAIN, is_async_callable, name_of
+from wsgi_bg._tasks.retry import Plan, Retry, plan_of
 
 P = ParamSpec("P")
 
@@ -43,6 +44,10 @@ class Caller:
 
     def added(self, task: BackgroundTask, batch: Any) -> None:
         """``task`` is about to join ``batch``, a ``BackgroundTasks``."""
+
+    def sends_delayed(self, task: BackgroundTask) -> bool:
+        """True if :meth:`send` may be called before the time of a task with a delay."""
+        return False
 
     def send(self, task: BackgroundTask) -> bool:
         """Send the task to another process; True if the task was sent."""
@@ -76,6 +81,12 @@ class Caller:
     def failed(self, task: BackgroundTask, exc: BaseException) -> None:
         """``task`` has raised ``exc``."""
 
+    def retried(self, task: BackgroundTask, exc: BaseException) -> None:
+        """``task`` has raised ``exc`` and will be called again."""
+
+    def moved(self, task: BackgroundTask, copy: BackgroundTask, batch: Any) -> None:
+        """``copy`` in ``batch``, a ``BackgroundTasks``, will run in place of ``task``."""
+
     def discarded(self, task: BackgroundTask, reason: str) -> None:
         """``task`` will not run, or was interrupted."""
 
@@ -96,6 +107,8 @@ class Layer:
     :ivar on_error: called with a task and its error.
     :ivar stop_on_error: True if a task's error skips the rest of the batch.
     :ivar celery: options for Celery, ignored by every runner but ``CeleryRunner``.
+    :ivar retry: when a task is called again after an error; None for the function's own.
+    :ivar delay: how long a task waits after the request, in seconds.
     """
 
     __slots__ = ()
@@ -106,6 +119,8 @@ class Layer:
     on_error: Callable[[BackgroundTask, BaseException], Any] | None = None
     stop_on_error: bool = False
     celery: Mapping[str, Any] | None = None
+    retry: Retry | None = None
+    delay: float = 0.0
 
     def lets_run(self, status: int) -> bool:
         """True if a task runs after a request of this outcome.
@@ -161,6 +176,7 @@ class BackgroundTask:
         "kwargs",
         "message",
         "options",
+        "plan",
         "record",
         "unclaimed",
     )
@@ -174,6 +190,7 @@ class BackgroundTask:
     context: Context | None  # to run in; None for a task made by hand, and once the task runs
     unclaimed: list[None]  # emptied by claim()
     generation: int  # see wsgi_bg._tasks.successors
+    plan: Plan  # only of a task with a delay or a Retry: see plan_of()
     record: list[Any]  # holds the record that the hooks get until the task has ended
     _unowned: list[None]  # only if the task was made by hand
 
@@ -186,16 +203,23 @@ class BackgroundTask:
         """``module.qualname`` of the function, for logs."""
         return name_of(self.func)
 
+    @property
+    def attempt(self) -> int:
+        """The number of this call: 1, or more if the task is called again after an error."""
+        plan = plan_of(self)
+        return 1 if plan is None else plan.attempt
+
     def __call__(self) -> Any:
         """Make the call now and return its result; blocks until the call is done.
 
         A plain function runs on the calling thread, an awaitable on the portal's thread. If
-        the task was added to a batch, the call runs in the context of that moment.
+        the task was added to a batch, the call runs in the context of that moment. A delay
+        and a ``Retry`` do not hold for this call.
 
         :raises BaseException: the error of the call.
         :raises RuntimeError: for an async call from the portal's own thread.
         """
-        context = copy_context() if self.context is None else self.context
+        context = self.new_context() if self.context is None else self.context
         return self.call_in(detached(context))
 
     def call_in(self, context: Context) -> Any:
@@ -258,7 +282,7 @@ class BackgroundTask:
         """
         context = self.context
         if context is None:
-            context = copy_context()
+            context = self.new_context()
         else:
             self.context = None
         if "asgiref.sync" in modules:
@@ -269,6 +293,27 @@ class BackgroundTask:
                 # The task was added in a stream or on another thread.
                 context.run(current.set, batch)
         return context
+
+    def new_context(self) -> Context:
+        """Return the context of a task whose ``context`` is None."""
+        plan = plan_of(self)
+        return copy_context() if plan is None or plan.context is None else plan.begin()
+
+    def keep_context(self) -> None:
+        """Let each attempt begin with the context of now: the task has a ``Retry``."""
+        self.plan.context = self.context
+        self.context = None
+
+    def successor(self) -> BackgroundTask:
+        """Return a copy that can be claimed, for the batch that runs the task later."""
+        task = BackgroundTask.__new__(BackgroundTask)
+        fill(task, self.func, self.args, self.kwargs, self.context, self.options)
+        plan = plan_of(self)
+        if plan is not None:
+            task.plan = plan
+        task.generation = self.generation
+        task.message = self.message
+        return task
 
     def owned(self, options: Layer) -> BackgroundTask:
         """Return this task for a new batch, or a copy if another batch owns this task."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsgi_bg._process import log, per_process
 from wsgi_bg._process.interrupts import is_from_signal_handler
+from wsgi_bg._tasks.retry import plan_of
 from wsgi_bg._tasks.successors import observe, observe_log
 
 if TYPE_CHECKING:
@@ -24,9 +25,34 @@ def log_failure(
 
     Called in the task's context, so that log records carry its correlation ids.
     """
-    kind = _kind_of(exc)
-    message = "background task %s raised %s"
-    observe_log(task, partial(log.error, message, task.name, kind, exc_info=exc, said=said))
+    message, args = _raised(task, exc)
+    observe_log(task, partial(log.error, message, *args, exc_info=exc, said=said))
+
+
+def log_attempt(task: BackgroundTask, exc: BaseException, seconds: float) -> None:
+    """Log the error of an attempt after which the task will be called again.
+
+    :param seconds: the wait before the next attempt.
+    """
+    message, args = _raised(task, exc)
+    message += ", and is called again in %.3g seconds"
+    observe_log(task, partial(log.warning, message, *args, seconds, exc_info=exc))
+
+
+def log_dropped(task: BackgroundTask, added_by: BackgroundTask) -> None:
+    """Log and discard a task whose adder will be called again, and will add the task again."""
+    message = "background task %s was dropped: %s, which has added it, is called again"
+    log.debug(message, task.name, added_by.name)
+    notify_discarded(task, f"{added_by.name}, which has added it, is called again")
+
+
+def _raised(task: BackgroundTask, exc: BaseException) -> tuple[str, tuple[Any, ...]]:
+    plan = plan_of(task)
+    args = task.name, _kind_of(exc)
+    if plan is None or plan.retry is None:
+        return "background task %s raised %s", args
+    message = "background task %s raised %s in attempt %d of %d"
+    return message, (*args, plan.attempt, plan.retry.attempts)
 
 
 def notify_failure(task: BackgroundTask, exc: BaseException) -> None:

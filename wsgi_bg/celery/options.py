@@ -52,6 +52,10 @@ _OF_MESSAGE = {
 }
 
 
+TIMES = ("countdown", "eta")
+"""The options of a message that a delay replaces."""
+
+
 class CeleryOptions(NamedTuple):
     """Celery options, split by the Celery function that takes them."""
 
@@ -86,6 +90,17 @@ def for_one_call(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     _check(given, _OF_MESSAGE)
     return dict(given)
+
+
+def refuse_time(given: Mapping[str, Any], delay: float) -> None:
+    """Raise if ``given`` sets the time of a task that has a delay.
+
+    :raises ValueError: if ``given`` has ``countdown`` or ``eta``.
+    """
+    for option in TIMES:
+        if option in given:
+            wanted = f"None beside celery={{{option!r}: ...}}, which sets the time too"
+            raise OptionValueError("delay", delay, wanted)
 
 
 def _check(given: Any, known: Mapping[str, _Kind]) -> None:

@@ -14,7 +14,8 @@ from wsgi_bg._tasks import registry
 from wsgi_bg._tasks.checks import seconds
 from wsgi_bg._tasks.codec import encode
 from wsgi_bg.celery import headers as celery_headers
-from wsgi_bg.celery.options import NO_OPTIONS
+from wsgi_bg.celery.options import NO_OPTIONS, TIMES
+from wsgi_bg.celery.retries import RETRY, to_text
 from wsgi_bg.exceptions import (
     ExtraMissingError,
     NameTakenError,
@@ -56,7 +57,8 @@ class CeleryRunner(LedgerRunner):
     sent when the response is closed: on the server's thread if the response is complete, else
     on a thread of the runner, so no client waits for the broker. A batch's registered tasks
     are sent in order before its local tasks run; workers keep no order. A sent task counts as
-    succeeded; only the worker knows how the task ends.
+    succeeded; only the worker knows how the task ends. The delay of a sent task is Celery's
+    ``countdown``, and its ``Retry`` Celery's own retry on the worker.
 
     :param celery_app: the Celery application; its messages are JSON.
     :param local: the runner for tasks that are not sent, or its name; default: shared pool.
@@ -71,6 +73,8 @@ class CeleryRunner(LedgerRunner):
         example because pickle is accepted; if an option is out of range.
     :raises TypeError: if an option has the wrong type.
     """
+
+    sends_delayed = True
 
     def __init__(
         self,
@@ -125,7 +129,13 @@ class CeleryRunner(LedgerRunner):
             raise NameTakenError(name, f"a task of {self._app!r}")
         text = encode(name, registration.signature, task.args, task.kwargs)
         options = {**(registration.celery or NO_OPTIONS).message, **given}
-        return Message(name, text, celery_headers.current(), options)
+        if task.options.delay:
+            options = {key: options[key] for key in options if key not in TIMES}
+            options["countdown"] = task.options.delay
+        headers = celery_headers.current()
+        if task.options.retry is not None:  # the worker knows the function's own
+            headers[RETRY] = to_text(task.options.retry)
+        return Message(name, text, headers, options)
 
     def may_send(self, task: BackgroundTask) -> bool:
         """False: a task without a message runs in this process."""

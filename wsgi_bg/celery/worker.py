@@ -13,6 +13,7 @@ from wsgi_bg._tasks.codec import decode
 from wsgi_bg._tasks.registry import Registration
 from wsgi_bg._tasks.task import BackgroundTask
 from wsgi_bg.celery import headers as celery_headers
+from wsgi_bg.celery import retries
 from wsgi_bg.celery.options import NO_OPTIONS
 from wsgi_bg.exceptions import MessageError, OptionValueError, UnsafeCeleryError
 
@@ -82,8 +83,16 @@ def _run(self: Any, *message: Any, **others: Any) -> Any:
     args, kwargs = decode(message[0])
     context = copy_context()
     celery_headers.restore(context, self.request.get)
-    # Calling the task blocks this thread; an async task runs on the process's event loop.
-    result = context.run(BackgroundTask(registration.func, *args, **kwargs))
+    try:
+        # This blocks the thread; an async task runs on the process's event loop.
+        result = context.run(BackgroundTask(registration.func, *args, **kwargs))
+    except Exception as exc:
+        retry = retries.find(self.request.get(retries.RETRY), registration.retry)
+        attempt = self.request.retries + 1
+        if retry is None or not retry.allows(attempt, exc):
+            raise
+        seconds = retry.wait_before(attempt + 1)
+        raise self.retry(exc=exc, countdown=seconds, max_retries=retry.attempts - 1) from exc
     return None if self.ignore_result else result
 
 

@@ -22,6 +22,8 @@ class Statistics:
         task's error, or whose worker was stopped before or during the task.
     :ivar run_here: tasks that a pool began to run on the server's thread, because the pool
         had no room or no thread for them.
+    :ivar waiting: tasks that wait for their time, because of a delay or before a further
+        attempt, and the tasks that wait for them. They do not count as pending.
     """
 
     pending: int
@@ -30,6 +32,7 @@ class Statistics:
     failed: int
     discarded: int
     run_here: int = 0
+    waiting: int = 0
 
 
 @runtime_checkable
@@ -46,6 +49,9 @@ class Runner(Protocol):
       made here; raises to give the task up. The message is passed only once;
     - ``may_send(task)``, called for a task without a message, which must not block: returns
       False if an ``async def`` task stays here, so that the task needs no thread for ``send``;
+    - ``sends_delayed``, True if ``send`` lets the other process wait for the delay of a task
+      with a message (``task.options.delay``). Otherwise the task waits in this process, and is
+      sent when its time has come;
     - ``drain_timeout``, how long interpreter exit waits for the runner, in seconds (30 if
       missing);
     - ``work_is_in_ledgers``, True if no work is left once the runner's batches have ended:
@@ -59,7 +65,9 @@ class Runner(Protocol):
 
         The runner calls ``batch.run()`` at some time. Unless ``batch.response_complete``, the
         call must come after ``submit`` has returned, or the client would wait for the tasks.
-        A batch may have no task left to run.
+        A batch may have no task left to run. A task that has waited for its time, because of
+        a delay or for a further attempt, comes in a complete batch of its own, which a thread
+        of the package submits.
         """
 
     def drain(self, timeout: float) -> list[BackgroundTask]:

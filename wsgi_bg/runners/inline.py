@@ -34,6 +34,11 @@ class InlineRunner(LedgerRunner):
         else:
             shared_pool.submit(batch)
 
+    def submit_later(self, batch: Batch) -> None:
+        """Hand the batch over to the shared pool: no thread of a server is there to run it."""
+        self._ledgers.get().add(batch)
+        shared_pool.submit_later(batch)
+
     @property
     def ledger(self) -> Ledger:
         return self._ledgers.get()

@@ -18,10 +18,16 @@ from wsgi_bg.runners.base import Statistics
 if TYPE_CHECKING:
     from wsgi_bg._tasks.batch import Batch
     from wsgi_bg._tasks.task import BackgroundTask
+    from wsgi_bg.runners.timer import LaterTasks
+
+WAITING = "since it was waiting for its time"
+"""Why a task is unfinished that no thread could begin before the process ends."""
 
 
 class Ledger:
     """Counts the batches of one runner in one process, and lets a thread wait for them.
+
+    :ivar waiting: tasks that wait for their time, and belong to no batch yet.
 
     A ledger holds no lock: the exception of a signal handler could leave the lock locked,
     and then no batch could end. A thread that publishes an object (a batch, the drain, a
@@ -32,6 +38,7 @@ class Ledger:
         self.pid: int = os.getpid()
         self._handed_over: dict[Batch, None] = {}
         self._run_here: dict[Batch, None] = {}
+        self.waiting: dict[LaterTasks, str] = {}
         # Numbers of tasks of ended batches: succeeded, failed, discarded, run on the server's
         # thread. By the thread that ended the batch, so that no two threads add to a number.
         self._counts: dict[int, list[int]] = {}
@@ -67,6 +74,14 @@ class Ledger:
         counts[1] += batch.failed
         counts[2] += batch.discarded
         counts[3] += batch.run_here
+        self._notify()
+
+    def end_wait(self, later: LaterTasks) -> None:
+        """Remove tasks whose time has come, once their batch was added."""
+        self.waiting.pop(later, None)
+        self._notify()
+
+    def _notify(self) -> None:
         for waiter in list(self._waiters):
             waiter.set()
 
@@ -76,8 +91,21 @@ class Ledger:
         # dict.fromkeys: while add() moves a batch, both dictionaries hold the batch.
         return list(dict.fromkeys([*list(self._handed_over), *list(self._run_here)]))
 
-    def wait_for(self, batches: Iterable[Batch], deadline: float) -> bool:
+    def due_by(self, due: float, runner: object = None) -> list[LaterTasks]:
+        """The tasks whose time comes before ``due`` by the monotonic clock.
+
+        :param runner: only tasks of this runner; None for all that this ledger has.
+        """
+        return [
+            later
+            for later in list(self.waiting)
+            if later.due <= due and (runner is None or runner is later.runner)
+        ]
+
+    def wait_for(self, batches: Iterable[Batch | LaterTasks], deadline: float) -> bool:
         """Block until all ``batches`` have ended, or until ``deadline`` by the monotonic clock.
+
+        Tasks that wait for their time are waited for until they have become a batch.
 
         :return: False if the deadline has passed first.
         """
@@ -85,7 +113,11 @@ class Ledger:
         self._waiters.append(changed)
         try:
             for batch in batches:
-                while batch in self._handed_over or batch in self._run_here:
+                while (
+                    batch in self._handed_over
+                    or batch in self._run_here
+                    or batch in self.waiting
+                ):
                     left = deadline - time.monotonic()
                     if left <= 0:
                         return False
@@ -107,6 +139,10 @@ class Ledger:
         """Let no batch begin more tasks; return the unfinished tasks."""
         return [task for batch in self.batches for task in batch.abandon()]
 
+    def abandon_waiting(self) -> list[BackgroundTask]:
+        """Let no task wait any longer; claim and return the tasks that were waiting."""
+        return [task for later in list(self.waiting) for task in later.give_up()]
+
     def statistics(self) -> Statistics:
         """Return numbers of tasks, without making a list of perhaps a million tasks."""
         batches = self.batches
@@ -120,6 +156,7 @@ class Ledger:
             failed=sum(each[1] for each in ended) + sum(b.failed for b in batches),
             discarded=sum(each[2] for each in ended) + sum(b.discarded for b in batches),
             run_here=sum(each[3] for each in ended) + sum(b.run_here for b in batches),
+            waiting=sum(later.length() for later in list(self.waiting)),
         )
 
 
@@ -142,6 +179,11 @@ def batches_under_way() -> dict[Batch, None]:
 _others = PerProcess(Ledger)
 
 
+def ledger_of(runner: object) -> Ledger:
+    """The ledger of ``runner``, or the one of all runners that have no ledger."""
+    return runner.ledger if isinstance(runner, LedgerRunner) else _others.get()
+
+
 def keep(batch: Batch) -> None:
     """Keep a batch that no ledger has until the batch ends; a user's runner has no ledger."""
     if not batch.length:
@@ -155,7 +197,7 @@ def keep(batch: Batch) -> None:
 class LedgerRunner:
     """Base class of the package's runners, whose work is in the batches of their ledger.
 
-    A subclass defines ``ledger``.
+    A subclass defines ``ledger`` and ``submit``.
     """
 
     work_is_in_ledgers = True
@@ -164,6 +206,17 @@ class LedgerRunner:
     def ledger(self) -> Ledger:
         """The batches of this runner in this process."""
         raise NotImplementedError
+
+    def submit(self, batch: Batch) -> None:
+        """Accept a batch; called on the thread that closes the response."""
+        raise NotImplementedError
+
+    def submit_later(self, batch: Batch) -> None:
+        """Accept a batch whose tasks have waited for their time; may block.
+
+        Called on a thread of the timer. ``max_pending`` does not hold.
+        """
+        self.submit(batch)
 
     def drain(self, timeout: float) -> list[BackgroundTask]:
         """Hand no more batches over and wait until all batches have ended; blocks.

@@ -81,6 +81,13 @@ class PoolRunner(LedgerRunner):
         elif not state.submit(batch):
             self._run_here(batch, state.no_thread)
 
+    def submit_later(self, batch: Batch) -> None:
+        """Hand a batch over whose tasks have waited, or run the batch here without a thread."""
+        state = self._states.get()
+        state.ledger.add(batch)
+        if is_exiting() or state.ledger.is_draining or not state.submit(batch):
+            batch.run()
+
     def _run_here(self, batch: Batch, warning: RepeatedWarning) -> None:
         if batch.tasks:  # else the batch has no task left and only has to end
             batch.run_here = batch.length

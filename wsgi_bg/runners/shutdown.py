@@ -18,7 +18,13 @@ from wsgi_bg._process.interrupts import stops_worker
 from wsgi_bg._tasks import checks, task_log
 from wsgi_bg._tasks.task import BackgroundTask, current
 from wsgi_bg.exceptions import InsideTaskError
-from wsgi_bg.runners.ledger import LedgerRunner, batches_under_way
+from wsgi_bg.runners.ledger import (
+    WAITING,
+    LedgerRunner,
+    batches_under_way,
+    ledger_of,
+    ledgers_here,
+)
 from wsgi_bg.runners.waiting import Notice, wait_for
 
 if TYPE_CHECKING:
@@ -35,6 +41,9 @@ _Collector: TypeAlias = tuple[Callable[[], None], Callable[[], list[BackgroundTa
 
 # In seconds; small enough for a time of the clock to be added without overflow.
 _FOR_EVER = 1e300
+
+# How long wait() waits for the timer to submit tasks whose time has come, in seconds.
+_SUBMIT_TIMEOUT = 1.0
 
 # A runner's drain() has given up if it returns tasks so many seconds before its timeout.
 _EARLY = 0.05
@@ -114,6 +123,10 @@ def wait(timeout: float | None = None) -> list[BackgroundTask]:
     limit = _check("wait", timeout)
     deadline = time.monotonic() + (math.inf if limit is None else limit)
     _flush()
+    now = time.monotonic()
+    for ledger in ledgers_here():
+        # The timer submits these within microseconds, unless the system gives it no thread.
+        ledger.wait_for(ledger.due_by(now), min(deadline, now + _SUBMIT_TIMEOUT))
     return wait_for(batches_under_way(), deadline, Notice(first=math.inf))
 
 
@@ -231,8 +244,15 @@ def _drain(
     :param latest: the latest deadline of all runners, by :func:`time.monotonic`.
     """
     deadline = began + seconds
+    ledger = ledger_of(runner)
     while True:
         until = min(deadline, notice.due)
+        # First: a runner that drains takes no more work in.
+        if not ledger.wait_for(ledger.due_by(deadline, runner), until):
+            if time.monotonic() >= deadline:
+                return _time_is_up(seconds)
+            notice.log_if_due(latest, runner=runner)
+            continue
         try:
             left = runner.drain(max(0.0, until - time.monotonic()))
         except BaseException as exc:  # a user's runner: the remaining runners must be drained
@@ -241,6 +261,8 @@ def _drain(
             log.error("%s could not be drained", runner, exc_info=exc)
             return "since its runner could not be drained"
         if not left:
+            if ledger.due_by(deadline, runner):  # the task has failed, and is called again
+                continue
             return None
         now = time.monotonic()
         if now >= deadline:
@@ -279,6 +301,8 @@ def _log_left(
     once.
     """
     named = []
+    for ledger in ledgers_here():
+        named += _name(ledger.abandon_waiting(), WAITING)
     for runner in _registered():
         _drained_in[id(runner)] = os.getpid()
         named += _name(_left_of(runner), reasons.get(id(runner), otherwise))
@@ -310,7 +334,9 @@ def longest_limit(*, of_busy: bool = False) -> float:
 
 
 def _may_have_work(runner: Runner) -> bool:
-    return not isinstance(runner, LedgerRunner) or bool(runner.ledger.batches)
+    if not isinstance(runner, LedgerRunner):
+        return True
+    return bool(runner.ledger.batches or runner.ledger.waiting)
 
 
 def _left_of(runner: Runner) -> list[BackgroundTask]:

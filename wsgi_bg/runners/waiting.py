@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from wsgi_bg._process import log
@@ -68,8 +68,10 @@ class Notice:
         self.due = now + EVERY
         names = Counter[str]()
         count = 0
-        for batch in batches_under_way():
-            tasks = batch.tasks
+        waiting = [later for ledger in ledgers_here() for later in ledger.due_by(deadline)]
+        for tasks in chain(
+            (batch.tasks for batch in batches_under_way()), (later.tasks for later in waiting)
+        ):
             names.update(task.name for task in islice(tasks, max(0, _COUNTED - count)))
             count += len(tasks)
         waits_for = []

@@ -1,0 +1,391 @@
+"""Tasks that wait for their time, and the thread that submits each when its time has come.
+
+A wait holds no thread: the tasks are in a heap of the timer, and in ``Ledger.waiting`` of their
+runner, by which ``statistics()``, ``wait`` and the exit know them. Each task that waits is a
+batch of its own then, :class:`LaterTasks`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from heapq import heappop, heappush
+from itertools import count
+from threading import TIMEOUT_MAX
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from wsgi_bg._loop import portal
+from wsgi_bg._process import greenlets, log, per_process
+from wsgi_bg._process.exit import is_exiting
+from wsgi_bg._process.interrupts import is_raised_here
+from wsgi_bg._process.per_process import PerProcess
+from wsgi_bg._process.repeated import RepeatedWarning
+from wsgi_bg._process.threads import start_daemon
+from wsgi_bg._process.workers import Workers
+from wsgi_bg._tasks.background_tasks import CLOSED, OPEN, TaskQueue, Wait
+from wsgi_bg._tasks.batch import Batch
+from wsgi_bg._tasks.task import BackgroundTask, current
+from wsgi_bg._tasks.task_log import log_unfinished
+from wsgi_bg.exceptions import WaitingLimitError
+from wsgi_bg.runners.ledger import WAITING, Ledger, LedgerRunner, ledger_of
+from wsgi_bg.runners.pool import shared_pool
+
+if TYPE_CHECKING:
+    from wsgi_bg.runners.base import Runner
+
+MAX_WAITING = 100_000
+"""How many tasks of a runner may wait for their time in a process."""
+
+_SUBMITTERS = 40  # threads, for runners of the user that run a batch in submit()
+
+_AFTER_ERROR = 1.0  # seconds
+
+
+class Deferring(TaskQueue):
+    """The tasks of a batch that can put tasks off: those of a request, and tasks put off."""
+
+    __slots__ = ()
+
+    # A wsgi_bg._request.observer.RequestObserver, which this room must not import.
+    observer: Any = None
+
+    @property
+    def runner(self) -> Runner:
+        """The runner that gets the tasks when their time has come."""
+        runner: Runner = self.options.runner
+        return runner
+
+    def admit_wait(self, task: BackgroundTask) -> None:
+        if not self._waits:
+            return
+        timer = timers.get()
+        if greenlets.are_threads():
+            timer.start()  # on a greenlet of the application, and not on the loop's thread
+        if not task.options.delay:
+            return
+        if len(ledger_of(self.runner).waiting) >= timer.limit:
+            raise WaitingLimitError(task.name, timer.limit)
+        if self.phase != OPEN:
+            self.begin_delay(task)
+
+    @property
+    def _waits(self) -> bool:
+        return self.observer is None or bool(self.observer.waits)
+
+    def begin_delay(self, task: BackgroundTask) -> None:
+        plan = task.plan
+        if not self._waits:
+            plan.is_due = True
+        elif plan.due is None:
+            plan.due = timers.get().now() + task.options.delay
+
+    def put_off(
+        self, task: BackgroundTask, wait: float | None, status: int, *, holds_rest: bool
+    ) -> Wait | None:
+        if not self._waits:
+            return _Next(self, task)
+        timer = timers.get()
+        ledger = ledger_of(self.runner)
+        if wait is not None:
+            if is_exiting():
+                return None
+            if len(ledger.waiting) >= timer.limit:
+                timer.full.count(timer.limit)
+                return None
+            task.plan.due = timer.now() + wait
+        later = LaterTasks(self, task, status, timer, ledger, holds_rest=holds_rest)
+        if self.observer is not None:
+            self.observer.put_off(later)
+        return later
+
+    def notify_failure(self, task: BackgroundTask, exc: BaseException) -> None:
+        if self.observer is not None:
+            self.observer.task_failed(task, exc)
+        super().notify_failure(task, exc)
+
+
+class _Next:
+    """The place of the running task's copy in the list, if waits are zero, as in a test."""
+
+    moves_rest = False
+
+    def __init__(self, tasks: TaskQueue, task: BackgroundTask) -> None:
+        copy = task.successor()
+        task.options.calls.moved(task, copy, tasks)
+        front = tasks.front
+        self.begin: Callable[[], object] = (
+            partial(front.insert, len(front) - 1, copy)
+            if front
+            else partial(tasks.open_list().insert, 1, copy)
+        )
+
+    def wake_timer(self) -> None:
+        pass
+
+
+class LaterTasks(Deferring):
+    """A task that waits for its time, and the tasks that wait with it.
+
+    The first task is a copy of the task that was put off. No thread begins the tasks before
+    the timer has submitted their batch; until then only the exit may claim them.
+
+    :param tasks: the list that the task came from.
+    :param task: the task, which the caller has claimed. Its plan has the time.
+    :param status: the status of the request; see :class:`Batch`.
+    :param holds_rest: True if the tasks that ``tasks`` has left wait, too.
+
+    :ivar due: the time by the clock of the timer.
+    :ivar ledger: the ledger of the runner; counts these tasks as waiting after :attr:`begin`.
+    :ivar begin: begins the wait, in a single atomic operation.
+    :ivar moves_rest: True if the tasks that were left in ``tasks`` belong to this object.
+    """
+
+    __slots__ = (
+        "_rest",
+        "_right_to_start",
+        "_runner",
+        "_status",
+        "_timer",
+        "begin",
+        "due",
+        "ledger",
+        "moves_rest",
+        "observer",
+    )
+
+    def __init__(
+        self,
+        tasks: Deferring,
+        task: BackgroundTask,
+        status: int,
+        timer: Timer,
+        ledger: Ledger,
+        *,
+        holds_rest: bool,
+    ) -> None:
+        copy = task.successor()
+        self._list = [copy]
+        self.front = self._start_response = None
+        self.phase = CLOSED
+        # The layer of middleware in which the task was added; see also take_context().
+        context = copy.plan.context or copy.context
+        inside = None if context is None else context.get(current)
+        self.options = tasks.options
+        if inside is not None and inside.root is tasks:
+            self.options = inside.options
+        self.observer = tasks.observer
+        self._runner = tasks.runner
+        self._status = status
+        self._timer = timer
+        self._rest: TaskQueue | None = tasks if holds_rest else None
+        self._right_to_start: list[None] = [None]
+        assert copy.plan.due is not None
+        self.due: float = copy.plan.due
+        self.ledger: Ledger = ledger
+        self.moves_rest: bool = holds_rest
+        self.begin: Callable[[], object] = partial(ledger.waiting.setdefault, self, WAITING)
+        task.options.calls.moved(task, copy, self)
+
+    @property
+    def runner(self) -> Runner:
+        return self._runner
+
+    def wake_timer(self) -> None:
+        """Let the timer look for this object; called after :attr:`begin`."""
+        if is_exiting():  # no drain will come that could log the task
+            _log_waiting(self.give_up())
+        else:
+            self._timer.expect(self)
+
+    def give_up(self) -> list[BackgroundTask]:
+        """Wait no longer; claim and return the tasks."""
+        self.ledger.waiting.pop(self, None)
+        rest = self._rest
+        return self.abandon() + ([] if rest is None else rest.abandon())
+
+    def make_batch(self) -> Batch:
+        """Make the batch when the time has come; called on the timer's thread."""
+        assert self._list is not None
+        rest, self._rest = self._rest, None
+        for task in [] if rest is None else rest.abandon():
+            copy = task.successor()
+            task.options.calls.moved(task, copy, self)
+            self._list.append(copy)
+        if self.has_ended:  # given up by the exit, meanwhile
+            _log_waiting(self.abandon())
+        self._list[0].plan.is_due = True
+        batch = Batch(self, response_complete=True, status=self._status)
+        batch.sends = hasattr(self._runner, "send")
+        return batch
+
+    def may_start(self) -> bool:
+        try:
+            self._right_to_start.pop()
+        except IndexError as exc:
+            if not is_raised_here(exc):
+                raise
+            return False
+        return True
+
+    def allow_start(self) -> None:
+        self._right_to_start.append(None)
+
+    @property
+    def has_begun(self) -> bool:
+        """True if a batch has begun to run the tasks."""
+        return not self._right_to_start
+
+    def length(self) -> int:
+        rest = self._rest
+        if rest is None:
+            return super().length()
+        return super().length() + sum(bool(task.unclaimed) for task in rest.left())
+
+    def left(self) -> list[BackgroundTask]:
+        rest = self._rest
+        return super().left() + ([] if rest is None else rest.left())
+
+    def abandon(self) -> list[BackgroundTask]:
+        self.stop()
+        return [task for task in super().left() if task.claim()]
+
+
+def _log_waiting(tasks: list[BackgroundTask]) -> None:
+    for task in tasks:
+        log_unfinished(task, WAITING)
+
+
+class _Submission(NamedTuple):
+    """A batch whose time has come, and its tasks."""
+
+    batch: Batch
+    later: LaterTasks
+
+
+class Timer:
+    """The heap of a process and its daemon thread, which starts with the first wait.
+
+    No lock is held: the exception of a signal handler could leave the lock locked. A thread
+    that begins a wait appends, then reads ``_changed``; the timer's thread sets ``_changed``
+    or clears the event, then looks for new waits.
+
+    :param clock: returns the time, in seconds.
+    :param limit: how many tasks of a runner may wait.
+    :ivar full: the WARNING about tasks that are not called again because of ``limit``.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, limit: int = MAX_WAITING
+    ) -> None:
+        self.now: Callable[[], float] = clock
+        self.limit: int = limit
+        self.full: RepeatedWarning = RepeatedWarning(
+            "%d tasks have failed and are not called again, since the last record of this "
+            "kind: %d tasks wait for their time already"
+        )
+        self._new: deque[LaterTasks] = deque()
+        self._heap: list[tuple[float, int, LaterTasks]] = []
+        self._numbers = count()
+        self._changed: Any = None
+        self._right_to_start: list[None] = [None]  # popped by the thread that starts the thread
+        # Not on the timer's thread: a user's submit() may run the batch.
+        self._submitters: Workers[_Submission] = Workers(_submit, _SUBMITTERS, "wsgi_bg-later")
+
+    def expect(self, later: LaterTasks) -> None:
+        """Submit ``later`` when its time has come, unless it was given up. From any thread."""
+        self._new.append(later)
+        self.start()
+        self.wake()
+
+    def wake(self) -> None:
+        """Let the thread look at the clock and for new waits."""
+        changed = self._changed
+        if changed is not None:
+            changed.set()
+
+    def start(self) -> None:
+        """Start the thread, unless it runs. Without memory for it the next wait tries again."""
+        if not self._right_to_start:
+            return
+        if greenlets.are_threads():
+            loop = portal.peek()
+            if loop is not None and loop.is_current:  # no greenlet would run on this thread
+                return
+        try:
+            self._right_to_start.pop()
+        except IndexError as exc:
+            if not is_raised_here(exc):
+                raise
+            return  # another thread was as quick
+        try:
+            start_daemon(self._work, "wsgi_bg-timer")
+        except BaseException as exc:
+            self._right_to_start.append(None)
+            if not isinstance(exc, RuntimeError):
+                raise
+
+    def _work(self) -> None:
+        generation = per_process.generation
+        self._changed = changed = greenlets.event()
+        try:
+            while per_process.generation == generation:
+                changed.clear()
+                changed.wait(self._submit_due())
+        finally:
+            self._changed = None
+            self._right_to_start.append(None)
+
+    def _submit_due(self) -> float:
+        """Submit the tasks whose time has come; return the seconds until the next time."""
+        try:
+            while self._new:
+                later = self._new[0]
+                heappush(self._heap, (later.due, next(self._numbers), later))
+                self._new.popleft()
+            while self._heap:
+                due, _, later = self._heap[0]
+                seconds = due - self.now()
+                if seconds > 0:
+                    return min(seconds, TIMEOUT_MAX)
+                self._submit(later)
+                heappop(self._heap)
+        except BaseException as exc:
+            log.error("the timer raised", exc_info=exc)
+            return _AFTER_ERROR
+        return TIMEOUT_MAX
+
+    def _submit(self, later: LaterTasks) -> None:
+        ledger = later.ledger
+        if later not in ledger.waiting:  # given up
+            return
+        batch = later.make_batch()
+        ledger.add(batch)  # before the next line: exit finds the tasks in one of both
+        ledger.end_wait(later)
+        submission = _Submission(batch, later)
+        if not self._submitters.submit(submission):
+            _submit(submission)
+
+
+def _submit(submission: _Submission) -> None:
+    """Submit the batch to its runner; the shared pool runs a batch that the runner refuses."""
+    batch, later = submission
+    runner = later.runner
+    try:
+        if isinstance(runner, LedgerRunner):
+            runner.submit_later(batch)
+        else:
+            runner.submit(batch)
+    except BaseException as exc:
+        if later.has_begun:
+            log.error("%s raised in submit()", runner, exc_info=exc)
+            return
+        names = ", ".join(task.name for task in batch.tasks)
+        message = "%s did not take %s, which run in this process"
+        log.error(message, runner, names, exc_info=exc)
+        shared_pool.submit_later(batch.again())
+
+
+timers: PerProcess[Timer] = PerProcess(Timer)
+"""The timer of this process. A forked child has none of its parent's waits."""
