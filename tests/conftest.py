@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from tests.servers import table
-from tests.support import Gate
+from tests.support import Clock, Gate
 from wsgi_bg._loop import portal
 from wsgi_bg._loop.portal import PortalThread
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._request.unclosed import Collector, collectors
 from wsgi_bg._tasks.task import current
-from wsgi_bg.runners import shutdown
+from wsgi_bg.runners import shutdown, timer
+from wsgi_bg.runners.ledger import ledgers_here
 
 pytest_plugins = ["pytester", "tests.django_fixtures"]
 
@@ -86,6 +87,21 @@ def gate() -> Iterator[Gate]:
     gate = Gate()
     yield gate
     gate.open()
+
+
+@pytest.fixture(scope="session")
+def clock_of_process() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def clock(clock_of_process: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
+    """Let tasks wait by a clock that only the test moves; drop tasks that wait at the end."""
+    timers = PerProcess(lambda: clock_of_process.timer)
+    monkeypatch.setattr(timer, "timers", timers)
+    yield clock_of_process
+    for ledger in ledgers_here():
+        ledger.abandon_waiting()
 
 
 @pytest.fixture

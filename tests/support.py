@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +23,7 @@ from waitress.server import create_server
 
 from wsgi_bg import BackgroundTasksMiddleware, background_tasks
 from wsgi_bg.runners import Runner
+from wsgi_bg.runners.timer import Timer
 
 TIMEOUT = 10.0
 """The bound of every wait, in seconds."""
@@ -239,6 +241,21 @@ class Wait:
     def open(self) -> None:
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._gate.set)
+
+
+class Clock:
+    """A clock that stands still until the test moves it, and the timer that reads it."""
+
+    def __init__(self) -> None:
+        self._time = time.monotonic()
+        self.timer = Timer(self)
+
+    def __call__(self) -> float:
+        return self._time
+
+    def advance(self, seconds: float) -> None:
+        self._time += seconds
+        self.timer.wake()
 
 
 class Subject:

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 
@@ -39,9 +40,7 @@ class _Event:
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[None] = queue.SimpleQueue()
-
-    def set(self) -> None:
-        self._queue.put(None)
+        self.set = partial(self._queue.put, None)  # runs no bytecode
 
     def clear(self) -> None:
         with suppress(queue.Empty):
@@ -62,4 +61,9 @@ def event() -> Any:
     gevent = sys.modules.get("gevent")
     if gevent is not None and isinstance(gevent.getcurrent(), gevent.Greenlet):
         return sys.modules["gevent.event"].Event()
+    return event_for_thread()
+
+
+def event_for_thread() -> Any:
+    """Return an event that any thread may set, and on which a ``threading.Thread`` waits."""
     return threading.Event() if are_threads() else _Event()

@@ -321,7 +321,8 @@ class TaskQueue(BackgroundTasks):
         :param wait: how long to wait, in seconds; None until the task's delay is over.
         :param status: the status of the request, for the tasks that the task adds.
         :param holds_rest: True if the tasks left in this list wait for the task, too.
-        :return: None if no runner could run the task later.
+        :return: None if no runner can run the task later, since the process ends or, for a
+            further attempt, too many tasks wait.
         """
         return None
 
@@ -333,7 +334,7 @@ class TaskQueue(BackgroundTasks):
         """
         has_added = task.plan.has_added
         added = reversed(self._list or ())
-        return list(takewhile(lambda each: has_added(_context_of(each)), added))
+        return [*takewhile(lambda each: has_added(_context_of(each)), added)][::-1]
 
     def left(self) -> list[BackgroundTask]:
         """The tasks that are not done; may be called on any thread."""
@@ -380,10 +381,7 @@ class Wait(Protocol):
 
     @property
     def begin(self) -> Callable[[], object]:
-        """Begins the wait, by a call without bytecode: after it the timer has the task."""
-
-    def wake_timer(self) -> None:
-        """Let the timer look for new waits; called after :attr:`begin`, also if it raised."""
+        """Begins the wait: called once, and runs no bytecode in which a signal could come."""
 
 
 class View(BackgroundTasks):

@@ -556,7 +556,11 @@ class Batch:
         wait = self._queue.put_off(task, None, self._status, holds_rest=False)
         if wait is not None:
             self._begin(wait)
-        return wait is not None
+        else:
+            self.discarded += 1
+            task_log.log_unfinished(task, task_log.WAITING)
+            self._settle()
+        return True
 
     def _repeats(self, task: BackgroundTask, context: Context, exc: BaseException) -> bool:
         """Let a task that raised ``exc`` wait for its next attempt; False if it has failed."""
@@ -591,15 +595,12 @@ class Batch:
     def _begin(self, wait: Wait) -> None:
         """Begin the wait of the running task, which this batch then forgets."""
         done = self._done
-        try:
-            if done is None:
-                wait.begin()
-            else:
-                # No bytecode, and so no signal handler, comes between begin() and the key.
-                done.default_factory = wait.begin
-                done[log.SAID]
-        finally:
-            wait.wake_timer()
+        if done is None:
+            wait.begin()
+        else:
+            # No bytecode, and so no signal handler, comes between begin() and the key.
+            done.default_factory = wait.begin
+            done[log.SAID]
         self._settle()
 
     def _fail(self, task: BackgroundTask, context: Context, exc: BaseException) -> None:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from wsgi_bg._tasks.task import BackgroundTask
 
 
+WAITING = "since it was waiting for its time"
+"""Why a task is unfinished that no thread could begin before the process ends."""
+
+
 def log_failure(
     task: BackgroundTask, exc: BaseException, said: defaultdict[Any, Any] | None = None
 ) -> None:

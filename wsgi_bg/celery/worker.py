@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from celery import Celery
+from celery.exceptions import TaskPredicate
 
 from wsgi_bg._tasks import registry
 from wsgi_bg._tasks.codec import decode
@@ -86,6 +87,8 @@ def _run(self: Any, *message: Any, **others: Any) -> Any:
     try:
         # This blocks the thread; an async task runs on the process's event loop.
         result = context.run(BackgroundTask(registration.func, *args, **kwargs))
+    except TaskPredicate:  # raised by Celery's own functions: a retry, for example
+        raise
     except Exception as exc:
         retry = retries.find(self.request.get(retries.RETRY), registration.retry)
         attempt = self.request.retries + 1

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from wsgi_bg._tasks.task import BackgroundTask
     from wsgi_bg.runners.timer import LaterTasks
 
-WAITING = "since it was waiting for its time"
-"""Why a task is unfinished that no thread could begin before the process ends."""
-
 
 class Ledger:
     """Counts the batches of one runner in one process, and lets a thread wait for them.
@@ -38,7 +35,7 @@ class Ledger:
         self.pid: int = os.getpid()
         self._handed_over: dict[Batch, None] = {}
         self._run_here: dict[Batch, None] = {}
-        self.waiting: dict[LaterTasks, str] = {}
+        self.waiting: dict[LaterTasks, None] = {}
         # Numbers of tasks of ended batches: succeeded, failed, discarded, run on the server's
         # thread. By the thread that ended the batch, so that no two threads add to a number.
         self._counts: dict[int, list[int]] = {}

@@ -19,7 +19,6 @@ from wsgi_bg._tasks import checks, task_log
 from wsgi_bg._tasks.task import BackgroundTask, current
 from wsgi_bg.exceptions import InsideTaskError
 from wsgi_bg.runners.ledger import (
-    WAITING,
     LedgerRunner,
     batches_under_way,
     ledger_of,
@@ -302,7 +301,7 @@ def _log_left(
     """
     named = []
     for ledger in ledgers_here():
-        named += _name(ledger.abandon_waiting(), WAITING)
+        named += _name(ledger.abandon_waiting(), task_log.WAITING)
     for runner in _registered():
         _drained_in[id(runner)] = os.getpid()
         named += _name(_left_of(runner), reasons.get(id(runner), otherwise))

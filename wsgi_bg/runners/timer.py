@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from heapq import heappop, heappush
 from itertools import count
+from operator import call
 from threading import TIMEOUT_MAX
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,9 +28,9 @@ from wsgi_bg._process.workers import Workers
 from wsgi_bg._tasks.background_tasks import CLOSED, OPEN, TaskQueue, Wait
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg._tasks.task import BackgroundTask, current
-from wsgi_bg._tasks.task_log import log_unfinished
+from wsgi_bg._tasks.task_log import WAITING, log_unfinished
 from wsgi_bg.exceptions import WaitingLimitError
-from wsgi_bg.runners.ledger import WAITING, Ledger, LedgerRunner, ledger_of
+from wsgi_bg.runners.ledger import Ledger, LedgerRunner, ledger_of
 from wsgi_bg.runners.pool import shared_pool
 
 if TYPE_CHECKING:
@@ -88,13 +89,14 @@ class Deferring(TaskQueue):
             return _Next(self, task)
         timer = timers.get()
         ledger = ledger_of(self.runner)
+        if is_exiting():  # no drain will come that could log the task
+            return None
         if wait is not None:
-            if is_exiting():
-                return None
             if len(ledger.waiting) >= timer.limit:
                 timer.full.count(timer.limit)
                 return None
             task.plan.due = timer.now() + wait
+        timer.start()
         later = LaterTasks(self, task, status, timer, ledger, holds_rest=holds_rest)
         if self.observer is not None:
             self.observer.put_off(later)
@@ -121,9 +123,6 @@ class _Next:
             else partial(tasks.open_list().insert, 1, copy)
         )
 
-    def wake_timer(self) -> None:
-        pass
-
 
 class LaterTasks(Deferring):
     """A task that waits for its time, and the tasks that wait with it.
@@ -147,7 +146,6 @@ class LaterTasks(Deferring):
         "_right_to_start",
         "_runner",
         "_status",
-        "_timer",
         "begin",
         "due",
         "ledger",
@@ -178,26 +176,18 @@ class LaterTasks(Deferring):
         self.observer = tasks.observer
         self._runner = tasks.runner
         self._status = status
-        self._timer = timer
         self._rest: TaskQueue | None = tasks if holds_rest else None
         self._right_to_start: list[None] = [None]
         assert copy.plan.due is not None
         self.due: float = copy.plan.due
         self.ledger: Ledger = ledger
         self.moves_rest: bool = holds_rest
-        self.begin: Callable[[], object] = partial(ledger.waiting.setdefault, self, WAITING)
+        self.begin: Callable[[], object] = timer.expecting(self)
         task.options.calls.moved(task, copy, self)
 
     @property
     def runner(self) -> Runner:
         return self._runner
-
-    def wake_timer(self) -> None:
-        """Let the timer look for this object; called after :attr:`begin`."""
-        if is_exiting():  # no drain will come that could log the task
-            _log_waiting(self.give_up())
-        else:
-            self._timer.expect(self)
 
     def give_up(self) -> list[BackgroundTask]:
         """Wait no longer; claim and return the tasks."""
@@ -268,8 +258,8 @@ class Timer:
     """The heap of a process and its daemon thread, which starts with the first wait.
 
     No lock is held: the exception of a signal handler could leave the lock locked. A thread
-    that begins a wait appends, then reads ``_changed``; the timer's thread sets ``_changed``
-    or clears the event, then looks for new waits.
+    that begins a wait appends, then sets an event; the timer's thread clears the event, then
+    looks for new waits.
 
     :param clock: returns the time, in seconds.
     :param limit: how many tasks of a runner may wait.
@@ -288,22 +278,26 @@ class Timer:
         self._new: deque[LaterTasks] = deque()
         self._heap: list[tuple[float, int, LaterTasks]] = []
         self._numbers = count()
-        self._changed: Any = None
+        self._changed = greenlets.event_for_thread()
         self._right_to_start: list[None] = [None]  # popped by the thread that starts the thread
         # Not on the timer's thread: a user's submit() may run the batch.
         self._submitters: Workers[_Submission] = Workers(_submit, _SUBMITTERS, "wsgi_bg-later")
 
-    def expect(self, later: LaterTasks) -> None:
-        """Submit ``later`` when its time has come, unless it was given up. From any thread."""
-        self._new.append(later)
-        self.start()
-        self.wake()
+    def expecting(self, later: LaterTasks) -> Callable[[], object]:
+        """Return a function that makes ``later`` wait, for any thread to call once.
+
+        The steps of the function run no bytecode, so that no signal handler comes between.
+        """
+        steps = (
+            partial(later.ledger.waiting.setdefault, later),
+            partial(self._new.append, later),
+            self._changed.set,
+        )
+        return partial(deque, map(call, steps), 0)
 
     def wake(self) -> None:
-        """Let the thread look at the clock and for new waits."""
-        changed = self._changed
-        if changed is not None:
-            changed.set()
+        """Let the thread look at the clock."""
+        self._changed.set()
 
     def start(self) -> None:
         """Start the thread, unless it runs. Without memory for it the next wait tries again."""
@@ -328,13 +322,11 @@ class Timer:
 
     def _work(self) -> None:
         generation = per_process.generation
-        self._changed = changed = greenlets.event()
         try:
             while per_process.generation == generation:
-                changed.clear()
-                changed.wait(self._submit_due())
+                self._changed.clear()
+                self._changed.wait(self._submit_due())
         finally:
-            self._changed = None
             self._right_to_start.append(None)
 
     def _submit_due(self) -> float:
