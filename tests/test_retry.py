@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextvars
 import logging
 import math
 import threading
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -17,6 +15,17 @@ import pytest
 
 import wsgi_bg
 from tests.conftest import Log
+from tests.retry_support import (
+    RUNNERS,
+    SOON,
+    Calls,
+    Own,
+    each_kind,
+    each_runner,
+    logged,
+    request,
+    settle,
+)
 from tests.support import (
     TIMEOUT,
     Clock,
@@ -39,98 +48,6 @@ from wsgi_bg._tasks import registry
 from wsgi_bg.hooks import Hooks, TaskRecord
 from wsgi_bg.runners import Statistics
 from wsgi_bg.runners.timer import Timer
-
-SOON = Retry(first=60, jitter=False)
-
-
-class Own:
-    """A user's runner, with the three methods of the protocol and nothing else."""
-
-    def __init__(self, *, at_once: bool) -> None:
-        self._at_once = at_once
-        self.submitted: list[tuple[bool, bool]] = []
-        self._threads: list[threading.Thread] = []
-
-    def submit(self, batch: Any) -> None:
-        main = threading.current_thread() is threading.main_thread()
-        self.submitted.append((batch.response_complete, main))
-        if self._at_once and batch.response_complete:
-            batch.run()
-        else:
-            thread = threading.Thread(target=batch.run, daemon=True)
-            self._threads.append(thread)
-            thread.start()
-
-    def drain(self, timeout: float) -> list[BackgroundTask]:
-        for thread in list(self._threads):
-            thread.join(timeout)
-        return []
-
-    def statistics(self) -> Statistics:
-        return Statistics(0, 0, 0, 0, 0)
-
-
-RUNNERS: dict[str, Callable[[], Any]] = {
-    "inline": InlineRunner,
-    "pool": PoolRunner,
-    "own": lambda: Own(at_once=False),
-    "own that runs at once": lambda: Own(at_once=True),
-}
-
-each_runner = pytest.mark.parametrize("runner", RUNNERS)
-each_kind = pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
-
-
-class Calls:
-    """A task that raises in its first calls; the test waits for each call."""
-
-    def __init__(self, failures: int, error: Exception | None = None) -> None:
-        self._failures = failures
-        self._error = error or ValueError("not yet")
-        self._done = threading.Semaphore(0)
-        self.count = 0
-        self.during: Callable[[], object] = lambda: None
-
-    def make(self, is_async: bool) -> Callable[[], Any]:
-        async def call_async() -> None:
-            await asyncio.sleep(0)
-            self.task()
-
-        return call_async if is_async else self.task
-
-    def task(self) -> None:
-        self.count += 1
-        try:
-            self.during()
-            if self.count <= self._failures:
-                raise self._error
-        finally:
-            self._done.release()
-
-    def wait(self) -> None:
-        assert self._done.acquire(timeout=TIMEOUT), "the task was not called"
-
-
-def request(
-    add: Callable[[], object], runner: Any = None, *, complete: bool = True, **options: Any
-) -> None:
-    app = app_that(lambda environ: add(), headers=[("Content-Length", "2")] * complete)
-    app = BackgroundTasksMiddleware(app, runner=runner or InlineRunner(), **options)
-    Server().run(app, make_server_environ())
-
-
-def logged(log: Log, words: str) -> bool:
-    return any(words in message for message in log.warnings + log.errors)
-
-
-def settle(predicate: Callable[[], object]) -> None:
-    """Wait for an effect that sets no event, such as the end of a batch."""
-    deadline = time.monotonic() + TIMEOUT
-    pause = threading.Event()
-    while not predicate():
-        assert time.monotonic() < deadline
-        pause.wait(0.001)
-
 
 # The object.
 
@@ -268,7 +185,7 @@ def test_the_last_failure_is_the_error_of_the_task(clock: Clock, log: Log) -> No
     clock.advance(60)
     assert done.wait(TIMEOUT)
     assert [attempt for attempt, _ in failed] == [2]
-    name = "tests.test_retry.Calls.task"
+    name = "tests.retry_support.Calls.task"
     assert log.warnings == [
         f"background task {name} raised ValueError in attempt 1 of 2, and is called again in "
         "60 seconds"
@@ -293,7 +210,7 @@ def test_without_a_retry_a_task_that_raises_has_failed(clock: Clock, log: Log) -
     inline = InlineRunner()
     request(lambda: background_tasks.add_task(calls.task), runner=inline)
     assert inline.statistics() == Statistics(0, 0, 0, 1, 0)
-    assert log.errors == ["background task tests.test_retry.Calls.task raised ValueError"]
+    assert log.errors == ["background task tests.retry_support.Calls.task raised ValueError"]
 
 
 registered = Calls(failures=1)
@@ -591,7 +508,7 @@ def test_too_many_waits_end_the_attempts(log: Log, monkeypatch: pytest.MonkeyPat
     request(lambda: background_tasks.using(retry=SOON).add_task(calls.task), runner=inline)
     assert inline.statistics().failed == 1
     assert log.errors == [
-        "background task tests.test_retry.Calls.task raised ValueError in attempt 1 of 3"
+        "background task tests.retry_support.Calls.task raised ValueError in attempt 1 of 3"
     ]
     assert log.warnings == [
         "1 tasks have failed and are not called again, since the last record of this kind: 0 "
@@ -614,7 +531,7 @@ def test_a_runner_that_refuses_the_batch_of_an_attempt_loses_no_task(
     clock.advance(60)
     calls.wait()
     calls.wait()
-    assert logged(log, "did not take tests.test_retry.Calls.task, which run in this process")
+    assert logged(log, "did not take tests.retry_support.Calls.task, which run in this process")
 
 
 def test_an_error_of_submit_after_the_attempt_is_logged(clock: Clock, log: Log) -> None:
