@@ -172,6 +172,11 @@ class Batch:
         return self._stop != GO_ON or self._queue.has_ended
 
     @property
+    def has_waited(self) -> bool:
+        """True if the tasks have waited for their time, and the timer submits this batch."""
+        return self._queue.has_waited
+
+    @property
     def next_is_async(self) -> bool | None:
         """True if the next task runs on the portal; None if no task is left."""
         task = self._queue.next_unclaimed()

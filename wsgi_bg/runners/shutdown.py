@@ -228,8 +228,10 @@ def finish(
                 all_done = all_done and reason is None
                 reasons[id(runner)] = reason or _time_is_up(seconds)
             if waiting and all_done:
-                # A user's drain() may return no tasks although some batches have not ended.
-                wait_for(batches, latest, notice)
+                # A user's drain() may return no tasks although some batches have not ended, or
+                # before the timer has submitted a batch.
+                late = {batch: None for batch in batches_under_way() if batch.has_waited}
+                wait_for(batches | late, latest, notice)
         return _log_left(reasons, "by the end of the process", names_requests=names_requests)
     finally:
         portal.stop(_PORTAL_TIMEOUT if waiting else 0.0)

@@ -153,6 +153,8 @@ class LaterTasks(Deferring):
         "observer",
     )
 
+    has_waited = True
+
     def __init__(
         self,
         tasks: Deferring,
