@@ -438,7 +438,6 @@ def test_a_child_of_a_fork_runs_no_wait_of_its_parent() -> None:
         import os, sys, threading, warnings
         from tests.support import Server, app_that, make_server_environ
         from wsgi_bg import BackgroundTasksMiddleware, background_tasks, wait
-        from wsgi_bg.runners.timer import timers
 
         warnings.simplefilter("ignore")
         ran = threading.Event()
@@ -460,7 +459,6 @@ def test_a_child_of_a_fork_runs_no_wait_of_its_parent() -> None:
         if pid == 0:
             ask("second", 0.01)  # the child has a timer of its own
             assert ran.wait(10)
-            assert timers.get()._heap == []
             sys.exit()
         assert os.waitpid(pid, 0)[1] == 0
         assert ran.wait(10)

@@ -30,7 +30,13 @@ from flask import Flask
 
 import wsgi_bg
 from tests.support import TIMEOUT, Environ, Server, make_server_environ
-from wsgi_bg import BackgroundTasksMiddleware, InlineRunner, PoolRunner, get_background_tasks
+from wsgi_bg import (
+    BackgroundTasksMiddleware,
+    InlineRunner,
+    PoolRunner,
+    Retry,
+    get_background_tasks,
+)
 from wsgi_bg.flask import Background
 from wsgi_bg.hooks import Hooks
 from wsgi_bg.runners.ledger import batches_under_way
@@ -176,7 +182,7 @@ class Names(logging.Handler):
         self.read(record.getMessage())
 
     def read(self, message: str) -> None:
-        if "which run in this process" not in message:
+        if "which run in this process" not in message and "is called again" not in message:
             self.said.update(re.findall(r"task_\d+_\d", message))
 
 
@@ -272,6 +278,46 @@ class View:
 
         return wrapped
 
+
+class PuttingOff(View):
+    """Adds tasks that wait for a short time, or fail once and are called again.
+
+    :param tasks: a word of :data:`PUT_OFF`.
+    """
+
+    def __init__(self, response: str, tasks: str) -> None:
+        super().__init__(response, "mixed")
+        self._put_off = PUT_OFF[tasks]
+        self._failed: set[str] = set()
+
+    def add(self, environ: Environ) -> None:
+        tasks = get_background_tasks(environ)
+        for index, name in enumerate(self.names_of(self.number)):
+            made = make_task(name, index == 1, self.ran)
+            options = self._put_off[index]
+            if "retry" in options:
+                made = self.failing_once(name, made)
+            tasks.using(**options).add_task(made)
+
+    def failing_once(self, name: str, task: Callable[[], Any]) -> Callable[[], Any]:
+        def fail() -> Any:
+            if name not in self._failed:
+                self._failed.add(name)
+                raise ValueError("the task's own")
+            return task()
+
+        fail.__name__ = fail.__qualname__ = name
+        return fail
+
+
+RETRIED: dict[str, Any] = {"retry": Retry(first=0)}
+DELAYED: dict[str, Any] = {"delay": 0.001}
+PUT_OFF: dict[str, tuple[dict[str, Any], ...]] = {
+    "retried": ({}, RETRIED, RETRIED),
+    "delayed": (DELAYED, DELAYED, {}),
+    "held": ({**RETRIED, "stop_on_error": True}, {}, DELAYED),
+}
+"""The options of the three tasks of a request."""
 
 RESPONSES = ("list", "generator", "stream", "raises", "unclosed")
 
@@ -418,7 +464,7 @@ def check(
     kinds: list[str],
     layer: str,
 ) -> None:
-    view = View(response, tasks)
+    view = PuttingOff(response, tasks) if tasks in PUT_OFF else View(response, tasks)
     own = RUNNERS[runner]()
     if layer == "flask":
         app = flask_app(view, own)
@@ -495,3 +541,24 @@ def test_each_task_runs_or_is_named_once_although_the_package_catches_such_excep
 ) -> None:
     kinds = ["UsualLimit"]
     check(names, layer=layer, response=response, runner=runner, tasks=tasks, kinds=kinds)
+
+
+def cases_put_off() -> Iterator[Any]:
+    usual = {
+        "middleware-list-retried-first",
+        "middleware-list-delayed-second",
+        "hooks-list-held-third",
+    }
+    every = itertools.product(("middleware", "hooks"), ("list", "generator"), PUT_OFF, ORDERS)
+    for case in every:
+        name = "-".join(case)
+        yield pytest.param(*case, id=name, marks=() if name in usual else pytest.mark.slow)
+
+
+@in_a_worker
+@pytest.mark.parametrize(("layer", "response", "tasks", "order"), [*cases_put_off()])
+def test_each_task_that_is_put_off_runs_or_is_named_once(
+    names: Names, layer: str, response: str, tasks: str, order: str
+) -> None:
+    kinds = ORDERS[order]
+    check(names, layer=layer, response=response, runner="inline", tasks=tasks, kinds=kinds)

@@ -128,8 +128,14 @@ class Batch:
         """
         batch = Batch(self._queue, response_complete=False, status=self._status)
         batch._passed_over = self._passed_over
-        batch.on_done((lambda batch: self.notify_if_ended(),))
+        batch.on_done((self._end_with,))
         return batch
+
+    def _end_with(self, copy: Batch) -> None:
+        """End if ``copy`` has run the tasks; called when ``copy`` has ended, or more often."""
+        if copy.has_started and copy.has_ended:
+            self._stop = self._stop or STOP
+        self.notify_if_ended()
 
     def unclaim_running(self) -> None:
         """Unclaim the running task if an exception kept it from being logged.
