@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import threading
+import time
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from celery import Celery, current_task
 
 from tests.celery_filesystem import install
 from tests.test_examples import text_of
-from wsgi_bg import registered_task
+from wsgi_bg import Retry, registered_task
 from wsgi_bg.celery import CeleryRunner, correlation_id, traceparent
 
 MODULE = "tests.celery_shop"
@@ -82,6 +83,23 @@ def hold(path: str) -> None:
 def fail_once(path: str, secret: str) -> None:
     if len(append(path, f"{correlation_id.get()} {secret}")) == 1:
         raise KeyError("again")
+
+
+@registered_task(retry=Retry(4, first=0, on=LookupError))
+def fail_twice(path: str, secret: str) -> None:
+    if len(append(path, f"{correlation_id.get()} {secret}")) < 3:
+        raise KeyError("again")
+
+
+@registered_task(retry=Retry(9, first=0))
+async def fail_always(path: str) -> None:
+    append(path, "called")
+    raise ConnectionResetError
+
+
+@registered_task
+def note_time(path: str) -> None:
+    write(path, time.time())
 
 
 @registered_task(celery={"soft_time_limit": 1})

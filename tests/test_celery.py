@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from celery import Celery, Task
+from celery import Celery, Task, current_task
 
 from tests import celery_shop
 from tests.celery_shop import (
@@ -25,18 +25,30 @@ from tests.celery_shop import (
 )
 from tests.celery_support import Broker, filesystem, messages, request
 from tests.conftest import Log
-from tests.support import TIMEOUT, Gate, app_that, events, no_threads, respond, run_python
+from tests.support import (
+    TIMEOUT,
+    Clock,
+    Gate,
+    app_that,
+    events,
+    free_port,
+    no_threads,
+    respond,
+    run_python,
+)
+from tests.test_examples import wait_until
 from wsgi_bg import (
     BackgroundTasksMiddleware,
     InlineRunner,
     PoolRunner,
+    Retry,
     background_tasks,
     registered_task,
 )
 from wsgi_bg._tasks import registry
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg._tasks.codec import decode
-from wsgi_bg.celery import CeleryRunner, correlation_id, traceparent
+from wsgi_bg.celery import CeleryRunner, correlation_id, retries, traceparent
 from wsgi_bg.celery import worker as celery_worker
 from wsgi_bg.celery.publisher import Publisher
 from wsgi_bg.exceptions import (
@@ -47,8 +59,24 @@ from wsgi_bg.exceptions import (
     RegistrationError,
     UnsafeCeleryError,
 )
+from wsgi_bg.runners import Statistics
 
 NOTE = "tests.celery_shop.note"
+
+here: list[int] = []
+"""Process ids of the calls of the next two functions."""
+
+
+@registered_task
+def note_here() -> None:
+    here.append(os.getpid())
+
+
+@registered_task
+async def note_here_async() -> None:
+    here.append(os.getpid())
+
+
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
@@ -551,3 +579,108 @@ def test_a_partial_of_a_registered_function_runs_here(broker: Broker, tmp_path: 
     request(broker.runner(local="inline"), add(partial))
     assert (tmp_path / "note").exists()
     assert messages(broker) == []
+
+
+def test_a_delay_goes_into_the_message_in_place_of_the_functions_time(
+    broker: Broker, clock: Clock
+) -> None:
+    runner = broker.runner()
+
+    def do() -> None:
+        background_tasks.using(delay=60).add_task(note, "later")
+        background_tasks.using(delay=60).add_task(note_tomorrow, "sooner")
+        background_tasks.add_task(note_tomorrow, "tomorrow")
+        background_tasks.add_task(note, "now")
+
+    before = datetime.now(UTC)
+    request(runner, do)
+    times = [message["headers"]["eta"] for message in messages(broker)]
+    seconds = [
+        each and (datetime.fromisoformat(each) - before).total_seconds() for each in times
+    ]
+    assert seconds[3] is None
+    assert [round(each) // 10 for each in seconds[:3]] == [6, 6, 8640]
+    assert runner.statistics() == Statistics(0, 0, 4, 0, 0)
+
+
+@registered_task(celery={"countdown": 86400})
+def note_tomorrow(path: str) -> None:
+    """A function with a time of its own."""
+
+
+def test_a_function_that_is_not_registered_waits_here(broker: Broker, clock: Clock) -> None:
+    runner = broker.runner()
+    local_calls.clear()
+
+    def do() -> None:
+        background_tasks.using(delay=60).add_task(not_registered)
+
+    request(runner, do)
+    assert wait_until(lambda: runner.statistics().waiting == 1)
+    assert not messages(broker)
+    clock.advance(60)
+    assert wait_until(lambda: local_calls == [("",)])
+
+
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize("func", [note_here, note_here_async])
+def test_a_delay_is_not_shortened_because_the_broker_is_away(
+    clock: Clock, log: Log, complete: bool, func: Any
+) -> None:
+    broker = Broker(f"redis://127.0.0.1:{free_port()}/0", {})
+    runner = broker.runner(local="pool")
+    here.clear()
+
+    def add() -> None:
+        background_tasks.using(delay=60).add_task(func)
+
+    def do() -> None:
+        add()
+        background_tasks.add_task(add)  # sent at its turn, and not with the other
+
+    request(runner, do, complete=complete)
+    assert wait_until(lambda: runner.statistics().waiting == 2)
+    assert len(log.warnings) == 2
+    clock.advance(59.9)
+    clock.advance(0.1)
+    assert wait_until(lambda: len(here) == 2)
+
+
+def test_a_task_that_is_given_up_is_not_tried_again(clock: Clock, log: Log) -> None:
+    broker = Broker(f"redis://127.0.0.1:{free_port()}/0", {})
+    runner = broker.runner(on_publish_error="discard")
+    request(runner, lambda: background_tasks.using(retry=Retry()).add_task(note_here))
+    assert runner.statistics() == Statistics(0, 0, 0, 1, 0)
+    assert "raised PublishError" in log.errors[0]
+
+
+def test_a_forged_retry_is_ignored() -> None:
+    own = Retry(7)
+    for header in (None, 5, "", "[]", "{}", '{"on": 1}', "null", retries.to_text(own)[:-1]):
+        assert retries.find(header, own) is own
+    forged = retries.to_text(own).replace("7", "-7")
+    assert retries.find(forged, own) is own
+    assert retries.find(forged, None) is None
+    found = retries.find(retries.to_text(Retry(5, on=LookupError)), own)
+    assert found is not None
+    assert found.allows(4, KeyError("x"))
+    assert not found.allows(5, KeyError("x"))
+    assert not found.allows(4, ValueError("x"))
+
+
+def test_a_retry_of_celerys_own_passes(broker: Broker) -> None:
+    app = broker.app()
+    CeleryRunner(app)
+    task = app.tasks["shop.by_celery"]
+    assert task.apply(args=("[1,[],{}]",)).state == "SUCCESS"
+    assert tries == [0, 1, 2]
+
+
+tries: list[int] = []
+
+
+@registered_task(name="shop.by_celery", retry=Retry(2))
+def retried_by_celery() -> None:
+    tries.append(current_task.request.retries)
+    if len(tries) < 3:
+        raise current_task.retry(countdown=0)

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import signal
+import time
 import uuid
 from collections.abc import Iterator
 from functools import partial
@@ -21,7 +22,9 @@ from celery import Celery
 from kombu import Connection
 
 from tests.celery_shop import (
+    fail_always,
     fail_once,
+    fail_twice,
     hold,
     not_registered,
     not_travelling,
@@ -30,6 +33,7 @@ from tests.celery_shop import (
     note_context_async,
     note_loop,
     note_on_other_queue,
+    note_time,
     outlast,
 )
 from tests.celery_support import (
@@ -46,7 +50,7 @@ from tests.celery_support import (
 from tests.test_celery import PARENT
 from tests.test_encoding import CARRIED
 from tests.test_examples import text_of, wait_until
-from wsgi_bg import background_tasks
+from wsgi_bg import Retry, background_tasks
 from wsgi_bg._tasks.codec import encode
 from wsgi_bg._tasks.registry import find
 from wsgi_bg.celery import CeleryRunner, correlation_id, traceparent
@@ -194,6 +198,49 @@ def test_a_task_is_retried_with_its_arguments_and_its_correlation_id(
     assert wait_until(lambda: has_lines(path, 2)), shop.worker.log
     assert text_of(path) == "request-8 sec-ret\n" * 2
     assert "sec-ret" not in shop.worker.log  # arguments are data, in a retry too
+
+
+def test_the_retry_of_a_function_is_celerys_own_on_the_worker(
+    shop: Shop, tmp_path: Path
+) -> None:
+    path = tmp_path / "tries"
+
+    def do() -> None:
+        correlation_id.set("request-9")
+        background_tasks.add_task(fail_twice, str(path), "sec-ret")
+
+    request(shop.runner, do)
+    assert wait_until(lambda: has_lines(path, 3)), shop.worker.log
+    assert text_of(path) == "request-9 sec-ret\n" * 3
+    log = shop.worker.log
+    assert "fail_twice raised KeyError in attempt 2 of 4, and is called again in 0 s" in log
+    assert "sec-ret" not in log
+
+
+def test_the_retry_of_a_task_goes_with_its_message(shop: Shop, tmp_path: Path) -> None:
+    repeated, given_up = tmp_path / "repeated", tmp_path / "given up"
+
+    def do() -> None:
+        tasks = background_tasks.using(retry=Retry(3, first=0, on=ConnectionError))
+        tasks.add_task(fail_always, str(repeated))
+        tasks = background_tasks.using(retry=Retry(3, first=0, on=(KeyError, ValueError)))
+        tasks.add_task(fail_always, str(given_up))
+
+    request(shop.runner, do)
+    assert wait_until(lambda: has_lines(repeated, 3)), shop.worker.log
+    shop.works(tmp_path / "first")
+    shop.works(tmp_path / "second")  # by each of the two processes, perhaps
+    assert has_lines(repeated, 3)
+    assert has_lines(given_up, 1)
+
+
+def test_a_delay_is_celerys_countdown(shop: Shop, tmp_path: Path) -> None:
+    path = tmp_path / "time"
+    before = time.time()
+    request(
+        shop.runner, lambda: background_tasks.using(delay=0.5).add_task(note_time, str(path))
+    )
+    assert float(wait_for(path, shop.worker)) - before >= 0.5
 
 
 def test_a_time_limit_ends_an_async_task_on_the_loop(shop: Shop, tmp_path: Path) -> None:

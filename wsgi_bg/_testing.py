@@ -270,7 +270,8 @@ class _Request(RequestObserver):
     """A request that began while its test was recorded; for any thread.
 
     :ivar path: the path of the request's URL, including ``SCRIPT_NAME``.
-    :ivar added: the added tasks, without those that the application has run by hand.
+    :ivar added: the added tasks, without those that the application has run by hand, and
+        those that a repeated attempt has added.
     :ivar batch: the request's batch; None before the response is closed, or without tasks.
     """
 
@@ -319,6 +320,9 @@ class _Request(RequestObserver):
 
     def put_off(self, later: LaterTasks) -> None:
         self._later.append(later)
+
+    def dropped(self, task: BackgroundTask) -> None:
+        self.added.remove(task)
 
     def attempts_of(self, task: BackgroundTask) -> int:
         """How often ``task``, one of :attr:`added`, was called."""

@@ -66,6 +66,9 @@ class RequestObserver:
     def put_off(self, later: LaterTasks) -> None:
         """A task is about to wait for its time; called on the thread that runs the tasks."""
 
+    def dropped(self, task: BackgroundTask) -> None:
+        """A task will not run, since the attempt that has added it is repeated."""
+
     def task_failed(self, task: BackgroundTask, exc: BaseException) -> None:
         """A task has raised; called in the task's context, before ``on_error``."""
 

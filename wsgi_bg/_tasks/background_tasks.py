@@ -328,6 +328,9 @@ class TaskQueue(BackgroundTasks):
         """
         return None
 
+    def dropped(self, task: BackgroundTask) -> None:
+        """``task`` will not run, since the attempt that has added it is repeated."""
+
     def tasks_of_attempt(self, task: BackgroundTask) -> list[BackgroundTask]:
         """The tasks that the last attempt of ``task`` has added, if no other follows them.
 

@@ -592,6 +592,7 @@ class Batch:
             if added.claim():
                 self._passed_over += 1
                 self.discarded += 1
+                self._queue.dropped(added)
                 _run_in(context, task_log.log_dropped, added, task)
         _run_in(context, task_log.log_attempt, task, exc, seconds)
         _run_in(context, task.options.calls.retried, task, exc)

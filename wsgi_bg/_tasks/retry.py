@@ -114,10 +114,10 @@ class Plan:
 
     __slots__ = ("_mark", "attempt", "calls", "context", "due", "is_due", "retry")
 
-    def __init__(self, retry: Retry | None) -> None:
+    def __init__(self, retry: Retry | None, attempt: int = 1) -> None:
         self.retry: Retry | None = retry
         self.context: Context | None = None
-        self.attempt: int = 1
+        self.attempt: int = attempt
         self.calls: int = 0
         self.due: float | None = None
         self.is_due: bool = False

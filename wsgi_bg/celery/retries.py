@@ -35,7 +35,7 @@ def find(header: object, of_function: Retry | None) -> Retry | None:
     with suppress(TypeError, ValueError, KeyError):
         if isinstance(header, str):
             fields = json.loads(header)
-            names = frozenset(fields.pop("on"))
+            names = frozenset(fields["on"])
             return _ByName(**{key: fields[key] for key in _FIELDS}, names=names)
     return of_function
 

@@ -12,7 +12,9 @@ from celery.exceptions import TaskPredicate
 from wsgi_bg._tasks import registry
 from wsgi_bg._tasks.codec import decode
 from wsgi_bg._tasks.registry import Registration
+from wsgi_bg._tasks.retry import Plan
 from wsgi_bg._tasks.task import BackgroundTask
+from wsgi_bg._tasks.task_log import log_attempt
 from wsgi_bg.celery import headers as celery_headers
 from wsgi_bg.celery import retries
 from wsgi_bg.celery.options import NO_OPTIONS
@@ -84,9 +86,10 @@ def _run(self: Any, *message: Any, **others: Any) -> Any:
     args, kwargs = decode(message[0])
     context = copy_context()
     celery_headers.restore(context, self.request.get)
+    task = BackgroundTask(registration.func, *args, **kwargs)
     try:
         # This blocks the thread; an async task runs on the process's event loop.
-        result = context.run(BackgroundTask(registration.func, *args, **kwargs))
+        result = context.run(task)
     except TaskPredicate:  # raised by Celery's own functions: a retry, for example
         raise
     except Exception as exc:
@@ -94,7 +97,9 @@ def _run(self: Any, *message: Any, **others: Any) -> Any:
         attempt = self.request.retries + 1
         if retry is None or not retry.allows(attempt, exc):
             raise
+        task.plan = Plan(retry, attempt)
         seconds = retry.wait_before(attempt + 1)
+        context.run(log_attempt, task, exc, seconds)
         raise self.retry(exc=exc, countdown=seconds, max_retries=retry.attempts - 1) from exc
     return None if self.ignore_result else result
 

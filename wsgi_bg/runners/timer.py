@@ -102,6 +102,10 @@ class Deferring(TaskQueue):
             self.observer.put_off(later)
         return later
 
+    def dropped(self, task: BackgroundTask) -> None:
+        if self.observer is not None:
+            self.observer.dropped(task)
+
     def notify_failure(self, task: BackgroundTask, exc: BaseException) -> None:
         if self.observer is not None:
             self.observer.task_failed(task, exc)
@@ -166,7 +170,8 @@ class LaterTasks(Deferring):
         holds_rest: bool,
     ) -> None:
         copy = task.successor()
-        self._list = [copy]
+        self._list = [] if tasks.observer is None else tasks.observer.new_list()
+        self._list.insert(0, copy)
         self.front = self._start_response = None
         self.phase = CLOSED
         # The layer of middleware in which the task was added; see also take_context().

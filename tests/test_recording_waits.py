@@ -1,0 +1,131 @@
+"""Retries and delays in the pytest fixture: no thread, no timer, and no wait unless "real"."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+from tests.conftest import Log
+from tests.recording_support import by_werkzeug, done, recording
+from tests.support import app_that
+from wsgi_bg import BackgroundTasksMiddleware, PoolRunner, Retry, _testing, background_tasks
+from wsgi_bg.runners.timer import timers
+
+LATER: dict[str, Any] = {"delay": 600, "retry": Retry(3, first=600)}
+
+
+@pytest.fixture(autouse=True)
+def clear() -> None:
+    done.clear()
+    calls.clear()
+
+
+calls: list[str] = []
+
+
+def fail_twice() -> None:
+    calls.append("called")
+    if len(calls) < 3:
+        background_tasks.add_task(done.append, "child")
+        raise ValueError("not yet")
+
+
+async def fail_twice_async() -> None:
+    fail_twice()
+
+
+def fail() -> None:
+    calls.append("called")
+    raise ValueError("never")
+
+
+def app(func: Any, *, stop_on_error: Any = False, runner: Any = None, **options: Any) -> Any:
+    def add(environ: object) -> None:
+        background_tasks.using(**(options or LATER)).add_task(func)
+        background_tasks.add_task(done.append, "beside")
+
+    return BackgroundTasksMiddleware(app_that(add), runner=runner, stop_on_error=stop_on_error)
+
+
+@pytest.mark.parametrize("func", [fail_twice, fail_twice_async])
+@pytest.mark.parametrize("stop_on_error", [False, True])
+def test_run_makes_waits_zero_and_records_the_attempts(
+    func: Any, stop_on_error: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timers, "get", None)
+    with recording("run") as tasks:
+        by_werkzeug(app(func, stop_on_error=stop_on_error))
+        assert [task.attempts for task in tasks.tasks] == [3, 1]
+        assert [task.delay for task in tasks.tasks] == [600, 0]
+        assert tasks.errors == []
+    assert len(calls) == 3
+    assert done == ["beside"]  # and no child of a repeated attempt
+
+
+def test_record_runs_each_attempt_on_demand() -> None:
+    threads = threading.active_count()
+    with recording("record") as tasks:
+        by_werkzeug(app(fail_twice))
+        assert [task.attempts for task in tasks.tasks] == [0, 0]
+        tasks.assert_added(fail_twice)
+        tasks.run()
+        assert [task.attempts for task in tasks.tasks] == [3, 1]
+    assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("mode", ["record", "run"])
+def test_the_last_failure_is_the_error(mode: Any, log: Log) -> None:
+    with recording(mode) as tasks:
+        response = app(fail)
+        if mode == "run":
+            with pytest.raises(ValueError, match="never"):
+                by_werkzeug(response)
+        else:
+            by_werkzeug(response)
+            with pytest.raises(ValueError, match="never"):
+                tasks.run()
+        assert len(tasks.errors) == 1
+        assert tasks.tasks[0].attempts == 3
+    assert len(log.errors) == 1
+
+
+def test_real_waits_as_in_production() -> None:
+    pool = PoolRunner()
+    with recording("real") as tasks:
+        by_werkzeug(app(fail_twice, runner=pool, delay=0.01, retry=Retry(3, first=0.01)))
+        tasks.join()
+        assert [task.attempts for task in tasks.tasks] == [3, 1]
+    assert pool.statistics().succeeded == 2
+
+
+def test_real_records_what_a_task_adds_that_has_waited() -> None:
+    def add_child() -> None:
+        background_tasks.add_task(done.append, "child")
+
+    with recording("real") as tasks:
+        by_werkzeug(app(add_child, delay=0.01))
+        tasks.join()
+        tasks.assert_added(done.append, "child")
+        assert len(tasks.tasks) == 3
+    assert done == ["beside", "child"]
+
+
+def test_real_names_the_tasks_that_wait_too_long_and_drops_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = PoolRunner()
+    monkeypatch.setattr(_testing, "TEARDOWN_TIMEOUT", 0.01)
+
+    def use() -> None:
+        with recording("real") as tasks:
+            by_werkzeug(app(fail_twice, runner=pool))
+            with pytest.raises(TimeoutError, match=r"test_recording_waits\.fail_twice"):
+                tasks.join(0.01)
+            assert pool.statistics().waiting == 1
+
+    with pytest.raises(TimeoutError, match=r"test_recording_waits\.fail_twice"):
+        use()
+    assert pool.statistics().waiting == 0
+    assert not calls
