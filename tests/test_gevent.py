@@ -333,3 +333,40 @@ def test_the_process_ends_after_a_task_that_used_sync_to_async(start: str) -> No
         """,
     )
     assert lines == ["[True]"]
+
+
+@each_start
+@pytest.mark.parametrize("runner", ["inline", "pool"])
+def test_tasks_wait_for_their_time_beside_greenlets(start: str, runner: str) -> None:
+    lines = run(
+        start,
+        f"""
+        from wsgi_bg import Retry, wait
+
+        def fails_first(name):
+            passed.append(name)
+            if passed.count(name) == 1:
+                raise ValueError
+
+        async def fails_first_async():
+            await asyncio.sleep(0)
+            fails_first("async")
+
+        def app(environ, start_response):
+            tasks = background_tasks.using(retry=Retry(2, first=0.01))
+            tasks.add_task(fails_first_async)
+            tasks.add_task(fails_first, "plain")
+            background_tasks.using(delay=0.01).add_task(passed.append, "delayed")
+            start_response("200 OK", [("Content-Length", "2")])
+            return [b"ok"]
+
+        logging.getLogger("wsgi_bg").setLevel(logging.ERROR)
+        middleware = BackgroundTasksMiddleware(app, runner={runner!r})
+        server = WSGIServer(("127.0.0.1", 0), middleware, log=None)
+        server.start()
+        ask(server.server_port)
+        until(lambda: len(passed) == 5)
+        print(sorted(passed))
+        """,
+    )
+    assert lines == ["['async', 'async', 'delayed', 'plain', 'plain']"]
