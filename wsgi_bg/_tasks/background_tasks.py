@@ -241,7 +241,7 @@ class TaskQueue(BackgroundTasks):
     front: list[BackgroundTask] | None
     phase: int  # a slot of the base class
 
-    has_waited = False  # True for tasks whose batch the timer submits
+    has_waited: bool = False  # True for tasks whose batch the timer submits
 
     def __init__(self, tasks: Sequence[BackgroundTask] | None = None) -> None:
         super().__init__(tasks)

@@ -27,6 +27,7 @@ from wsgi_bg._process.threads import start_daemon
 from wsgi_bg._process.workers import Workers
 from wsgi_bg._tasks.background_tasks import CLOSED, OPEN, TaskQueue, Wait
 from wsgi_bg._tasks.batch import Batch
+from wsgi_bg._tasks.options import Options
 from wsgi_bg._tasks.task import BackgroundTask, current
 from wsgi_bg._tasks.task_log import WAITING, log_unfinished
 from wsgi_bg.exceptions import WaitingLimitError
@@ -115,7 +116,7 @@ class Deferring(TaskQueue):
 class _Next:
     """The place of the running task's copy in the list, if waits are zero, as in a test."""
 
-    moves_rest = False
+    moves_rest: bool = False
 
     def __init__(self, tasks: TaskQueue, task: BackgroundTask) -> None:
         copy = task.successor()
@@ -157,7 +158,10 @@ class LaterTasks(Deferring):
         "observer",
     )
 
-    has_waited = True
+    front: list[BackgroundTask] | None
+    options: Options
+    observer: Any
+    has_waited: bool = True
 
     def __init__(
         self,
