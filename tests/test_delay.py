@@ -184,6 +184,48 @@ def test_a_task_that_waited_may_add_tasks(clock: Clock) -> None:
     assert last.wait(TIMEOUT)
 
 
+@pytest.mark.parametrize("uses_view", [False, True])
+def test_a_task_that_waited_may_use_the_object_of_its_view(
+    clock: Clock, uses_view: bool
+) -> None:
+    calls = Calls(0)
+    inline = InlineRunner()
+
+    def add() -> None:
+        tasks: Any = get_background_tasks_of_request()
+        other = tasks.using(run_on="always") if uses_view else tasks
+
+        def first() -> None:
+            other.add_task(second)
+
+        def second() -> None:
+            other.using(delay=60).add_task(other.add_task, calls.task)
+
+        tasks.using(delay=60).add_task(first)
+
+    request(add, runner=inline)
+    clock.advance(60)
+    settle(lambda: inline.statistics() == Statistics(0, 0, 2, 0, 0, waiting=1))
+    clock.advance(60)
+    calls.wait()
+
+
+def test_a_task_of_another_request_may_not_use_an_object_that_has_ended(
+    clock: Clock, log: Log
+) -> None:
+    kept: list[Any] = []
+
+    def add() -> None:
+        kept.append(get_background_tasks_of_request())
+        background_tasks.add_task(int)
+
+    request(add)
+    request(lambda: background_tasks.using(delay=60).add_task(kept[0].add_task, int))
+    clock.advance(60)
+    settle(lambda: log.errors)
+    assert log.errors[0].endswith("add_task raised BatchEndedError")
+
+
 def test_the_outcome_of_the_request_counts(clock: Clock, log: Log) -> None:
     calls = Calls(0)
     inline = InlineRunner()
@@ -234,6 +276,10 @@ def test_a_delayed_task_may_be_called_again(clock: Clock, log: Log) -> None:
     clock.advance(60)
     calls.wait()
     settle(lambda: inline.statistics() == Statistics(0, 0, 1, 0, 0))
+
+
+def get_background_tasks_of_request() -> Any:
+    return background_tasks._get_current_object()  # type: ignore[attr-defined]
 
 
 def has_length(given: list[int], length: int) -> bool:

@@ -12,7 +12,7 @@ from wsgi_bg._process.interrupts import safe_repr, stops_worker
 from wsgi_bg._tasks import successors, task_log
 from wsgi_bg._tasks.options import DEFAULTS, OnError, Options
 from wsgi_bg._tasks.retry import Retry, plan_of
-from wsgi_bg._tasks.task import BackgroundTask, RunOn, fill
+from wsgi_bg._tasks.task import BackgroundTask, RunOn, current, fill
 from wsgi_bg.exceptions import BatchEndedError, TaskTypeError
 
 P = ParamSpec("P")
@@ -50,6 +50,9 @@ class BackgroundTasks:
     is_endless: bool  # only if an endless row of tasks was cut: see wsgi_bg._tasks.successors
     options: Options
     phase: int
+
+    origin: BackgroundTasks | None = None
+    """The tasks of the request, if these are tasks of it that have waited for their time."""
 
     def __init__(self, tasks: Sequence[BackgroundTask] | None = None) -> None:
         for task in tasks or ():
@@ -95,7 +98,7 @@ class BackgroundTasks:
         fill(task, func, args, kwargs, copy_context(), options)
         tasks = self._list
         if tasks is None:
-            if self.phase == ENDED:
+            if self.phase == ENDED and self._successor() is None:
                 raise BatchEndedError(task.name)
             tasks = self._begin()
         if options.is_watched or successors.watched:
@@ -103,6 +106,9 @@ class BackgroundTasks:
         tasks.append(task)
         if self.phase == ENDED and task.claim():
             self.root.remove(task)
+            successor = self._successor()
+            if successor is not None and successor.adopt(task):
+                return
             task_log.notify_discarded(task, "the batch has ended")
             raise BatchEndedError(task.name)
 
@@ -110,6 +116,22 @@ class BackgroundTasks:
     def root(self) -> BackgroundTasks:
         """The object that all views share; this object, unless it is a view."""
         return self
+
+    def _successor(self) -> BackgroundTasks | None:
+        """The tasks that the running task belongs to, if the task came from this object.
+
+        A task that has waited for its time may keep the object that its view had.
+        """
+        running = current.get(None)
+        root = None if running is None else running.root
+        return root if root is not None and root.origin is self.root else None
+
+    def adopt(self, task: BackgroundTask) -> bool:
+        """Add a claimed task; called by a running task. False if this batch has ended."""
+        copy = task.successor()
+        task.options.calls.moved(task, copy, self)
+        self.open_list().append(copy)
+        return not (self.phase == ENDED and copy.claim())
 
     def _begin(self) -> list[BackgroundTask]:
         """Make the list, if ``__init__`` has not made it."""

@@ -25,7 +25,13 @@ from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._process.repeated import RepeatedWarning
 from wsgi_bg._process.threads import start_daemon
 from wsgi_bg._process.workers import Workers
-from wsgi_bg._tasks.background_tasks import CLOSED, OPEN, TaskQueue, Wait
+from wsgi_bg._tasks.background_tasks import (
+    CLOSED,
+    OPEN,
+    BackgroundTasks,
+    TaskQueue,
+    Wait,
+)
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg._tasks.options import Options
 from wsgi_bg._tasks.task import BackgroundTask, current
@@ -156,11 +162,13 @@ class LaterTasks(Deferring):
         "ledger",
         "moves_rest",
         "observer",
+        "origin",
     )
 
     front: list[BackgroundTask] | None
     options: Options
     observer: Any
+    origin: BackgroundTasks | None
     has_waited: bool = True
 
     def __init__(
@@ -185,6 +193,7 @@ class LaterTasks(Deferring):
         if inside is not None and inside.root is tasks:
             self.options = inside.options
         self.observer = tasks.observer
+        self.origin = tasks.origin or tasks
         self._runner = tasks.runner
         self._status = status
         self._rest: TaskQueue | None = tasks if holds_rest else None
