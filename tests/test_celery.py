@@ -671,6 +671,7 @@ def test_a_forged_retry_is_ignored() -> None:
 def test_a_retry_of_celerys_own_passes(broker: Broker) -> None:
     app = broker.app()
     CeleryRunner(app)
+    tries.clear()
     task = app.tasks["shop.by_celery"]
     assert task.apply(args=("[1,[],{}]",)).state == "SUCCESS"
     assert tries == [0, 1, 2]
@@ -684,3 +685,22 @@ def retried_by_celery() -> None:
     tries.append(current_task.request.retries)
     if len(tries) < 3:
         raise current_task.retry(countdown=0)
+
+
+def test_a_worker_repeats_a_task_as_its_retry_says(broker: Broker, log: Log) -> None:
+    app = broker.app()
+    CeleryRunner(app)
+    tries.clear()
+    task = app.tasks["shop.fails"]
+    assert task.apply(args=("[1,[],{}]",)).state == "FAILURE"
+    assert tries == [0, 1, 2]
+    assert [message.partition(" in ")[2] for message in log.warnings] == [
+        "attempt 1 of 3, and is called again in 0 seconds",
+        "attempt 2 of 3, and is called again in 0 seconds",
+    ]
+
+
+@registered_task(name="shop.fails", retry=Retry(3, first=0, on=LookupError))
+def fails() -> None:
+    tries.append(current_task.request.retries)
+    raise KeyError

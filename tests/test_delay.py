@@ -32,6 +32,7 @@ from wsgi_bg import (
     background_tasks,
 )
 from wsgi_bg._process.per_process import PerProcess
+from wsgi_bg._process.workers import Workers
 from wsgi_bg.exceptions import WaitingLimitError
 from wsgi_bg.hooks import Hooks, TaskRecord
 from wsgi_bg.runners import Statistics, shutdown
@@ -286,6 +287,31 @@ def has_length(given: list[int], length: int) -> bool:
     return len(given) == length
 
 
+def test_a_runner_that_sends_gets_a_delayed_task_when_its_time_has_come(clock: Clock) -> None:
+    sent: list[str] = []
+
+    class Sending(InlineRunner):
+        def submit(self, batch: Any) -> None:
+            batch.send()
+            super().submit(batch)
+
+        def send(self, task: Any) -> bool:
+            sent.append(task.name)
+            return True
+
+    inline = Sending()
+
+    def add() -> None:
+        background_tasks.using(delay=60, retry=SOON).add_task(int)
+        background_tasks.add_task(str)
+
+    request(add, runner=inline)
+    assert sent == ["builtins.str"]
+    clock.advance(60)
+    settle(lambda: len(sent) == 2)
+    settle(lambda: inline.statistics().succeeded == 2)
+
+
 class Batches(Hooks):
     def __init__(self) -> None:
         self.added: list[int] = []
@@ -358,6 +384,22 @@ def test_the_timer_survives_an_error(
     assert log.errors[0] == "the timer raised"
 
 
+def test_a_batch_that_gets_no_thread_runs_on_the_timers(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+    calls = Calls(0)
+    calls.during = lambda: names.append(threading.current_thread().name)
+    pool = PoolRunner()
+    request(lambda: background_tasks.using(delay=60).add_task(calls.task), runner=pool)
+    settle(lambda: pool.statistics().waiting == 1)
+    monkeypatch.setattr(clock.timer._submitters, "submit", lambda submission: False)
+    monkeypatch.setattr(Workers, "submit", lambda workers, job: False)
+    clock.advance(60)
+    calls.wait()
+    assert names == ["wsgi_bg-timer-0"]
+
+
 def test_a_wait_that_gets_no_thread_begins_with_the_next(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -394,6 +436,61 @@ def test_wait_waits_for_what_is_due(gate: Gate) -> None:
     assert wsgi_bg.wait(TIMEOUT) == []
     assert pool.statistics() == Statistics(0, 0, 1, 0, 0, waiting=1)
     pool.ledger.abandon_waiting()
+
+
+def test_a_task_that_is_put_off_after_the_last_drain_is_named(
+    clock: Clock, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timer_module, "is_exiting", lambda: True)
+    calls = Calls(failures=1)
+    inline = InlineRunner()
+
+    def add() -> None:
+        background_tasks.using(delay=60).add_task(int)
+        background_tasks.using(retry=SOON).add_task(calls.task)
+
+    request(add, runner=inline)
+    assert inline.statistics() == Statistics(0, 0, 0, 1, 1)
+    assert log.errors == [
+        "background task builtins.int was not finished since it was waiting for its time: the "
+        "process ends without it",
+        "background task tests.retry_support.Calls.task raised ValueError in attempt 1 of 3",
+    ]
+
+
+def test_tasks_that_are_given_up_while_their_batch_is_made_are_named(
+    clock: Clock, log: Log
+) -> None:
+    calls = Calls(failures=1)
+    inline = InlineRunner()
+
+    def add() -> None:
+        background_tasks.using(retry=SOON).add_task(calls.task)
+        background_tasks.add_task(int)
+
+    request(add, runner=inline, stop_on_error=True)
+    (later,) = inline.ledger.waiting
+    rest: Any = later._rest
+
+    class Rest:
+        """Another thread gives up, right before the timer claims the rest."""
+
+        def abandon(self) -> Any:
+            assert [task.func for task in later.give_up()] == [calls.task]
+            return rest.abandon()
+
+    later._rest = Rest()  # type: ignore[assignment]
+    batch = later.make_batch()
+    assert batch.tasks == []
+    assert log.errors[0].startswith("background task builtins.int was not finished since")
+
+
+def test_a_single_batch_runs_the_tasks(clock: Clock) -> None:
+    inline = InlineRunner()
+    request(lambda: background_tasks.using(delay=60).add_task(int), runner=inline)
+    (later,) = inline.ledger.waiting
+    assert later.may_start()
+    assert not later.may_start()
 
 
 @pytest.fixture
@@ -525,7 +622,7 @@ def test_no_timer_runs_without_a_wait() -> None:
         ran = threading.Event()
         submit(PoolRunner(), ran.set)
         assert ran.wait(10)
-        assert "wsgi_bg-timer" not in {thread.name for thread in threading.enumerate()}
+        assert "wsgi_bg-timer" not in str(threading.enumerate())
         """
     )
     assert (done.returncode, done.stderr) == (0, "")

@@ -384,6 +384,23 @@ def test_what_a_repeated_attempt_has_added_is_dropped(
     assert order == ["beside", "child of call 2"]
 
 
+def test_a_child_that_the_attempt_has_run_by_hand_is_not_dropped(
+    clock: Clock, log: Log
+) -> None:
+    calls = Calls(failures=1)
+    order: list[str] = []
+    inline = InlineRunner()
+
+    def during() -> None:
+        background_tasks.add_task(order.append, "by hand")
+        background_tasks.tasks[-1].claim()  # as another thread does that runs tasks()
+
+    calls.during = during
+    request(lambda: background_tasks.using(retry=SOON).add_task(calls.task), runner=inline)
+    assert inline.statistics() == Statistics(0, 0, 0, 0, 0, waiting=1)
+    assert not log.at(logging.DEBUG)
+
+
 def test_a_repeated_task_may_add_tasks_with_the_options_of_its_layer(
     clock: Clock, log: Log
 ) -> None:

@@ -23,7 +23,6 @@ from wsgi_bg._process.exit import is_exiting
 from wsgi_bg._process.interrupts import is_raised_here
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._process.repeated import RepeatedWarning
-from wsgi_bg._process.threads import start_daemon
 from wsgi_bg._process.workers import Workers
 from wsgi_bg._tasks.background_tasks import (
     CLOSED,
@@ -299,7 +298,9 @@ class Timer:
         self._heap: list[tuple[float, int, LaterTasks]] = []
         self._numbers = count()
         self._changed = greenlets.event_for_thread()
-        self._right_to_start: list[None] = [None]  # popped by the thread that starts the thread
+        # If two threads start the thread, it has a second job, which begins if the first ends.
+        self._thread: Workers[None] = Workers(self._work, 1, "wsgi_bg-timer")
+        self._is_running = False
         # Not on the timer's thread: a user's submit() may run the batch.
         self._submitters: Workers[_Submission] = Workers(_submit, _SUBMITTERS, "wsgi_bg-later")
 
@@ -321,33 +322,24 @@ class Timer:
 
     def start(self) -> None:
         """Start the thread, unless it runs. Without memory for it the next wait tries again."""
-        if not self._right_to_start:
+        if self._is_running:
             return
         if greenlets.are_threads():
             loop = portal.peek()
             if loop is not None and loop.is_current:  # no greenlet would run on this thread
                 return
-        try:
-            self._right_to_start.pop()
-        except IndexError as exc:
-            if not is_raised_here(exc):
-                raise
-            return  # another thread was as quick
-        try:
-            start_daemon(self._work, "wsgi_bg-timer")
-        except BaseException as exc:
-            self._right_to_start.append(None)
-            if not isinstance(exc, RuntimeError):
-                raise
+        self._thread.submit(None)
 
-    def _work(self) -> None:
+    def _work(self, job: None) -> None:
+        """Submit tasks at their times; returns only in a child that a log handler forks."""
         generation = per_process.generation
+        self._is_running = True
         try:
             while per_process.generation == generation:
                 self._changed.clear()
                 self._changed.wait(self._submit_due())
         finally:
-            self._right_to_start.append(None)
+            self._is_running = False
 
     def _submit_due(self) -> float:
         """Submit the tasks whose time has come; return the seconds until the next time."""
