@@ -33,6 +33,8 @@ from wsgi_bg import (
 )
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._process.workers import Workers
+from wsgi_bg._tasks.background_tasks import TaskQueue
+from wsgi_bg._tasks.batch import Batch
 from wsgi_bg.exceptions import WaitingLimitError
 from wsgi_bg.hooks import Hooks, TaskRecord
 from wsgi_bg.runners import Statistics, shutdown
@@ -287,29 +289,32 @@ def has_length(given: list[int], length: int) -> bool:
     return len(given) == length
 
 
-def test_a_runner_that_sends_gets_a_delayed_task_when_its_time_has_come(clock: Clock) -> None:
+def test_a_runner_that_sends_gets_a_delayed_task_when_its_time_has_come(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
     sent: list[str] = []
 
-    class Sending(InlineRunner):
+    class Sending(Own):
         def submit(self, batch: Any) -> None:
             batch.send()
             super().submit(batch)
 
         def send(self, task: Any) -> bool:
+            if task.func is print:
+                return False
             sent.append(task.name)
             return True
-
-    inline = Sending()
 
     def add() -> None:
         background_tasks.using(delay=60, retry=SOON).add_task(int)
         background_tasks.add_task(str)
+        background_tasks.using(delay=60).add_task(print)
 
-    request(add, runner=inline)
+    request(add, runner=Sending(at_once=True))
     assert sent == ["builtins.str"]
     clock.advance(60)
-    settle(lambda: len(sent) == 2)
-    settle(lambda: inline.statistics().succeeded == 2)
+    settle(lambda: capsys.readouterr().out == "\n")
+    assert sent == ["builtins.str", "builtins.int"]
 
 
 class Batches(Hooks):
@@ -329,6 +334,15 @@ def test_a_hook_may_add_a_task_to_the_batch_of_a_delayed_task(clock: Clock) -> N
     clock.advance(60)
     assert hooks.done.wait(TIMEOUT)
     assert hooks.added[0] == 1
+
+
+def test_a_batch_without_a_runner_neither_waits_nor_repeats(log: Log) -> None:
+    calls = Calls(failures=1)
+    queue = TaskQueue()
+    queue.using(delay=60, retry=SOON).add_task(calls.task)
+    batch = Batch(queue, response_complete=True)
+    batch.run()
+    assert (calls.count, batch.failed) == (1, 1)
 
 
 # Limits.

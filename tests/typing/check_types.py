@@ -13,9 +13,11 @@ from wsgi_bg import (
     BackgroundTasksMiddleware,
     InlineRunner,
     PoolRunner,
+    Retry,
     background_tasks,
     get_background_tasks,
     inject,
+    registered_task,
 )
 from wsgi_bg.flask import Background
 from wsgi_bg.hooks import Hooks, TaskRecord
@@ -155,3 +157,17 @@ def test_of_an_application(background_tasks: TaskRecorder) -> None:
     background_tasks.join()
     background_tasks.join(timeout=0.5)
     background_tasks.join("1")  # type: ignore[arg-type]
+
+
+@registered_task(retry=Retry(5, on=(OSError, TimeoutError), first=0.5, jitter=False))
+def retried(number: int) -> str:
+    return str(number)
+
+
+assert_type(retried(1), str)
+assert_type(Retry(on=OSError).wait_before(2), float)
+tasks.using(retry=Retry(), delay=1.5).add_task(retried, 1)
+tasks.using(delay=1).add_task(retried, "1")  # type: ignore[arg-type]
+Retry(3, OSError)  # type: ignore[call-arg,arg-type]
+Retry(on=int)  # type: ignore[arg-type]
+assert_type(BackgroundTask(retried, 1).attempt, int)

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from wsgi_bg._loop import portal
 from wsgi_bg._process import greenlets, log, per_process
 from wsgi_bg._process.exit import is_exiting
-from wsgi_bg._process.interrupts import is_raised_here
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._process.repeated import RepeatedWarning
 from wsgi_bg._process.workers import Workers
@@ -196,7 +195,7 @@ class LaterTasks(Deferring):
         self._runner = tasks.runner
         self._status = status
         self._rest: TaskQueue | None = tasks if holds_rest else None
-        self._right_to_start: list[None] = [None]
+        self._right_to_start = {"right": True}
         assert copy.plan.due is not None
         self.due: float = copy.plan.due
         self.ledger: Ledger = ledger
@@ -230,16 +229,10 @@ class LaterTasks(Deferring):
         return batch
 
     def may_start(self) -> bool:
-        try:
-            self._right_to_start.pop()
-        except IndexError as exc:
-            if not is_raised_here(exc):
-                raise
-            return False
-        return True
+        return self._right_to_start.pop("right", False)  # atomic, as is each step here
 
     def allow_start(self) -> None:
-        self._right_to_start.append(None)
+        self._right_to_start["right"] = True
 
     @property
     def has_begun(self) -> bool:
@@ -335,9 +328,11 @@ class Timer:
         generation = per_process.generation
         self._is_running = True
         try:
-            while per_process.generation == generation:
+            while True:
                 self._changed.clear()
                 self._changed.wait(self._submit_due())
+                if per_process.generation != generation:
+                    return
         finally:
             self._is_running = False
 
