@@ -668,13 +668,14 @@ def test_a_forged_retry_is_ignored() -> None:
     assert not found.allows(4, ValueError("x"))
 
 
-def test_a_retry_of_celerys_own_passes(broker: Broker) -> None:
+def test_a_retry_of_celerys_own_passes(broker: Broker, log: Log) -> None:
     app = broker.app()
     CeleryRunner(app)
     tries.clear()
     task = app.tasks["shop.by_celery"]
     assert task.apply(args=("[1,[],{}]",)).state == "SUCCESS"
     assert tries == [0, 1, 2]
+    assert not log.warnings  # and no retry of the package's for the exception of Celery's
 
 
 tries: list[int] = []

@@ -540,6 +540,24 @@ def test_a_drain_runs_what_is_due_in_its_time_and_names_the_rest(
     assert pool.statistics() == Statistics(0, 0, 1, 0, 0)
 
 
+def test_a_runner_gets_what_is_due_before_it_is_drained(undrained: None) -> None:
+    order: list[str] = []
+
+    class Closing(Own):
+        def submit(self, batch: Any) -> None:
+            order.append("submit")
+            super().submit(batch)
+
+        def drain(self, timeout: float) -> Any:
+            order.append("drain")
+            return super().drain(timeout)
+
+    closing = Closing(at_once=True)
+    request(lambda: background_tasks.using(delay=0.05).add_task(int), runner=closing)
+    assert wsgi_bg.drain(timeout=TIMEOUT) == []
+    assert order[:3] == ["submit", "submit", "drain"]
+
+
 EXIT = """
 import logging, sys, threading
 from tests.support import Server, app_that, make_server_environ

@@ -168,6 +168,6 @@ assert_type(retried(1), str)
 assert_type(Retry(on=OSError).wait_before(2), float)
 tasks.using(retry=Retry(), delay=1.5).add_task(retried, 1)
 tasks.using(delay=1).add_task(retried, "1")  # type: ignore[arg-type]
-Retry(3, OSError)  # type: ignore[call-arg,arg-type]
+Retry(3, OSError)  # type: ignore[call-arg]
 Retry(on=int)  # type: ignore[arg-type]
 assert_type(BackgroundTask(retried, 1).attempt, int)
