@@ -45,10 +45,11 @@ from wsgi_bg import (
     background_tasks,
     registered_task,
 )
+from wsgi_bg._messages import retries
+from wsgi_bg._messages.codec import decode
 from wsgi_bg._tasks import registry
 from wsgi_bg._tasks.batch import Batch
-from wsgi_bg._tasks.codec import decode
-from wsgi_bg.celery import CeleryRunner, correlation_id, retries, traceparent
+from wsgi_bg.celery import CeleryRunner, correlation_id, traceparent
 from wsgi_bg.celery import worker as celery_worker
 from wsgi_bg.celery.publisher import Publisher
 from wsgi_bg.exceptions import (

@@ -51,7 +51,7 @@ from tests.test_celery import PARENT
 from tests.test_encoding import CARRIED
 from tests.test_examples import text_of, wait_until
 from wsgi_bg import Retry, background_tasks
-from wsgi_bg._tasks.codec import encode
+from wsgi_bg._messages.codec import encode
 from wsgi_bg._tasks.registry import find
 from wsgi_bg.celery import CeleryRunner, correlation_id, traceparent
 

@@ -16,7 +16,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from wsgi_bg._tasks.codec import MAX_DEPTH, decode, encode
+from wsgi_bg._messages.codec import MAX_DEPTH, decode, encode
 from wsgi_bg.exceptions import ArgumentError, MessageError, WsgiBgError
 
 

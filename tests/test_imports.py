@@ -60,7 +60,7 @@ def test_all_names_load_werkzeug_and_neither_asyncio_nor_an_integration() -> Non
         loaded = set(sys.modules) - before
         packages = {name.partition(".")[0] for name in loaded}
         print(packages - sys.stdlib_module_names, "asyncio" in loaded)
-        integrations = {"_serving.cli", "_serving.server", "_tasks.codec", "_testing", "celery"}
+        integrations = {"_serving.cli", "_serving.server", "_messages.codec", "_testing", "celery"}
         print({f"wsgi_bg.{name}" for name in integrations} & loaded)
         """
     )

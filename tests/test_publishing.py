@@ -24,11 +24,11 @@ from tests.support import TIMEOUT, Gate
 from tests.test_encoding import written
 from tests.test_examples import wait_until
 from wsgi_bg import InlineRunner, background_tasks, registered_task
+from wsgi_bg._messages import headers
+from wsgi_bg._messages.codec import decode
 from wsgi_bg._tasks import registry
 from wsgi_bg._tasks.batch import Batch
-from wsgi_bg._tasks.codec import decode
 from wsgi_bg.celery import CeleryRunner, correlation_id, traceparent
-from wsgi_bg.celery import headers as celery_headers
 from wsgi_bg.celery import publisher as publishing
 from wsgi_bg.exceptions import ArgumentError, MessageError, OptionError, PublishError
 from wsgi_bg.runners.pool import START_DELAY
@@ -419,7 +419,7 @@ def test_a_result_that_is_ignored_is_nothing_to_celery(broker: Broker) -> None:
 def test_a_forged_header_that_is_no_text_sets_nothing() -> None:
     context = copy_context()
     forged: dict[str, Any] = {"x-correlation-id": 7, "traceparent": ["a"]}
-    celery_headers.restore(context, forged.get)
+    headers.restore(context, forged.get)
     assert context[correlation_id] is None
     assert context[traceparent] is None
 

@@ -6,7 +6,7 @@ in processes that have no Celery, too.
 
 from typing import TYPE_CHECKING
 
-from wsgi_bg.celery.headers import correlation_id, traceparent
+from wsgi_bg._messages.headers import correlation_id, traceparent
 
 if TYPE_CHECKING:
     from wsgi_bg.celery.runner import CeleryRunner

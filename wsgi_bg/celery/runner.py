@@ -7,15 +7,15 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
+from wsgi_bg._messages import headers
+from wsgi_bg._messages.codec import encode
+from wsgi_bg._messages.retries import RETRY, to_text
 from wsgi_bg._process import log
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._process.workers import Workers
 from wsgi_bg._tasks import registry
 from wsgi_bg._tasks.checks import seconds
-from wsgi_bg._tasks.codec import encode
-from wsgi_bg.celery import headers as celery_headers
 from wsgi_bg.celery.options import NO_OPTIONS, TIMES
-from wsgi_bg.celery.retries import RETRY, to_text
 from wsgi_bg.exceptions import (
     ExtraMissingError,
     NameTakenError,
@@ -132,10 +132,10 @@ class CeleryRunner(LedgerRunner):
         if task.options.delay:
             options = {key: options[key] for key in options if key not in TIMES}
             options["countdown"] = task.options.delay
-        headers = celery_headers.current()
+        carried = headers.current()
         if task.options.retry is not None:  # the worker knows the function's own
-            headers[RETRY] = to_text(task.options.retry)
-        return Message(name, text, headers, options)
+            carried[RETRY] = to_text(task.options.retry)
+        return Message(name, text, carried, options)
 
     def may_send(self, task: BackgroundTask) -> bool:
         """False: a task without a message runs in this process."""

@@ -9,14 +9,13 @@ from typing import Any
 from celery import Celery
 from celery.exceptions import TaskPredicate
 
+from wsgi_bg._messages import headers, retries
+from wsgi_bg._messages.codec import decode
 from wsgi_bg._tasks import registry
-from wsgi_bg._tasks.codec import decode
 from wsgi_bg._tasks.registry import Registration
 from wsgi_bg._tasks.retry import Plan
 from wsgi_bg._tasks.task import BackgroundTask
 from wsgi_bg._tasks.task_log import log_attempt
-from wsgi_bg.celery import headers as celery_headers
-from wsgi_bg.celery import retries
 from wsgi_bg.celery.options import NO_OPTIONS
 from wsgi_bg.exceptions import MessageError, OptionValueError, UnsafeCeleryError
 
@@ -85,7 +84,7 @@ def _run(self: Any, *message: Any, **others: Any) -> Any:
         raise MessageError("the arguments are not wsgi_bg's: not one text")
     args, kwargs = decode(message[0])
     context = copy_context()
-    celery_headers.restore(context, self.request.get)
+    headers.restore(context, self.request.get)
     task = BackgroundTask(registration.func, *args, **kwargs)
     try:
         # This blocks the thread; an async task runs on the process's event loop.
