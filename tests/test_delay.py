@@ -25,6 +25,7 @@ from tests.retry_support import (
 )
 from tests.support import TIMEOUT, Clock, Gate, no_threads, run_python
 from wsgi_bg import (
+    BackgroundTask,
     BackgroundTasks,
     InlineRunner,
     PoolRunner,
@@ -35,12 +36,14 @@ from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._process.workers import Workers
 from wsgi_bg._tasks.background_tasks import TaskQueue
 from wsgi_bg._tasks.batch import Batch
+from wsgi_bg._tasks.task import DIRECT
 from wsgi_bg.exceptions import WaitingLimitError
 from wsgi_bg.hooks import Hooks, TaskRecord
 from wsgi_bg.runners import Statistics, shutdown
 from wsgi_bg.runners import timer as timer_module
 from wsgi_bg.runners.ledger import ledgers_here
 from wsgi_bg.runners.timer import MAX_WAITING, Timer
+from wsgi_bg.runners.waiting import Notice
 
 
 @pytest.mark.parametrize(
@@ -483,6 +486,7 @@ def test_tasks_that_are_given_up_while_their_batch_is_made_are_named(
         background_tasks.add_task(int)
 
     request(add, runner=inline, stop_on_error=True)
+    later: Any
     (later,) = inline.ledger.waiting
     rest: Any = later._rest
 
@@ -493,7 +497,7 @@ def test_tasks_that_are_given_up_while_their_batch_is_made_are_named(
             assert [task.func for task in later.give_up()] == [calls.task]
             return rest.abandon()
 
-    later._rest = Rest()  # type: ignore[assignment]
+    later._rest = Rest()
     batch = later.make_batch()
     assert batch.tasks == []
     assert log.errors[0].startswith("background task builtins.int was not finished since")
@@ -502,6 +506,7 @@ def test_tasks_that_are_given_up_while_their_batch_is_made_are_named(
 def test_a_single_batch_runs_the_tasks(clock: Clock) -> None:
     inline = InlineRunner()
     request(lambda: background_tasks.using(delay=60).add_task(int), runner=inline)
+    later: Any
     (later,) = inline.ledger.waiting
     assert later.may_start()
     assert not later.may_start()
@@ -658,3 +663,31 @@ def test_no_timer_runs_without_a_wait() -> None:
         """
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_celery_options_without_a_time_go_with_a_delay() -> None:
+    tasks = BackgroundTasks().using(delay=60, celery={"queue": "slow"})
+    assert not DIRECT.sends_delayed(BackgroundTask(int))
+    tasks.add_task(int)
+
+
+def test_a_drain_names_what_its_runner_has_not_taken_in_time(undrained: None, log: Log) -> None:
+    entered, release = threading.Event(), threading.Event()
+
+    class Stuck(Own):
+        def submit(self, batch: Any) -> None:
+            if batch.has_waited:
+                entered.set()
+                release.wait(TIMEOUT)
+            super().submit(batch)
+
+    stuck = Stuck(at_once=True)
+    request(lambda: background_tasks.using(delay=0.01).add_task(int), runner=stuck)
+    assert entered.wait(TIMEOUT)
+    try:
+        [left] = shutdown.finish(limit=0.05, notice=Notice(first=0.0))
+    finally:
+        release.set()
+    assert left.func is int
+    assert log.errors[0].startswith("background task builtins.int was not finished")
+    assert any("the process ends, and waits for" in message for message in log.warnings)

@@ -370,3 +370,31 @@ def test_tasks_wait_for_their_time_beside_greenlets(start: str, runner: str) -> 
         """,
     )
     assert lines == ["['async', 'async', 'delayed', 'plain', 'plain']"]
+
+
+def test_the_loops_thread_leaves_the_timer_to_a_greenlet() -> None:
+    lines = run(
+        "patched",
+        """
+        async def add_delayed():
+            background_tasks.using(delay=0.01).add_task(passed.append, "of the loop")
+
+        def app(environ, start_response):
+            if environ["PATH_INFO"] == "/loop":
+                background_tasks.add_task(add_delayed)
+            else:
+                background_tasks.using(delay=0.01).add_task(passed.append, "of a view")
+            start_response("200 OK", [("Content-Length", "2")])
+            return [b"ok"]
+
+        middleware = BackgroundTasksMiddleware(app, runner="pool")
+        server = WSGIServer(("127.0.0.1", 0), middleware, log=None)
+        server.start()
+        from urllib.request import urlopen
+        for path in ("/loop", "/view"):
+            urlopen(f"http://127.0.0.1:{server.server_port}{path}").read()
+        until(lambda: len(passed) == 2)
+        print(sorted(passed))
+        """,
+    )
+    assert lines == ["['of a view', 'of the loop']"]

@@ -555,7 +555,6 @@ def cases_put_off() -> Iterator[Any]:
         yield pytest.param(*case, id=name, marks=() if name in usual else pytest.mark.slow)
 
 
-@in_a_worker
 @pytest.mark.parametrize(("layer", "response", "tasks", "order"), [*cases_put_off()])
 def test_each_task_that_is_put_off_runs_or_is_named_once(
     names: Names, layer: str, response: str, tasks: str, order: str

@@ -492,7 +492,7 @@ def test_a_coroutine_does_not_begin_after_a_signal_handlers_exception(
     before = signal.signal(signal.SIGUSR1, handler)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(portal, "event", SignalledEvent)
+            patch.setattr("wsgi_bg._loop.portal_call.event", SignalledEvent)
             with pytest.raises(TimeLimitError):
                 portal.portal().call(begin)
     finally:

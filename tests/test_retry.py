@@ -325,7 +325,8 @@ def test_under_stop_on_error_the_last_failure_skips_the_rest(clock: Clock, log: 
 
     request(add, runner=inline, stop_on_error=True)
     clock.advance(60)
-    settle(lambda: inline.statistics().discarded == 1)
+    settle(lambda: len(log.warnings) == 2)
+    assert inline.statistics().discarded == 1
     assert inline.statistics().failed == 1
     assert not order
     assert log.warnings[-1].endswith("a task before it failed, with stop_on_error set")
@@ -593,3 +594,21 @@ def test_registrations_know_their_retry() -> None:
     assert registration.retry == Retry(first=60, jitter=False)
     with pytest.raises(ValueError, match="without autoretry_for"):
         registered_task(retry=Retry(), celery={"autoretry_for": (OSError,)})
+
+
+def test_a_batch_whose_rest_waits_has_no_tasks(clock: Clock) -> None:
+    batches: list[Any] = []
+
+    class Keeping(Own):
+        def submit(self, batch: Any) -> None:
+            batches.append(batch)
+            super().submit(batch)
+
+    calls = Calls(failures=1)
+
+    def add() -> None:
+        background_tasks.using(retry=SOON).add_task(calls.task)
+        background_tasks.add_task(int)
+
+    request(add, runner=Keeping(at_once=True), stop_on_error=True)
+    assert batches[0].tasks == []

@@ -20,7 +20,7 @@ from wsgi_bg._request.observer import RequestObserver, Response, observers
 from wsgi_bg._request.servers import declared_length, is_test_client
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg._tasks.callables import name_of
-from wsgi_bg._tasks.retry import plan_of
+from wsgi_bg._tasks.task import plan_of
 from wsgi_bg._tasks.task_log import notify_discarded
 from wsgi_bg.runners import resolve
 

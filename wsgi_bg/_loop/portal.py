@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wsgi_bg._loop import coroutines
 from wsgi_bg._loop.asgiref_state import move_here, use_for_sync_code
+from wsgi_bg._loop.portal_call import PortalCall
 from wsgi_bg._process import log, per_process
-from wsgi_bg._process.greenlets import are_threads, event, start_real_thread
+from wsgi_bg._process.greenlets import are_threads, start_real_thread
 from wsgi_bg._process.interrupts import is_from_signal_handler
 from wsgi_bg._process.per_process import PerProcess
 
@@ -234,38 +235,6 @@ def start(subject: Any, job: LoopJob) -> None:
     :raises Exception: what keeps a portal from being made, if there is none.
     """
     _thread().start(subject, job)
-
-
-class PortalCall(Future[Any]):
-    """The future of a portal call, which the calling thread can end, even before its begin.
-
-    The thread makes the object before the call: a signal handler may raise as soon as the loop
-    knows the call.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.portal: SharedPortal | None = None  # the portal that has got the call
-        self.ended = ended = event()
-        # Added before the loop knows the future: the exception of a signal handler could leave
-        # the future's lock locked.
-        self.add_done_callback(lambda _: ended.set())
-
-    @property
-    def is_pending(self) -> bool:
-        """True if the call was made and has neither returned nor raised."""
-        return self.portal is not None and not self.ended.wait(0.0)
-
-    def end(self, timeout: float) -> bool:
-        """Cancel the call, begun or not, and wait for its end; not on the portal's thread.
-
-        :param timeout: the longest wait, in seconds.
-        :return: True if the call has ended.
-        """
-        if self.portal is None:
-            return True
-        self.portal.cancel_call(self)
-        return bool(self.ended.wait(timeout))
 
 
 def run(

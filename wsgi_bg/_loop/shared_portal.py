@@ -18,7 +18,7 @@ from typing import Any, Self
 from anyio.from_thread import BlockingPortal
 
 from wsgi_bg._loop.coroutines import current_task, is_cancelled, separately
-from wsgi_bg._loop.portal import PortalCall
+from wsgi_bg._loop.portal_call import PortalCall
 from wsgi_bg.exceptions import SharedPortalError
 
 

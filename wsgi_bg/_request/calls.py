@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from wsgi_bg._loop.coroutines import AwaitableInStack
 from wsgi_bg._process import log, per_process
 from wsgi_bg._process.interrupts import is_from_signal_handler, type_name
-from wsgi_bg._tasks.retry import NotSent, plan_of
+from wsgi_bg._tasks.retry import NotSent
 from wsgi_bg._tasks.successors import observe
-from wsgi_bg._tasks.task import BackgroundTask, Caller, Done
+from wsgi_bg._tasks.task import BackgroundTask, Caller, Done, plan_of
 from wsgi_bg.hooks import Hooks, TaskRecord
 
 if TYPE_CHECKING:

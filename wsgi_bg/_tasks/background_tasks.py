@@ -11,8 +11,8 @@ from wsgi_bg._process import per_process
 from wsgi_bg._process.interrupts import safe_repr, stops_worker
 from wsgi_bg._tasks import successors, task_log
 from wsgi_bg._tasks.options import DEFAULTS, OnError, Options
-from wsgi_bg._tasks.retry import Retry, plan_of
-from wsgi_bg._tasks.task import BackgroundTask, RunOn, current, fill
+from wsgi_bg._tasks.retry import Retry
+from wsgi_bg._tasks.task import BackgroundTask, RunOn, current, fill, plan_of
 from wsgi_bg.exceptions import BatchEndedError, TaskTypeError
 
 P = ParamSpec("P")

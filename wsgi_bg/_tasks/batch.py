@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from wsgi_bg._loop import coroutines, portal
 from wsgi_bg._loop.asgiref_state import move_here
 from wsgi_bg._loop.coroutines import DONE, RemainingSteps, as_coroutine
+from wsgi_bg._loop.portal_call import PortalCall
 from wsgi_bg._process import log, per_process
 from wsgi_bg._process.interrupts import is_from_signal_handler, is_raised_here, stops_worker
 from wsgi_bg._tasks import task_log
-from wsgi_bg._tasks.retry import NotSent, plan_of
-from wsgi_bg._tasks.task import DIRECT, RESULT, BackgroundTask, Done, Layer
+from wsgi_bg._tasks.retry import NotSent
+from wsgi_bg._tasks.task import DIRECT, RESULT, BackgroundTask, Done, Layer, plan_of
 
 if TYPE_CHECKING:
     from wsgi_bg._tasks.background_tasks import TaskQueue, Wait
@@ -381,7 +382,7 @@ class Batch:
 
     def _run_async_tasks(self) -> None:
         """Run the next async tasks on the portal; blocks until they are done."""
-        call = portal.PortalCall()
+        call = PortalCall()
         try:
             portal.run(self.run_async, self.goes_on_async, call)
         except Exception as exc:
@@ -631,6 +632,7 @@ class Batch:
             reason = "a task before it failed, with stop_on_error set"
         else:
             reason = task.options.why_not_run(self._status)
+        task.options.calls.forget(task)
         context = task.take_context(self._queue)
         _run_in(context, task_log.log_skipped, task, reason, self._done)
         self._settle()

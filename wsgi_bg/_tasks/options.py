@@ -9,8 +9,8 @@ from typing import Any, get_args
 from wsgi_bg._tasks import successors
 from wsgi_bg._tasks.callables import is_plain
 from wsgi_bg._tasks.checks import whole_number
-from wsgi_bg._tasks.registry import check_retry, has_retries, options_of, retry_of
-from wsgi_bg._tasks.retry import Plan, Retry, wait
+from wsgi_bg._tasks.registry import has_retries, options_of, retry_of
+from wsgi_bg._tasks.retry import Plan, Retry, check_retry, wait
 from wsgi_bg._tasks.task import DIRECT, BackgroundTask, Caller, Layer, RunOn
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError
 

@@ -10,18 +10,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from types import FunctionType, MethodType
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from wsgi_bg._process.interrupts import type_name
 from wsgi_bg._tasks import successors
 from wsgi_bg._tasks.callables import is_async_callable, name_of
-from wsgi_bg._tasks.retry import Retry
 from wsgi_bg.exceptions import (
     NameTakenError,
     OptionTypeError,
     OptionValueError,
     RegistrationError,
 )
+
+if TYPE_CHECKING:
+    from wsgi_bg._tasks.retry import Retry
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -104,22 +106,16 @@ def registered_task(
     if name == "":
         raise OptionValueError("name", name, "a str that is not empty")
     options = None if celery is None else options_of("celery").for_function(celery)
-    check_retry(retry)
+    if retry is not None:
+        from wsgi_bg._tasks.retry import check_retry
+
+        check_retry(retry)
     if retry is not None and celery is not None and "autoretry_for" in celery:
         wanted = "options without autoretry_for, since retry is given"
         raise OptionValueError("celery", celery, wanted)
     if func is not _NOT_GIVEN:
         return _register(func, name, options, retry)
     return lambda func: _register(func, name, options, retry)
-
-
-def check_retry(given: object) -> None:
-    """Raise unless ``given`` is a :class:`~wsgi_bg.Retry` or None.
-
-    :raises TypeError: if ``given`` is of another type.
-    """
-    if given is not None and not isinstance(given, Retry):
-        raise OptionTypeError("retry", given, "a wsgi_bg.Retry, such as Retry(attempts=3)")
 
 
 def find(func: Callable[..., Any]) -> Registration | None:

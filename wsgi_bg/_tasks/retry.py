@@ -7,7 +7,6 @@ from contextvars import Context, ContextVar
 from dataclasses import KW_ONLY, dataclass
 from inspect import isclass
 from threading import TIMEOUT_MAX
-from typing import Any
 
 from wsgi_bg._tasks.checks import seconds, whole_number
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError
@@ -82,6 +81,15 @@ class Retry:
         return attempt < self.attempts and isinstance(exc, self.on)
 
 
+def check_retry(given: object) -> None:
+    """Raise unless ``given`` is a :class:`~wsgi_bg.Retry` or None.
+
+    :raises TypeError: if ``given`` is of another type.
+    """
+    if given is not None and not isinstance(given, Retry):
+        raise OptionTypeError("retry", given, "a wsgi_bg.Retry, such as Retry(attempts=3)")
+
+
 _random = random.SystemRandom()
 
 
@@ -139,8 +147,3 @@ class Plan:
 
 class NotSent(Exception):  # noqa: N818
     """A task with a delay could not be sent before its time, and has to wait here."""
-
-
-def plan_of(task: Any) -> Plan | None:
-    """The plan of a ``BackgroundTask``; None if the task has none."""
-    return getattr(task, "plan", None)

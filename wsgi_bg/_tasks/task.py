@@ -10,13 +10,15 @@ from functools import partial
 from inspect import CO_COROUTINE
 from sys import modules
 from types import FunctionType, MethodType
-from typing import Any, Literal, ParamSpec
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
 from wsgi_bg._loop import portal
 from wsgi_bg._loop.asgiref_state import detached
 from wsgi_bg._process.interrupts import is_raised_here, stops_worker
 from wsgi_bg._tasks.callables import NOT_PLAIN, is_async_callable, name_of
-from wsgi_bg._tasks.retry import Plan, Retry, plan_of
+
+if TYPE_CHECKING:
+    from wsgi_bg._tasks.retry import Plan, Retry
 
 P = ParamSpec("P")
 
@@ -90,6 +92,9 @@ class Caller:
     def discarded(self, task: BackgroundTask, reason: str) -> None:
         """``task`` will not run, or was interrupted."""
 
+    def forget(self, task: BackgroundTask) -> None:
+        """``task`` will not run, in no process."""
+
 
 DIRECT: Caller = Caller()
 """The caller of tasks that nothing observes."""
@@ -143,6 +148,11 @@ class Layer:
 _NO_LAYER = Layer()
 
 _EMPTY: list[Any] = []  # always empty; of claimed tasks, and of tasks without a record
+
+
+def plan_of(task: BackgroundTask) -> Plan | None:
+    """The plan of a task; None if the task has neither a delay nor a ``Retry``."""
+    return getattr(task, "plan", None)
 
 
 class BackgroundTask:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from wsgi_bg._process import log, per_process
 from wsgi_bg._process.interrupts import is_from_signal_handler
-from wsgi_bg._tasks.retry import plan_of
 from wsgi_bg._tasks.successors import observe, observe_log
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def log_dropped(task: BackgroundTask, added_by: BackgroundTask) -> None:
 
 
 def _raised(task: BackgroundTask, exc: BaseException) -> tuple[str, tuple[Any, ...]]:
-    plan = plan_of(task)
+    plan = getattr(task, "plan", None)
     args = task.name, _kind_of(exc)
     if plan is None or plan.retry is None:
         return "background task %s raised %s", args

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable
 from itertools import chain
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakValueDictionary
 
 from wsgi_bg._process.greenlets import event
@@ -18,7 +18,28 @@ from wsgi_bg.runners.base import Statistics
 if TYPE_CHECKING:
     from wsgi_bg._tasks.batch import Batch
     from wsgi_bg._tasks.task import BackgroundTask
-    from wsgi_bg.runners.timer import LaterTasks
+
+
+class WaitingTasks(Protocol):
+    """Tasks that wait for their time, and belong to no batch yet.
+
+    :ivar due: the time, by :func:`time.monotonic`.
+    :ivar runner: the runner that gets the tasks then.
+    """
+
+    due: float
+
+    @property
+    def runner(self) -> object: ...
+
+    @property
+    def tasks(self) -> list[BackgroundTask]: ...
+
+    def length(self) -> int:
+        """Approximate number of tasks."""
+
+    def give_up(self) -> list[BackgroundTask]:
+        """Wait no longer; claim and return the tasks."""
 
 
 class Ledger:
@@ -35,7 +56,9 @@ class Ledger:
         self.pid: int = os.getpid()
         self._handed_over: dict[Batch, None] = {}
         self._run_here: dict[Batch, None] = {}
-        self.waiting: dict[LaterTasks, None] = {}
+        self.waiting: dict[WaitingTasks, None] = {}
+        # Tasks whose batch a thread is submitting, after their time has come.
+        self._submitting: dict[WaitingTasks, None] = {}
         # Numbers of tasks of ended batches: succeeded, failed, discarded, run on the server's
         # thread. By the thread that ended the batch, so that no two threads add to a number.
         self._counts: dict[int, list[int]] = {}
@@ -73,9 +96,14 @@ class Ledger:
         counts[3] += batch.run_here
         self._notify()
 
-    def end_wait(self, later: LaterTasks) -> None:
-        """Remove tasks whose time has come, once their batch was added."""
+    def end_wait(self, later: WaitingTasks) -> None:
+        """Let tasks wait no more whose time has come: their batch was added."""
+        self._submitting[later] = None
         self.waiting.pop(later, None)
+
+    def end_submit(self, later: WaitingTasks) -> None:
+        """Note that the runner has got the batch of ``later``."""
+        self._submitting.pop(later, None)
         self._notify()
 
     def _notify(self) -> None:
@@ -83,12 +111,21 @@ class Ledger:
             waiter.set()
 
     @property
+    def length(self) -> int:
+        """Number of batches that were handed over and have not ended."""
+        return len(self._handed_over)
+
+    def forget(self, batch: Batch) -> None:
+        """Do not keep a batch that was not handed over after all; counts no task."""
+        self._handed_over.pop(batch, None)
+
+    @property
     def batches(self) -> list[Batch]:
         """The batches that have not ended."""
         # dict.fromkeys: while add() moves a batch, both dictionaries hold the batch.
         return list(dict.fromkeys([*list(self._handed_over), *list(self._run_here)]))
 
-    def due_by(self, due: float, runner: object = None) -> list[LaterTasks]:
+    def due_by(self, due: float, runner: object = None) -> list[WaitingTasks]:
         """The tasks whose time comes before ``due`` by the monotonic clock.
 
         :param runner: only tasks of this runner; None for all that this ledger has.
@@ -99,7 +136,12 @@ class Ledger:
             if later.due <= due and (runner is None or runner is later.runner)
         ]
 
-    def wait_for(self, batches: Iterable[Batch | LaterTasks], deadline: float) -> bool:
+    def not_submitted(self, due: float, runner: object) -> list[WaitingTasks]:
+        """The tasks of ``runner`` that it has not got yet, and gets before ``due``."""
+        coming = self.due_by(due, runner)
+        return coming + [later for later in list(self._submitting) if later.runner is runner]
+
+    def wait_for(self, batches: Iterable[Batch | WaitingTasks], deadline: float) -> bool:
         """Block until all ``batches`` have ended, or until ``deadline`` by the monotonic clock.
 
         Tasks that wait for their time are waited for until they have become a batch.
@@ -114,6 +156,7 @@ class Ledger:
                     batch in self._handed_over
                     or batch in self._run_here
                     or batch in self.waiting
+                    or batch in self._submitting
                 ):
                     left = deadline - time.monotonic()
                     if left <= 0:

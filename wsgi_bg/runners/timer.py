@@ -319,22 +319,20 @@ class Timer:
             return
         if greenlets.are_threads():
             loop = portal.peek()
-            if loop is not None and loop.is_current:  # no greenlet would run on this thread
-                return
+            # No greenlet would run on the loop's thread. (coverage does not see that thread.)
+            if loop is not None and loop.is_current:
+                return  # pragma: no cover
         self._thread.submit(None)
 
     def _work(self, job: None) -> None:
         """Submit tasks at their times; returns only in a child that a log handler forks."""
         generation = per_process.generation
         self._is_running = True
-        try:
-            while True:
-                self._changed.clear()
-                self._changed.wait(self._submit_due())
-                if per_process.generation != generation:
-                    return
-        finally:
-            self._is_running = False
+        while True:
+            self._changed.clear()
+            self._changed.wait(self._submit_due())
+            if per_process.generation != generation:
+                return
 
     def _submit_due(self) -> float:
         """Submit the tasks whose time has come; return the seconds until the next time."""
