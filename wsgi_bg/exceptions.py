@@ -262,3 +262,14 @@ class PublishError(WsgiBgError, ConnectionError):
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name} was not sent: {reason}")
         self.name = name
+
+
+class StoreError(WsgiBgError, RuntimeError):
+    """A folder of durable tasks cannot be used, or a task could not be stored there.
+
+    :ivar path: the folder, or the file in it.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"the durable tasks in {path!r}: {reason}")
+        self.path = path

@@ -1,0 +1,1 @@
+"""Durable tasks: a folder of SQLite files that keeps tasks until they have run."""
