@@ -34,6 +34,9 @@ class Worker:
         self.heartbeat = os.dup(self.tmp.fileno())
         vars(self).update(attributes)
 
+    def load_wsgi(self):
+        pass
+
     def init_signals(self):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
             signal.signal(number, self.handler)
@@ -54,6 +57,7 @@ def wait_for_ever():
 def begin(worker):
     gunicorn.post_fork(None, worker)
     worker.init_signals()
+    worker.load_wsgi()
     return worker
 
 def end(worker):

@@ -20,6 +20,7 @@ __all__ = [
     "BackgroundTask",
     "BackgroundTasks",
     "BackgroundTasksMiddleware",
+    "DurableRunner",
     "InlineRunner",
     "PoolRunner",
     "Retry",
@@ -40,6 +41,7 @@ _HOMES = {
     "BackgroundTask": "_tasks.task",
     "BackgroundTasks": "_tasks.background_tasks",
     "BackgroundTasksMiddleware": "_request.middleware",
+    "DurableRunner": "_durable.runner",
     "InlineRunner": "runners",
     "PoolRunner": "runners",
     "Retry": "_tasks.retry",
@@ -57,6 +59,7 @@ _HOMES = {
 _MODULES = {"exceptions", "hooks", "runners", "shutdown"}
 
 if TYPE_CHECKING:
+    from wsgi_bg._durable.runner import DurableRunner
     from wsgi_bg._loop.portal import portal
     from wsgi_bg._request.injection import inject
     from wsgi_bg._request.middleware import BackgroundTasksMiddleware

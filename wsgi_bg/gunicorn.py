@@ -37,11 +37,15 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 def post_fork(server: Any, worker: Any) -> None:
     """Prepare the exit of ``worker``; gunicorn calls this in the new process.
 
+    A ``DurableRunner`` of the application takes tasks over when the worker has loaded the
+    application, and not only with the first request.
+
     :param server: gunicorn's arbiter.
-    :param worker: the worker, whose ``init_signals`` is wrapped.
+    :param worker: the worker, whose ``init_signals`` and ``load_wsgi`` are wrapped.
     """
     worker.wsgi_bg_exit = exit_ = _Exit(worker)
     worker.init_signals = partial(_init_signals, worker.init_signals, exit_)
+    worker.load_wsgi = partial(_load_wsgi, worker.load_wsgi)
 
 
 def worker_exit(server: Any, worker: Any) -> None:
@@ -64,6 +68,12 @@ def worker_exit(server: Any, worker: Any) -> None:
 def _init_signals(init_signals: Callable[[], None], exit_: _Exit) -> None:
     init_signals()
     exit_.watch_signals()
+
+
+def _load_wsgi(load_wsgi: Callable[[], None]) -> None:
+    """Load the application, then let its durable runners take over tasks."""
+    load_wsgi()
+    shutdown.start_runners()
 
 
 class _Exit:

@@ -35,6 +35,11 @@ def debug(message: str, *args: Any) -> None:
     _log(logging.DEBUG, message, args)
 
 
+def info(message: str, *args: Any) -> None:
+    """Log at INFO; see :func:`error`."""
+    _log(logging.INFO, message, args)
+
+
 def warning(
     message: str,
     *args: Any,

@@ -10,14 +10,17 @@ from wsgi_bg._request.calls import Around, Calls
 from wsgi_bg._tasks.background_tasks import BackgroundTasks, View
 from wsgi_bg._tasks.callables import is_plain
 from wsgi_bg._tasks.options import OnError, Options
-from wsgi_bg._tasks.task import DIRECT, RunOn
-from wsgi_bg.exceptions import OptionError, OptionTypeError
+from wsgi_bg._tasks.task import DIRECT, Caller, RunOn
+from wsgi_bg.exceptions import OptionError, OptionTypeError, OptionValueError
 from wsgi_bg.hooks import HOOKS, Hooks
+from wsgi_bg.runners.keeping import KeepingCaller
 
 if TYPE_CHECKING:
     from wsgi_bg.runners import Runner
 
 M = TypeVar("M")
+
+_DURABLE = "WSGI_BG_DURABLE"
 
 
 class LayerView(View):
@@ -72,6 +75,8 @@ def merge_options(
     if hooks is None and around is None and runner is None:
         return options
     calls = outer.calls
+    if isinstance(calls, KeepingCaller):
+        calls = calls.inner
     all_hooks: tuple[Hooks, ...] = ()
     if isinstance(calls, Calls):
         all_hooks = calls.hooks
@@ -84,9 +89,12 @@ def merge_options(
     may_send = getattr(runner, "may_send", None)
     waits = bool(getattr(runner, "sends_delayed", False))
     is_called_directly = not (all_hooks or around or send)
-    caller = DIRECT
+    caller: Caller = DIRECT
     if not is_called_directly:
         caller = Calls(all_hooks, around, send, may_send, waits=waits)
+    keeper: Any = runner if hasattr(runner, "keep") else None
+    if keeper is not None:
+        caller = KeepingCaller(keeper, caller)
     return replace(
         options,
         runner=runner,
@@ -115,7 +123,8 @@ def make_configured(
 
     :param make: makes the middleware.
     :param read: returns the configuration's value of a key, such as ``WSGI_BG_RUNNER`` for
-        the option ``runner``; None if the configuration has no such key.
+        the option ``runner``; None if the configuration has no such key. The key
+        ``WSGI_BG_DURABLE`` has the path of a ``DurableRunner``, in place of a runner.
     :raises TypeError: if an option has the wrong type. The message names the option, or the
         key that has set the option.
     :raises ValueError: if an option is an unknown word, or a number out of range.
@@ -124,6 +133,13 @@ def make_configured(
     configured = {
         option: value for option, key in keys.items() if (value := read(key)) is not None
     }
+    durable = read(_DURABLE)
+    if durable is not None:
+        if {**options, **configured}.get("runner") is not None:
+            raise OptionValueError(_DURABLE, durable, "a path, or a runner, and not both")
+        from wsgi_bg._durable.runner import DurableRunner
+
+        options = {**options, "runner": DurableRunner(durable)}
     try:
         return make(**{**options, **configured})
     except OptionError as exc:

@@ -112,8 +112,15 @@ class BackgroundTasksMiddleware:
         self._hooks = hooks
         self._merged: _MergedOptions | None = None
         self._names_runner = runner is not None
-        options = self._merge(Options(), resolve(runner))
+        resolved: Any = resolve(runner)
+        options = self._merge(Options(), resolved)
         self._options = replace(options, runner_is_default=self._runner_is_default)
+        self._inner = app
+        if hasattr(resolved, "keep"):
+            from wsgi_bg._durable.keeping import KeepingApp
+
+            resolved.attach(self._options)
+            self._inner = KeepingApp(app, resolved)
 
     def __call__(
         self, environ: WSGIEnvironment, start_response: StartResponse
@@ -176,8 +183,8 @@ class BackgroundTasksMiddleware:
     ) -> Iterable[bytes]:
         """Check the server, then call the application; replaced once the check has passed."""
         refuse_eventlet(environ)
-        self._app = self._wrapped
-        return self._wrapped(environ, start_response)
+        self._app = self._inner
+        return self._inner(environ, start_response)
 
     def _handle_inner(
         self, tasks: BackgroundTasks, environ: WSGIEnvironment, start_response: StartResponse

@@ -41,6 +41,8 @@ class RequestTasks(Deferring):
     :ivar status: the status line of the last call of ``start_response``; empty before.
     :ivar headers: the headers of that call; None before.
     :ivar is_declared_late: True if that call may have come after the application returned.
+    :ivar is_answered: True if the runner keeps tasks and the server may send the first byte:
+        ``add_task`` lets the runner store each task from then on.
     :ivar is_used: True if the list of tasks was made; read without a call for each request.
     """
 
@@ -49,6 +51,7 @@ class RequestTasks(Deferring):
         "_invocation",
         "_is_handed_over",
         "headers",
+        "is_answered",
         "is_declared_late",
         "is_used",
         "status",
@@ -56,6 +59,7 @@ class RequestTasks(Deferring):
 
     status: str
     headers: list[tuple[str, str]] | None
+    is_answered: bool
     is_declared_late: bool
     is_used: bool
     # Set with the first task. The collector of this process holds the request until the tasks
@@ -73,7 +77,7 @@ class RequestTasks(Deferring):
         self.options = options
         self.phase = OPEN
         self.status = ""
-        self.is_declared_late = self.is_used = False
+        self.is_answered = self.is_declared_late = self.is_used = False
 
     def start_response(
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
@@ -110,6 +114,11 @@ class RequestTasks(Deferring):
     def allow_start(self) -> None:
         assert self._list is not None
         self._collector.unfinished[id(self)] = self, self._list
+
+    def expected(self) -> list[BackgroundTask]:
+        """The tasks that run if the request ends with the status known so far."""
+        status = _code_of(self.status)
+        return [task for task in self._list or () if task.options.lets_run(status)]
 
     def end(self, environ: WSGIEnvironment, outcome: Outcome, *, closed: bool = True) -> None:
         """Submit the tasks, if any: the application is done with the request.

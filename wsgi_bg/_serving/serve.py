@@ -119,12 +119,16 @@ def listen(
     app: WSGIApplication,
     runner: Runner | Literal["inline", "pool"] | None,
     options: dict[str, Any],
+    default: Runner | Literal["inline", "pool"] = "pool",
 ) -> GracefulServer:
-    """Return a server that listens and does not accept yet; see :func:`serve`."""
+    """Return a server that listens and does not accept yet; see :func:`serve`.
+
+    :param default: the runner if ``runner`` is None and ``app`` names no runner.
+    """
     from wsgi_bg._serving.server import GracefulServer
 
     around = _Outermost if runner is None else BackgroundTasksMiddleware
-    return GracefulServer(around(app, runner=runner or "pool"), options)
+    return GracefulServer(around(app, runner=runner or default), options)
 
 
 class _Outermost(BackgroundTasksMiddleware):
@@ -140,6 +144,7 @@ def run(server: GracefulServer, drain_timeout: float | None) -> Unfinished:
     with signals:
         for address in server.addresses:
             announce(f"Serving on {address}\n")
+        shutdown.start_runners()
         server.run()
         began = signals.came
         assert began is not None

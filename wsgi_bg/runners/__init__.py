@@ -14,12 +14,12 @@ _shared: dict[str | None, Runner] = {"inline": InlineRunner(), "pool": shared_po
 _shared[None] = _shared["inline"]
 
 
-def set_default(name: str) -> None:
-    """Let ``runner=None`` mean the shared runner ``name``, for middleware made afterwards.
+def set_default(runner: Runner | str) -> None:
+    """Let ``runner=None`` mean ``runner``, or the shared runner of that name, from now on.
 
     ``wsgi-bg`` calls this before it imports the application.
     """
-    _shared[None] = _shared[name]
+    _shared[None] = _shared[runner] if isinstance(runner, str) else runner
 
 
 def resolve(runner: Runner | str | None) -> Runner:

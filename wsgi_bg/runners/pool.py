@@ -88,6 +88,24 @@ class PoolRunner(LedgerRunner):
         if is_exiting() or state.ledger.is_draining or not state.submit(batch):
             batch.run()
 
+    def offer(self, batch: Batch, *, share: float = 1.0) -> bool:
+        """Hand the batch over if there is room; never runs the batch here, and does not block.
+
+        :param share: the part of ``max_pending`` that may be taken before this batch.
+        :return: False if the batch was not handed over.
+        """
+        state = self._states.get()
+        has_room = state.ledger.length < self._limits[True] * share
+        if is_exiting() or state.ledger.is_draining or not has_room:
+            return False
+        state.ledger.add(batch)
+        if not batch.response_complete:
+            batch.not_before = time.monotonic() + START_DELAY
+        if state.submit(batch):
+            return True
+        state.ledger.forget(batch)
+        return False
+
     def _run_here(self, batch: Batch, warning: RepeatedWarning) -> None:
         if batch.tasks:  # else the batch has no task left and only has to end
             batch.run_here = batch.length

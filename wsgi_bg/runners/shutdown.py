@@ -80,6 +80,17 @@ def _registered() -> list[Runner]:
     return list(_users_runners.values()) + [each for each in own if each is not None]
 
 
+def start_runners() -> None:
+    """Let runners that keep tasks take over tasks before the first request of this process.
+
+    :raises RuntimeError: if the files of such a runner cannot be used.
+    """
+    for runner in _registered():
+        start = getattr(runner, "start", None)
+        if start is not None:
+            start()
+
+
 def _works_by_ledger(runner: Runner) -> bool:
     return getattr(runner, "work_is_in_ledgers", False)
 
@@ -249,7 +260,7 @@ def _drain(
     while True:
         until = min(deadline, notice.due)
         # First: a runner that drains takes no more work in.
-        if not ledger.wait_for(ledger.due_by(deadline, runner), until):
+        if not ledger.wait_for(ledger.not_submitted(deadline, runner), until):
             if time.monotonic() >= deadline:
                 return _time_is_up(seconds)
             notice.log_if_due(latest, runner=runner)
@@ -262,7 +273,9 @@ def _drain(
             log.error("%s could not be drained", runner, exc_info=exc)
             return "since its runner could not be drained"
         if not left:
-            if ledger.due_by(deadline, runner):  # the task has failed, and is called again
+            if ledger.not_submitted(
+                deadline, runner
+            ):  # the task has failed, and is called again
                 continue
             return None
         now = time.monotonic()

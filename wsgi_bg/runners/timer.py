@@ -96,6 +96,9 @@ class Deferring(TaskQueue):
         ledger = ledger_of(self.runner)
         if is_exiting():  # no drain will come that could log the task
             return None
+        keeper: Any = self.runner
+        if hasattr(keeper, "postpone") and not holds_rest and keeper.postpone(task, wait):
+            return _InFile()
         if wait is not None:
             if len(ledger.waiting) >= timer.limit:
                 timer.full.count(timer.limit)
@@ -131,6 +134,15 @@ class _Next:
             if front
             else partial(tasks.open_list().insert, 1, copy)
         )
+
+
+class _InFile:
+    """The wait of a task that its runner has stored, and that no memory holds."""
+
+    moves_rest: bool = False
+
+    def begin(self) -> None:
+        """Do nothing: the wait has begun."""
 
 
 class LaterTasks(Deferring):
@@ -382,6 +394,8 @@ def _submit(submission: _Submission) -> None:
         message = "%s did not take %s, which run in this process"
         log.error(message, runner, names, exc_info=exc)
         shared_pool.submit_later(batch.again())
+    finally:
+        later.ledger.end_submit(later)
 
 
 timers: PerProcess[Timer] = PerProcess(Timer)

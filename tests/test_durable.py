@@ -1,0 +1,759 @@
+"""Durable tasks: what is stored when, and what runs."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask, current_app
+
+from tests import durable_shop as shop
+from tests.conftest import Log
+from tests.durable_shop import add_two, fail, fail_twice, handle, wait_at, write, write_async
+from tests.support import TIMEOUT, Server, app_that, make_server_environ, run_python
+from tests.test_examples import wait_until
+from wsgi_bg import (
+    BackgroundTask,
+    BackgroundTasksMiddleware,
+    DurableRunner,
+    InlineRunner,
+    PoolRunner,
+    Retry,
+    background_tasks,
+    get_background_tasks,
+    registered_task,
+    wait,
+)
+from wsgi_bg._durable.folder import check_folder
+from wsgi_bg._durable.inspection import list_tasks, order
+from wsgi_bg._durable.rows import Row
+from wsgi_bg._durable.runner import Kept, _running
+from wsgi_bg._durable.store import Store
+from wsgi_bg._process.workers import Workers
+from wsgi_bg.exceptions import StoreError
+from wsgi_bg.flask import Background
+from wsgi_bg.hooks import Hooks, TaskRecord
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    shop.calls.clear()
+    shop.gates.clear()
+    shop.begun.clear()
+    yield
+    for gate in shop.gates.values():
+        gate.set()
+    wait(TIMEOUT)
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Iterator[DurableRunner]:
+    runner = DurableRunner(tmp_path / "tasks")
+    yield runner
+    for gate in shop.gates.values():
+        gate.set()
+    assert runner.drain(TIMEOUT) == []
+    runner.abandon()
+
+
+def stored(runner_or_path: Any) -> list[tuple[str, str]]:
+    """State and name of the tasks in the folder."""
+    path = runner_or_path.path if isinstance(runner_or_path, DurableRunner) else runner_or_path
+    return [
+        (each.outcome.state, each.outcome.row.name) for each in list_tasks(check_folder(path))
+    ]
+
+
+def waiting(runner: DurableRunner) -> list[str]:
+    return [name for state, name in stored(runner) if state in ("waiting", "running")]
+
+
+@pytest.mark.parametrize("local", ["pool", "inline", InlineRunner(), PoolRunner()])
+@pytest.mark.parametrize("func", [write, write_async])
+def test_a_registered_task_is_stored_before_the_answer_and_gone_once_it_has_run(
+    tmp_path: Path, local: Any, func: Any
+) -> None:
+    runner = DurableRunner(tmp_path, local=local)
+    seen: list[list[str]] = []
+    app = app_that(lambda environ: background_tasks.add_task(func, 1))
+    app = BackgroundTasksMiddleware(app, runner=runner)
+    server = Server()
+    body = app(make_server_environ(), server.start_response)
+    seen.append(waiting(runner))
+    assert shop.calls == []
+    list(body)
+    body.close()  # type: ignore[attr-defined]
+    assert shop.wait_for(1) == [1]
+    assert wait(TIMEOUT) == []
+    assert seen == [[f"durable.{func.__name__}"]]
+    assert waiting(runner) == []
+    assert runner.drain(TIMEOUT) == []
+    runner.abandon()
+
+
+def test_durable_and_other_tasks_of_a_request_run_in_the_order_added(
+    runner: DurableRunner,
+) -> None:
+    handle(runner, (write, 1), (shop.note, 2), (write_async, 3), (shop.note, 4), (write, 5))
+    assert shop.wait_for(5) == [1, 2, 3, 4, 5]
+
+
+def test_durable_tasks_never_run_on_the_servers_thread(tmp_path: Path) -> None:
+    runner = DurableRunner(tmp_path, local="inline")
+    handle(runner, (wait_at, "gate"))  # would block for ever
+    shop.gate("gate").set()
+    assert shop.wait_for(1) == ["gate"]
+
+
+def test_a_task_runs_in_the_application_context_of_flask(tmp_path: Path) -> None:
+    app = Flask("shop")
+    Background(app, runner=DurableRunner(tmp_path))
+
+    @app.post("/")
+    def view() -> str:
+        background_tasks.add_task(write, current_app.name)
+        return "ok"
+
+    assert app.test_client().post("/").text == "ok"
+    assert shop.wait_for(1) == ["shop"]
+
+
+def test_arguments_that_a_later_process_would_not_get_back_are_refused_in_the_view(
+    runner: DurableRunner,
+) -> None:
+    with pytest.raises(TypeError, match=r"durable\.write"):
+        handle(runner, (write, object()))
+    assert waiting(runner) == []
+
+
+@pytest.mark.parametrize("run_on", ["success", "error", "always"])
+@pytest.mark.parametrize("status", ["200 OK", "500 Oops"])
+def test_tasks_that_the_outcome_lets_run_are_stored(
+    runner: DurableRunner, run_on: Any, status: str
+) -> None:
+    def add(environ: Any) -> None:
+        background_tasks.using(run_on=run_on).add_task(write, 1)
+
+    app = BackgroundTasksMiddleware(app_that(add, status=status), runner=runner)
+    body = app(make_server_environ(), Server().start_response)
+    runs = run_on == "always" or (run_on == "error") == status.startswith("5")
+    assert waiting(runner) == ["durable.write"] * runs
+    list(body)
+    body.close()  # type: ignore[attr-defined]
+    assert wait(TIMEOUT) == []
+    assert shop.calls == [1] * runs
+    assert waiting(runner) == []
+
+
+def test_a_view_that_crashes_stores_its_error_tasks_before_the_error_goes_out(
+    runner: DurableRunner,
+) -> None:
+    def crash(environ: Any) -> None:
+        tasks = background_tasks
+        tasks.using(run_on="success").add_task(wait_at, "success")
+        tasks.using(run_on="error").add_task(wait_at, "error")
+        tasks.using(run_on="always").add_task(wait_at, "always")
+        raise LookupError
+
+    app = BackgroundTasksMiddleware(app_that(crash), runner=runner)
+    with pytest.raises(LookupError):
+        app(make_server_environ(), Server().start_response)
+    assert waiting(runner) == ["durable.wait_at"] * 2
+    shop.gate("error").set()
+    shop.gate("always").set()
+    assert shop.wait_for(2) == ["error", "always"]
+
+
+def test_a_stream_that_raises_takes_its_success_tasks_back(runner: DurableRunner) -> None:
+    def stream() -> Iterator[bytes]:
+        yield b"first"
+        raise LookupError
+
+    def add(environ: Any) -> None:
+        background_tasks.add_task(write, "success")
+        background_tasks.using(run_on="always").add_task(write, "always")
+
+    app = BackgroundTasksMiddleware(app_that(add, body=stream), runner=runner)
+    body = app(make_server_environ(), Server().start_response)
+    chunks = iter(body)
+    assert next(chunks) == b"first"
+    assert waiting(runner) == ["durable.write"] * 2
+    with pytest.raises(LookupError):
+        next(chunks)
+    body.close()  # type: ignore[attr-defined]
+    assert shop.wait_for(1) == ["always"]
+    assert wait(TIMEOUT) == []
+    assert waiting(runner) == []
+
+
+def test_a_generator_application_has_its_tasks_stored_before_its_first_chunk(
+    runner: DurableRunner,
+) -> None:
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        get_background_tasks(environ).add_task(write, 1)
+        start_response("200 OK", [])
+        get_background_tasks(environ).add_task(write, 2)
+        yield b"first"
+        get_background_tasks(environ).add_task(write, 3)
+        yield b"second"
+
+    body = BackgroundTasksMiddleware(app, runner=runner)(
+        make_server_environ(), Server().start_response
+    )
+    assert waiting(runner) == []
+    chunks = iter(body)
+    assert next(chunks) == b"first"
+    assert len(waiting(runner)) == 2
+    assert next(chunks) == b"second"
+    assert len(waiting(runner)) == 3
+    assert list(chunks) == []
+    body.close()  # type: ignore[attr-defined]
+    assert shop.wait_for(3) == [1, 2, 3]
+
+
+def test_write_stores_the_tasks_before_it_passes_its_first_bytes(runner: DurableRunner) -> None:
+    seen: list[int] = []
+
+    class Writing(Server):
+        def start_response(self, *args: Any) -> Any:
+            super().start_response(*args)
+            return lambda data: seen.append(len(waiting(runner)))
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        background_tasks.add_task(wait_at, "gate")
+        write_bytes = start_response("200 OK", [])
+        background_tasks.add_task(wait_at, "gate")
+        write_bytes(b"first")
+        background_tasks.add_task(wait_at, "gate")
+        write_bytes(b"second")
+        return []
+
+    Writing().run(BackgroundTasksMiddleware(app, runner=runner), make_server_environ())
+    assert seen == [2, 3]
+
+
+def fill_disk(monkeypatch: pytest.MonkeyPatch, *methods: str) -> None:
+    """Make methods of the store fail, as on a full disk. (``durable/test_full.py`` has one.)"""
+
+    def fail(*args: Any) -> Any:
+        raise StoreError("tasks", "the disk is full")
+
+    for method in methods:
+        monkeypatch.setattr(Store, method, fail)
+
+
+@pytest.mark.parametrize("has_close", [True, False])
+def test_a_request_whose_tasks_cannot_be_stored_fails_and_is_closed(
+    runner: DurableRunner, monkeypatch: pytest.MonkeyPatch, log: Log, has_close: bool
+) -> None:
+    closed = threading.Event()
+
+    class Closing(list[bytes]):
+        def close(self) -> None:
+            closed.set()
+
+    kind = Closing if has_close else list[bytes]
+
+    def add(environ: Any) -> None:
+        background_tasks.add_task(write, "success")
+        background_tasks.using(run_on="error").add_task(fail_twice, "error")
+
+    fill_disk(monkeypatch, "add")
+    app = BackgroundTasksMiddleware(app_that(add, body=lambda: kind([b"ok"])), runner=runner)
+    with pytest.raises(StoreError):
+        app(make_server_environ(), Server().start_response)
+    assert closed.is_set() is has_close
+    assert shop.wait_for(3) == ["error", "error", "error"]  # from memory
+    assert wait(TIMEOUT) == []
+    assert any("not stored" in message for message in log.errors)
+    assert any("was not run" in message for message in log.warnings)
+
+
+def test_a_late_task_that_cannot_be_stored_is_refused_by_add_task(
+    runner: DurableRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stream(environ: Any) -> Iterator[bytes]:
+        yield b"first"
+        fill_disk(monkeypatch, "add")
+        with pytest.raises(StoreError):
+            get_background_tasks(environ).add_task(write, 1)
+
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", [])
+        return stream(environ)
+
+    Server().run(BackgroundTasksMiddleware(app, runner=runner), make_server_environ())
+    assert wait(TIMEOUT) == []
+    assert shop.calls == []
+
+
+def test_what_a_durable_task_adds_is_stored_with_its_end(runner: DurableRunner) -> None:
+    handle(runner, (add_two, "a"), (wait_at, "gate"))
+    shop.gate("gate")
+    assert shop.begun["gate"].wait(TIMEOUT)
+    assert sorted(waiting(runner)) == ["durable.wait_at", "durable.write", "durable.write"]
+    shop.gate("gate").set()
+    assert shop.wait_for(4) == ["a", "gate", "a.1", "a.2"]
+    assert wait(TIMEOUT) == []
+    assert waiting(runner) == []
+
+
+def test_a_failed_task_is_kept_with_its_error(runner: DurableRunner, log: Log) -> None:
+    handle(runner, (fail, 1), (write, 2))
+    assert shop.wait_for(2) == [1, 2]
+    assert wait(TIMEOUT) == []
+    assert wait_until(lambda: ("failed", "durable.fail") in stored(runner))
+    assert len(log.errors) == 1
+
+
+def test_tasks_beyond_max_pending_stay_in_the_file_until_there_is_room(tmp_path: Path) -> None:
+    runner = DurableRunner(tmp_path, local=PoolRunner(threads=1, max_pending=1))
+    handle(runner, (wait_at, "gate"))
+    shop.gate("gate")
+    for number in range(5):
+        handle(runner, (write, number))
+    assert shop.calls == []
+    assert len(waiting(runner)) == 6
+    shop.gate("gate").set()
+    assert shop.wait_for(6)[0] == "gate"
+    assert sorted(shop.calls[1:]) == [0, 1, 2, 3, 4]
+
+
+def test_a_drain_leaves_the_tasks_that_wait_in_the_file(tmp_path: Path, log: Log) -> None:
+    runner = DurableRunner(tmp_path, local=PoolRunner(threads=1))
+    handle(runner, (wait_at, "gate"))
+    shop.gate("gate")
+    assert shop.begun["gate"].wait(TIMEOUT)
+    for number in range(5):
+        handle(runner, (write, number))
+    thread = threading.Thread(target=runner.drain, args=[TIMEOUT])
+    thread.start()
+    assert wait_until(
+        lambda: any("5 durable tasks stay" in message for message in log.at(logging.INFO))
+    )
+    shop.gate("gate").set()
+    thread.join(TIMEOUT)
+    assert shop.calls == ["gate"]
+    assert waiting(runner) == ["durable.write"] * 5
+    runner.abandon()
+
+
+def test_a_retry_waits_in_the_file_and_holds_up_no_other_task(runner: DurableRunner) -> None:
+    handle(runner, (fail_twice, 1), (write, 2))
+    assert shop.wait_for(5) == [1, 2, 1, 1, "child"]
+    assert wait(TIMEOUT) == []
+    assert wait_until(lambda: waiting(runner) == [])
+
+
+def test_a_retry_under_stop_on_error_holds_the_rest_of_the_request(
+    runner: DurableRunner,
+) -> None:
+    def add(environ: object) -> None:
+        tasks = background_tasks.using(stop_on_error=True)
+        tasks.add_task(fail_twice, 1)
+        tasks.add_task(write, 2)
+
+    app = BackgroundTasksMiddleware(app_that(add), runner=runner)
+    Server().run(app, make_server_environ())
+    assert shop.wait_for(5) == [1, 1, 1, 2, "child"]
+    assert wait_until(lambda: waiting(runner) == [])
+
+
+def test_the_last_failure_is_the_tasks_error(runner: DurableRunner, log: Log) -> None:
+    def add(environ: object) -> None:
+        background_tasks.using(retry=Retry(2, first=0.0)).add_task(fail, 1)
+
+    app = BackgroundTasksMiddleware(app_that(add), runner=runner)
+    Server().run(app, make_server_environ())
+    assert shop.wait_for(2) == [1, 1]
+    assert wait_until(lambda: ("failed", "durable.fail") in stored(runner))
+    [failed] = list_tasks(check_folder(runner.path))
+    assert failed.outcome.row.attempts == 2
+    assert len(log.errors) == 1
+
+
+def test_a_delay_waits_in_the_file(runner: DurableRunner) -> None:
+    def add(environ: object) -> None:
+        background_tasks.using(delay=0.05).add_task(write, 1)
+        background_tasks.using(delay=3600).add_task(write, 2)
+        background_tasks.add_task(write, 3)
+
+    app = BackgroundTasksMiddleware(app_that(add), runner=runner)
+    Server().run(app, make_server_environ())
+    assert shop.wait_for(2) == [3, 1]
+    assert wait_until(lambda: waiting(runner) == ["durable.write"])
+    assert wait(TIMEOUT) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"synchronous": "always"}, ValueError),
+        ({"store_timeout": 0}, ValueError),
+        ({"store_timeout": math.nan}, ValueError),
+        ({"store_timeout": timedelta(1)}, TypeError),
+        ({"max_crashes": 0}, ValueError),
+        ({"max_crashes": True}, TypeError),
+        ({"keep_failed": 10}, TypeError),
+        ({"keep_failed": (1, 2, 3)}, TypeError),
+        ({"keep_done": (-1, 3)}, ValueError),
+        ({"keep_done": (1, -3)}, ValueError),
+        ({"drain_timeout": "1"}, TypeError),
+        ({"local": "celery"}, ValueError),
+        ({"local": 3}, TypeError),
+    ],
+)
+def test_wrong_options_are_refused(tmp_path: Path, options: Any, error: Any) -> None:
+    with pytest.raises(error, match=next(iter(options)).replace("local", "runner")):
+        DurableRunner(tmp_path, **options)
+
+
+def test_the_path_is_the_path_of_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="path"):
+        DurableRunner(None)  # type: ignore[arg-type]
+    with pytest.raises(StoreError):
+        DurableRunner(":memory:")
+
+
+def test_a_config_key_names_the_folder(tmp_path: Path) -> None:
+    app = Flask("shop")
+    app.config["WSGI_BG_DURABLE"] = str(tmp_path)
+    Background(app)
+
+    @app.post("/")
+    def view() -> str:
+        background_tasks.add_task(write, current_app.name)
+        return "ok"
+
+    assert app.test_client().post("/").text == "ok"
+    assert shop.wait_for(1) == ["shop"]
+    other = Flask("other")
+    other.config["WSGI_BG_DURABLE"] = str(tmp_path)
+    with pytest.raises(ValueError, match="WSGI_BG_DURABLE"):
+        Background(other, runner="pool")
+
+
+def test_the_repr_says_which_promise_holds(tmp_path: Path) -> None:
+    assert "the death of the process" in repr(DurableRunner(tmp_path))
+    assert "the death of the machine" in repr(DurableRunner(tmp_path, synchronous="full"))
+
+
+def test_tasks_that_a_task_has_added_run_although_the_disk_is_full(
+    runner: DurableRunner, monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    fill_disk(monkeypatch, "end_with")
+    handle(runner, (add_two, "a"))
+    assert shop.wait_for(3) == ["a", "a.1", "a.2"]
+    assert any("are not stored, and run from memory" in message for message in log.errors)
+    assert wait(TIMEOUT) == []
+    assert waiting(runner) == []
+
+
+def test_a_retry_waits_in_memory_while_the_disk_is_full(
+    runner: DurableRunner, monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    fill_disk(monkeypatch, "postpone")
+    handle(runner, (fail_twice, 1))
+    assert shop.wait_for(4) == [1, 1, 1, "child"]
+    assert any("waits in memory for its next attempt" in message for message in log.errors)
+
+
+def test_a_task_runs_although_its_begin_cannot_be_noted(
+    runner: DurableRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill_disk(monkeypatch, "begin")
+    handle(runner, (write, 1))
+    assert shop.wait_for(1) == [1]
+
+
+@pytest.mark.parametrize("func", [write, write_async])
+def test_a_task_that_waits_in_memory_can_be_discarded(
+    tmp_path: Path, log: Log, func: Any
+) -> None:
+    runner = DurableRunner(tmp_path, local=PoolRunner(threads=1))
+    handle(runner, (wait_at, "gate"), (func, 1), (write, 2))
+    shop.gate("gate")
+    assert shop.begun["gate"].wait(TIMEOUT)
+    folder = check_folder(tmp_path)
+    [found] = list_tasks(folder, lambda outcome: outcome.row.arguments == "[1,[1],{}]")
+    path = order(folder, found, "discard")
+    assert wait_until(lambda: not Path(path).exists())
+    shop.gate("gate").set()
+    assert shop.wait_for(2) == ["gate", 2]
+    assert wait(TIMEOUT) == []
+
+
+def left_by_a_dead_process(path: Path, *rows: Row) -> None:
+    code = f"""
+    import os
+    from wsgi_bg._durable.folder import check_folder
+    from wsgi_bg._durable.rows import Row, Settings
+    from wsgi_bg._durable.store import Store
+    Store.own(check_folder({str(path)!r}), Settings()).add({list(rows)!r})
+    os._exit(0)
+    """
+    assert run_python(code).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        Row("durable.write", "forged"),
+        Row("durable.write", "[1,[1],{}]", options="[]"),
+        Row("durable.write", "[1,[1],{}]", options="{"),
+        Row("durable.write", "[1,[1],{}]", context="[]"),
+    ],
+)
+def test_a_forged_row_is_put_aside(
+    runner: DurableRunner, tmp_path: Path, log: Log, row: Row
+) -> None:
+    left_by_a_dead_process(tmp_path / "tasks", row, Row("durable.write", "[1,[2],{}]"))
+    runner.start()
+    assert shop.wait_for(1) == [2]
+    assert wait_until(lambda: sorted(state for state, _ in stored(runner)) == ["aside", "done"])
+    assert log.errors == ["durable task durable.write was put aside: it cannot be read"]
+
+
+def test_rows_of_a_function_that_is_registered_later_wait_until_then(
+    runner: DurableRunner, tmp_path: Path, log: Log
+) -> None:
+    name = f"durable.late_{tmp_path.name}"
+    left_by_a_dead_process(tmp_path / "tasks", Row(name, "[1,[1],{}]"), Row(name, "[1,[2],{}]"))
+    runner.start()
+    assert wait_until(lambda: len(log.errors) == 1)
+    assert "no function is registered by that name" in log.errors[0]
+    registered_task(name=name)(shop.new_function())
+    assert shop.wait_for(2) == [1, 2]
+    assert len(log.errors) == 1
+
+
+def test_a_rerun_has_the_correlation_id_and_the_options_of_its_request(
+    runner: DurableRunner, tmp_path: Path
+) -> None:
+    name = "durable.note_correlation_id"
+    rows = [
+        Row(name, "[1,[],{}]", context='{"x-correlation-id": "abc"}'),
+        Row("durable.fail", "[1,[1],{}]", options='{"stop_on_error": true}'),
+        Row("durable.write", "[1,[2],{}]"),
+    ]
+    left_by_a_dead_process(tmp_path / "tasks", *rows)
+    runner.start()
+    assert shop.wait_for(2) == ["abc", 1]
+    assert wait_until(lambda: waiting(runner) == [])
+    assert shop.calls == ["abc", 1]
+
+
+def test_a_runner_whose_folder_is_gone_refuses_the_request(tmp_path: Path) -> None:
+    runner = DurableRunner(tmp_path / "tasks")
+    shutil.rmtree(tmp_path / "tasks")
+    with pytest.raises(StoreError):
+        handle(runner, (write, 1))
+    with pytest.raises(StoreError):  # and again: the first error starts no thread
+        handle(runner, (write, 1))
+
+
+@pytest.mark.parametrize("mode", ["record", "run"])
+def test_the_fixture_checks_arguments_and_touches_no_file(
+    pytester: pytest.Pytester, mode: str
+) -> None:
+    pytester.makepyfile(
+        f"""
+        import os, sys, threading, pytest
+        sys.path.insert(0, {str(ROOT)!r})
+        from tests.durable_shop import DurableRunner, handle, write
+
+        @pytest.mark.background_tasks({mode!r})
+        def test_it(background_tasks, tmp_path):
+            runner = DurableRunner(tmp_path)
+            handle(runner, (write, 1))
+            [task] = background_tasks.tasks
+            assert task.name == "tests.durable_shop.write"
+            with pytest.raises(TypeError):
+                handle(runner, (write, object()))
+            assert os.listdir(tmp_path) == []
+            assert not [t for t in threading.enumerate() if t.name == "wsgi_bg-durable"]
+        """
+    )
+    pytester.runpytest_subprocess("-p", "no:randomly").assert_outcomes(passed=1)
+
+
+def test_a_task_that_a_thread_adds_when_its_task_has_ended_is_stored(
+    runner: DurableRunner,
+) -> None:
+    handle(runner, (shop.add_on_a_thread, "a"), (wait_at, "gate"))
+    shop.gate("gate")
+    assert shop.begun["gate"].wait(TIMEOUT)
+    shop.gate("thread").set()
+    assert wait_until(lambda: waiting(runner) == ["durable.wait_at", "durable.write"])
+    shop.gate("gate").set()
+    assert shop.wait_for(2) == ["gate", "a"]
+
+
+def test_a_row_is_put_aside_after_too_many_crashes(
+    runner: DurableRunner, tmp_path: Path, log: Log
+) -> None:
+    rows = [Row("durable.write", "[1,[1],{}]", crashes=3), Row("durable.write", "[1,[2],{}]")]
+    left_by_a_dead_process(tmp_path / "tasks", *rows)
+    runner.start()
+    assert shop.wait_for(1) == [2]
+    assert wait_until(lambda: sorted(state for state, _ in stored(runner)) == ["aside", "done"])
+    message = (
+        "durable task durable.write was put aside: the process has died 3 times while it ran"
+    )
+    assert log.errors == [message]
+
+
+def test_suspects_run_one_at_a_time_as_there_is_room(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        row = Row("durable.wait_at", f'[1,["{name}"],{{}}]', crashes=1)
+        left_by_a_dead_process(tmp_path, row)
+    runner = DurableRunner(tmp_path, local=PoolRunner(max_pending=2))
+    first, second, third = shop.gate("a"), shop.gate("b"), shop.gate("c")
+    runner.start()
+    assert wait_until(lambda: any(shop.begun[name].is_set() for name in ("a", "b")))
+    running, waits = ("a", "b") if shop.begun["a"].is_set() else ("b", "a")
+    handle(runner, (wait_at, "c"))  # takes the room that files may take
+    assert shop.begun["c"].wait(TIMEOUT)
+    assert not shop.begun[waits].is_set()
+    shop.gate(running).set()
+    assert shop.wait_for(1) == [running]
+    assert wait_until(lambda: not runner._states.get()._more_suspects)  # there is no room yet
+    third.set()
+    assert shop.begun[waits].wait(TIMEOUT)
+    first.set()
+    second.set()
+    assert sorted(shop.wait_for(3)) == ["a", "b", "c"]
+    assert runner.drain(TIMEOUT) == []
+
+
+def test_a_function_that_is_not_registered_is_retried_in_memory(runner: DurableRunner) -> None:
+    failures = [ValueError("first")]
+
+    def flaky() -> None:
+        shop.note("call")
+        if failures:
+            raise failures.pop()
+
+    def add(environ: object) -> None:
+        background_tasks.using(retry=Retry(2, first=0.0)).add_task(flaky)
+
+    app = BackgroundTasksMiddleware(app_that(add), runner=runner)
+    Server().run(app, make_server_environ())
+    assert shop.wait_for(2) == ["call", "call"]
+
+
+def test_a_full_pool_runs_what_only_memory_holds(tmp_path: Path) -> None:
+    runner = DurableRunner(tmp_path, local=PoolRunner(max_pending=1))
+    handle(runner, (wait_at, "gate"))
+    shop.gate("gate")
+    handle(runner, (write, 1), (shop.note, 2))
+    assert shop.calls == [2]
+    shop.gate("gate").set()
+    assert sorted(map(str, shop.wait_for(3))) == ["1", "2", "gate"]
+    assert runner.drain(TIMEOUT) == []
+
+
+def test_a_pool_that_can_start_no_thread_leaves_the_tasks_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = DurableRunner(tmp_path, local=PoolRunner())
+    with monkeypatch.context() as patch:
+        patch.setattr(Workers, "submit", lambda *args: False)
+        handle(runner, (write, 1))
+    assert shop.wait_for(1) == [1]
+    assert runner.drain(TIMEOUT) == []
+
+
+def test_a_runner_that_was_not_used_ends_at_once(tmp_path: Path) -> None:
+    runner = DurableRunner(tmp_path)
+    assert runner.drain(TIMEOUT) == []
+    assert runner.abandon() == []
+
+
+def test_a_task_that_runs_at_the_exit_is_not_counted_as_having_crashed(tmp_path: Path) -> None:
+    runner = DurableRunner(tmp_path)
+    handle(runner, (wait_at, "gate"))
+    shop.gate("gate")
+    assert shop.begun["gate"].wait(TIMEOUT)
+    assert [task.name for task in runner.drain(0)] == ["tests.durable_shop.wait_at"]
+    runner.abandon()
+    assert stored(runner) == [("waiting", "durable.wait_at")]
+    shop.gate("gate").set()
+    assert wait_until(lambda: stored(runner) in ([], [("done", "durable.wait_at")]))
+
+
+def test_the_thread_goes_on_if_the_folder_cannot_be_looked_at(
+    runner: DurableRunner, monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    with monkeypatch.context() as patch:
+        fill_disk(patch, "next_due")
+        runner.start()
+        assert wait_until(lambda: bool(log.errors))
+    assert log.errors[0] == f"{runner.path} could not be looked at"
+    handle(runner, (fail_twice, 1))
+    assert shop.wait_for(4) == [1, 1, 1, "child"]
+
+
+def test_an_outer_layer_that_names_a_runner_decides(runner: DurableRunner) -> None:
+    app = app_that(lambda environ: background_tasks.add_task(write, 1))
+    inner = BackgroundTasksMiddleware(app, runner=runner)
+    outer = BackgroundTasksMiddleware(inner, runner="pool")
+    body = outer(make_server_environ(), Server().start_response)
+    assert waiting(runner) == []
+    list(body)
+    body.close()  # type: ignore[attr-defined]
+    assert shop.wait_for(1) == [1]
+
+
+def test_hooks_of_an_inner_layer_see_durable_tasks(runner: DurableRunner) -> None:
+    seen: list[str] = []
+
+    class Seen(Hooks):
+        def task_finished(self, record: TaskRecord) -> None:
+            seen.append(record.task.name)
+            shop.note("seen")
+
+    app = app_that(lambda environ: background_tasks.add_task(write, 1))
+    inner = BackgroundTasksMiddleware(app, hooks=Seen())
+    Server().run(BackgroundTasksMiddleware(inner, runner=runner), make_server_environ())
+    assert shop.wait_for(2) == [1, "seen"]
+    assert seen == ["tests.durable_shop.write"]
+
+
+def test_the_command_refuses_a_folder_in_a_line(tmp_path: Path) -> None:
+    command = "from wsgi_bg._serving.cli import main; print(main(['--durable', {!r}, 'x:app']))"
+    refused = run_python(command.format(":memory:"))
+    assert refused.stdout == "2\n"
+    assert refused.stderr.startswith("wsgi-bg: the durable tasks in ':memory:'")
+    accepted = run_python(command.format(str(tmp_path)))
+    assert "No module named 'x'" in accepted.stderr
+
+
+def test_a_thread_that_adds_as_its_task_ends_lets_the_request_store_the_task(
+    runner: DurableRunner,
+) -> None:
+    parent = Kept(Row("durable.write", ""))
+
+    class Children(list[BackgroundTask]):
+        """The task ends while another thread appends."""
+
+        def append(self, task: BackgroundTask) -> None:
+            super().append(task)
+            parent.children = None
+
+    parent.children = Children()
+    token = _running.set(parent)
+    try:
+        handle(runner, (write, 1))
+    finally:
+        _running.reset(token)
+    assert shop.wait_for(1) == [1]

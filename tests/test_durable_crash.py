@@ -1,0 +1,299 @@
+"""Durable tasks of processes that die, stop, or only import the application."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import pytest
+
+from tests.support import TIMEOUT
+from tests.test_examples import text_of, wait_until
+from wsgi_bg._durable.folder import check_folder
+from wsgi_bg._durable.inspection import list_tasks
+from wsgi_bg._durable.rows import Settings
+from wsgi_bg._durable.store import Store
+
+ROOT = Path(__file__).parents[1]
+
+
+class Shop:
+    """Processes that share a folder of durable tasks and a log of the calls."""
+
+    def __init__(self, path: Path) -> None:
+        self.folder = path / "tasks"
+        self._log = path / "calls"
+
+    @property
+    def calls(self) -> list[str]:
+        """The arguments of the calls of all processes so far."""
+        return text_of(self._log).splitlines()
+
+    @property
+    def states(self) -> list[str]:
+        """The states of all tasks that are not done."""
+        found = list_tasks(check_folder(self.folder))
+        return [each.outcome.state for each in found if each.outcome.state != "done"]
+
+    @property
+    def dues(self) -> list[bool]:
+        """For each task that is not done: True if it waits for its time."""
+        found = list_tasks(check_folder(self.folder))
+        return [each.outcome.row.due > 0 for each in found if each.outcome.state != "done"]
+
+    @contextmanager
+    def process(self, code: str, options: str = "") -> Iterator[subprocess.Popen[str]]:
+        """Run ``code``, which has a ``runner``, in a process that is killed at the end."""
+        runner = f"runner = DurableRunner({str(self.folder)!r}, {options})\n"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.durable_shop", runner + textwrap.dedent(code)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "DURABLE_LOG": str(self._log)},
+        )
+        with process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
+    def run_all(self, count: int, options: str = "") -> None:
+        """Run a process until ``count`` calls were made in all."""
+        with self.process("runner.start(); input()", options):
+            assert wait_until(lambda: len(self.calls) >= count), self.calls
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Shop:
+    return Shop(tmp_path)
+
+
+def said(process: subprocess.Popen[Any], line: str) -> None:
+    assert process.stdout is not None
+    assert process.stdout.readline() == f"{line}\n"
+
+
+def kill(process: subprocess.Popen[Any]) -> None:
+    process.kill()
+    process.wait(TIMEOUT)
+
+
+def test_a_task_that_ran_when_its_process_was_killed_runs_again(shop: Shop) -> None:
+    with shop.process("handle(runner, (hang, 1), (write, 2), (write, 3))") as process:
+        said(process, "hangs")
+        kill(process)
+    assert shop.calls == ["1"]
+    with shop.process("runner.start(); input()", "max_crashes=9") as process:
+        said(process, "hangs")
+        kill(process)
+    assert shop.calls == ["1", "1"]
+    assert len(shop.states) == 3
+
+
+def test_the_order_of_a_request_holds_in_the_next_process(shop: Shop) -> None:
+    code = """
+        handle(runner, *[(write, number) for number in range(50)])
+        os.kill(os.getpid(), 9)
+        """
+    with shop.process(code, "local=PoolRunner(threads=1)") as process:
+        assert process.wait(TIMEOUT) == -signal.SIGKILL
+    before = len(shop.calls)
+    shop.run_all(50)
+    again = shop.calls[before:]
+    assert again == [str(number) for number in range(50 - len(again), 50)]
+    assert before + len(again) in (50, 51)
+
+
+def test_a_task_that_kills_its_process_is_put_aside_and_condemns_no_neighbour(
+    shop: Shop,
+) -> None:
+    code = "handle(runner, (hang_once, 1)); input(); handle(runner, (die,)); input()"
+    with shop.process(code) as process:
+        said(process, "hangs")
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.wait(TIMEOUT) == -signal.SIGKILL
+    for _ in range(2):
+        with shop.process("runner.start(); input()") as process:
+            assert process.wait(TIMEOUT) == -signal.SIGKILL
+    with shop.process("runner.start(); input()"):
+        assert wait_until(lambda: shop.states == ["aside"]), shop.states
+    assert shop.calls == ["1", "1"]
+
+
+def test_a_process_that_only_makes_the_application_runs_nothing(shop: Shop) -> None:
+    with shop.process("handle(runner, (hang, 1))") as process:
+        said(process, "hangs")
+        kill(process)
+    before = sorted(os.listdir(shop.folder))
+    code = """
+        BackgroundTasksMiddleware(app_that(print), runner=runner)
+        print(sorted(thread.name for thread in threading.enumerate()))
+        """
+    with shop.process(code) as process:
+        said(process, "['MainThread']")
+        assert process.wait(TIMEOUT) == 0
+    assert shop.calls == ["1"]
+    assert sorted(os.listdir(shop.folder)) == before
+
+
+def test_a_stopped_process_keeps_its_tasks_and_stops_no_other(shop: Shop) -> None:
+    stopped = shop.process(
+        "handle(runner, (wait_at, 'gate')); begun['gate'].wait(); print('waits', flush=True)\n"
+        "input(); gate('gate').set(); input()"
+    )
+    with stopped as process:
+        assert process.stdout is not None
+        said(process, "waits")
+        process.send_signal(signal.SIGSTOP)
+        with shop.process("handle(runner, (write, 1)); input()"):
+            assert wait_until(lambda: shop.calls == ["1"])
+        assert Store.adopt(check_folder(shop.folder), Settings()) is None or (
+            shop.states == ["running"]
+        )
+        process.send_signal(signal.SIGCONT)
+
+
+def test_another_process_takes_the_tasks_of_a_dead_one_over(shop: Shop) -> None:
+    with shop.process("runner.start(); print('started', flush=True); input()") as living:
+        said(living, "started")
+        with shop.process("handle(runner, (hang, 1))", "max_crashes=9") as process:
+            said(process, "hangs")
+            kill(process)
+        assert wait_until(lambda: shop.calls == ["1", "1"])
+
+
+def test_a_rerun_does_not_double_the_tasks_that_a_task_has_added(shop: Shop) -> None:
+    code = "handle(runner, (add_two, 'a'), (die,))"
+    with shop.process(f"{code}; input()") as process:
+        assert process.wait(TIMEOUT) == -signal.SIGKILL
+    with shop.process("runner.start(); input()", "max_crashes=1"):
+        assert wait_until(lambda: shop.states == ["aside"]), shop.states
+        assert wait_until(lambda: len(shop.calls) == 2)
+    assert sorted(shop.calls) == ["a.1", "a.2"]
+
+
+def test_wsgi_bg_serves_with_a_folder_and_runs_what_a_kill_has_left(
+    shop: Shop, tmp_path: Path
+) -> None:
+    site = """
+        from tests.durable_shop import *
+
+        def app(environ, start_response):
+            background_tasks.add_task(hang, environ["PATH_INFO"])
+            start_response("200 OK", [("Content-Length", "2")])
+            return [b"ok"]
+        """
+    (tmp_path / "site_of_test.py").write_text(textwrap.dedent(site))
+    command = [sys.executable, "-m", "wsgi_bg", "site_of_test:app", "--port", "0"]
+    environ = {
+        **os.environ,
+        "DURABLE_LOG": str(tmp_path / "calls"),
+        "PYTHONPATH": str(ROOT),
+    }
+    for calls in (["/1"], ["/1", "/1"]):
+        with subprocess.Popen(
+            [*command, "--durable", str(shop.folder)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env=environ,
+        ) as process:
+            try:
+                assert process.stdout is not None
+                port = int(process.stdout.readline().rpartition(":")[2])
+                if calls == ["/1"]:
+                    with urlopen(f"http://127.0.0.1:{port}/1", timeout=TIMEOUT) as response:
+                        assert response.read() == b"ok"
+                assert wait_until(lambda wanted=calls: shop.calls == wanted)  # type: ignore[misc]
+            finally:
+                process.kill()
+    refused = subprocess.run(
+        [*command, "--durable", "x", "--runner", "pool"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=environ,
+    )
+    assert refused.returncode == 2
+    assert "--durable and --runner" in refused.stderr
+
+
+def test_another_worker_of_gunicorn_takes_over_without_a_request(
+    shop: Shop, tmp_path: Path
+) -> None:
+    pytest.importorskip("gunicorn")
+    site = f"""
+        from tests.durable_shop import *
+
+        def answer(environ, start_response):
+            background_tasks.add_task(hang_once, 1)
+            start_response("200 OK", [])
+            return [str(os.getpid()).encode()]
+
+        app = BackgroundTasksMiddleware(answer, runner=DurableRunner({str(shop.folder)!r}))
+        """
+    (tmp_path / "site_of_test.py").write_text(textwrap.dedent(site))
+    hooks = "from wsgi_bg.gunicorn import post_fork, worker_exit\n"
+    ready = "def when_ready(server): print(server.LISTENERS[0].getsockname()[1], flush=True)\n"
+    (tmp_path / "gunicorn.conf.py").write_text(hooks + ready)
+    options = ["-b", "127.0.0.1:0", "-w", "2", "-k", "gthread", "--threads", "2"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "gunicorn", *options, "site_of_test:app"],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "DURABLE_LOG": str(tmp_path / "calls"), "PYTHONPATH": str(ROOT)},
+    ) as server:
+        try:
+            assert server.stdout is not None
+            port = int(server.stdout.readline())
+            with urlopen(f"http://127.0.0.1:{port}/", timeout=TIMEOUT) as response:
+                pid = int(response.read())
+            assert wait_until(lambda: shop.calls == ["1"])
+            os.kill(pid, signal.SIGKILL)
+            assert wait_until(lambda: shop.calls == ["1", "1"]), shop.states
+            assert wait_until(lambda: shop.states == [])
+        finally:
+            server.terminate()
+
+
+def test_a_wait_for_the_next_attempt_survives_the_process(shop: Shop) -> None:
+    code = "handle(runner, (fail_for_long, 1)); runner.start(); input()"
+    with shop.process(code) as process:
+        assert wait_until(lambda: shop.calls == ["1"])
+        assert wait_until(lambda: shop.dues == [True])
+        kill(process)
+    with shop.process("handle(runner, (write, 2)); input()"):
+        assert wait_until(lambda: shop.calls == ["1", "2"])
+        assert wait_until(lambda: shop.dues == [True])
+    assert shop.calls == ["1", "2"]
+
+
+def test_a_delay_is_not_shortened_by_a_crash(shop: Shop) -> None:
+    code = """
+        def add(environ):
+            background_tasks.using(delay=3600).add_task(write, 1)
+            background_tasks.add_task(hang, 2)
+
+        app = BackgroundTasksMiddleware(app_that(add), runner=runner)
+        Server().run(app, make_server_environ())
+        """
+    with shop.process(code) as process:
+        said(process, "hangs")
+        kill(process)
+    with shop.process("runner.start(); input()", "max_crashes=1"):
+        assert wait_until(lambda: sorted(shop.states) == ["aside", "waiting"]), shop.states
+    assert shop.calls == ["2"]

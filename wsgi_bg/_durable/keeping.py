@@ -1,0 +1,99 @@
+"""Requests whose tasks a runner stores before the server can answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+from wsgi_bg._tasks.current import ENVIRON_KEY
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+    from wsgi_bg._tasks.task import BackgroundTask
+    from wsgi_bg.runners.keeping import Keeper
+
+
+class _Tasks(Protocol):
+    """The tasks of a request: see ``wsgi_bg._request.request_tasks``."""
+
+    status: str
+    is_answered: bool
+
+    def expected(self) -> list[BackgroundTask]: ...
+
+
+class KeepingApp:
+    """Calls the application, then lets the runner store the tasks of the request.
+
+    The tasks are stored when the application returns. If the application has not called
+    ``start_response`` by then, they are stored in that call, before the first chunk; and
+    ``write()`` stores them before it passes its first bytes.
+
+    :param app: the application.
+    :param runner: stores the tasks, unless an outer layer has another runner.
+    """
+
+    def __init__(self, app: WSGIApplication, runner: Keeper) -> None:
+        self._app = app
+        self._runner = runner
+
+    def __call__(
+        self, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Iterable[bytes]:
+        """Handle a request.
+
+        :raises RuntimeError: if the tasks cannot be stored.
+        """
+        tasks: Any = environ[ENVIRON_KEY].root
+        if tasks.options.runner is not self._runner or tasks.observer is not None:
+            return self._app(environ, start_response)
+        self._runner.start()
+        request = _KeptRequest(tasks, self._runner, start_response)
+        app_iter = self._app(environ, request.start_response)
+        try:
+            request.app_has_returned()
+        except BaseException:
+            close = getattr(app_iter, "close", None)
+            if close is not None:
+                close()
+            raise
+        return app_iter
+
+
+class _KeptRequest:
+    """The ``start_response`` and ``write`` of a request whose tasks are stored in time."""
+
+    def __init__(
+        self, tasks: _Tasks, runner: Keeper, start_response: Callable[..., Any]
+    ) -> None:
+        self._tasks = tasks
+        self._runner = runner
+        self._start_response = start_response
+        self._has_returned = False
+
+    def app_has_returned(self) -> None:
+        self._has_returned = True
+        if self._tasks.status:
+            self._keep()
+
+    def start_response(
+        self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
+    ) -> Callable[[bytes], object]:
+        given = (status, headers) if exc_info is None else (status, headers, exc_info)
+        write = self._start_response(*given)
+        if self._has_returned:
+            self._keep()
+        return partial(self._write, write)
+
+    def _write(self, write: Callable[[bytes], object], data: bytes) -> None:
+        self._keep()
+        write(data)
+
+    def _keep(self) -> None:
+        tasks = self._tasks
+        if not tasks.is_answered:
+            # First, so that each task is in the list now or is stored by add_task.
+            tasks.is_answered = True
+            self._runner.keep(tasks.expected())

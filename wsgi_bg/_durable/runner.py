@@ -1,0 +1,647 @@
+"""``DurableRunner``: keeps registered tasks in a file until they have run."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar, copy_context
+from itertools import groupby
+from math import inf
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from wsgi_bg._durable.folder import Folder, check_folder
+from wsgi_bg._durable.rows import Outcome, Row, Settings
+from wsgi_bg._durable.store import Store
+from wsgi_bg._messages import headers, retries
+from wsgi_bg._messages.codec import decode, encode
+from wsgi_bg._process import log
+from wsgi_bg._process.greenlets import event
+from wsgi_bg._process.interrupts import type_name
+from wsgi_bg._process.per_process import PerProcess
+from wsgi_bg._process.threads import start_daemon
+from wsgi_bg._tasks import registry
+from wsgi_bg._tasks.batch import Batch
+from wsgi_bg._tasks.checks import seconds, whole_number
+from wsgi_bg._tasks.options import Options
+from wsgi_bg._tasks.retry import Plan
+from wsgi_bg._tasks.task import DIRECT, BackgroundTask, fill
+from wsgi_bg.exceptions import MessageError, OptionTypeError, OptionValueError, StoreError
+from wsgi_bg.runners import Runner, resolve
+from wsgi_bg.runners.keeping import KeepingCaller
+from wsgi_bg.runners.ledger import Ledger, LedgerRunner
+from wsgi_bg.runners.pool import PoolRunner, shared_pool
+from wsgi_bg.runners.timer import Deferring
+
+if TYPE_CHECKING:
+    from wsgi_bg._tasks.background_tasks import BackgroundTasks
+
+Synchronous = Literal["normal", "full"]
+
+_LOOK = 1.0  # seconds between two looks at the folder
+_READ = 500  # rows read from a file at a time
+_LAST_LOOK = 1.0  # seconds for which the exit waits for the last look
+_SHARE = 0.5  # of the pool's max_pending that tasks from files may take
+
+
+class DurableRunner(LedgerRunner):
+    """Keeps each task whose function is registered in a file until the task has run.
+
+    A response that says success means that its registered tasks are stored. A stored task is
+    run, whatever process dies: at least once, and twice only if the process died while the
+    task ran, or before the end of the task was noted. With ``synchronous="full"`` that also
+    holds if the machine dies. Functions that are not registered run on ``local``.
+
+    ``add_task`` encodes the arguments. An argument that a later process would not get back
+    unchanged raises ``TypeError`` there. The tasks are stored in one transaction, when the
+    application returns; a task that is added later is stored by ``add_task``. If the tasks
+    cannot be stored, the request fails with ``StoreError``.
+
+    A process runs tasks, and takes over the tasks of processes that have died, from its
+    first request on, or from :meth:`start` on. Any number of processes of a machine may use
+    the folder. Durable tasks run on the threads and the loop of the pool.
+
+    :param path: the folder; made with mode 0700 if there is none.
+    :param local: the runner for functions that are not registered, or its name. A
+        ``PoolRunner`` also runs the durable tasks; else the shared pool runs these.
+    :param synchronous: ``"normal"``: tasks survive the death of the process; ``"full"``: of
+        the machine too, for a sync of the disk before each response with tasks.
+    :param store_timeout: seconds after which a request fails whose tasks are not stored.
+    :param max_crashes: a task that was running when its process died is put aside after so
+        many deaths. The end of a process that drains is no death.
+    :param keep_failed: how many failed and put-aside tasks are kept, and for how many seconds.
+    :param keep_done: how many ended tasks are kept by id, name and times, and for how many
+        seconds.
+    :param drain_timeout: seconds for which interpreter exit waits for the running tasks.
+    :raises StoreError: a ``RuntimeError``, if the folder cannot be used.
+    :raises TypeError: if an option has the wrong type.
+    :raises ValueError: if an option is out of range.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        local: Runner | Literal["inline", "pool"] = "pool",
+        synchronous: Synchronous = "normal",
+        store_timeout: float = 5.0,
+        max_crashes: int = 3,
+        keep_failed: tuple[int, float] = (1000, 7 * 86400.0),
+        keep_done: tuple[int, float] = (10_000, 3600.0),
+        drain_timeout: float = 30.0,
+    ) -> None:
+        if not isinstance(path, (str, os.PathLike)):
+            raise OptionTypeError("path", path, "the path of a folder")
+        if synchronous not in get_args(Synchronous):
+            raise OptionValueError("synchronous", synchronous, "'normal' or 'full'")
+        seconds("store_timeout", store_timeout, above_zero=True)
+        whole_number("max_crashes", max_crashes, least=1)
+        seconds("drain_timeout", drain_timeout)
+        self._local = resolve(local)
+        self._pool = self._local if isinstance(self._local, PoolRunner) else shared_pool
+        self._settings = Settings(
+            synchronous,
+            store_timeout,
+            _number_and_age("keep_failed", keep_failed),
+            _number_and_age("keep_done", keep_done),
+        )
+        self.drain_timeout = drain_timeout
+        self._is_attached = False
+        self._folder = check_folder(path)
+        without_middleware = Options(runner=self, calls=KeepingCaller(self, DIRECT))
+        self._reruns = Reruns(self._folder.path, max_crashes, without_middleware)
+        self._states = PerProcess(self._make_state)
+
+    def _make_state(self) -> _State:
+        return _State(self._folder, self._settings, self._pool, self._reruns)
+
+    @property
+    def path(self) -> str:
+        """The absolute path of the folder."""
+        return self._folder.path
+
+    @property
+    def ledger(self) -> Ledger:
+        return self._states.get().ledger
+
+    # For the middleware.
+
+    def attach(self, options: Options) -> None:
+        """Run tasks that this process has not added under ``options``; the first call holds."""
+        if not self._is_attached:
+            self._is_attached = True
+            self._reruns.options = options
+
+    def start(self) -> None:
+        """Run the tasks of this process, and those of processes that have died.
+
+        Called by the middleware with each request; call it in a process without requests.
+        Starts a thread with the first call, and does not block.
+
+        :raises StoreError: if this process cannot make its file in the folder.
+        """
+        self._states.get().start()
+
+    def check(self, task: BackgroundTask) -> Kept | None:
+        """Encode the arguments of an added task if the task's function is registered.
+
+        :raises TypeError: if a later process would not get an argument back.
+        """
+        registration = registry.find(task.func)
+        if registration is None:
+            return None
+        text = encode(registration.name, registration.signature, task.args, task.kwargs)
+        options = ""
+        if task.options.stop_on_error or task.options.retry is not None:
+            options = _options_of(task)
+        context = headers.current()
+        row = Row(registration.name, text, options, json.dumps(context) if context else "")
+        return Kept(row)
+
+    def keep(self, tasks: Iterable[BackgroundTask]) -> None:
+        """Store those of ``tasks`` that are registered and not stored; blocks.
+
+        :raises StoreError: if they are not stored, after ``store_timeout`` at the latest.
+        """
+        new = [task for task in tasks if _is_new(task.message)]
+        if new:
+            self._states.get().keep(new)
+
+    def added(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
+        """Store a task that is added after the answer has begun, or while a task runs.
+
+        :raises StoreError: as :meth:`keep` does.
+        """
+        if not isinstance(task.message, Kept):
+            return
+        parent = _running.get()
+        children = None if parent is None else parent.children
+        if parent is not None and children is not None:
+            children.append(task)  # stored with the end of the task that adds it
+            if parent.children is children:
+                return
+            # On another thread of that task, which has ended meanwhile.
+        if getattr(batch.root, "is_answered", True):
+            self.keep([task])
+
+    def begin(self, task: BackgroundTask) -> bool:
+        """Note the beginning of a task, where SIGKILL cannot take the note back.
+
+        :return: False if the task was discarded by hand.
+        """
+        kept = task.message
+        if not isinstance(kept, Kept) or kept.store is None:
+            return True
+        try:
+            # A task that waits in memory for its next attempt has begun once.
+            may_begin = kept.began > 0.0 or kept.store.begin(kept.row)
+        except StoreError:  # no room for a note: only a crash would not be counted
+            may_begin = True
+        if may_begin:
+            kept.began = time.time()
+            kept.children = []
+            _running.set(kept)
+        else:
+            self._states.get().drop(kept)
+        return may_begin
+
+    def finished(self, task: BackgroundTask) -> None:
+        """Note the end of a task."""
+        self._states.get().note_end(task, "done", None)
+
+    def failed(self, task: BackgroundTask, exc: BaseException) -> None:
+        """Note the error of a task, whose row is kept."""
+        self._states.get().note_end(task, "failed", exc)
+
+    def postpone(self, task: BackgroundTask, wait: float | None) -> bool:
+        """Let a stored task wait in the file, for its next attempt or until its delay is over.
+
+        :return: False if the task has to wait in memory, since it is not stored.
+        """
+        kept = task.message
+        return isinstance(kept, Kept) and self._states.get().postpone(task.name, kept, wait)
+
+    def moved(self, task: BackgroundTask, copy: BackgroundTask) -> None:
+        """Note that ``copy`` will run in place of ``task``."""
+        if isinstance(copy.message, Kept) and copy.message.store is not None:
+            self._states.get().hold(copy)
+
+    def forget(self, task: BackgroundTask) -> None:
+        """Remove a stored task that its request takes back."""
+        kept = task.message
+        store = self._states.get().drop(kept) if isinstance(kept, Kept) else None
+        if store is not None:
+            store.take_back([kept.row])
+
+    # A runner's methods.
+
+    def submit(self, batch: Batch) -> None:
+        """Hand the batch over to the pool; a batch without durable tasks goes to ``local``."""
+        state = self._states.get()
+        state.ledger.add(batch)
+        durable = [task for task in batch.tasks if isinstance(task.message, Kept)]
+        if not durable:
+            self._local.submit(batch)
+            return
+        try:
+            self.keep(durable)  # in most cases stored already
+        except StoreError as exc:
+            log.error("%s is not stored, and runs from memory", batch, exc_info=exc)
+        if self._pool.offer(batch):
+            return
+        state.leave_in_file(durable)
+        # The pool is full, or the process exits: run here what only memory holds.
+        if batch.next_is_async is None:
+            batch.run()
+        else:
+            self._local.submit(batch)
+
+    def drain(self, timeout: float) -> list[BackgroundTask]:
+        """Begin no stored task, and wait until the running tasks have ended; blocks.
+
+        Stored tasks stay in the file for the next process.
+
+        :param timeout: seconds to wait at most.
+        :return: the tasks that were not finished in time. They go on.
+        """
+        self._states.get().stop_reading()
+        return super().drain(timeout)
+
+    def abandon(self) -> list[BackgroundTask]:
+        """Let no batch begin more tasks; return the unfinished tasks. Does not block."""
+        state = self._states.get()
+        state.stop_reading()
+        left = super().abandon()
+        state.end()
+        return left
+
+    def __repr__(self) -> str:
+        survives = "the machine" if self._settings.synchronous == "full" else "the process"
+        return (
+            f"<{type(self).__name__} {self._folder.path!r}: tasks survive the death of "
+            f"{survives}, local={self._local!r}>"
+        )
+
+
+class Kept:
+    """A durable task in this process.
+
+    :ivar row: the task as stored, or as it will be stored.
+    :ivar store: the file that holds the row; None if the row is not stored.
+    :ivar children: the durable tasks that the running task has added; None unless it runs.
+    :ivar began: when the call began, by :func:`time.time`.
+    """
+
+    __slots__ = ("_right", "began", "children", "row", "store")
+
+    def __init__(self, row: Row, store: Store | None = None) -> None:
+        self.row: Row = row
+        self.store: Store | None = store
+        self.children: list[BackgroundTask] | None = None
+        self.began: float = 0.0
+        self._right = {"to store": store is None}
+
+    def claim(self) -> bool:
+        """Claim the right to store the row; True for a single caller only."""
+        return self._right.pop("to store", False)  # one atomic step
+
+    def unclaim(self) -> None:
+        """Give the claim back: the row was not stored."""
+        self._right["to store"] = True
+
+
+_running: ContextVar[Kept | None] = ContextVar("wsgi_bg._durable", default=None)
+"""The durable task that runs in this context."""
+
+
+class Reruns:
+    """Makes tasks of stored rows.
+
+    :ivar options: the options of the first middleware that was given the runner.
+    """
+
+    def __init__(self, path: str, max_crashes: int, options: Options) -> None:
+        self.options = options
+        self._path = path
+        self._max_crashes = max_crashes
+        # Rows by the name of a function that is not registered yet, or no more.
+        self._unknown: dict[str, list[tuple[Store, Row]]] = {}
+
+    def task(self, store: Store, row: Row) -> BackgroundTask | None:
+        """Return the task of a row; None if the row has to wait, or was put aside."""
+        registration = registry.get(row.name)
+        if registration is None:
+            if row.name not in self._unknown:
+                log.error(
+                    "durable tasks of %s wait in %s: no function is registered by that name",
+                    row.name,
+                    self._path,
+                )
+            self._unknown.setdefault(row.name, []).append((store, row))
+            return None
+        if row.crashes >= self._max_crashes:
+            log.error(
+                "durable task %s was put aside: the process has died %d times while it ran",
+                row.name,
+                row.crashes,
+            )
+            store.end(Outcome(row, "aside", ended=time.time()))
+            return None
+        try:
+            args, kwargs = decode(row.arguments)
+            given: dict[str, Any] = json.loads(row.options or "{}")
+            stops = given.get("stop_on_error") is True
+            retry = retries.find(given.get("retry"), registration.retry)
+            options = self.options.override(run_on="always", stop_on_error=stops)
+            context = copy_context()
+            headers.restore(context, json.loads(row.context or "{}").get)
+        except (MessageError, ValueError, AttributeError) as exc:
+            log.error("durable task %s was put aside: it cannot be read", row.name)
+            store.end(Outcome(row, "aside", ended=time.time(), error=type_name(exc)))
+            return None
+        task = BackgroundTask.__new__(BackgroundTask)
+        fill(task, registration.func, tuple(args), kwargs, context, options)
+        task.message = Kept(row, store)
+        if retry is not None:
+            task.plan = Plan(retry, row.attempts + 1)
+            task.keep_context()
+        return task
+
+    def leave_known(self) -> None:
+        """Let rows be read again whose functions were registered meanwhile."""
+        for name in [name for name in self._unknown if registry.get(name) is not None]:
+            for store, row in self._unknown.pop(name):
+                store.leave([row])
+
+
+class _State:
+    """The tasks of a runner in one process."""
+
+    def __init__(
+        self, folder: Folder, settings: Settings, pool: PoolRunner, reruns: Reruns
+    ) -> None:
+        self._folder = folder
+        self._settings = settings
+        self._pool = pool
+        self._reruns = reruns
+        self.ledger = Ledger()
+        self._store: Store | None = None
+        self._adopted: list[Store] = []
+        # The durable tasks in memory, by their file's number and their key.
+        self._in_memory: dict[tuple[int, int], BackgroundTask] = {}
+        self._has_left_some = False  # True if stored tasks of the own file are in no memory
+        # Tasks that ran when a process died: they run one at a time, other tasks meanwhile.
+        self._suspect: tuple[int, int] | None = None  # its key in _in_memory
+        self._more_suspects: deque[tuple[Store, list[Row]]] = deque()
+        self._right = {"to start": True}
+        self._wake = event()
+        self._has_looked = event()  # set when the thread has ended
+        self._next_look = 0.0  # by time.time()
+        self._is_stopping = False
+
+    @property
+    def store(self) -> Store:
+        if self._store is None:
+            self._store = Store.own(self._folder, self._settings)
+        return self._store
+
+    def start(self) -> None:
+        if not self._right.pop("to start", False):  # one atomic step
+            return
+        try:
+            _ = self.store
+            start_daemon(self._work, "wsgi_bg-durable")
+        except BaseException:
+            self._right["to start"] = True
+            raise
+
+    def keep(self, tasks: list[BackgroundTask]) -> None:
+        claimed = [task for task in tasks if task.message.claim()]
+        rows: list[Row] = []
+        try:
+            self.store.add([_row_of(task) for task in claimed], rows)
+        except BaseException:
+            self.store.take_back(rows)
+            for task in claimed:
+                task.message.unclaim()
+            raise
+        self._hold_all(claimed, rows, self.store)
+
+    def _hold_all(self, tasks: list[BackgroundTask], rows: list[Row], store: Store) -> None:
+        for task, row in zip(tasks, rows, strict=True):
+            task.message.row = row
+            task.message.store = store
+            self.hold(task)
+
+    def hold(self, task: BackgroundTask) -> None:
+        """Hold a stored task in memory."""
+        kept = task.message
+        self._in_memory[kept.store.number, kept.row.key] = task
+
+    def note_end(self, task: BackgroundTask, state: str, exc: BaseException | None) -> None:
+        """Note the end of ``task``, and store the tasks that it has added."""
+        kept = task.message
+        if not isinstance(kept, Kept) or kept.store is None:
+            return
+        store, children = kept.store, kept.children or []
+        kept.store = kept.children = None  # first: a thread that adds a child looks again
+        self._in_memory.pop((store.number, kept.row.key), None)
+        error = "" if exc is None else type_name(exc)
+        text = "" if exc is None else "".join(traceback.format_exception(exc))
+        row = kept.row
+        if state == "failed":
+            row = row._replace(attempts=task.attempt)
+        outcome = Outcome(row, state, kept.began, time.time(), error, text)
+        new = [child for child in children if child.message.claim()]
+        if not (new and self._end_with(task, store, outcome, new)):
+            store.end(outcome)
+        if exc is not None or kept.row.crashes or store.needs_tidy:
+            self._wake.set()
+
+    def _end_with(
+        self, task: BackgroundTask, store: Store, outcome: Outcome, new: list[BackgroundTask]
+    ) -> bool:
+        """Note the end of ``task`` and store ``new`` in a transaction; False if it fails."""
+        try:
+            rows = store.end_with(outcome, [_row_of(child) for child in new])
+        except StoreError as exc:
+            log.error(
+                "tasks that %s has added are not stored, and run from memory",
+                task.name,
+                exc_info=exc,
+            )
+            return False
+        self._hold_all(new, rows, store)
+        return True
+
+    def postpone(self, name: str, kept: Kept, wait: float | None) -> bool:
+        if kept.store is None:
+            return False
+        row = kept.row
+        if wait is not None:
+            row = row._replace(due=time.time() + wait, attempts=row.attempts + 1)
+            try:
+                kept.store.postpone([row])
+            except StoreError as exc:
+                log.error("%s waits in memory for its next attempt", name, exc_info=exc)
+                return False
+        self.drop(kept)
+        if row.due < self._next_look:
+            self._wake.set()
+        return True
+
+    def drop(self, kept: Kept) -> Store | None:
+        """Drop a task from memory; return the store that holds its row, if any."""
+        store, kept.store = kept.store, None
+        if store is not None:
+            self._in_memory.pop((store.number, kept.row.key), None)
+        return store
+
+    def leave_in_file(self, tasks: Iterable[BackgroundTask]) -> int:
+        """Forget stored tasks that have not begun; return their number.
+
+        This process reads them again as room comes, or the next process does.
+        """
+        count = 0
+        for task in tasks:
+            kept = task.message
+            if kept.store is not None and task.claim():
+                store = self.drop(kept)
+                assert store is not None
+                store.leave([kept.row])
+                count += 1
+        self._has_left_some = count > 0 or self._has_left_some
+        return count
+
+    def stop_reading(self) -> None:
+        """Begin no stored task from now on; say once how many stay in the file."""
+        if self._is_stopping:
+            return
+        self._is_stopping = True
+        count = self.leave_in_file(list(self._in_memory.values()))
+        if count:
+            log.info(
+                "%d durable tasks stay in %s for the next process",
+                count,
+                self._folder.path,
+            )
+
+    def end(self) -> None:
+        """Prepare the end of the process, which closes the files and drops their locks.
+
+        Tasks that run still are not counted as having crashed.
+        """
+        self._wake.set()
+        if not self._right:
+            self._has_looked.wait(_LAST_LOOK)
+        messages = [task.message for task in list(self._in_memory.values())]
+        stored = [(kept.store, kept.row) for kept in messages]
+        for store, row in [each for each in stored if each[0] is not None]:
+            store.leave([row])
+
+    def _work(self) -> None:
+        while not self._is_stopping:
+            self._try(self._look)
+            self._wake.wait(max(0.0, self._next_look - time.time()))
+            self._wake.clear()
+        self._try(self.store.tidy)
+        self._has_looked.set()
+
+    def _try(self, func: Callable[[], object]) -> None:
+        try:
+            func()
+        except Exception as exc:
+            log.error("%s could not be looked at", self._folder.path, exc_info=exc)
+
+    def _look(self) -> None:
+        while self._more_suspects and self._suspect not in self._in_memory:
+            self._submit(*self._more_suspects.popleft())
+        while (adopted := Store.adopt(self._folder, self._settings)) is not None:
+            self._adopted.append(adopted)
+            adopted.tidy()  # obeys orders of the command line before a task can begin
+        self._reruns.leave_known()
+        due = self.store.next_due()
+        if self._has_left_some or (due is not None and due <= time.time()):
+            self._has_left_some = False
+            self._has_left_some = self._read(self.store)
+            due = self.store.next_due()
+        now = time.time()
+        self._next_look = now + _LOOK if due is None else min(now + _LOOK, due)
+        self.store.tidy()
+        for store in list(self._adopted):
+            self._read(store)
+            store.tidy()
+            if store.is_empty and store.remove(self.store):
+                self._adopted.remove(store)
+
+    def _read(self, store: Store) -> bool:
+        """Submit tasks of ``store`` that no memory holds; True if there may be more."""
+        rows = store.read(time.time(), _READ)
+        groups = [list(group) for _, group in groupby(rows, lambda row: row.request)]
+        has_room = True
+        while groups and has_room:
+            has_room = self._submit(store, groups.pop(0))
+        store.leave([row for group in groups for row in group])
+        return len(rows) == _READ or not has_room
+
+    def _submit(self, store: Store, rows: list[Row]) -> bool:
+        """Run the rows of a request as a batch; False, and leave the rows, without room."""
+        suspect = next((row.key for row in rows if row.crashes), None)
+        if suspect is not None and self._suspect in self._in_memory:
+            self._more_suspects.append((store, rows))
+            return True
+        queue = Deferring()
+        queue.options = self._reruns.options
+        tasks = queue.open_list()
+        for row in rows:
+            task = self._reruns.task(store, row)
+            if task is not None:
+                tasks.append(task)
+                self._in_memory[store.number, row.key] = task
+        if not tasks:
+            return True
+        queue.close()
+        batch = Batch(queue, response_complete=True)
+        if suspect is not None:
+            self._suspect = store.number, suspect
+        self.ledger.add(batch)
+        if not self._is_stopping and self._pool.offer(batch, share=_SHARE):
+            return True
+        for kept in [task.message for task in batch.tasks if task.claim()]:
+            self.drop(kept)
+            store.leave([kept.row])
+        batch.run()  # no task is left: only end the batch
+        return False
+
+
+def _is_new(message: object) -> bool:
+    """True for the message of a durable task that is not stored."""
+    return isinstance(message, Kept) and message.store is None
+
+
+def _options_of(task: BackgroundTask) -> str:
+    retry = task.options.retry
+    given = {
+        "stop_on_error": task.options.stop_on_error,
+        "retry": None if retry is None else retries.to_text(retry),
+    }
+    return json.dumps(given)
+
+
+def _row_of(task: BackgroundTask) -> Row:
+    """The row to store: the delay of the task begins now."""
+    row: Row = task.message.row
+    delay = task.options.delay
+    return row._replace(due=time.time() + delay) if delay else row
+
+
+def _number_and_age(option: str, given: Any) -> tuple[int, float]:
+    if not isinstance(given, tuple) or len(given) != 2:
+        raise OptionTypeError(option, given, "a tuple of a number and an age in seconds")
+    number, age = given
+    whole_number(f"{option}[0]", number, least=0)
+    seconds(f"{option}[1]", age)
+    return number, min(age, inf)

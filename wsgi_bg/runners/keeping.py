@@ -1,0 +1,117 @@
+"""Runners that keep tasks: the part that the middleware and the calls of tasks use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from wsgi_bg._tasks.task import BackgroundTask, Caller, Done
+
+if TYPE_CHECKING:
+    from wsgi_bg._tasks.background_tasks import BackgroundTasks
+    from wsgi_bg._tasks.options import Options
+
+
+class Keeper(Protocol):
+    """The part of a runner that stores tasks; the methods of a task ignore all other tasks."""
+
+    def start(self) -> None:
+        """Run tasks in this process; called before each request, and must be quick."""
+
+    def attach(self, options: Options) -> None:
+        """Run the tasks of earlier processes under ``options``, those of a middleware."""
+
+    def keep(self, tasks: Iterable[BackgroundTask]) -> None:
+        """Store the tasks that are not stored yet; blocks until they are stored.
+
+        :raises RuntimeError: if the tasks cannot be stored; none of them is then.
+        """
+
+    def added(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
+        """``task`` is about to join ``batch``; may store the task, and raise as ``keep``."""
+
+    def begin(self, task: BackgroundTask) -> bool:
+        """The call is about to be made; called in the task's context. Must not raise.
+
+        :return: False if the call must not be made, since the task was discarded by hand.
+        """
+
+    def finished(self, task: BackgroundTask) -> None:
+        """The call has returned. Must not raise."""
+
+    def failed(self, task: BackgroundTask, exc: BaseException) -> None:
+        """The call has raised ``exc``. Must not raise."""
+
+    def forget(self, task: BackgroundTask) -> None:
+        """The task will not run, in no process. Must not raise."""
+
+    def postpone(self, task: BackgroundTask, wait: float | None) -> bool:
+        """Let a stored task wait in the file. Must not raise.
+
+        :param wait: how long to wait for the next attempt, in seconds; None until the task's
+            delay is over.
+        :return: False if the task has to wait in memory.
+        """
+
+    def moved(self, task: BackgroundTask, copy: BackgroundTask) -> None:
+        """``copy`` will run in place of ``task``."""
+
+
+class KeepingCaller(Caller):
+    """Tells the runner when the call of a task begins and ends.
+
+    :param runner: stores the tasks.
+    :param inner: makes the calls.
+    """
+
+    __slots__ = ("_runner", "inner")
+
+    def __init__(self, runner: Keeper, inner: Caller) -> None:
+        self._runner = runner
+        self.inner: Caller = inner
+
+    def added(self, task: BackgroundTask, batch: Any) -> None:
+        """See :class:`Caller`.
+
+        :raises RuntimeError: if the task cannot be stored.
+        """
+        self._runner.added(task, batch)
+        self.inner.added(task, batch)
+
+    def make(self, task: BackgroundTask, done: Done) -> Any:
+        """Make the call, unless the task was discarded by hand."""
+        if self._runner.begin(task):
+            return self.inner.make(task, done)
+        self.inner.discarded(task, "it was discarded by hand")
+        return _nothing() if task.is_async else None
+
+    def finished(self, task: BackgroundTask) -> None:
+        """See :class:`Caller`."""
+        self._runner.finished(task)
+        self.inner.finished(task)
+
+    def failed(self, task: BackgroundTask, exc: BaseException) -> None:
+        """See :class:`Caller`."""
+        self._runner.failed(task, exc)
+        self.inner.failed(task, exc)
+
+    def retried(self, task: BackgroundTask, exc: BaseException) -> None:
+        """See :class:`Caller`."""
+        self.inner.retried(task, exc)
+
+    def moved(self, task: BackgroundTask, copy: BackgroundTask, batch: Any) -> None:
+        """See :class:`Caller`."""
+        self._runner.moved(task, copy)
+        self.inner.moved(task, copy, batch)
+
+    def discarded(self, task: BackgroundTask, reason: str) -> None:
+        """See :class:`Caller`."""
+        self.inner.discarded(task, reason)
+
+    def forget(self, task: BackgroundTask) -> None:
+        """Let the runner forget a task that will not run, in no process."""
+        self._runner.forget(task)
+
+
+async def _nothing() -> None:
+    pass
