@@ -1,5 +1,7 @@
 """``wsgi-bg MODULE:APP``: serve an application with waitress and drain at the stop.
 
+``wsgi-bg tasks`` is in ``tasks_command``.
+
 For a wrong command the program prints a line on standard error and exits with status 2. An
 error inside the user's module keeps the traceback.
 """
@@ -12,15 +14,17 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
 from wsgi_bg._serving import serve as serving
+from wsgi_bg._serving.usage import Parser, UsageError
 from wsgi_bg._version import __version__
-from wsgi_bg.exceptions import ExtraMissingError, OptionError
+from wsgi_bg.exceptions import ExtraMissingError, OptionError, StoreError
 from wsgi_bg.runners import set_default
 
 if TYPE_CHECKING:
     from wsgi_bg._serving.server import GracefulServer
+    from wsgi_bg.runners import Runner
 
 _DESCRIPTION = """\
 Serve a WSGI application with waitress and run its background tasks after the responses.
@@ -33,15 +37,6 @@ once.
 _NOT_BEHIND = ("help", "host", "port", "threads", "sockets")
 
 
-class _UsageError(Exception):
-    """The command line is wrong; the message gives the reason in a line."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise _UsageError(f"{message} (see {self.prog} --help)")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return the exit status.
 
@@ -49,11 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     _open_standard_files()
     own = list(sys.argv[1:] if arguments is None else arguments)
+    if own[:1] == ["tasks"]:  # a module of that name is tasks:app
+        from wsgi_bg._serving import tasks_command
+
+        return tasks_command.main(own[1:])
     end = own.index("--") if "--" in own else len(own)
     try:
         given = _parser().parse_args(own[:end])
         server = _prepare(given, own[end + 1 :])
-    except _UsageError as exc:
+    except UsageError as exc:
         print(f"wsgi-bg: {exc}", file=sys.stderr)
         return 2
     return 1 if serving.run(server, given.drain_timeout) else 0
@@ -70,11 +69,13 @@ def _open_standard_files() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="wsgi-bg",
-        usage="%(prog)s [OPTIONS] MODULE:APP [-- OPTIONS OF WAITRESS]",
+        usage="%(prog)s [OPTIONS] MODULE:APP [-- OPTIONS OF WAITRESS]\n"
+        "       %(prog)s tasks PATH list|show|retry|discard [OPTIONS]",
         description=_DESCRIPTION,
-        epilog="Behind -- stand options of waitress, as waitress-serve --help lists them.",
+        epilog="Behind -- stand options of waitress, as waitress-serve --help lists them. "
+        "%(prog)s tasks looks at the durable tasks in a folder: see %(prog)s tasks --help.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -95,6 +96,12 @@ def _parser() -> argparse.ArgumentParser:
         "the application's own middleware names, else pool)",
     )
     add(
+        "--durable",
+        metavar="PATH",
+        help="a folder that keeps tasks of registered functions until they have run, for an "
+        "application whose own middleware names no runner",
+    )
+    add(
         "--drain-timeout",
         type=float,
         metavar="SECONDS",
@@ -108,19 +115,35 @@ def _prepare(given: argparse.Namespace, behind: list[str]) -> GracefulServer:
     try:
         serving.check(**options, drain_timeout=given.drain_timeout)
     except (ExtraMissingError, OptionError) as exc:
-        raise _UsageError(exc) from exc
+        raise UsageError(exc) from exc
     of_waitress, is_factory = _parse_waitress(behind)
-    set_default(given.runner or "pool")  # before the user's module makes a middleware
+    default = _default_runner(given)
+    set_default(default)  # before the user's module makes a middleware
     app = _load(given.app, is_factory)
     options = serving.complete({**options, **of_waitress})
     try:
-        return serving.listen(app, given.runner, options)
+        return serving.listen(app, given.runner, options, default)
     except (OSError, ValueError) as exc:
         where = options.get("listen") or options.get("unix_socket")
         where = where or "{host}:{port}".format(**options)
         reason = getattr(exc, "strerror", None) or exc
         given_too = f" (with {' '.join(behind)})" if behind else ""
-        raise _UsageError(f"cannot listen on {where}: {reason}{given_too}") from exc
+        raise UsageError(f"cannot listen on {where}: {reason}{given_too}") from exc
+
+
+def _default_runner(given: argparse.Namespace) -> Runner | Literal["inline", "pool"]:
+    """The runner of an application that names none."""
+    if given.durable is None:
+        name: Literal["inline", "pool"] = given.runner or "pool"
+        return name
+    if given.runner is not None:
+        raise UsageError("--durable and --runner both name a runner: give one of them")
+    from wsgi_bg._durable.runner import DurableRunner
+
+    try:
+        return DurableRunner(given.durable)
+    except StoreError as exc:
+        raise UsageError(exc) from exc
 
 
 def _parse_waitress(arguments: list[str]) -> tuple[dict[str, str], bool]:
@@ -130,10 +153,10 @@ def _parse_waitress(arguments: list[str]) -> tuple[dict[str, str], bool]:
     try:
         options, rest = Adjustments.parse_args(arguments)
     except getopt.GetoptError as exc:
-        raise _UsageError(f"{exc} (see waitress-serve --help)") from exc
+        raise UsageError(f"{exc} (see waitress-serve --help)") from exc
     wrong = [f"--{name}" for name in _NOT_BEHIND if options.get(name)] + rest
     if wrong:
-        raise _UsageError(f"{wrong[0]} does not belong behind --")
+        raise UsageError(f"{wrong[0]} does not belong behind --")
     if "listen" in options:
         options["listen"] = options["listen"].strip()
     del options["help"]
@@ -145,9 +168,9 @@ def _load(target: str, is_factory: bool) -> Any:
     module_name, _, path = target.partition(":")
     if path.endswith("()"):
         factory = target.removesuffix("()")
-        raise _UsageError(f"for an application factory write {factory} -- --call")
+        raise UsageError(f"for an application factory write {factory} -- --call")
     if not all(name.isidentifier() for name in f"{module_name}.{path}".split(".")):
-        raise _UsageError(f"{target!r} is not MODULE:APP, for instance shop.wsgi:app")
+        raise UsageError(f"{target!r} is not MODULE:APP, for instance shop.wsgi:app")
     directory = os.getcwd()
     if sys.path[:1] != [directory]:  # with python -m it is the first already
         sys.path.insert(0, directory)
@@ -155,7 +178,7 @@ def _load(target: str, is_factory: bool) -> Any:
     if is_factory and callable(app):
         app = app()
     if not callable(app):
-        raise _UsageError(f"{target} is not callable: it is a {type(app).__name__}")
+        raise UsageError(f"{target} is not callable: it is a {type(app).__name__}")
     return app
 
 
@@ -166,9 +189,9 @@ def _find(module_name: str, path: str) -> Any:
         # If the user's module imports the missing module, the error is inside the user's code.
         if not f"{module_name}.".startswith(f"{exc.name}."):
             raise
-        raise _UsageError(f"{exc} (looked for in {sys.path[0]} first)") from exc
+        raise UsageError(f"{exc} (looked for in {sys.path[0]} first)") from exc
     for name in path.split("."):
         if not hasattr(found, name):
-            raise _UsageError(f"module {module_name!r} has no attribute {path!r}")
+            raise UsageError(f"module {module_name!r} has no attribute {path!r}")
         found = getattr(found, name)
     return found
