@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -77,7 +78,9 @@ def text_of(file: Path) -> str:
 
 
 @contextmanager
-def serving(example: Example, folder: Path, delay: float) -> Iterator[int]:
+def serving(
+    example: Example, folder: Path, delay: float, *, stop: int = signal.SIGTERM
+) -> Iterator[int]:
     """Run the example in ``folder``, with tasks that take ``delay`` seconds; yield the port."""
     said, complaints = folder / "stdout", folder / "stderr"
     with said.open("w") as stdout, complaints.open("w") as stderr:
@@ -94,7 +97,7 @@ def serving(example: Example, folder: Path, delay: float) -> Iterator[int]:
         assert greeting == "Serving on http://127.0.0.1", text_of(complaints)
         yield int(port)
     finally:
-        process.terminate()
+        process.send_signal(stop)
         process.wait(TIMEOUT)
 
 
@@ -132,7 +135,8 @@ def test_flask_answers_with_the_message_of_fastapis_tutorial(tmp_path: Path) -> 
 
 
 def test_every_example_is_tested() -> None:
-    tested = [example.name for example in EXAMPLES] + ["celery_app.py"]  # has a test module
+    have_a_module = ["celery_app.py", "durable_app.py"]
+    tested = [example.name for example in EXAMPLES] + have_a_module
     assert sorted(file.name for file in FOLDER.glob("*.py")) == sorted(tested)
 
 
