@@ -1,0 +1,332 @@
+"""Times durable tasks: ``python -m benchmarks.durable``; peers that are missing are left out.
+
+``normal`` and ``full`` time requests 1 ms apart, a request to each subject in turns: the whole
+request on the server's thread, with one registered task, through the middleware. The peers are
+the same request with ``PoolRunner``, one insert with commit by the bare ``sqlite3``, the call
+of a Huey task on SQLite, and Celery's ``delay()`` on a Redis that the program starts.
+
+``sharing`` makes each sync of the disk last 2 ms longer, by a sleep behind each commit that is
+synced, while the thread still has the turn to write. ``rate`` counts from the first request
+until all tasks have ended and their rows are gone.
+
+Huey is no dependency of this package: ``pip install huey``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+from unittest.mock import patch
+
+from celery import Celery
+
+from benchmarks.handover import Countdown
+from benchmarks.measure import HEADERS, begin, in_turns, options, row, run
+from benchmarks.publish import redis
+from wsgi_bg import (
+    ENVIRON_KEY,
+    BackgroundTasksMiddleware,
+    DurableRunner,
+    PoolRunner,
+    registered_task,
+)
+from wsgi_bg._durable.folder import check_folder
+from wsgi_bg._durable.rows import Settings
+from wsgi_bg._durable.store import Store
+from wsgi_bg._durable.writer import Writer
+
+PAUSE = 0.001
+ARGUMENTS = ("ada@example.com", 4711)
+ROW = ("benchmark.durable", '[["ada@example.com",4711],{}]', "", "", 0.0, 0, 0, "1-1", 0.0)
+SLOWER = 0.002
+THREADS = 8
+PROCESSES = 3
+PERCENTILES = {"p50": 499, "p99": 989, "p99.9": 998}
+
+options.tasks = 20_000
+options.requests = 3000
+
+Call = Callable[[], Any]
+countdown = Countdown(0)
+
+
+@registered_task(name="benchmark.durable")
+def send_mail(recipient: str, order: int) -> None:
+    countdown.tick()
+
+
+def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+    for _ in repeat(None, environ["tasks"]):
+        environ[ENVIRON_KEY].add_task(send_mail, *ARGUMENTS)
+    start_response("200 OK", HEADERS)
+    return [b"ok"]
+
+
+@contextmanager
+def durable(path: str = "", **given: Any) -> Iterator[tuple[Callable[..., None], Store]]:
+    """Yield a function that makes a whole request, and the store of its tasks.
+
+    :param path: the folder of the tasks; a new folder if empty.
+    """
+    with tempfile.TemporaryDirectory() as new:
+        folder = path or new
+        runner = DurableRunner(folder, **given)
+        runner.start()
+        yield request_to(runner), Store.own(check_folder(folder), Settings())
+        runner.drain(60.0)
+        runner.abandon()
+
+
+def request_to(runner: Any) -> Callable[..., None]:
+    wrapped = BackgroundTasksMiddleware(app, runner=runner)
+    return lambda tasks=1: begin(wrapped, tasks=tasks)()
+
+
+@contextmanager
+def bare_insert(synchronous: str) -> Iterator[Call]:
+    with tempfile.TemporaryDirectory() as folder:
+        connection = sqlite3.connect(Path(folder, "bare"), isolation_level=None)
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute(f"PRAGMA synchronous={synchronous}")
+        connection.execute("PRAGMA wal_autocheckpoint=0")
+        columns = "name, arguments, options, context, due, attempts, crashes, id, added"
+        connection.execute(f"CREATE TABLE tasks ({columns}, key INTEGER PRIMARY KEY)")
+        places = ", ".join("?" * len(ROW))
+        insert = f"INSERT INTO tasks VALUES ({places}, NULL)"  # noqa: S608
+        yield partial(connection.execute, insert, ROW)
+        connection.close()
+
+
+@contextmanager
+def huey() -> Iterator[Call]:
+    from huey import SqliteHuey
+
+    with tempfile.TemporaryDirectory() as folder:
+        yield partial(SqliteHuey(filename=f"{folder}/huey").task()(send_mail), *ARGUMENTS)
+
+
+@contextmanager
+def celery() -> Iterator[Call]:
+    with redis() as url:
+        celery = Celery("benchmark", broker=url, set_as_current=False)
+        celery.conf.task_ignore_result = True
+        yield partial(celery.task(name="bare", shared=False)(send_mail).delay, *ARGUMENTS)
+
+
+def peers(stack: ExitStack) -> dict[str, Call]:
+    """Return the peers that are installed."""
+    found: dict[str, Call] = {}
+    if importlib.util.find_spec("huey") is None:
+        print("Huey is not installed: left out")
+    else:
+        found["Huey on SQLite"] = stack.enter_context(huey())
+    if shutil.which("redis-server") is None:
+        print("redis-server is not installed: Celery is left out")
+    else:
+        found["Celery's delay()"] = stack.enter_context(celery())
+    return found
+
+
+def paced(subjects: dict[str, Call]) -> dict[str, list[float]]:
+    """Return the percentiles in microseconds of calls that are ``PAUSE`` apart, in turns."""
+    taken: dict[str, list[float]] = {name: [] for name in subjects}
+    for _ in range(options.requests):
+        for name, call in subjects.items():
+            time.sleep(PAUSE)
+            began = time.perf_counter()
+            call()
+            taken[name].append((time.perf_counter() - began) * 1e6)
+    cuts = {name: quantiles(times[20:], n=1000) for name, times in taken.items()}
+    return {name: [all_[cut] for cut in PERCENTILES.values()] for name, all_ in cuts.items()}
+
+
+def paced_rows(synchronous: Any, goals: tuple[str, ...]) -> None:
+    with ExitStack() as stack:
+        subjects: dict[str, Call] = {
+            "ours": stack.enter_context(durable(synchronous=synchronous))[0],
+            "pool": request_to(PoolRunner()),
+            "bare insert": stack.enter_context(bare_insert(synchronous)),
+        }
+        if synchronous == "normal":
+            subjects |= peers(stack)
+        found = paced(subjects)
+    ours, pool = found.pop("ours"), found["pool"]
+    for place, (name, goal) in enumerate(zip(PERCENTILES, goals, strict=True)):
+        more = ours[place] - pool[place]
+        for peer, times in found.items():
+            note = f"+{more:.0f} us, to reach {goal}" if peer == "pool" and goal else ""
+            if synchronous == "full" and peer == "bare insert" and name == "p50":
+                note = "<= 1.4"
+            row(
+                f"a request with a task, {synchronous}, {name}",
+                ours[place],
+                peer,
+                times[place],
+                note,
+            )
+
+
+def ten() -> None:
+    with durable() as (request, _):
+        found = paced({"ten": lambda: request(10), "one": request})
+    row("ten tasks in a request", found["ten"][0], "one task", found["one"][0], "<= 3")
+
+
+def flood(request: Call, threads: int, requests: int) -> float:
+    """Return the seconds for ``requests`` requests from ``threads`` threads."""
+
+    def make() -> None:
+        for _ in range(requests // threads):
+            request()
+
+    with ThreadPoolExecutor(threads) as pool:
+        began = time.perf_counter()
+        for each in [pool.submit(make) for _ in range(threads)]:
+            each.result()
+        return time.perf_counter() - began
+
+
+def sharing() -> None:
+    syncs: list[None] = []
+    execute = Writer.execute
+
+    def counted(
+        pause: float, self: Writer, statements: Any, *, is_synced: bool = False
+    ) -> None:
+        execute(self, statements, is_synced=is_synced)
+        if is_synced:
+            syncs.append(None)
+            time.sleep(pause)
+
+    requests = options.requests // 5 // THREADS * THREADS
+    slower = patch.object(Writer, "execute", lambda *a, **k: counted(SLOWER, *a, **k))
+    with slower, durable(synchronous="full") as (request, _):
+        one, many = (requests / flood(request, n, requests) for n in (1, THREADS))
+    row(
+        f"requests a second, a sync of 2 ms, {THREADS} threads", many, "one thread", one, ">= 3"
+    )
+    real = patch.object(Writer, "execute", lambda *a, **k: counted(0.0, *a, **k))
+    with real, durable(synchronous="full") as (request, _):
+        syncs.clear()
+        flood(request, THREADS, options.requests)
+    row(
+        f"syncs, {THREADS} threads, the real disk",
+        len(syncs),
+        "requests",
+        options.requests,
+        "<= 0.5",
+    )
+
+
+def run_all(threads: int, path: str = "") -> float:
+    """Return the seconds from the first request until no task and no row is left."""
+    global countdown
+    countdown = Countdown(options.tasks)
+    with durable(path) as (request, store):
+        began = time.perf_counter()
+        flood(request, threads, options.tasks)
+        countdown.wait()
+        while store.untidy:
+            store.tidy()
+        took = time.perf_counter() - began
+        counts = store.count()
+        assert counts["waiting"] + counts["running"] == 0, counts
+    return took
+
+
+def in_processes() -> float:
+    """Return the seconds of as many processes as ``PROCESSES``, with all tasks each."""
+    code = (
+        "import sys; from benchmarks import durable as d; d.options.tasks = int(sys.argv[1]); "
+        "input(); print(d.run_all(1, sys.argv[2]))"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", code, str(options.tasks), folder]
+        pipe = subprocess.PIPE
+        processes = [
+            subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+            for _ in range(PROCESSES)
+        ]
+        time.sleep(2.0)  # until all have imported the package
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        return max(float(process.communicate()[0]) for process in processes)
+
+
+def with_huey() -> float:
+    """Return the seconds until Huey's consumer, in threads of this process, has run all."""
+    global countdown
+    from huey import SqliteHuey
+
+    countdown = Countdown(options.tasks // 20)
+    with tempfile.TemporaryDirectory() as folder:
+        queue = SqliteHuey(filename=f"{folder}/huey", results=False)
+        send = queue.task()(send_mail)
+        consumer = queue.create_consumer(workers=2, periodic=False, initial_delay=0.001)
+        consumer.start()
+        began = time.perf_counter()
+        for _ in range(options.tasks // 20):
+            send(*ARGUMENTS)
+        countdown.wait()
+        took = time.perf_counter() - began
+        consumer.stop(graceful=True)
+    return took * 20
+
+
+def inserted() -> float:
+    """Return the seconds of as many bare inserts."""
+    with bare_insert("normal") as insert:
+        began = time.perf_counter()
+        for _ in range(options.tasks):
+            insert()
+        return time.perf_counter() - began
+
+
+def rate() -> None:
+    has_huey = importlib.util.find_spec("huey") is not None
+    subjects: list[Callable[[], float]] = [
+        partial(run_all, 1),
+        partial(run_all, 4),
+        in_processes,
+        inserted,
+    ]
+    one, four, three, bare, *of_huey = in_turns(
+        *subjects, *[with_huey] * has_huey, rounds=min(options.rounds, 3)
+    )
+    thousand = options.tasks / 1000
+    what = "durable tasks a second"
+    inserts = "bare inserts", thousand / bare
+    row(f"{what}, one server thread", thousand / one, *inserts, ">= 12k", "k")
+    row(f"{what}, four server threads", thousand / four, *inserts, ">= 8k", "k")
+    name = f"{what}, {PROCESSES} processes"
+    row(name, PROCESSES * thousand / three, "one", thousand / one, ">= 1.5", "k")
+    for taken in of_huey:
+        row(f"{what}, one server thread", thousand / one, "Huey", thousand / taken, ">= 4", "k")
+
+
+ROWS: dict[str, Callable[[], None]] = {
+    "normal": partial(paced_rows, "normal", ("<= 40 us", "<= 150 us", "<= 1000 us")),
+    "full": partial(paced_rows, "full", ("", "", "")),
+    "ten": ten,
+    "sharing": sharing,
+    "rate": rate,
+}
+
+
+if __name__ == "__main__":
+    run("Durable tasks", ROWS, "microseconds if no unit is named")
