@@ -40,6 +40,7 @@ from wsgi_bg._process.workers import Workers
 from wsgi_bg.exceptions import StoreError
 from wsgi_bg.flask import Background
 from wsgi_bg.hooks import Hooks, TaskRecord
+from wsgi_bg.runners import Statistics, shutdown
 
 ROOT = Path(__file__).parents[1]
 
@@ -756,4 +757,27 @@ def test_a_thread_that_adds_as_its_task_ends_lets_the_request_store_the_task(
         handle(runner, (write, 1))
     finally:
         _running.reset(token)
+    assert shop.wait_for(1) == [1]
+
+
+def test_a_users_runner_may_have_methods_of_these_names() -> None:
+    class Own:
+        def submit(self, batch: Any) -> None:
+            batch.run()
+
+        def drain(self, timeout: float) -> list[BackgroundTask]:
+            return []
+
+        def statistics(self) -> Statistics:
+            return Statistics(0, 0, 0, 0, 0)
+
+        def start(self) -> None:
+            raise AssertionError
+
+        keep = attach = postpone = added = begin = start
+
+    own = Own()
+    app = app_that(lambda environ: background_tasks.using(delay=0.01).add_task(write, 1))
+    Server().run(BackgroundTasksMiddleware(app, runner=own), make_server_environ())
+    shutdown.start_runners()
     assert shop.wait_for(1) == [1]

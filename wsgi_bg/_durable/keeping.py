@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
     from wsgi_bg._tasks.task import BackgroundTask
-    from wsgi_bg.runners.keeping import Keeper
+    from wsgi_bg.runners.keeping import KeepingRunner
 
 
 class _Tasks(Protocol):
@@ -35,7 +35,7 @@ class KeepingApp:
     :param runner: stores the tasks, unless an outer layer has another runner.
     """
 
-    def __init__(self, app: WSGIApplication, runner: Keeper) -> None:
+    def __init__(self, app: WSGIApplication, runner: KeepingRunner) -> None:
         self._app = app
         self._runner = runner
 
@@ -66,7 +66,7 @@ class _KeptRequest:
     """The ``start_response`` and ``write`` of a request whose tasks are stored in time."""
 
     def __init__(
-        self, tasks: _Tasks, runner: Keeper, start_response: Callable[..., Any]
+        self, tasks: _Tasks, runner: KeepingRunner, start_response: Callable[..., Any]
     ) -> None:
         self._tasks = tasks
         self._runner = runner

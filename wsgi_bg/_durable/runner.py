@@ -31,8 +31,8 @@ from wsgi_bg._tasks.retry import Plan
 from wsgi_bg._tasks.task import DIRECT, BackgroundTask, fill
 from wsgi_bg.exceptions import MessageError, OptionTypeError, OptionValueError, StoreError
 from wsgi_bg.runners import Runner, resolve
-from wsgi_bg.runners.keeping import KeepingCaller
-from wsgi_bg.runners.ledger import Ledger, LedgerRunner
+from wsgi_bg.runners.keeping import KeepingCaller, KeepingRunner
+from wsgi_bg.runners.ledger import Ledger
 from wsgi_bg.runners.pool import PoolRunner, shared_pool
 from wsgi_bg.runners.timer import Deferring
 
@@ -47,7 +47,7 @@ _LAST_LOOK = 1.0  # seconds for which the exit waits for the last look
 _SHARE = 0.5  # of the pool's max_pending that tasks from files may take
 
 
-class DurableRunner(LedgerRunner):
+class DurableRunner(KeepingRunner):
     """Keeps each task whose function is registered in a file until the task has run.
 
     A response that says success means that its registered tasks are stored. A stored task is

@@ -13,7 +13,7 @@ from wsgi_bg._tasks.options import OnError, Options
 from wsgi_bg._tasks.task import DIRECT, Caller, RunOn
 from wsgi_bg.exceptions import OptionError, OptionTypeError, OptionValueError
 from wsgi_bg.hooks import HOOKS, Hooks
-from wsgi_bg.runners.keeping import KeepingCaller
+from wsgi_bg.runners.keeping import KeepingCaller, KeepingRunner
 
 if TYPE_CHECKING:
     from wsgi_bg.runners import Runner
@@ -92,9 +92,8 @@ def merge_options(
     caller: Caller = DIRECT
     if not is_called_directly:
         caller = Calls(all_hooks, around, send, may_send, waits=waits)
-    keeper: Any = runner if hasattr(runner, "keep") else None
-    if keeper is not None:
-        caller = KeepingCaller(keeper, caller)
+    if isinstance(runner, KeepingRunner):
+        caller = KeepingCaller(runner, caller)
     return replace(
         options,
         runner=runner,

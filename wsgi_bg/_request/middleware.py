@@ -27,6 +27,7 @@ from wsgi_bg._tasks.task import RunOn, current
 from wsgi_bg.exceptions import OptionTypeError
 from wsgi_bg.hooks import Hooks
 from wsgi_bg.runners import Runner, resolve
+from wsgi_bg.runners.keeping import KeepingRunner
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -112,11 +113,11 @@ class BackgroundTasksMiddleware:
         self._hooks = hooks
         self._merged: _MergedOptions | None = None
         self._names_runner = runner is not None
-        resolved: Any = resolve(runner)
+        resolved = resolve(runner)
         options = self._merge(Options(), resolved)
         self._options = replace(options, runner_is_default=self._runner_is_default)
         self._inner = app
-        if hasattr(resolved, "keep"):
+        if isinstance(resolved, KeepingRunner):
             from wsgi_bg._durable.keeping import KeepingApp
 
             resolved.attach(self._options)

@@ -3,58 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from wsgi_bg._tasks.task import BackgroundTask, Caller, Done
+from wsgi_bg.runners.ledger import LedgerRunner
 
 if TYPE_CHECKING:
     from wsgi_bg._tasks.background_tasks import BackgroundTasks
     from wsgi_bg._tasks.options import Options
 
 
-class Keeper(Protocol):
-    """The part of a runner that stores tasks; the methods of a task ignore all other tasks."""
-
-    def start(self) -> None:
-        """Run tasks in this process; called before each request, and must be quick."""
+class KeepingRunner(LedgerRunner):
+    """A runner that stores tasks; the methods ignore all tasks that it does not store."""
 
     def attach(self, options: Options) -> None:
         """Run the tasks of earlier processes under ``options``, those of a middleware."""
+        raise NotImplementedError
 
     def keep(self, tasks: Iterable[BackgroundTask]) -> None:
         """Store the tasks that are not stored yet; blocks until they are stored.
 
         :raises RuntimeError: if the tasks cannot be stored; none of them is then.
         """
+        raise NotImplementedError
 
     def added(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
         """``task`` is about to join ``batch``; may store the task, and raise as ``keep``."""
+        raise NotImplementedError
 
     def begin(self, task: BackgroundTask) -> bool:
         """The call is about to be made; called in the task's context. Must not raise.
 
         :return: False if the call must not be made, since the task was discarded by hand.
         """
+        raise NotImplementedError
 
     def finished(self, task: BackgroundTask) -> None:
         """The call has returned. Must not raise."""
+        raise NotImplementedError
 
     def failed(self, task: BackgroundTask, exc: BaseException) -> None:
         """The call has raised ``exc``. Must not raise."""
+        raise NotImplementedError
 
     def forget(self, task: BackgroundTask) -> None:
         """The task will not run, in no process. Must not raise."""
-
-    def postpone(self, task: BackgroundTask, wait: float | None) -> bool:
-        """Let a stored task wait in the file. Must not raise.
-
-        :param wait: how long to wait for the next attempt, in seconds; None until the task's
-            delay is over.
-        :return: False if the task has to wait in memory.
-        """
+        raise NotImplementedError
 
     def moved(self, task: BackgroundTask, copy: BackgroundTask) -> None:
         """``copy`` will run in place of ``task``."""
+        raise NotImplementedError
 
 
 class KeepingCaller(Caller):
@@ -66,7 +64,7 @@ class KeepingCaller(Caller):
 
     __slots__ = ("_runner", "inner")
 
-    def __init__(self, runner: Keeper, inner: Caller) -> None:
+    def __init__(self, runner: KeepingRunner, inner: Caller) -> None:
         self._runner = runner
         self.inner: Caller = inner
 

@@ -258,6 +258,21 @@ class LedgerRunner:
         """
         self.submit(batch)
 
+    def start(self) -> None:
+        """Run the tasks that earlier processes have left, if the runner stores tasks.
+
+        :raises RuntimeError: if the stored tasks cannot be used.
+        """
+
+    def postpone(self, task: BackgroundTask, wait: float | None) -> bool:
+        """Let a stored task wait in its file. Must not raise.
+
+        :param wait: how long to wait for the next attempt, in seconds; None until the task's
+            delay is over.
+        :return: False if the task has to wait in memory.
+        """
+        return False
+
     def drain(self, timeout: float) -> list[BackgroundTask]:
         """Hand no more batches over and wait until all batches have ended; blocks.
 

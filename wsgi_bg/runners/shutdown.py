@@ -86,9 +86,8 @@ def start_runners() -> None:
     :raises RuntimeError: if the files of such a runner cannot be used.
     """
     for runner in _registered():
-        start = getattr(runner, "start", None)
-        if start is not None:
-            start()
+        if isinstance(runner, LedgerRunner):
+            runner.start()
 
 
 def _works_by_ledger(runner: Runner) -> bool:

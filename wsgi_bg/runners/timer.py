@@ -96,8 +96,8 @@ class Deferring(TaskQueue):
         ledger = ledger_of(self.runner)
         if is_exiting():  # no drain will come that could log the task
             return None
-        keeper: Any = self.runner
-        if hasattr(keeper, "postpone") and not holds_rest and keeper.postpone(task, wait):
+        runner = self.runner
+        if isinstance(runner, LedgerRunner) and not holds_rest and runner.postpone(task, wait):
             return _InFile()
         if wait is not None:
             if len(ledger.waiting) >= timer.limit:
