@@ -9,6 +9,8 @@ import time
 from contextvars import copy_context
 from typing import Any
 
+from flask import current_app
+
 from tests.support import Server, app_that, make_server_environ
 from wsgi_bg import (
     BackgroundTasksMiddleware,
@@ -108,6 +110,17 @@ def add_two(value: Any) -> None:
 @registered_task(name="durable.note_correlation_id")
 def note_correlation_id() -> None:
     note(correlation_id.get())
+
+
+@registered_task(name="durable.note_application")
+def note_application() -> None:
+    note(current_app.name if current_app else None)
+
+
+@registered_task(name="durable.add_and_run_by_hand")
+def add_and_run_by_hand(value: Any) -> None:
+    background_tasks.add_task(write, value)
+    background_tasks()
 
 
 @registered_task(name="durable.add_on_a_thread")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -512,6 +514,7 @@ def left_by_a_dead_process(path: Path, *rows: Row) -> None:
         Row("durable.write", "[1,[1],{}]", options="[]"),
         Row("durable.write", "[1,[1],{}]", options="{"),
         Row("durable.write", "[1,[1],{}]", context="[]"),
+        Row("durable.write", "[1,[1],{}]", options="[" * 50_000),
     ],
 )
 def test_a_forged_row_is_put_aside(
@@ -553,13 +556,23 @@ def test_a_rerun_has_the_correlation_id_and_the_options_of_its_request(
     assert shop.calls == ["abc", 1]
 
 
-def test_a_runner_whose_folder_is_gone_refuses_the_request(tmp_path: Path) -> None:
+def test_a_runner_whose_folder_is_gone_refuses_requests_with_tasks(
+    tmp_path: Path, log: Log
+) -> None:
     runner = DurableRunner(tmp_path / "tasks")
     shutil.rmtree(tmp_path / "tasks")
+    app = BackgroundTasksMiddleware(app_that(lambda environ: None), runner=runner)
+    for _ in range(2):  # requests without tasks
+        assert Server().run(app, make_server_environ()) == b"ok"
+    assert len(log.errors) == 1
     with pytest.raises(StoreError):
         handle(runner, (write, 1))
     with pytest.raises(StoreError):  # and again: the first error starts no thread
         handle(runner, (write, 1))
+    assert "cannot run the tasks of other processes" in log.errors[0]
+    (tmp_path / "tasks").mkdir()  # perhaps with the same inode
+    handle(runner, (write, 1))
+    assert shop.wait_for(1) == [1]
 
 
 @pytest.mark.parametrize("mode", ["record", "run"])
@@ -760,7 +773,9 @@ def test_a_thread_that_adds_as_its_task_ends_lets_the_request_store_the_task(
     assert shop.wait_for(1) == [1]
 
 
-def test_a_users_runner_may_have_methods_of_these_names() -> None:
+def test_a_users_runner_may_have_methods_of_these_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Own:
         def submit(self, batch: Any) -> None:
             batch.run()
@@ -779,5 +794,224 @@ def test_a_users_runner_may_have_methods_of_these_names() -> None:
     own = Own()
     app = app_that(lambda environ: background_tasks.using(delay=0.01).add_task(write, 1))
     Server().run(BackgroundTasksMiddleware(app, runner=own), make_server_environ())
+    monkeypatch.setattr(shutdown, "_registered", lambda: [own])
     shutdown.start_runners()
     assert shop.wait_for(1) == [1]
+
+
+def test_a_damaged_file_stops_neither_delays_nor_the_next_look(
+    runner: DurableRunner, log: Log
+) -> None:
+    handle(runner, (write, 1))
+    damaged = Path(runner.path, "damaged")
+    damaged.write_bytes(b"no database" * 1000)
+    damaged.rename(Path(runner.path, "00000099.sqlite"))
+    assert wait_until(lambda: bool(log.errors))
+
+    def add(environ: object) -> None:
+        background_tasks.using(delay=0.01).add_task(write, 2)
+
+    app = BackgroundTasksMiddleware(app_that(add), runner=runner)
+    Server().run(app, make_server_environ())
+    assert shop.wait_for(2) == [1, 2]
+    assert len(log.errors) == 1
+
+
+def test_a_task_that_waited_has_the_context_and_the_options_of_its_layer(
+    runner: DurableRunner,
+) -> None:
+    app = Flask("shop")
+    Background(app)
+    failed: list[str] = []
+
+    @app.post("/")
+    def view() -> str:
+        tasks = background_tasks.using(delay=0.01)
+        tasks.add_task(shop.note_application)
+        tasks.using(on_error=lambda task, exc: failed.append(task.name)).add_task(fail, 1)
+        return "ok"
+
+    app.wsgi_app = BackgroundTasksMiddleware(app.wsgi_app, runner=runner)  # type: ignore[method-assign]
+    assert app.test_client().post("/").text == "ok"
+    assert sorted(map(str, shop.wait_for(2))) == ["1", "shop"]
+    assert wait_until(lambda: failed == ["tests.durable_shop.fail"])
+
+
+def test_a_task_that_is_refused_after_the_end_is_not_stored(runner: DurableRunner) -> None:
+    kept: list[Any] = []
+
+    def add(environ: object) -> None:
+        kept.append(background_tasks.root)
+        background_tasks.add_task(write, 1)
+
+    app = BackgroundTasksMiddleware(app_that(add), runner=runner)
+    Server().run(app, make_server_environ())
+    assert shop.wait_for(1) == [1]
+    assert wait_until(lambda: kept[0].has_ended)
+    with pytest.raises(RuntimeError, match="has ended"):
+        kept[0].add_task(write, 2)
+    assert wait_until(lambda: waiting(runner) == [])
+
+
+def test_a_child_that_its_parent_runs_by_hand_is_not_stored(runner: DurableRunner) -> None:
+    handle(runner, (shop.add_and_run_by_hand, "child"))
+    assert shop.wait_for(1) == ["child"]
+    assert wait(TIMEOUT) == []
+    assert wait_until(lambda: waiting(runner) == [])
+
+
+def test_a_pool_without_a_queue_runs_durable_tasks(tmp_path: Path) -> None:
+    runner = DurableRunner(tmp_path, local=PoolRunner(max_pending=0))
+    handle(runner, (write, 1))
+    assert shop.wait_for(1) == [1]
+    assert runner.drain(TIMEOUT) == []
+
+
+def test_a_short_delay_begins_after_the_stream_which_may_fail(runner: DurableRunner) -> None:
+    def stream() -> Iterator[bytes]:
+        yield b"first"
+        assert wait_until(lambda: time.time() > due[0])
+        runner._states.get()._look()
+        raise LookupError
+
+    due: list[float] = []
+
+    def add(environ: object) -> None:
+        background_tasks.using(delay=0.01).add_task(write, 1)
+        due.append(time.time() + 0.02)
+
+    app = BackgroundTasksMiddleware(app_that(add, body=stream), runner=runner)
+    with pytest.raises(LookupError):
+        Server().run(app, make_server_environ())
+    assert wait(TIMEOUT) == []
+    assert wait_until(lambda: waiting(runner) == [])
+    assert shop.calls == []
+
+
+def test_many_tasks_of_a_request_keep_their_order(
+    runner: DurableRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsgi_bg._durable.runner._READ", 4)
+    one = [Row("durable.write", f"[1,[{number}],{{}}]") for number in range(10)]
+    left_by_a_dead_process(tmp_path / "tasks", *one)
+    runner.start()
+    assert shop.wait_for(10) == list(range(10))
+
+
+def test_requests_are_not_split_between_two_reads(
+    runner: DurableRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsgi_bg._durable.runner._READ", 5)
+    code = f"""
+    import os
+    from wsgi_bg._durable.folder import check_folder
+    from wsgi_bg._durable.rows import Row, Settings
+    from wsgi_bg._durable.store import Store
+    store = Store.own(check_folder({str(tmp_path / "tasks")!r}), Settings())
+    for start in (0, 3, 6):
+        store.add([Row("durable.write", "[1,[%d],{{}}]" % (start + n)) for n in range(3)])
+    os._exit(0)
+    """
+    assert run_python(code).returncode == 0
+    runner.start()
+    calls = shop.wait_for(9)
+    for start in (0, 3, 6):
+        mine = [call for call in calls if start <= call < start + 3]
+        assert mine == sorted(mine)
+
+
+def test_a_crashed_views_local_task_adds_a_task_that_is_stored(runner: DurableRunner) -> None:
+    def add_and_note() -> None:
+        background_tasks.using(run_on="always").add_task(write, 1)
+        shop.note(waiting(runner))
+
+    def crash(environ: object) -> None:
+        background_tasks.using(run_on="always").add_task(add_and_note)
+        raise LookupError
+
+    app = BackgroundTasksMiddleware(app_that(crash), runner=runner)
+    with pytest.raises(LookupError):
+        Server().run(app, make_server_environ())
+    assert shop.wait_for(2) == [["durable.write"], 1]
+
+
+def test_a_second_status_stores_what_it_lets_run(runner: DurableRunner) -> None:
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        get_background_tasks(environ).add_task(wait_at, "gate")
+        start_response("503 Wait", [])
+        start_response("200 OK", [], (ValueError, ValueError(), None))
+        yield b"first"
+
+    body = BackgroundTasksMiddleware(app, runner=runner)(
+        make_server_environ(), Server().start_response
+    )
+    chunks = iter(body)
+    assert next(chunks) == b"first"
+    assert waiting(runner) == ["durable.wait_at"]
+    shop.gate("gate").set()
+    assert list(chunks) == []
+    body.close()  # type: ignore[attr-defined]
+    assert shop.wait_for(1) == ["gate"]
+
+
+def test_a_child_of_a_view_that_forks_stores_nothing(
+    runner: DurableRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DURABLE_LOG", str(tmp_path / "calls"))
+    children: list[int] = []
+
+    def add_and_fork(environ: object) -> None:
+        background_tasks.add_task(write, 1)
+        children.append(os.fork())
+
+    app = BackgroundTasksMiddleware(app_that(add_and_fork), runner=runner)
+    try:
+        Server().run(app, make_server_environ())
+    finally:
+        if children[0] == 0:
+            os._exit(0)
+    os.waitpid(children[0], 0)
+    assert shop.wait_for(1) == [1]
+    assert wait_until(lambda: waiting(runner) == [])
+    assert (tmp_path / "calls").read_text() == "1\n"
+
+
+def test_two_runners_of_a_process_have_the_same_options_for_a_folder(
+    runner: DurableRunner,
+) -> None:
+    handle(runner, (write, 1))
+    with pytest.raises(StoreError, match="other options"):
+        handle(DurableRunner(runner.path, synchronous="full"), (write, 2))
+    handle(DurableRunner(runner.path), (write, 3))
+    assert shop.wait_for(2) == [1, 3]
+
+
+def test_at_exit_no_pool_begins_stored_tasks() -> None:
+    done = run_python(
+        f"""
+        import logging, sys, tempfile, threading
+        sys.path.insert(0, {str(ROOT)!r})
+        from tests import durable_shop as shop
+        from tests.durable_shop import *
+        from tests.durable_shop import DurableRunner, PoolRunner
+        import wsgi_bg
+
+        class Open(logging.Handler):
+            def emit(self, record):
+                if "stay in" in record.getMessage():
+                    gate("gate").set()
+
+        logging.getLogger("wsgi_bg").addHandler(Open())
+        logging.getLogger("wsgi_bg").setLevel(logging.INFO)
+        pool = PoolRunner(threads=1)
+        runner = DurableRunner(tempfile.mkdtemp(), local=pool)
+        handle(runner, (wait_at, "gate"))
+        gate("gate")
+        assert begun["gate"].wait(10)
+        for number in range(5):
+            handle(runner, (write, number))
+        wsgi_bg.drain(10)
+        print(shop.calls)
+        """
+    )
+    assert done.stdout == "['gate']\n", done.stderr

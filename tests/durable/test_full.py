@@ -99,7 +99,7 @@ def test_tasks_ended_on_a_full_disk_do_not_run_in_the_next_process(small_disk: P
     assert "full" in error
     filler.unlink()
     with open_folder(small_disk / "tasks") as (folder, heir):
-        left = Store.adopt(folder, heir._settings)
+        left = Store.adopt(folder, heir.settings)
         assert left is not None
         rows = left.read(0.0, 10_000)
         assert rows[0].name == "second"
@@ -117,7 +117,7 @@ def test_no_file_is_made_on_a_full_disk(small_disk: Path) -> None:
     filler.unlink()
     with open_folder(small_disk / "tasks") as (folder, store):
         assert store.add([task()])
-        while (left := Store.adopt(folder, store._settings)) is not None:
+        while (left := Store.adopt(folder, store.settings)) is not None:
             assert left.remove(store)
 
 

@@ -70,9 +70,8 @@ def test_a_task_does_not_begin_twice(store: Store) -> None:
 
 
 def test_rows_with_a_time_are_read_when_the_time_has_come(store: Store) -> None:
-    store.add([task("late", due=200.0), task("early", due=100.0)])
-    (now,) = store.add([task("now")])
-    store.leave([now])
+    store.leave(store.add([task("late", due=200.0), task("early", due=100.0)]))
+    store.leave(store.add([task("now")]))
     assert store.next_due() == 100.0
     assert names(store.read(50.0, 10)) == ["now"]
     assert names(store.read(200.0, 10)) == ["early", "late"]

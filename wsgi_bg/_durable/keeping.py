@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+from wsgi_bg._process import log
 from wsgi_bg._tasks.current import ENVIRON_KEY
+from wsgi_bg.exceptions import StoreError
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
     from wsgi_bg._tasks.task import BackgroundTask
     from wsgi_bg.runners.keeping import KeepingRunner
+
+
+_LOG_AGAIN = 60.0  # seconds
 
 
 class _Tasks(Protocol):
@@ -38,6 +44,7 @@ class KeepingApp:
     def __init__(self, app: WSGIApplication, runner: KeepingRunner) -> None:
         self._app = app
         self._runner = runner
+        self._next_log = 0.0  # by time.monotonic()
 
     def __call__(
         self, environ: WSGIEnvironment, start_response: StartResponse
@@ -49,7 +56,14 @@ class KeepingApp:
         tasks: Any = environ[ENVIRON_KEY].root
         if tasks.options.runner is not self._runner or tasks.observer is not None:
             return self._app(environ, start_response)
-        self._runner.start()
+        try:
+            self._runner.start()
+        except StoreError as exc:  # raised again for a request that has tasks to store
+            if time.monotonic() >= self._next_log:
+                self._next_log = time.monotonic() + _LOG_AGAIN
+                log.error(
+                    "%s cannot run the tasks of other processes", self._runner, exc_info=exc
+                )
         request = _KeptRequest(tasks, self._runner, start_response)
         app_iter = self._app(environ, request.start_response)
         try:
@@ -72,6 +86,7 @@ class _KeptRequest:
         self._runner = runner
         self._start_response = start_response
         self._has_returned = False
+        self._status = ""  # the status for which the tasks were stored
 
     def app_has_returned(self) -> None:
         self._has_returned = True
@@ -93,7 +108,13 @@ class _KeptRequest:
 
     def _keep(self) -> None:
         tasks = self._tasks
-        if not tasks.is_answered:
-            # First, so that each task is in the list now or is stored by add_task.
-            tasks.is_answered = True
+        if tasks.is_answered and tasks.status == self._status:
+            return
+        # First, so that each task is in the list now or is stored by add_task.
+        tasks.is_answered = True
+        self._status = tasks.status
+        try:
             self._runner.keep(tasks.expected())
+        except BaseException:
+            tasks.is_answered = False
+            raise

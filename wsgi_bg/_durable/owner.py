@@ -83,4 +83,5 @@ def locks_of(folder: Folder) -> Locks:
     try:
         return per_process.get()
     except OSError as exc:
+        _locks.pop(folder.identity, None)  # another folder may get the inode of a removed one
         raise StoreError(path, f"the lock file cannot be opened: {exc}") from exc

@@ -9,6 +9,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar, copy_context
+from functools import partial
 from itertools import groupby
 from math import inf
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -20,7 +21,7 @@ from wsgi_bg._messages import headers, retries
 from wsgi_bg._messages.codec import decode, encode
 from wsgi_bg._process import log
 from wsgi_bg._process.greenlets import event
-from wsgi_bg._process.interrupts import type_name
+from wsgi_bg._process.interrupts import safe_repr, type_name
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._process.threads import start_daemon
 from wsgi_bg._tasks import registry
@@ -29,7 +30,7 @@ from wsgi_bg._tasks.checks import seconds, whole_number
 from wsgi_bg._tasks.options import Options
 from wsgi_bg._tasks.retry import Plan
 from wsgi_bg._tasks.task import DIRECT, BackgroundTask, fill
-from wsgi_bg.exceptions import MessageError, OptionTypeError, OptionValueError, StoreError
+from wsgi_bg.exceptions import OptionTypeError, OptionValueError, StoreError
 from wsgi_bg.runners import Runner, resolve
 from wsgi_bg.runners.keeping import KeepingCaller, KeepingRunner
 from wsgi_bg.runners.ledger import Ledger
@@ -43,6 +44,7 @@ Synchronous = Literal["normal", "full"]
 
 _LOOK = 1.0  # seconds between two looks at the folder
 _READ = 500  # rows read from a file at a time
+_LOG_AGAIN = 60.0  # seconds
 _LAST_LOOK = 1.0  # seconds for which the exit waits for the last look
 _SHARE = 0.5  # of the pool's max_pending that tasks from files may take
 
@@ -130,8 +132,11 @@ class DurableRunner(KeepingRunner):
     # For the middleware.
 
     def attach(self, options: Options) -> None:
-        """Run tasks that this process has not added under ``options``; the first call holds."""
-        if not self._is_attached:
+        """Run tasks that this process has not added under ``options``.
+
+        The first call holds, or the first call with the context of an application.
+        """
+        if not self._is_attached or (_around(options) and not _around(self._reruns.options)):
             self._is_attached = True
             self._reruns.options = options
 
@@ -221,8 +226,7 @@ class DurableRunner(KeepingRunner):
 
         :return: False if the task has to wait in memory, since it is not stored.
         """
-        kept = task.message
-        return isinstance(kept, Kept) and self._states.get().postpone(task.name, kept, wait)
+        return isinstance(task.message, Kept) and self._states.get().postpone(task, wait)
 
     def moved(self, task: BackgroundTask, copy: BackgroundTask) -> None:
         """Note that ``copy`` will run in place of ``task``."""
@@ -237,6 +241,10 @@ class DurableRunner(KeepingRunner):
             store.take_back([kept.row])
 
     # A runner's methods.
+
+    def prepare_drain(self) -> None:
+        """Begin no stored task from now on: stored tasks wait for the next process."""
+        self._states.get().stop_reading()
 
     def submit(self, batch: Batch) -> None:
         """Hand the batch over to the pool; a batch without durable tasks goes to ``local``."""
@@ -267,7 +275,7 @@ class DurableRunner(KeepingRunner):
         :param timeout: seconds to wait at most.
         :return: the tasks that were not finished in time. They go on.
         """
-        self._states.get().stop_reading()
+        self.prepare_drain()
         return super().drain(timeout)
 
     def abandon(self) -> list[BackgroundTask]:
@@ -330,8 +338,13 @@ class Reruns:
         # Rows by the name of a function that is not registered yet, or no more.
         self._unknown: dict[str, list[tuple[Store, Row]]] = {}
 
-    def task(self, store: Store, row: Row) -> BackgroundTask | None:
-        """Return the task of a row; None if the row has to wait, or was put aside."""
+    def task(
+        self, store: Store, row: Row, added_under: Options | None
+    ) -> BackgroundTask | None:
+        """Return the task of a row; None if the row has to wait, or was put aside.
+
+        :param added_under: the options of the layer that has added the task in this process.
+        """
         registration = registry.get(row.name)
         if registration is None:
             if row.name not in self._unknown:
@@ -355,10 +368,12 @@ class Reruns:
             given: dict[str, Any] = json.loads(row.options or "{}")
             stops = given.get("stop_on_error") is True
             retry = retries.find(given.get("retry"), registration.retry)
-            options = self.options.override(run_on="always", stop_on_error=stops)
+            options = (added_under or self.options).override(
+                run_on="always", stop_on_error=stops, delay=0.0
+            )
             context = copy_context()
             headers.restore(context, json.loads(row.context or "{}").get)
-        except (MessageError, ValueError, AttributeError) as exc:
+        except Exception as exc:  # a forged row
             log.error("durable task %s was put aside: it cannot be read", row.name)
             store.end(Outcome(row, "aside", ended=time.time(), error=type_name(exc)))
             return None
@@ -392,6 +407,8 @@ class _State:
         self._adopted: list[Store] = []
         # The durable tasks in memory, by their file's number and their key.
         self._in_memory: dict[tuple[int, int], BackgroundTask] = {}
+        # The options of own tasks that only the file holds.
+        self._options: dict[tuple[int, int], Any] = {}
         self._has_left_some = False  # True if stored tasks of the own file are in no memory
         # Tasks that ran when a process died: they run one at a time, other tasks meanwhile.
         self._suspect: tuple[int, int] | None = None  # its key in _in_memory
@@ -400,12 +417,18 @@ class _State:
         self._wake = event()
         self._has_looked = event()  # set when the thread has ended
         self._next_look = 0.0  # by time.time()
+        self._next_log: dict[str, float] = {}  # by time.monotonic(), for each error
         self._is_stopping = False
 
     @property
     def store(self) -> Store:
         if self._store is None:
-            self._store = Store.own(self._folder, self._settings)
+            store = Store.own(self._folder, self._settings)
+            if store.settings != self._settings:
+                raise StoreError(
+                    self._folder.path, "a runner of this process has it under other options"
+                )
+            self._store = store
         return self._store
 
     def start(self) -> None:
@@ -419,16 +442,18 @@ class _State:
             raise
 
     def keep(self, tasks: list[BackgroundTask]) -> None:
+        store = self.store
         claimed = [task for task in tasks if task.message.claim()]
         rows: list[Row] = []
         try:
-            self.store.add([_row_of(task) for task in claimed], rows)
+            store.add([_row_of(task) for task in claimed], rows)
+            self._hold_all(claimed, rows, store)
         except BaseException:
-            self.store.take_back(rows)
+            store.take_back(rows)
             for task in claimed:
+                self.drop(task.message)
                 task.message.unclaim()
             raise
-        self._hold_all(claimed, rows, self.store)
 
     def _hold_all(self, tasks: list[BackgroundTask], rows: list[Row], store: Store) -> None:
         for task, row in zip(tasks, rows, strict=True):
@@ -446,7 +471,7 @@ class _State:
         kept = task.message
         if not isinstance(kept, Kept) or kept.store is None:
             return
-        store, children = kept.store, kept.children or []
+        store, children = kept.store, kept.children
         kept.store = kept.children = None  # first: a thread that adds a child looks again
         self._in_memory.pop((store.number, kept.row.key), None)
         error = "" if exc is None else type_name(exc)
@@ -455,7 +480,7 @@ class _State:
         if state == "failed":
             row = row._replace(attempts=task.attempt)
         outcome = Outcome(row, state, kept.began, time.time(), error, text)
-        new = [child for child in children if child.message.claim()]
+        new = [child for child in children or () if child.unclaimed and child.message.claim()]
         if not (new and self._end_with(task, store, outcome, new)):
             store.end(outcome)
         if exc is not None or kept.row.crashes or store.needs_tidy:
@@ -466,7 +491,9 @@ class _State:
     ) -> bool:
         """Note the end of ``task`` and store ``new`` in a transaction; False if it fails."""
         try:
-            rows = store.end_with(outcome, [_row_of(child) for child in new])
+            # Rows of the same request run in order.
+            children = [_row_of(child)._replace(request=outcome.row.request) for child in new]
+            rows = store.end_with(outcome, children)
         except StoreError as exc:
             log.error(
                 "tasks that %s has added are not stored, and run from memory",
@@ -477,18 +504,25 @@ class _State:
         self._hold_all(new, rows, store)
         return True
 
-    def postpone(self, name: str, kept: Kept, wait: float | None) -> bool:
-        if kept.store is None:
+    def postpone(self, task: BackgroundTask, wait: float | None) -> bool:
+        kept = task.message
+        store, row = kept.store, kept.row
+        if store is None:
             return False
-        row = kept.row
-        if wait is not None:
+        place = store.number, row.key
+        self._in_memory.pop(place, None)  # first: the row may be read at once
+        self._options[place] = task.options
+        if wait is None:
+            store.leave([row])
+        else:
             row = row._replace(due=time.time() + wait, attempts=row.attempts + 1)
             try:
-                kept.store.postpone([row])
+                store.postpone([row])
             except StoreError as exc:
-                log.error("%s waits in memory for its next attempt", name, exc_info=exc)
+                log.error("%s waits in memory for its next attempt", task.name, exc_info=exc)
+                self._in_memory[place] = task
                 return False
-        self.drop(kept)
+        kept.store = None
         if row.due < self._next_look:
             self._wake.set()
         return True
@@ -511,9 +545,11 @@ class _State:
             if kept.store is not None and task.claim():
                 store = self.drop(kept)
                 assert store is not None
+                self._options[store.number, kept.row.key] = task.options
                 store.leave([kept.row])
                 count += 1
-        self._has_left_some = count > 0 or self._has_left_some
+        if count:
+            self._has_left_some = True
         return count
 
     def stop_reading(self) -> None:
@@ -551,41 +587,63 @@ class _State:
         self._has_looked.set()
 
     def _try(self, func: Callable[[], object]) -> None:
+        """Call ``func()``, and log its error, the same error at most once a minute."""
         try:
             func()
         except Exception as exc:
-            log.error("%s could not be looked at", self._folder.path, exc_info=exc)
+            text, now = safe_repr(exc), time.monotonic()
+            if self._next_log.get(text, 0.0) <= now:
+                self._next_log = {text: now + _LOG_AGAIN}
+                log.error("%s could not be looked at", self._folder.path, exc_info=exc)
 
     def _look(self) -> None:
+        self._next_look = time.time() + _LOOK
+        self._reruns.leave_known()
+        self._try(self._read_own)
+        self._try(self.store.tidy)
+        self._try(self._adopt)
+        for store in list(self._adopted):
+            self._try(partial(self._work_off, store))
+
+    def _read_own(self) -> None:
         while self._more_suspects and self._suspect not in self._in_memory:
             self._submit(*self._more_suspects.popleft())
+        due = self.store.next_due()
+        if self._has_left_some or (due is not None and due <= time.time()):
+            self._has_left_some = False  # first: a request may set it meanwhile
+            if self._read(self.store):
+                self._has_left_some = True
+            due = self.store.next_due()
+        if due is not None:
+            self._next_look = min(self._next_look, due)
+
+    def _adopt(self) -> None:
         while (adopted := Store.adopt(self._folder, self._settings)) is not None:
             self._adopted.append(adopted)
             adopted.tidy()  # obeys orders of the command line before a task can begin
-        self._reruns.leave_known()
-        due = self.store.next_due()
-        if self._has_left_some or (due is not None and due <= time.time()):
-            self._has_left_some = False
-            self._has_left_some = self._read(self.store)
-            due = self.store.next_due()
-        now = time.time()
-        self._next_look = now + _LOOK if due is None else min(now + _LOOK, due)
-        self.store.tidy()
-        for store in list(self._adopted):
-            self._read(store)
-            store.tidy()
-            if store.is_empty and store.remove(self.store):
-                self._adopted.remove(store)
+
+    def _work_off(self, store: Store) -> None:
+        self._read(store)
+        store.tidy()
+        if store.is_empty and store.remove(self.store):
+            self._adopted.remove(store)
 
     def _read(self, store: Store) -> bool:
         """Submit tasks of ``store`` that no memory holds; True if there may be more."""
         rows = store.read(time.time(), _READ)
+        more = len(rows) == _READ
+        while more and rows[0].request == rows[-1].request:  # a request with many tasks
+            further = store.read(time.time(), _READ)
+            more = len(further) == _READ
+            rows += further
         groups = [list(group) for _, group in groupby(rows, lambda row: row.request)]
+        if more and len(groups) > 1:
+            store.leave(groups.pop())  # there may be more rows of this request
         has_room = True
         while groups and has_room:
             has_room = self._submit(store, groups.pop(0))
         store.leave([row for group in groups for row in group])
-        return len(rows) == _READ or not has_room
+        return more or not has_room
 
     def _submit(self, store: Store, rows: list[Row]) -> bool:
         """Run the rows of a request as a batch; False, and leave the rows, without room."""
@@ -597,7 +655,8 @@ class _State:
         queue.options = self._reruns.options
         tasks = queue.open_list()
         for row in rows:
-            task = self._reruns.task(store, row)
+            added_under = self._options.pop((store.number, row.key), None)
+            task = self._reruns.task(store, row, added_under)
             if task is not None:
                 tasks.append(task)
                 self._in_memory[store.number, row.key] = task
@@ -615,6 +674,11 @@ class _State:
             store.leave([kept.row])
         batch.run()  # no task is left: only end the batch
         return False
+
+
+def _around(options: Options) -> Any:
+    """The context of an application that the options have; None without."""
+    return getattr(getattr(options.calls, "inner", None), "around", None)
 
 
 def _is_new(message: object) -> bool:

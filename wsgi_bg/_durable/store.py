@@ -65,7 +65,7 @@ class Store:
         self.number: int = number
         self.path: str = folder.file(number)
         self._folder = folder
-        self._settings = settings
+        self.settings: Settings = settings
         self._locks = locks
         self._held: set[int] = set()
         self._discarded: set[int] = set()
@@ -115,7 +115,11 @@ class Store:
         :raises StoreError: if the file cannot be made.
         """
         make = PerProcess(lambda: cls._make(folder, settings))
-        return _own.setdefault(folder.identity, make).get()
+        try:
+            return _own.setdefault(folder.identity, make).get()
+        except BaseException:
+            _own.pop(folder.identity, None)  # another folder may get the inode of a removed one
+            raise
 
     @classmethod
     def _make(cls, folder: Folder, settings: Settings) -> Store:
@@ -196,7 +200,7 @@ class Store:
 
         Blocks until they are stored; greenlets run while another thread writes. Threads that
         wait at the same time share a transaction, and so a sync of the disk. The caller holds
-        the rows, except those with ``due``, which ``read`` returns when their time has come.
+        the rows, those with ``due`` too: ``leave`` lets ``read`` return them in time.
 
         :param into: gets the rows before they are stored. If a signal handler raises in this
             method, or right after it, the rows may have been stored. Pass the list to
@@ -217,11 +221,10 @@ class Store:
         stored = [] if into is None else into
         for row in rows:
             key = next(self._keys)
-            request = request or key
+            request = row.request or request or key
             id = row.id or f"{self.number:x}-{key:x}"  # noqa: A001
             stored.append(Row(*row[:7], id, row.added or now, key, request))
-            if row.due <= 0.0:
-                self._held.add(key)
+            self._held.add(key)
         return stored
 
     def _write(
@@ -279,7 +282,7 @@ class Store:
         """
         stored = self._number(children, into)
         try:
-            self._write(sql.insert(stored) + sql.end([outcome], self._settings))
+            self._write(sql.insert(stored) + sql.end([outcome], self.settings))
             self._forget([outcome.row.key])
             return stored
         except BaseException:
@@ -428,7 +431,7 @@ class Store:
         while left > 0:
             ends = list(islice(self._ended.copy(), CHUNK))
             left -= len(ends)
-            self._write(sql.end(ends, self._settings), is_synced=False)
+            self._write(sql.end(ends, self.settings), is_synced=False)
             self._forget([end.row.key for end in ends])
             for _ in ends:
                 self._ended.popleft()
@@ -441,7 +444,7 @@ class Store:
             self._obey()
         if now >= self._next_pruning:
             self._next_pruning = now + 60.0
-            self._write(sql.prune(self._settings), is_synced=False)
+            self._write(sql.prune(self.settings), is_synced=False)
         if is_time or not self._is_wal_busy:
             self._empty_wal()
 

@@ -200,6 +200,9 @@ class BackgroundTasksMiddleware:
             or merged.outer is not tasks.options
         ):
             self._merged = merged = self._merge_options(root.options, tasks.options)
+            runner = merged.new_root.runner
+            if isinstance(runner, KeepingRunner):
+                runner.attach(merged.inner)
         root.options = merged.new_root
         inner = tasks if merged.inner is tasks.options else LayerView(tasks, merged.inner)
         environ[ENVIRON_KEY] = inner

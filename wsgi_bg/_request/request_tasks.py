@@ -117,8 +117,10 @@ class RequestTasks(Deferring):
 
     def expected(self) -> list[BackgroundTask]:
         """The tasks that run if the request ends with the status known so far."""
+        if self._list is None or self._collector.pid != os.getpid():  # or in a forked child
+            return []
         status = _code_of(self.status)
-        return [task for task in self._list or () if task.options.lets_run(status)]
+        return [task for task in self._list if task.options.lets_run(status)]
 
     def end(self, environ: WSGIEnvironment, outcome: Outcome, *, closed: bool = True) -> None:
         """Submit the tasks, if any: the application is done with the request.
@@ -147,6 +149,7 @@ class RequestTasks(Deferring):
         :raises KeyboardInterrupt: or another exception that stops the server's worker.
         """
         batch = None
+        self.is_answered = True
         try:
             if self._is_handed_over:
                 return

@@ -109,6 +109,7 @@ class BackgroundTasks:
             successor = self._successor()
             if successor is not None and successor.adopt(task):
                 return
+            options.calls.forget(task)
             task_log.notify_discarded(task, "the batch has ended")
             raise BatchEndedError(task.name)
 

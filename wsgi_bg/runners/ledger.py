@@ -264,6 +264,9 @@ class LedgerRunner:
         :raises RuntimeError: if the stored tasks cannot be used.
         """
 
+    def prepare_drain(self) -> None:
+        """Begin no task that the runner has stored: exit is about to drain all runners."""
+
     def postpone(self, task: BackgroundTask, wait: float | None) -> bool:
         """Let a stored task wait in its file. Must not raise.
 

@@ -95,7 +95,7 @@ class PoolRunner(LedgerRunner):
         :return: False if the batch was not handed over.
         """
         state = self._states.get()
-        has_room = state.ledger.length < self._limits[True] * share
+        has_room = state.ledger.length < max(self._limits[True], 1) * share
         if is_exiting() or state.ledger.is_draining or not has_room:
             return False
         state.ledger.add(batch)

@@ -221,6 +221,7 @@ def finish(
     """
     began = time.monotonic() if began is None else began
     notice = notice or Notice()
+    _prepare_drain()
     waiting = [
         (runner, _limit_of(runner) if limit is None else limit)
         for runner in _registered()
@@ -245,6 +246,12 @@ def finish(
         return _log_left(reasons, "by the end of the process", names_requests=names_requests)
     finally:
         portal.stop(_PORTAL_TIMEOUT if waiting else 0.0)
+
+
+def _prepare_drain() -> None:
+    for runner in _registered():
+        if isinstance(runner, LedgerRunner):
+            runner.prepare_drain()
 
 
 def _drain(
@@ -314,6 +321,7 @@ def _log_left(
     once.
     """
     named = []
+    _prepare_drain()
     for ledger in ledgers_here():
         named += _name(ledger.abandon_waiting(), task_log.WAITING)
     for runner in _registered():
