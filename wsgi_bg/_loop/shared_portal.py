@@ -40,6 +40,8 @@ class SharedPortal(BlockingPortal):
     def __init__(self) -> None:
         super().__init__()
         self._loop = asyncio.get_running_loop()
+        # As it is now: a library may replace it by a class that anyio's scopes do not know.
+        self._task_class = asyncio.Task
         self._is_entered = False
         # Never set, only cancelled: by PortalThread.stop(), or as asyncio cancels all tasks.
         self.end: asyncio.Future[None] = self._loop.create_future()
@@ -110,7 +112,7 @@ class SharedPortal(BlockingPortal):
         # anyio's method waits for the loop, which may be busy.
         def begin() -> None:
             factory = self._loop.get_task_factory()
-            self._loop.set_task_factory(None)  # a factory that a task has set may raise
+            self._loop.set_task_factory(self._make_task)  # that of a task may raise
             try:
                 self._task_group.start_soon(
                     self._call_func, func, args, kwargs, future, name=name
@@ -124,6 +126,9 @@ class SharedPortal(BlockingPortal):
 
         self._calls[future] = None
         self._loop.call_soon_threadsafe(begin)
+
+    def _make_task(self, loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> Any:
+        return self._task_class(coro, loop=loop, **options)
 
     async def _call_func(
         self,
