@@ -954,6 +954,7 @@ def test_a_second_status_stores_what_it_lets_run(runner: DurableRunner) -> None:
     assert shop.wait_for(1) == ["gate"]
 
 
+@pytest.mark.filterwarnings("ignore:This process")  # has threads, and forks
 def test_a_child_of_a_view_that_forks_stores_nothing(
     runner: DurableRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
