@@ -184,7 +184,7 @@ def test_a_thread_whose_leader_is_interrupted_waits_for_the_next_leader(
     (row,) = store.add([task("follower")])
     store.take_back([row])
     store.tidy()
-    follower = _Write(sql.insert([row]), None, is_synced=True)
+    follower = _Write(sql.insert([row]), None)
     store._writer.turns.waiting[follower] = None
     with interrupted_after(store, "BEGIN"), pytest.raises(error):
         store.add([task("leader")])

@@ -175,18 +175,13 @@ os.register_at_fork(
 class _Write:
     """The statements of a thread that waits until they are committed."""
 
-    __slots__ = ("_claims", "error", "event", "is_settled", "is_synced", "statements", "undo")
+    __slots__ = ("_claims", "error", "event", "is_settled", "statements", "undo")
 
     def __init__(
-        self,
-        statements: Sequence[Statement],
-        undo: Callable[[], Statement] | None,
-        *,
-        is_synced: bool,
+        self, statements: Sequence[Statement], undo: Callable[[], Statement] | None
     ) -> None:
         self.statements = statements
         self.undo = undo
-        self.is_synced = is_synced
         self.is_settled = False
         self.error: Exception | None = None
         self.event = greenlets.event()
@@ -247,9 +242,9 @@ class Writer:
                 with self.hold():
                     self.execute(statements)
             elif not self.turns.waiting and turn.claim():
-                self.execute(statements, is_synced=is_synced)
+                self.execute(statements, is_synced=True)
             else:
-                mine = _Write(statements, undo, is_synced=is_synced)
+                mine = _Write(statements, undo)
                 self.turns.waiting[mine] = None
                 if turn.claim() or self._wait(mine, turn):
                     writes = list(self.turns.waiting)
@@ -288,7 +283,7 @@ class Writer:
         try:
             self.execute(
                 [statement for write in group for statement in write.statements],
-                is_synced=any(write.is_synced for write in group),
+                is_synced=True,
             )
         except (sqlite3.Error, OverflowError, ValueError) as exc:
             if is_from_signal_handler(exc):
