@@ -279,9 +279,8 @@ def _drain(
             log.error("%s could not be drained", runner, exc_info=exc)
             return "since its runner could not be drained"
         if not left:
-            if ledger.not_submitted(
-                deadline, runner
-            ):  # the task has failed, and is called again
+            # A task that has failed is called again.
+            if ledger.not_submitted(deadline, runner):
                 continue
             return None
         now = time.monotonic()

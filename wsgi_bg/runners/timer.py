@@ -93,10 +93,10 @@ class Deferring(TaskQueue):
         if not self._waits:
             return _Next(self, task)
         timer = timers.get()
-        ledger = ledger_of(self.runner)
+        runner = self.runner
+        ledger = ledger_of(runner)
         if is_exiting():  # no drain will come that could log the task
             return None
-        runner = self.runner
         if isinstance(runner, LedgerRunner) and not holds_rest and runner.postpone(task, wait):
             return _InFile()
         if wait is not None:
