@@ -50,6 +50,12 @@ def gate(name: str) -> threading.Event:
     return gates.setdefault(name, threading.Event())
 
 
+class UnformattableError(Exception):
+    @property
+    def __suppress_context__(self) -> bool:  # type: ignore[override]
+        raise OSError
+
+
 @registered_task(name="durable.write")
 def write(value: Any) -> None:
     """Note the call; in a process that has a log, append a line to the log."""
@@ -83,6 +89,11 @@ def wait_for_line() -> None:
 def fail(value: Any) -> None:
     note(value)
     raise ValueError(f"secret {value}")
+
+
+@registered_task(name="durable.fail_unformattably")
+def fail_unformattably() -> None:
+    raise UnformattableError
 
 
 @registered_task(name="durable.fail_twice", retry=Retry(3, first=0.01, jitter=False))

@@ -318,6 +318,15 @@ def test_a_failed_task_is_kept_with_its_error(runner: DurableRunner, log: Log) -
     assert len(log.errors) == 1
 
 
+def test_a_task_whose_traceback_cannot_be_formatted_is_kept_as_failed(
+    runner: DurableRunner,
+) -> None:
+    handle(runner, (shop.fail_unformattably,), (write, 2))
+    assert shop.wait_for(1) == [2]
+    assert wait(TIMEOUT) == []
+    assert wait_until(lambda: ("failed", "durable.fail_unformattably") in stored(runner))
+
+
 def test_tasks_beyond_max_pending_stay_in_the_file_until_there_is_room(tmp_path: Path) -> None:
     runner = DurableRunner(tmp_path, local=PoolRunner(threads=1, max_pending=1))
     handle(runner, (wait_at, "gate"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar, copy_context
@@ -475,7 +474,7 @@ class _State:
         kept.store = kept.children = None  # first: a thread that adds a child looks again
         self._in_memory.pop((store.number, kept.row.key), None)
         error = "" if exc is None else type_name(exc)
-        text = "" if exc is None else "".join(traceback.format_exception(exc))
+        text = "" if exc is None else "".join(log.format_error(exc))
         row = kept.row
         if state == "failed":
             row = row._replace(attempts=task.attempt)

@@ -82,7 +82,7 @@ def _log(  # %r of a str adds quotes: placeholders are %s, %d and %g
         if not logger.isEnabledFor(level):
             return
         args = tuple(map(_shown, args))
-        if exc_info is not None and not _format(exc_info):
+        if exc_info is not None and not format_error(exc_info):
             message += " (%s, whose traceback cannot be formatted)"
             args = (*args, safe_repr(exc_info))
             exc_info = None
@@ -108,9 +108,9 @@ def _print_instead(
     try:
         lines = [f"{logging.getLevelName(level)} wsgi_bg: {message % args}\n"]
         if exc_info is not None:
-            lines += _format(exc_info)
+            lines += format_error(exc_info)
         lines += ["A filter or handler of logging raised for this record:\n"]
-        lines += _format(failure) or [f"{safe_repr(failure)}\n"]
+        lines += format_error(failure) or [f"{safe_repr(failure)}\n"]
         sys.stderr.write("".join(lines))
     except BaseException as exc:  # no standard error, or no file descriptor left
         if stops_worker(exc):
@@ -130,7 +130,7 @@ def _shown(given: object) -> object:
         return type_name(given)
 
 
-def _format(exc: BaseException) -> list[str]:
+def format_error(exc: BaseException) -> list[str]:
     """Format the traceback; an empty list if that raises: a handler would drop the record.
 
     Python 3.15 imports a module for its first traceback, and the process may have no file
