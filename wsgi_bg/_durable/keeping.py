@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from wsgi_bg._process import log
+from wsgi_bg._process import log, repeated
 from wsgi_bg._tasks.current import ENVIRON_KEY
 from wsgi_bg.exceptions import StoreError
 
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
     from wsgi_bg._tasks.task import BackgroundTask
     from wsgi_bg.runners.keeping import KeepingRunner
-
-
-_LOG_AGAIN = 60.0  # seconds
 
 
 class _Tasks(Protocol):
@@ -60,7 +57,7 @@ class KeepingApp:
             self._runner.start()
         except StoreError as exc:  # raised again for a request that has tasks to store
             if time.monotonic() >= self._next_log:
-                self._next_log = time.monotonic() + _LOG_AGAIN
+                self._next_log = time.monotonic() + repeated.INTERVAL
                 log.error(
                     "%s cannot run the tasks of other processes", self._runner, exc_info=exc
                 )

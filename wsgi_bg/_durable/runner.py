@@ -18,7 +18,7 @@ from wsgi_bg._durable.rows import Outcome, Row, Settings
 from wsgi_bg._durable.store import Store
 from wsgi_bg._messages import headers, retries
 from wsgi_bg._messages.codec import decode, encode
-from wsgi_bg._process import log
+from wsgi_bg._process import log, repeated
 from wsgi_bg._process.greenlets import event
 from wsgi_bg._process.interrupts import safe_repr, type_name
 from wsgi_bg._process.per_process import PerProcess
@@ -43,7 +43,6 @@ Synchronous = Literal["normal", "full"]
 
 _LOOK = 1.0  # seconds between two looks at the folder
 _READ = 500  # rows read from a file at a time
-_LOG_AGAIN = 60.0  # seconds
 _LAST_LOOK = 1.0  # seconds for which the exit waits for the last look
 _SHARE = 0.5  # of the pool's max_pending that tasks from files may take
 
@@ -327,7 +326,8 @@ _running: ContextVar[Kept | None] = ContextVar("wsgi_bg._durable", default=None)
 class Reruns:
     """Makes tasks of stored rows.
 
-    :ivar options: the options of the first middleware that was given the runner.
+    :ivar options: those of the first middleware that was given the runner, or of the first with
+        the context of an application.
     """
 
     def __init__(self, path: str, max_crashes: int, options: Options) -> None:
@@ -406,7 +406,7 @@ class _State:
         self._adopted: list[Store] = []
         # The durable tasks in memory, by their file's number and their key.
         self._in_memory: dict[tuple[int, int], BackgroundTask] = {}
-        # The options of own tasks that only the file holds.
+        # The options of tasks that ran or were added here, and that only the file holds now.
         self._options: dict[tuple[int, int], Any] = {}
         self._has_left_some = False  # True if stored tasks of the own file are in no memory
         # Tasks that ran when a process died: they run one at a time, other tasks meanwhile.
@@ -592,7 +592,7 @@ class _State:
         except Exception as exc:
             text, now = safe_repr(exc), time.monotonic()
             if self._next_log.get(text, 0.0) <= now:
-                self._next_log = {text: now + _LOG_AGAIN}
+                self._next_log = {text: now + repeated.INTERVAL}
                 log.error("%s could not be looked at", self._folder.path, exc_info=exc)
 
     def _look(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from wsgi_bg._process import log
 
 INTERVAL = 60.0
-"""Seconds that pass at least between two records of the same warning."""
+"""Seconds that pass at least between two records of the same event."""
 
 
 class RepeatedWarning:
