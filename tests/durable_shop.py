@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextvars import copy_context
 from typing import Any
 
@@ -181,7 +182,12 @@ def handle(runner: DurableRunner, *calls: tuple[Any, ...], **options: Any) -> by
         for func, *args in calls:
             background_tasks.add_task(func, *args)
 
-    app = BackgroundTasksMiddleware(app_that(add, **options), runner=runner)
+    return run_view(runner, add, **options)
+
+
+def run_view(runner: DurableRunner, view: Callable[[Any], object], **options: Any) -> bytes:
+    """Handle a request for which the application calls ``view(environ)``."""
+    app = BackgroundTasksMiddleware(app_that(view, **options), runner=runner)
     return Server().run(app, make_server_environ())
 
 

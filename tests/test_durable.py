@@ -18,7 +18,16 @@ from flask import Flask, current_app
 
 from tests import durable_shop as shop
 from tests.conftest import Log
-from tests.durable_shop import add_two, fail, fail_twice, handle, wait_at, write, write_async
+from tests.durable_shop import (
+    add_two,
+    fail,
+    fail_twice,
+    handle,
+    run_view,
+    wait_at,
+    write,
+    write_async,
+)
 from tests.support import TIMEOUT, Server, app_that, make_server_environ, run_python
 from tests.test_examples import wait_until
 from wsgi_bg import (
@@ -374,8 +383,7 @@ def test_a_retry_under_stop_on_error_holds_the_rest_of_the_request(
         tasks.add_task(fail_twice, 1)
         tasks.add_task(write, 2)
 
-    app = BackgroundTasksMiddleware(app_that(add), runner=runner)
-    Server().run(app, make_server_environ())
+    run_view(runner, add)
     assert shop.wait_for(5) == [1, 1, 1, 2, "child"]
     assert wait_until(lambda: waiting(runner) == [])
 
@@ -384,8 +392,7 @@ def test_the_last_failure_is_the_tasks_error(runner: DurableRunner, log: Log) ->
     def add(environ: object) -> None:
         background_tasks.using(retry=Retry(2, first=0.0)).add_task(fail, 1)
 
-    app = BackgroundTasksMiddleware(app_that(add), runner=runner)
-    Server().run(app, make_server_environ())
+    run_view(runner, add)
     assert shop.wait_for(2) == [1, 1]
     assert wait_until(lambda: ("failed", "durable.fail") in stored(runner))
     [failed] = list_tasks(check_folder(runner.path))
@@ -399,8 +406,7 @@ def test_a_delay_waits_in_the_file(runner: DurableRunner) -> None:
         background_tasks.using(delay=3600).add_task(write, 2)
         background_tasks.add_task(write, 3)
 
-    app = BackgroundTasksMiddleware(app_that(add), runner=runner)
-    Server().run(app, make_server_environ())
+    run_view(runner, add)
     assert shop.wait_for(2) == [3, 1]
     assert wait_until(lambda: waiting(runner) == ["durable.write"])
     assert wait(TIMEOUT) == []
@@ -669,8 +675,7 @@ def test_a_function_that_is_not_registered_is_retried_in_memory(runner: DurableR
     def add(environ: object) -> None:
         background_tasks.using(retry=Retry(2, first=0.0)).add_task(flaky)
 
-    app = BackgroundTasksMiddleware(app_that(add), runner=runner)
-    Server().run(app, make_server_environ())
+    run_view(runner, add)
     assert shop.wait_for(2) == ["call", "call"]
 
 
@@ -820,8 +825,7 @@ def test_a_damaged_file_stops_neither_delays_nor_the_next_look(
     def add(environ: object) -> None:
         background_tasks.using(delay=0.01).add_task(write, 2)
 
-    app = BackgroundTasksMiddleware(app_that(add), runner=runner)
-    Server().run(app, make_server_environ())
+    run_view(runner, add)
     assert shop.wait_for(2) == [1, 2]
     assert len(log.errors) == 1
 
@@ -853,8 +857,7 @@ def test_a_task_that_is_refused_after_the_end_is_not_stored(runner: DurableRunne
         kept.append(background_tasks.root)
         background_tasks.add_task(write, 1)
 
-    app = BackgroundTasksMiddleware(app_that(add), runner=runner)
-    Server().run(app, make_server_environ())
+    run_view(runner, add)
     assert shop.wait_for(1) == [1]
     assert wait_until(lambda: kept[0].has_ended)
     with pytest.raises(RuntimeError, match="has ended"):
@@ -889,9 +892,8 @@ def test_a_short_delay_begins_after_the_stream_which_may_fail(runner: DurableRun
         background_tasks.using(delay=0.01).add_task(write, 1)
         due.append(time.time() + 0.02)
 
-    app = BackgroundTasksMiddleware(app_that(add, body=stream), runner=runner)
     with pytest.raises(LookupError):
-        Server().run(app, make_server_environ())
+        run_view(runner, add, body=stream)
     assert wait(TIMEOUT) == []
     assert wait_until(lambda: waiting(runner) == [])
     assert shop.calls == []
@@ -938,9 +940,8 @@ def test_a_crashed_views_local_task_adds_a_task_that_is_stored(runner: DurableRu
         background_tasks.using(run_on="always").add_task(add_and_note)
         raise LookupError
 
-    app = BackgroundTasksMiddleware(app_that(crash), runner=runner)
     with pytest.raises(LookupError):
-        Server().run(app, make_server_environ())
+        run_view(runner, crash)
     assert shop.wait_for(2) == [["durable.write"], 1]
 
 
@@ -974,9 +975,8 @@ def test_a_child_of_a_view_that_forks_stores_nothing(
         background_tasks.add_task(write, 1)
         children.append(os.fork())
 
-    app = BackgroundTasksMiddleware(app_that(add_and_fork), runner=runner)
     try:
-        Server().run(app, make_server_environ())
+        run_view(runner, add_and_fork)
     finally:
         if children[0] == 0:
             os._exit(0)

@@ -24,27 +24,6 @@ pytestmark = pytest.mark.filterwarnings(
 PACKAGE = str(Path(wsgi_bg._durable.__file__).parent)
 
 
-class Interrupted(BaseException):
-    pass
-
-
-class UsualError(ValueError, IndexError, RuntimeError):
-    """An exception of classes that the store catches for reasons of its own."""
-
-
-@pytest.fixture(params=[Interrupted, UsualError])
-def error(request: pytest.FixtureRequest) -> Iterator[type[BaseException]]:
-    """The class of an error, which the handler of SIGUSR1 raises."""
-    error: type[BaseException] = request.param
-
-    def handler(number: int, frame: object) -> None:
-        raise error
-
-    previous = signal.signal(signal.SIGUSR1, handler)
-    yield error
-    signal.signal(signal.SIGUSR1, previous)
-
-
 def interrupted_calls(
     call: Callable[[], object], error: type[BaseException]
 ) -> Iterator[BaseException | None]:

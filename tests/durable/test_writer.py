@@ -129,23 +129,6 @@ def test_a_member_of_a_group_that_gives_up_is_removed_by_the_leader(
         assert store.count()["waiting"] == 1
 
 
-class Interrupted(BaseException):
-    pass
-
-
-@pytest.fixture(params=[Interrupted, ValueError])
-def error(request: pytest.FixtureRequest) -> Iterator[type[BaseException]]:
-    """The class of an error, which the handler of SIGUSR1 raises."""
-    error: type[BaseException] = request.param
-
-    def handler(number: int, frame: object) -> None:
-        raise error
-
-    previous = signal.signal(signal.SIGUSR1, handler)
-    yield error
-    signal.signal(signal.SIGUSR1, previous)
-
-
 @contextmanager
 def interrupted_after(store: Store, statement: str) -> Iterator[None]:
     """A signal comes after the writer has executed ``statement``."""
