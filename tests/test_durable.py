@@ -850,6 +850,31 @@ def test_a_task_that_waited_has_the_context_and_the_options_of_its_layer(
     assert wait_until(lambda: failed == ["tests.durable_shop.fail"])
 
 
+def test_a_task_that_is_read_in_vain_has_the_options_of_its_layer(tmp_path: Path) -> None:
+    refused: list[Any] = []
+
+    class Pool(PoolRunner):
+        def offer(self, batch: Any, *, share: float = 1.0) -> bool:
+            is_taken = super().offer(batch, share=share)
+            refused.extend([batch] * (not is_taken and share < 1.0))  # offered from the file
+            return is_taken
+
+    runner = DurableRunner(tmp_path, local=Pool(threads=1, max_pending=1))
+    failed: list[str] = []
+
+    def add(environ: object) -> None:
+        tasks = background_tasks.using(on_error=lambda task, exc: failed.append(task.name))
+        tasks.add_task(fail, 1)
+
+    handle(runner, (wait_at, "gate"))
+    shop.gate("gate")
+    assert shop.begun["gate"].wait(TIMEOUT)
+    run_view(runner, add)
+    assert wait_until(lambda: len(refused) > 0)
+    shop.gate("gate").set()
+    assert wait_until(lambda: failed == ["tests.durable_shop.fail"])
+
+
 def test_a_task_that_is_refused_after_the_end_is_not_stored(runner: DurableRunner) -> None:
     kept: list[Any] = []
 

@@ -653,12 +653,15 @@ class _State:
         queue = Deferring()
         queue.options = self._reruns.options
         tasks = queue.open_list()
+        added_under = {}
         for row in rows:
-            added_under = self._options.pop((store.number, row.key), None)
-            task = self._reruns.task(store, row, added_under)
+            place = store.number, row.key
+            if place in self._options:
+                added_under[place] = self._options.pop(place)
+            task = self._reruns.task(store, row, added_under.get(place))
             if task is not None:
                 tasks.append(task)
-                self._in_memory[store.number, row.key] = task
+                self._in_memory[place] = task
         if not tasks:
             return True
         queue.close()
@@ -668,6 +671,7 @@ class _State:
         self.ledger.add(batch)
         if not self._is_stopping and self._pool.offer(batch, share=_SHARE):
             return True
+        self._options.update(added_under)
         for kept in [task.message for task in batch.tasks if task.claim()]:
             self.drop(kept)
             store.leave([kept.row])
