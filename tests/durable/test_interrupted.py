@@ -50,6 +50,8 @@ def interrupted_calls(
 
         raised = None
         previous = sys.gettrace()  # of coverage
+        # Python 3.12 gives bytecodes only if a frame has asked for them before settrace().
+        sys._getframe().f_trace_opcodes = True
         sys.settrace(trace)
         try:
             call()
