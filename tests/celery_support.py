@@ -1,48 +1,31 @@
-"""Brokers and workers: Celery's filesystem transport, Redis, and processes of each."""
+"""Celery's filesystem transport, a broker that never answers, and workers."""
 
 from __future__ import annotations
 
 import base64
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import pytest
-import redis
-from celery import Celery
-
-from tests.celery_shop import MODULE, make_app
-from tests.support import Server, app_that, free_port, make_server_environ
+from tests.brokers import Broker as Broker
+from tests.brokers import RedisServer as RedisServer
+from tests.brokers import redis_server as redis_server
+from tests.celery_shop import MODULE
+from tests.support import Server, app_that, make_server_environ
 from tests.test_examples import text_of, wait_until
 from wsgi_bg import BackgroundTasksMiddleware
 from wsgi_bg.celery import CeleryRunner
 
 TIMEOUT = 30.0
-REQUIRE_REDIS = bool(os.environ.get("WSGI_BG_REQUIRE_REDIS"))
-
-
-class Broker(NamedTuple):
-    """The address of a broker, and the options of its transport."""
-
-    url: str
-    options: dict[str, Any]
-
-    def app(self, **options: Any) -> Celery:
-        return make_app(self.url, {**self.options, **options})
-
-    def runner(self, **options: Any) -> CeleryRunner:
-        return CeleryRunner(self.app(), **options)
 
 
 def filesystem(folder: Path) -> Broker:
@@ -58,67 +41,6 @@ def filesystem(folder: Path) -> Broker:
             "polling_interval": 0.02,
         },
     )
-
-
-class RedisServer:
-    """A Redis process for the tests, which keeps nothing on disk."""
-
-    def __init__(self, folder: Path) -> None:
-        program = shutil.which("redis-server")
-        if program is None:
-            if REQUIRE_REDIS:
-                pytest.fail("redis-server is not here, and WSGI_BG_REQUIRE_REDIS is set")
-            pytest.skip("redis-server is not here: apt install redis-server")
-        self.port = free_port()
-        self.url = f"redis://127.0.0.1:{self.port}"
-        self._folder = folder
-        self._command = [program, "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
-        self.start()
-
-    def start(self) -> None:
-        """Start Redis with an empty database; may be called again after a stop."""
-        self._process = subprocess.Popen(
-            self._command,
-            cwd=self._folder,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        assert wait_until(self._answers), "redis-server does not answer"
-
-    def waiting(self, database: int) -> int:
-        """Number of messages that no worker has taken."""
-        with redis.Redis(port=self.port, db=database) as client:
-            length: Any = client.llen("celery")
-        return int(length)
-
-    def _answers(self) -> bool:
-        try:
-            with redis.Redis(port=self.port) as client:
-                return bool(client.ping())
-        except redis.ConnectionError:
-            return False
-
-    def seconds_held(self, database: int) -> float:
-        """Seconds for which a worker has held a message without acknowledging the message."""
-        with redis.Redis(port=self.port, db=database) as client:
-            taken: Any = client.zrange("unacked_index", 0, 0, withscores=True)
-        return time.time() - taken[0][1] if taken else 0.0
-
-    def broker(self, database: int, **options: Any) -> Broker:
-        return Broker(f"{self.url}/{database}", options)
-
-    def stop(self) -> None:
-        self._process.kill()
-        self._process.wait(TIMEOUT)
-
-
-@contextmanager
-def redis_server(folder: Path) -> Iterator[RedisServer]:
-    server = RedisServer(folder)
-    try:
-        yield server
-    finally:
-        server.stop()
 
 
 class Worker:

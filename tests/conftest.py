@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.brokers import RabbitServer, RedisServer, rabbit_server, redis_server
 from tests.servers import table
 from tests.support import Clock, Gate
 from wsgi_bg._loop import portal
@@ -87,6 +88,20 @@ def gate() -> Iterator[Gate]:
     gate = Gate()
     yield gate
     gate.open()
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitServer]:
+    """A RabbitMQ for all tests of the process, each with a ``fresh()`` virtual host."""
+    with rabbit_server(tmp_path_factory.mktemp("rabbitmq")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A Redis for all tests of the process, each with a ``fresh()`` database."""
+    with redis_server(tmp_path_factory.mktemp("redis"), keeps=True) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

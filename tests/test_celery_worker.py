@@ -42,7 +42,6 @@ from tests.celery_support import (
     RedisServer,
     Worker,
     filesystem,
-    redis_server,
     request,
     wait_for,
     worker,
@@ -56,12 +55,6 @@ from wsgi_bg._tasks.registry import find
 from wsgi_bg.celery import CeleryRunner, correlation_id, traceparent
 
 QUEUES = ("-Q", "celery,other")
-
-
-@pytest.fixture(scope="session")
-def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    with redis_server(tmp_path_factory.mktemp("redis")) as server:
-        yield server
 
 
 class Shop(NamedTuple):
