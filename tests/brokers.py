@@ -53,6 +53,11 @@ def find(name: str) -> str | None:
     return shutil.which(PROGRAMS[name])
 
 
+_kept: list[CeleryRunner] = []
+"""Runners of this process: py-amqp does not close the connections of a runner that is freed,
+and pytest fails for a socket that is freed open."""
+
+
 class Broker(NamedTuple):
     """The address of a broker, and the options of its transport."""
 
@@ -68,7 +73,10 @@ class Broker(NamedTuple):
     def runner(self, **options: Any) -> CeleryRunner:
         from wsgi_bg.celery import CeleryRunner
 
-        return CeleryRunner(self.app(), **options)
+        runner = CeleryRunner(self.app(), **options)
+        if self.url.startswith("amqp:"):
+            _kept.append(runner)
+        return runner
 
 
 class _Process:
@@ -126,6 +134,11 @@ class BrokerServer:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def sessions(self) -> list[int]:
+        """Session ids of all processes of the broker."""
+        return [self.pid]
 
     def start(self) -> None:
         """Start the broker, on the same port each time; blocks until the broker answers."""
@@ -223,9 +236,9 @@ class RedisServer(BrokerServer):
         return waiting(f"{self.url}/{database}")
 
     def seconds_held(self, database: int) -> float:
-        """Seconds for which a worker has held a message without acknowledging the message."""
+        """Seconds since a worker has last taken a message that is not acknowledged."""
         with redis.Redis(port=self.port, db=database) as client:
-            taken: Any = client.zrange("unacked_index", 0, 0, withscores=True)
+            taken: Any = client.zrange("unacked_index", -1, -1, withscores=True)
         return time.time() - taken[0][1] if taken else 0.0
 
 
@@ -247,6 +260,10 @@ class RabbitServer(BrokerServer):
         self._definitions = folder / "definitions.json"
         self._epmd: _Process | None = None
         super().__init__(folder)
+
+    @property
+    def sessions(self) -> list[int]:
+        return [self.pid] if self._epmd is None else [self.pid, self._epmd.pid]
 
     def start(self) -> None:
         if self._epmd is None:

@@ -47,6 +47,20 @@ def note(path: str, *args: Any, **kwargs: Any) -> None:
     write(path, repr((os.getpid(), args, kwargs)))
 
 
+@registered_task
+def note_line(path: str, line: int) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(f"{line}\n")
+
+
+@registered_task(celery={"acks_late": True})
+def note_line_late(path: str, line: int, gate: str = "") -> None:
+    """Wait for the file ``gate``, if there is a name; then write the line."""
+    while gate and not Path(gate).exists():  # polls: no event spans processes
+        time.sleep(0.01)
+    note_line(path, line)
+
+
 @registered_task(name="shop.again", celery={"queue": "other"})
 def note_on_other_queue(path: str) -> None:
     write(path, current_task.request.delivery_info["routing_key"])
