@@ -35,7 +35,7 @@ from celery import Celery
 
 from benchmarks.handover import Countdown
 from benchmarks.measure import HEADERS, begin, in_turns, options, row, run
-from benchmarks.publish import redis
+from benchmarks.publish import broker
 from wsgi_bg import (
     ENVIRON_KEY,
     BackgroundTasksMiddleware,
@@ -120,8 +120,8 @@ def huey() -> Iterator[Call]:
 
 @contextmanager
 def celery() -> Iterator[Call]:
-    with redis() as url:
-        celery = Celery("benchmark", broker=url, set_as_current=False)
+    with broker("redis") as server:
+        celery = Celery("benchmark", broker=server.fresh_url(), set_as_current=False)
         celery.conf.task_ignore_result = True
         yield partial(celery.task(name="bare", shared=False)(send_mail).delay, *ARGUMENTS)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import socket
 import socketserver
 import subprocess
@@ -258,7 +260,10 @@ def test_no_process_of_a_broker_outlives_a_killed_process_of_the_tests(
         sessions = {*json.loads(process.stdout.readline())}
         assert processes_of(sessions)
         process.kill()
-    assert wait_until(lambda: not processes_of(sessions))
+    have_ended = wait_until(lambda: not processes_of(sessions))
+    for left in processes_of(sessions):
+        os.kill(int(left.name), signal.SIGKILL)
+    assert have_ended
 
 
 def processes_of(sessions: set[int]) -> list[Path]:
