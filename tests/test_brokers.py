@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from kombu import Connection
 
-from tests import client
+from tests import celery_site, client
 from tests.brokers import (
     PROGRAMS,
     REQUIRED,
@@ -158,6 +158,24 @@ def test_tasks_acknowledged_late_outlive_a_worker_that_is_killed(
         # The worker may have been killed before it told of an end, so a task may run twice.
         assert wait_until(has_all(path, TASKS), TIMEOUT), second.log
         second.kill()
+
+
+def test_messages_of_a_web_process_that_is_killed_or_stopped_reach_the_worker(
+    server: BrokerServer, tmp_path: Path
+) -> None:
+    broker, path = server.fresh(), tmp_path / "numbers"
+    with celery_site.site(broker, tmp_path, path) as first:
+        first.order(range(20))
+        assert wait_until(lambda: waiting(broker.url) == 20), first.log
+        first.kill()
+    with celery_site.site(broker, tmp_path, path) as second:
+        second.order(range(20, 40))
+        second.stop()
+        assert waiting(broker.url) == 40
+    with worker(broker, tmp_path, "--pool=solo") as started:
+        assert wait_until(has_all(path, range(40))), started.log
+        started.kill()
+    assert numbers(path) == [*range(40)]
 
 
 def test_a_response_does_not_wait_for_a_broker_that_hangs(
