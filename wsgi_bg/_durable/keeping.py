@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from wsgi_bg._process import log, repeated
+from wsgi_bg._process.repeated import RepeatedError
 from wsgi_bg._tasks.current import ENVIRON_KEY
 from wsgi_bg.exceptions import StoreError
 
@@ -41,7 +40,7 @@ class KeepingApp:
     def __init__(self, app: WSGIApplication, runner: KeepingRunner) -> None:
         self._app = app
         self._runner = runner
-        self._next_log = 0.0  # by time.monotonic()
+        self._not_started = RepeatedError("%s cannot run the tasks of other processes")
 
     def __call__(
         self, environ: WSGIEnvironment, start_response: StartResponse
@@ -56,11 +55,7 @@ class KeepingApp:
         try:
             self._runner.start()
         except StoreError as exc:  # raised again for a request that has tasks to store
-            if time.monotonic() >= self._next_log:
-                self._next_log = time.monotonic() + repeated.INTERVAL
-                log.error(
-                    "%s cannot run the tasks of other processes", self._runner, exc_info=exc
-                )
+            self._not_started.log(exc, self._runner)
         request = _KeptRequest(tasks, self._runner, start_response)
         app_iter = self._app(environ, request.start_response)
         try:

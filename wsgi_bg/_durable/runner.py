@@ -18,10 +18,11 @@ from wsgi_bg._durable.rows import Outcome, Row, Settings
 from wsgi_bg._durable.store import Store
 from wsgi_bg._messages import headers, retries
 from wsgi_bg._messages.codec import decode, encode
-from wsgi_bg._process import log, repeated
+from wsgi_bg._process import log
 from wsgi_bg._process.greenlets import event
-from wsgi_bg._process.interrupts import safe_repr, type_name
+from wsgi_bg._process.interrupts import type_name
 from wsgi_bg._process.per_process import PerProcess
+from wsgi_bg._process.repeated import RepeatedError
 from wsgi_bg._process.threads import start_daemon
 from wsgi_bg._tasks import registry
 from wsgi_bg._tasks.batch import Batch
@@ -416,7 +417,7 @@ class _State:
         self._wake = event()
         self._has_looked = event()  # set when the thread has ended
         self._next_look = 0.0  # by time.time()
-        self._next_log: dict[str, float] = {}  # by time.monotonic(), for each error
+        self._look_failed = RepeatedError("%s could not be looked at")
         self._is_stopping = False
 
     @property
@@ -590,10 +591,7 @@ class _State:
         try:
             func()
         except Exception as exc:
-            text, now = safe_repr(exc), time.monotonic()
-            if self._next_log.get(text, 0.0) <= now:
-                self._next_log = {text: now + repeated.INTERVAL}
-                log.error("%s could not be looked at", self._folder.path, exc_info=exc)
+            self._look_failed.log(exc, self._folder.path)
 
     def _look(self) -> None:
         self._next_look = time.time() + _LOOK

@@ -1,4 +1,4 @@
-"""Warnings about an event that may come thousands of times a second."""
+"""Records about an event that may come thousands of times a second."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from itertools import count
 from typing import Any
 
 from wsgi_bg._process import log
+from wsgi_bg._process.interrupts import safe_repr
 
 INTERVAL = 60.0
 """Seconds that pass at least between two records of the same event."""
@@ -47,3 +48,22 @@ class RepeatedWarning:
             log.warning(self._message, new, *args)
         finally:
             self._turn.append(None)
+
+
+class RepeatedError:
+    """An error that is logged with its traceback, the same error at most once a minute.
+
+    :param message: the text of the record, with its placeholders.
+    """
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+        self._last = "", float("-inf")  # the repr of the error, and the end of its minute
+
+    def log(self, exc: Exception, *args: Any) -> None:
+        """Log ``exc`` at ERROR, unless the last record of the same error is too young."""
+        text, now = safe_repr(exc), time.monotonic()
+        last, until = self._last
+        if text != last or now >= until:
+            self._last = text, now + INTERVAL
+            log.error(self._message, *args, exc_info=exc)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from wsgi_bg._durable.keeping import KeepingApp
 from wsgi_bg._request.body import Body, GeneratorBody, SizedBody
 from wsgi_bg._request.calls import Around
 from wsgi_bg._request.layer import (
@@ -118,8 +119,6 @@ class BackgroundTasksMiddleware:
         self._options = replace(options, runner_is_default=self._runner_is_default)
         self._inner = app
         if isinstance(resolved, KeepingRunner):
-            from wsgi_bg._durable.keeping import KeepingApp
-
             resolved.attach(self._options)
             self._inner = KeepingApp(app, resolved)
 
