@@ -41,8 +41,8 @@ from wsgi_bg.exceptions import WaitingLimitError
 from wsgi_bg.hooks import Hooks, TaskRecord
 from wsgi_bg.runners import Statistics, shutdown
 from wsgi_bg.runners import timer as timer_module
-from wsgi_bg.runners.ledger import ledgers_here
-from wsgi_bg.runners.timer import MAX_WAITING, Timer
+from wsgi_bg.runners.ledger import MAX_WAITING, ledgers_here
+from wsgi_bg.runners.timer import Timer
 from wsgi_bg.runners.waiting import Notice
 
 
@@ -351,11 +351,10 @@ def test_a_batch_without_a_runner_neither_waits_nor_repeats(log: Log) -> None:
 # Limits.
 
 
-def test_beyond_the_limit_a_delay_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert MAX_WAITING == 100_000
-    small = Timer(limit=2)
-    monkeypatch.setattr(timer_module, "timers", PerProcess(lambda: small))
-    pool = PoolRunner()
+def test_beyond_max_waiting_a_delay_is_refused() -> None:
+    assert PoolRunner().max_waiting == MAX_WAITING == 100_000
+    assert PoolRunner(max_waiting=None).max_waiting == math.inf
+    pool = PoolRunner(max_waiting=2)
     refused: list[WaitingLimitError] = []
 
     def add() -> None:
@@ -373,7 +372,8 @@ def test_beyond_the_limit_a_delay_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     request(add_too_many, runner=pool)
     request(add, runner=InlineRunner())  # each runner has its own limit
     assert str(refused[0]).startswith(
-        "builtins.int was not added: 2 tasks of this runner wait for their time already"
+        "builtins.int was not added: 2 tasks of this runner wait for their time already, which "
+        "is max_waiting"
     )
     assert (refused[0].name, refused[0].limit) == ("builtins.int", 2)
     for ledger in ledgers_here():

@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tests.conftest import Log
 from tests.durable_shop import (
     add_two,
     fail,
+    fail_for_long,
     fail_twice,
     handle,
     run_view,
@@ -48,7 +50,7 @@ from wsgi_bg._durable.rows import Row
 from wsgi_bg._durable.runner import Kept, _running
 from wsgi_bg._durable.store import Store
 from wsgi_bg._process.workers import Workers
-from wsgi_bg.exceptions import StoreError
+from wsgi_bg.exceptions import StoreError, WaitingLimitError
 from wsgi_bg.flask import Background
 from wsgi_bg.hooks import Hooks, TaskRecord
 from wsgi_bg.runners import Statistics, shutdown
@@ -410,6 +412,77 @@ def test_a_delay_waits_in_the_file(runner: DurableRunner) -> None:
     assert shop.wait_for(2) == [3, 1]
     assert wait_until(lambda: waiting(runner) == ["durable.write"])
     assert wait(TIMEOUT) == []
+
+
+def test_tasks_that_wait_in_the_file_count_as_waiting(runner: DurableRunner) -> None:
+    def add(environ: object) -> None:
+        background_tasks.using(delay=3600).add_task(write, 1)
+        background_tasks.using(delay=3600).add_task(shop.note, 2)  # waits in memory
+        background_tasks.add_task(fail_for_long, 3)
+        background_tasks.add_task(wait_at, "gate")
+
+    run_view(runner, add)
+    shop.gate("gate")
+    assert shop.begun["gate"].wait(TIMEOUT)
+    assert wait_until(lambda: runner.statistics() == Statistics(0, 1, 0, 0, 0, waiting=3))
+    shop.gate("gate").set()
+    assert wait_until(lambda: runner.statistics() == Statistics(0, 0, 1, 0, 0, waiting=3))
+    assert len(runner.ledger.abandon_waiting()) == 1
+
+
+def test_tasks_of_a_dead_process_that_wait_count_once_they_are_taken_over(
+    runner: DurableRunner, tmp_path: Path
+) -> None:
+    due = time.time() + 3600
+    rows = [Row("durable.write", "[1,[1],{}]", due=due), Row("durable.write", "[1,[2],{}]")]
+    left_by_a_dead_process(tmp_path / "tasks", *rows)
+    assert runner.statistics().waiting == 0
+    runner.start()
+    assert shop.wait_for(1) == [2]
+    assert wait_until(lambda: runner.statistics() == Statistics(0, 0, 1, 0, 0, waiting=1))
+
+
+def test_beyond_max_waiting_a_delay_is_refused_and_a_retry_is_kept(tmp_path: Path) -> None:
+    runner = DurableRunner(tmp_path, local=PoolRunner(max_waiting=2))
+    refused: list[WaitingLimitError] = []
+
+    def add(environ: object) -> None:
+        try:
+            background_tasks.using(delay=3600).add_task(write, 1)
+        except WaitingLimitError as exc:
+            refused.append(exc)
+
+    for waits in (1, 2, 2, 2):
+        run_view(runner, add)
+        assert wait_until(lambda wanted=waits: runner.statistics().waiting == wanted)  # type: ignore[misc]
+    assert [exc.name for exc in refused] == ["tests.durable_shop.write"] * 2
+    assert refused[0].limit == 2
+    handle(runner, (fail_for_long, 3))
+    assert wait_until(lambda: runner.statistics().waiting == 3)
+    assert waiting(runner) == ["durable.write", "durable.write", "durable.fail_for_long"]
+    assert runner.drain(TIMEOUT) == []
+    runner.abandon()
+
+
+def test_there_is_room_to_wait_again_when_tasks_have_run(tmp_path: Path) -> None:
+    runner = DurableRunner(tmp_path, local=PoolRunner(max_waiting=1))
+
+    def is_added() -> bool:
+        added: list[int] = []
+
+        def add(environ: object) -> None:
+            with suppress(WaitingLimitError):
+                background_tasks.using(delay=0.01).add_task(write, 1)
+                added.append(1)
+
+        run_view(runner, add)
+        return bool(added)
+
+    assert is_added()
+    assert wait_until(is_added)
+    assert shop.wait_for(2) == [1, 1]
+    assert runner.drain(TIMEOUT) == []
+    runner.abandon()
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,6 @@ from wsgi_bg import (
 from wsgi_bg._tasks import registry
 from wsgi_bg.hooks import Hooks, TaskRecord
 from wsgi_bg.runners import Statistics
-from wsgi_bg.runners.timer import Timer
 
 # The object.
 
@@ -515,16 +514,11 @@ def test_a_task_that_is_done_frees_its_arguments(clock: Clock, no_collection: No
         logger.setLevel(logging.NOTSET)
 
 
-def test_too_many_waits_end_the_attempts(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
-    from wsgi_bg._process.per_process import PerProcess
-    from wsgi_bg.runners import timer as timer_module
-
-    full = Timer(limit=0)
-    monkeypatch.setattr(timer_module, "timers", PerProcess(lambda: full))
+def test_beyond_max_waiting_a_task_that_raised_is_not_called_again(log: Log) -> None:
     calls = Calls(failures=1)
-    inline = InlineRunner()
-    request(lambda: background_tasks.using(retry=SOON).add_task(calls.task), runner=inline)
-    assert inline.statistics().failed == 1
+    pool = PoolRunner(max_waiting=0)
+    request(lambda: background_tasks.using(retry=SOON).add_task(calls.task), runner=pool)
+    settle(lambda: pool.statistics().failed == 1)
     assert log.errors == [
         "background task tests.retry_support.Calls.task raised ValueError in attempt 1 of 3"
     ]

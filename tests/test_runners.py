@@ -54,6 +54,8 @@ def test_the_repr_of_a_runner_shows_its_options() -> None:
         ("drain_timeout", -1.0, "drain_timeout must be 0 seconds or more; got -1.0"),
         ("drain_timeout", float("nan"), "drain_timeout must be 0 seconds or more; got nan"),
         ("threads", True, "threads must be a whole number; got True"),
+        ("max_waiting", -1, "max_waiting must be 0 or more, or None; got -1"),
+        ("max_waiting", True, "max_waiting must be a whole number or None; got True"),
         ("max_pending", False, "max_pending must be a whole number or None; got False"),
         ("drain_timeout", True, "drain_timeout must be a number of seconds; got True"),
         ("threads", float("inf"), "threads must be a whole number; got inf"),

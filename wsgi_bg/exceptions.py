@@ -63,10 +63,11 @@ class WaitingLimitError(WsgiBgError, RuntimeError):
     :ivar limit: how many tasks of a runner may wait in a process.
     """
 
-    def __init__(self, name: str, limit: int) -> None:
+    def __init__(self, name: str, limit: float) -> None:
         super().__init__(
             f"{name} was not added: {limit} tasks of this runner wait for their time already, "
-            "and each takes memory. Keep what is to be done later in a database or a queue."
+            "which is max_waiting of its PoolRunner. Raise that, or keep what is to be done "
+            "later in a database."
         )
         self.name = name
         self.limit = limit

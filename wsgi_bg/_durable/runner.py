@@ -7,9 +7,11 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from contextvars import ContextVar, copy_context
+from dataclasses import replace
 from functools import partial
-from itertools import groupby
+from itertools import count, groupby
 from math import inf
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -31,7 +33,7 @@ from wsgi_bg._tasks.options import Options
 from wsgi_bg._tasks.retry import Plan
 from wsgi_bg._tasks.task import DIRECT, BackgroundTask, fill
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError, StoreError
-from wsgi_bg.runners import Runner, resolve
+from wsgi_bg.runners import Runner, Statistics, resolve
 from wsgi_bg.runners.keeping import KeepingCaller, KeepingRunner
 from wsgi_bg.runners.ledger import Ledger
 from wsgi_bg.runners.pool import PoolRunner, shared_pool
@@ -67,7 +69,11 @@ class DurableRunner(KeepingRunner):
 
     :param path: the folder; made with mode 0700 if there is none.
     :param local: the runner for functions that are not registered, or its name. A
-        ``PoolRunner`` also runs the durable tasks; else the shared pool runs these.
+        ``PoolRunner`` also runs the durable tasks; else the shared pool runs these. Beyond
+        ``max_pending`` of that pool durable tasks stay in the file until there is room. Beyond
+        ``max_waiting``, which counts the tasks of this process that wait for their time in
+        memory or in the file, ``add_task`` with a delay raises ``WaitingLimitError``; a durable
+        task that raised waits for its next attempt all the same.
     :param synchronous: ``"normal"``: tasks survive the death of the process; ``"full"``: of
         the machine too, for a sync of the disk before each response with tasks.
     :param store_timeout: seconds after which a request fails whose tasks are not stored.
@@ -392,6 +398,40 @@ class Reruns:
                 store.leave([row])
 
 
+class _Ledger(Ledger):
+    """Also counts the tasks that wait for their time in the files of this process.
+
+    :ivar stores: the files.
+    """
+
+    def __init__(self, max_waiting: float) -> None:
+        super().__init__(max_waiting)
+        self.stores: list[Store] = []
+        self._asked = count()  # how often a task asked if it may wait
+        self._room = 0.0  # until which number it may
+        self._next_count = 0.0  # by time.monotonic()
+
+    def may_wait(self) -> bool:
+        """See :class:`Ledger`. Counts the rows only when all room found before is taken."""
+        number = next(self._asked)
+        if number >= self._room and time.monotonic() >= self._next_count:
+            self._next_count = time.monotonic() + _LOOK
+            waiting = len(self.waiting) + self._count_waiting()
+            self._room = number + self.max_waiting - waiting
+        return number < self._room
+
+    def statistics(self) -> Statistics:
+        found = super().statistics()
+        return replace(found, waiting=found.waiting + self._count_waiting())
+
+    def _count_waiting(self) -> int:
+        waiting = 0
+        for store in list(self.stores):
+            with suppress(StoreError):  # removed meanwhile, for example
+                waiting += store.count_waiting(time.time())
+        return waiting
+
+
 class _State:
     """The tasks of a runner in one process."""
 
@@ -402,7 +442,7 @@ class _State:
         self._settings = settings
         self._pool = pool
         self._reruns = reruns
-        self.ledger = Ledger()
+        self.ledger = _Ledger(pool.max_waiting)
         self._store: Store | None = None
         self._adopted: list[Store] = []
         # The durable tasks in memory, by their file's number and their key.
@@ -429,6 +469,7 @@ class _State:
                     self._folder.path, "a runner of this process has it under other options"
                 )
             self._store = store
+            self.ledger.stores.append(store)
         return self._store
 
     def start(self) -> None:
@@ -539,7 +580,7 @@ class _State:
 
         This process reads them again as room comes, or the next process does.
         """
-        count = 0
+        left = 0
         for task in tasks:
             kept = task.message
             if kept.store is not None and task.claim():
@@ -547,21 +588,21 @@ class _State:
                 assert store is not None
                 self._options[store.number, kept.row.key] = task.options
                 store.leave([kept.row])
-                count += 1
-        if count:
+                left += 1
+        if left:
             self._has_left_some = True
-        return count
+        return left
 
     def stop_reading(self) -> None:
         """Begin no stored task from now on; say once how many stay in the file."""
         if self._is_stopping:
             return
         self._is_stopping = True
-        count = self.leave_in_file(list(self._in_memory.values()))
-        if count:
+        left = self.leave_in_file(list(self._in_memory.values()))
+        if left:
             log.info(
                 "%d durable tasks stay in %s for the next process",
-                count,
+                left,
                 self._folder.path,
             )
 
@@ -617,6 +658,7 @@ class _State:
     def _adopt(self) -> None:
         while (adopted := Store.adopt(self._folder, self._settings)) is not None:
             self._adopted.append(adopted)
+            self.ledger.stores.append(adopted)
             adopted.tidy()  # obeys orders of the command line before a task can begin
 
     def _work_off(self, store: Store) -> None:
@@ -624,6 +666,7 @@ class _State:
         store.tidy()
         if store.is_empty and store.remove(self.store):
             self._adopted.remove(store)
+            self.ledger.stores.remove(store)
 
     def _read(self, store: Store) -> bool:
         """Submit tasks of ``store`` that no memory holds; True if there may be more."""

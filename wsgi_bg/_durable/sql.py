@@ -45,6 +45,10 @@ SCHEMA: list[Statement] = [
 READ_DUE = "SELECT * FROM tasks WHERE due > 0 AND due <= ? ORDER BY due, key"
 READ_AT_ONCE = "SELECT * FROM tasks WHERE key > ? AND due <= 0 ORDER BY key"
 NEXT_DUE = "SELECT due, key FROM tasks WHERE due > 0 ORDER BY due, key"
+COUNT_WAITING = """
+    SELECT count(*) FROM tasks
+    WHERE due > 0 AND due > ? AND key NOT IN (SELECT value FROM json_each(?))
+"""
 READ_DONE = "SELECT id, name, added, begun, ended FROM done ORDER BY seq"
 
 _KEYS = "key IN (SELECT value FROM json_each(?))"

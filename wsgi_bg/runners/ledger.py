@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from wsgi_bg._tasks.task import BackgroundTask
 
 
+MAX_WAITING = 100_000
+"""How many tasks of a runner may wait for their time in a process."""
+
+
 class WaitingTasks(Protocol):
     """Tasks that wait for their time, and belong to no batch yet.
 
@@ -45,6 +49,7 @@ class WaitingTasks(Protocol):
 class Ledger:
     """Counts the batches of one runner in one process, and lets a thread wait for them.
 
+    :param max_waiting: how many tasks may wait for their time.
     :ivar waiting: tasks that wait for their time, and belong to no batch yet.
 
     A ledger holds no lock: the exception of a signal handler could leave the lock locked,
@@ -52,8 +57,9 @@ class Ledger:
     waiter) checks afterwards if another thread has published an object at the same time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_waiting: float = MAX_WAITING) -> None:
         self.pid: int = os.getpid()
+        self.max_waiting: float = max_waiting
         self._handed_over: dict[Batch, None] = {}
         self._run_here: dict[Batch, None] = {}
         self.waiting: dict[WaitingTasks, None] = {}
@@ -95,6 +101,10 @@ class Ledger:
         counts[2] += batch.discarded
         counts[3] += batch.run_here
         self._notify()
+
+    def may_wait(self) -> bool:
+        """True if one more task may wait for its time. Threads may pass together."""
+        return len(self.waiting) < self.max_waiting
 
     def end_wait(self, later: WaitingTasks) -> None:
         """Let tasks wait no more whose time has come: their batch was added."""

@@ -15,7 +15,7 @@ from wsgi_bg._process.repeated import RepeatedWarning
 from wsgi_bg._process.workers import Workers
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg._tasks.checks import seconds, whole_number
-from wsgi_bg.runners.ledger import Ledger, LedgerRunner
+from wsgi_bg.runners.ledger import MAX_WAITING, Ledger, LedgerRunner
 from wsgi_bg.runners.shutdown import register
 
 # The limit for batches of incomplete responses is max_pending times this: running such a batch
@@ -43,6 +43,9 @@ class PoolRunner(LedgerRunner):
     :param threads: the most worker threads; started when needed, all daemons.
     :param max_pending: how many batches may be handed over and not finished; None for no
         limit.
+    :param max_waiting: how many tasks may wait for their time in a process, which do not count
+        in ``max_pending``; None for no limit. Beyond it ``add_task`` with a delay raises
+        ``WaitingLimitError``, and a task that raised is not called again.
     :param drain_timeout: how long interpreter exit waits for the tasks, in seconds;
         ``math.inf`` for no limit. Tasks not finished in time are logged at ERROR and lost.
     :raises TypeError: if a number has the wrong type; a bool is not a number.
@@ -50,18 +53,25 @@ class PoolRunner(LedgerRunner):
     """
 
     def __init__(
-        self, *, threads: int = 40, max_pending: int | None = 1000, drain_timeout: float = 30.0
+        self,
+        *,
+        threads: int = 40,
+        max_pending: int | None = 1000,
+        max_waiting: int | None = MAX_WAITING,
+        drain_timeout: float = 30.0,
     ) -> None:
         whole_number("threads", threads, least=1)
         whole_number("max_pending", max_pending, least=0, or_none=True)
+        whole_number("max_waiting", max_waiting, least=0, or_none=True)
         seconds("drain_timeout", drain_timeout)
         self._threads = threads
         self._max_pending = max_pending
         limit = inf if max_pending is None else max_pending
         # [True] for complete responses, [False] for incomplete responses.
         self._limits = (max(limit, 1) * _INCOMPLETE_FACTOR, limit)
+        self.max_waiting: float = inf if max_waiting is None else max_waiting
         self.drain_timeout = drain_timeout
-        self._states = PerProcess(lambda: _PoolState(threads))
+        self._states = PerProcess(lambda: _PoolState(threads, self.max_waiting))
 
     def submit(self, batch: Batch) -> None:
         """Hand the batch over, or run the batch here and block, if there is no room.
@@ -135,8 +145,8 @@ class _PoolState:
     The batch moves to and fro: on the loop it occupies no worker, on a worker not the loop.
     """
 
-    def __init__(self, threads: int) -> None:
-        self.ledger = Ledger()
+    def __init__(self, threads: int, max_waiting: float) -> None:
+        self.ledger = Ledger(max_waiting)
         self._workers = Workers(self._work, threads, "wsgi_bg-pool")
         self._starter = Workers(self._work, 1, "wsgi_bg-start")
         # Workers are greenlets here, cheap to keep waiting; see _work().

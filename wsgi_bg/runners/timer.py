@@ -41,9 +41,6 @@ from wsgi_bg.runners.pool import shared_pool
 if TYPE_CHECKING:
     from wsgi_bg.runners.base import Runner
 
-MAX_WAITING = 100_000
-"""How many tasks of a runner may wait for their time in a process."""
-
 _SUBMITTERS = 40  # threads, for runners of the user that run a batch in submit()
 
 _AFTER_ERROR = 1.0  # seconds
@@ -71,8 +68,9 @@ class Deferring(TaskQueue):
             timer.start()  # on a greenlet of the application, and not on the loop's thread
         if not task.options.delay:
             return
-        if len(ledger_of(self.runner).waiting) >= timer.limit:
-            raise WaitingLimitError(task.name, timer.limit)
+        ledger = ledger_of(self.runner)
+        if not ledger.may_wait():
+            raise WaitingLimitError(task.name, ledger.max_waiting)
         if self.phase != OPEN:
             self.begin_delay(task)
 
@@ -100,8 +98,8 @@ class Deferring(TaskQueue):
         if isinstance(runner, LedgerRunner) and not holds_rest and runner.postpone(task, wait):
             return _InFile()
         if wait is not None:
-            if len(ledger.waiting) >= timer.limit:
-                timer.full.count(timer.limit)
+            if not ledger.may_wait():
+                timer.full.count(ledger.max_waiting)
                 return None
             task.plan.due = timer.now() + wait
         timer.start()
@@ -284,15 +282,11 @@ class Timer:
     looks for new waits.
 
     :param clock: returns the time, in seconds.
-    :param limit: how many tasks of a runner may wait.
-    :ivar full: the WARNING about tasks that are not called again because of ``limit``.
+    :ivar full: the WARNING about tasks that are not called again because of ``max_waiting``.
     """
 
-    def __init__(
-        self, clock: Callable[[], float] = time.monotonic, limit: int = MAX_WAITING
-    ) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.now: Callable[[], float] = clock
-        self.limit: int = limit
         self.full: RepeatedWarning = RepeatedWarning(
             "%d tasks have failed and are not called again, since the last record of this "
             "kind: %d tasks wait for their time already"
