@@ -112,6 +112,22 @@ def fail_for_long(value: Any) -> None:
     raise ValueError(value)
 
 
+@registered_task(name="durable.flaky", retry=Retry(5, first=3600))
+def flaky(value: Any) -> None:
+    """Fail while the environment says so."""
+    note(value)
+    if "FLAKY" in os.environ:
+        raise ValueError(value)
+
+
+@registered_task(name="durable.wait_and_fail", retry=Retry(3, first=3600))
+def wait_and_fail(name: str) -> None:
+    gate(name)
+    begun[name].set()
+    assert gates[name].wait(10)
+    raise ValueError(name)
+
+
 @registered_task(name="durable.add_two")
 def add_two(value: Any) -> None:
     note(value)
@@ -145,6 +161,12 @@ def add_on_a_thread(value: Any) -> None:
         tasks.add_task(write, value)
 
     threading.Thread(target=context.run, args=[add]).start()
+
+
+@registered_task(name="durable.add_on_a_thread_and_fail", retry=Retry(2, first=3600))
+def add_on_a_thread_and_fail(value: Any) -> None:
+    add_on_a_thread(value)
+    raise ValueError(value)
 
 
 def new_function() -> Any:

@@ -106,6 +106,7 @@ def test_a_task_waits_for_its_time_and_holds_up_no_other(
 
 def test_waiting_tasks_hold_no_thread_and_no_place_in_the_pool(clock: Clock) -> None:
     pool = PoolRunner(threads=1, max_pending=1)
+    request(lambda: background_tasks.add_task(int))  # starts a thread of the process
     before = threading.active_count()
     calls = Calls(0)
 

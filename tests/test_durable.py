@@ -671,18 +671,45 @@ def test_the_fixture_checks_arguments_and_touches_no_file(
         f"""
         import os, sys, threading, pytest
         sys.path.insert(0, {str(ROOT)!r})
-        from tests.durable_shop import DurableRunner, handle, write
+        from tests.durable_shop import DurableRunner, add_two, handle, write
 
-        @pytest.mark.background_tasks({mode!r})
+        @pytest.mark.wsgi_bg(mode={mode!r})
         def test_it(background_tasks, tmp_path):
             runner = DurableRunner(tmp_path)
-            handle(runner, (write, 1))
-            [task] = background_tasks.tasks
-            assert task.name == "tests.durable_shop.write"
+            handle(runner, (add_two, 1))
+            assert background_tasks.tasks[0].name == "tests.durable_shop.add_two"
             with pytest.raises(TypeError):
                 handle(runner, (write, object()))
             assert os.listdir(tmp_path) == []
             assert not [t for t in threading.enumerate() if t.name == "wsgi_bg-durable"]
+        """
+    )
+    pytester.runpytest_subprocess("-p", "no:randomly").assert_outcomes(passed=1)
+
+
+def test_with_the_fixture_in_mode_real_tasks_are_stored_before_the_answer(
+    pytester: pytest.Pytester,
+) -> None:
+    pytester.makepyfile(
+        f"""
+        import sys, pytest
+        sys.path.insert(0, {str(ROOT)!r})
+        from tests.durable_shop import *
+        from wsgi_bg._durable.folder import check_folder
+        from wsgi_bg._durable.inspection import list_tasks
+
+        @pytest.mark.wsgi_bg(mode="real")
+        def test_it(background_tasks, tmp_path):
+            stored = []
+
+            def stream():
+                stored.extend(list_tasks(check_folder(tmp_path)))
+                yield b"ok"
+
+            handle(DurableRunner(tmp_path), (write, 1), body=stream)
+            assert len(stored) == 1
+            background_tasks.join()
+            assert calls == [1]
         """
     )
     pytester.runpytest_subprocess("-p", "no:randomly").assert_outcomes(passed=1)

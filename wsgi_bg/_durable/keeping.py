@@ -50,7 +50,9 @@ class KeepingApp:
         :raises RuntimeError: if the tasks cannot be stored.
         """
         tasks: Any = environ[ENVIRON_KEY].root
-        if tasks.options.runner is not self._runner or tasks.observer is not None:
+        observer = tasks.observer
+        is_recorded = observer is not None and not observer.waits  # such a test touches no file
+        if is_recorded or tasks.options.runner is not self._runner:
             return self._app(environ, start_response)
         try:
             self._runner.start()

@@ -23,12 +23,12 @@ class Row(NamedTuple):
     id: str = ""
     """The id of the task; if empty, ``add`` makes one that no other task of the folder has."""
     added: float = 0.0
-    """Set by ``add`` if 0.0."""
+    """Set by ``add`` if 0.0. Rows of a request run in this order."""
     key: int = 0
     """Set by ``add``: a counter within the file, never used again."""
     request: int = 0
-    """Set by ``add``: the key of the first row of the same ``add``. Rows of a request run in
-    the order of their keys."""
+    """Set by ``add``: the key of the first row of the same ``add``. A row that is added to a
+    request later has that key with a minus."""
 
 
 class Outcome(NamedTuple):

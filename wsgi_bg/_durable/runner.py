@@ -11,9 +11,9 @@ from contextlib import suppress
 from contextvars import ContextVar, copy_context
 from dataclasses import replace
 from functools import partial
-from itertools import count, groupby
-from math import inf
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from itertools import count
+from math import inf, nextafter
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from wsgi_bg._durable.folder import Folder, check_folder
 from wsgi_bg._durable.rows import Outcome, Row, Settings
@@ -32,6 +32,7 @@ from wsgi_bg._tasks.checks import seconds, whole_number
 from wsgi_bg._tasks.options import Options
 from wsgi_bg._tasks.retry import Plan
 from wsgi_bg._tasks.task import DIRECT, BackgroundTask, fill
+from wsgi_bg._tasks.task_log import notify_discarded
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError, StoreError
 from wsgi_bg.runners import Runner, Statistics, resolve
 from wsgi_bg.runners.keeping import KeepingCaller, KeepingRunner
@@ -40,12 +41,13 @@ from wsgi_bg.runners.pool import PoolRunner, shared_pool
 from wsgi_bg.runners.timer import Deferring
 
 if TYPE_CHECKING:
-    from wsgi_bg._tasks.background_tasks import BackgroundTasks
+    from wsgi_bg._tasks.background_tasks import BackgroundTasks, TaskQueue
 
 Synchronous = Literal["normal", "full"]
 
 _LOOK = 1.0  # seconds between two looks at the folder
 _READ = 500  # rows read from a file at a time
+_PAUSE = 0.001  # seconds between two looks at a task that another thread stores
 _LAST_LOOK = 1.0  # seconds for which the exit waits for the last look
 _SHARE = 0.5  # of the pool's max_pending that tasks from files may take
 
@@ -176,26 +178,49 @@ class DurableRunner(KeepingRunner):
 
         :raises StoreError: if they are not stored, after ``store_timeout`` at the latest.
         """
-        new = [task for task in tasks if _is_new(task.message)]
-        if new:
-            self._states.get().keep(new)
+        durable = [task for task in tasks if isinstance(task.message, Kept)]
+        if any(task.message.is_new for task in durable):
+            self._states.get().keep(durable)
 
     def added(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
         """Store a task that is added after the answer has begun, or while a task runs.
 
         :raises StoreError: as :meth:`keep` does.
         """
-        if not isinstance(task.message, Kept):
+        kept = task.message
+        if not isinstance(kept, Kept):
+            return
+        observer = getattr(batch.root, "observer", None)
+        if observer is not None and not observer.waits:
+            kept.settle()  # a test that records tasks touches no file
             return
         parent = _running.get()
         children = None if parent is None else parent.children
         if parent is not None and children is not None:
             children.append(task)  # stored with the end of the task that adds it
-            if parent.children is children:
+            kept.has_parent = parent.children is children
+            if kept.has_parent:
                 return
             # On another thread of that task, which has ended meanwhile.
-        if getattr(batch.root, "is_answered", True):
-            self.keep([task])
+        if _is_answered(batch):
+            self._states.get().keep_late(task, batch.root)
+
+    def joined(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
+        """Store a task if the answer has begun since :meth:`added` has looked.
+
+        :raises StoreError: as :meth:`keep` does. The task is not added then.
+        """
+        kept = task.message
+        if not isinstance(kept, Kept) or kept.has_parent or not kept.is_new:
+            return
+        if _is_answered(batch):
+            try:
+                self._states.get().keep_late(task, batch.root)
+            except StoreError:
+                if task.claim():  # else it runs already, from memory
+                    batch.root.remove(task)
+                    notify_discarded(task, "it could not be stored")
+                    raise
 
     def begin(self, task: BackgroundTask) -> bool:
         """Note the beginning of a task, where SIGKILL cannot take the note back.
@@ -203,7 +228,12 @@ class DurableRunner(KeepingRunner):
         :return: False if the task was discarded by hand.
         """
         kept = task.message
-        if not isinstance(kept, Kept) or kept.store is None:
+        if not isinstance(kept, Kept):
+            return True
+        if kept.is_new:  # joined() is about to store it, on another thread
+            with suppress(StoreError):
+                self._states.get().keep([task])
+        if kept.store is None:
             return True
         try:
             # A task that waits in memory for its next attempt has begun once.
@@ -226,12 +256,24 @@ class DurableRunner(KeepingRunner):
         """Note the error of a task, whose row is kept."""
         self._states.get().note_end(task, "failed", exc)
 
+    def is_stored(self, task: BackgroundTask) -> bool:
+        """True if the file keeps the task."""
+        return isinstance(task.message, Kept) and task.message.store is not None
+
     def postpone(self, task: BackgroundTask, wait: float | None) -> bool:
         """Let a stored task wait in the file, for its next attempt or until its delay is over.
 
-        :return: False if the task has to wait in memory, since it is not stored.
+        :return: False if the task has to wait in memory, since the disk is full.
         """
-        return isinstance(task.message, Kept) and self._states.get().postpone(task, wait)
+        return self._states.get().postpone(task, wait)
+
+    def hold_back(self, task: BackgroundTask, wait: float, tasks: TaskQueue) -> None:
+        """Note in the file that a task waits for its next attempt, and its request with it."""
+        self._states.get().hold_back(task, wait, tasks)
+
+    def leave(self, task: BackgroundTask) -> None:
+        """Let the next process run a stored task."""
+        self._states.get().leave(task.message)
 
     def moved(self, task: BackgroundTask, copy: BackgroundTask) -> None:
         """Note that ``copy`` will run in place of ``task``."""
@@ -263,6 +305,8 @@ class DurableRunner(KeepingRunner):
             self.keep(durable)  # in most cases stored already
         except StoreError as exc:
             log.error("%s is not stored, and runs from memory", batch, exc_info=exc)
+            for task in durable:
+                task.message.settle()
         if self._pool.offer(batch):
             return
         state.leave_in_file(durable)
@@ -306,24 +350,64 @@ class Kept:
     :ivar store: the file that holds the row; None if the row is not stored.
     :ivar children: the durable tasks that the running task has added; None unless it runs.
     :ivar began: when the call began, by :func:`time.time`.
+    :ivar has_parent: True if the row will be stored with the end of the task that has added it.
     """
 
-    __slots__ = ("_right", "began", "children", "row", "store")
+    __slots__ = ("_is_settled", "_right", "began", "children", "has_parent", "row", "store")
 
     def __init__(self, row: Row, store: Store | None = None) -> None:
         self.row: Row = row
         self.store: Store | None = store
         self.children: list[BackgroundTask] | None = None
         self.began: float = 0.0
-        self._right = {"to store": store is None}
+        self.has_parent: bool = False
+        self._right = {"to store": True}
+        self._is_settled = store is not None
+
+    @property
+    def is_new(self) -> bool:
+        """True if the row may be stored, or a thread stores the row now."""
+        return not self._is_settled
+
+    @property
+    def is_claimed(self) -> bool:
+        """True if a thread stores the row now."""
+        return not (self._is_settled or self._right)
 
     def claim(self) -> bool:
         """Claim the right to store the row; True for a single caller only."""
-        return self._right.pop("to store", False)  # one atomic step
+        return not self._is_settled and self._right.pop("to store", False)  # one atomic step
 
     def unclaim(self) -> None:
         """Give the claim back: the row was not stored."""
         self._right["to store"] = True
+
+    def settle(self) -> None:
+        """Note that the row is stored, or is not to be stored any more."""
+        self._is_settled = True
+
+
+class _Place(NamedTuple):
+    """The place of a row that is added to a stored request later."""
+
+    request: int
+    """The key of the first row of the request."""
+    due: float
+    """The time until which the request waits for a task that will be called again."""
+    added: float
+    """The row comes after rows with this time."""
+
+    def row_of(self, task: BackgroundTask, *, before: float = inf) -> Row:
+        """The row of a task.
+
+        :param before: when the task after it was added, if that task is stored.
+        """
+        row = _row_of(task)
+        return row._replace(
+            request=-self.request,
+            due=max(row.due, self.due),
+            added=min(max(time.time(), self.added), nextafter(before, 0.0)),
+        )
 
 
 _running: ContextVar[Kept | None] = ContextVar("wsgi_bg._durable", default=None)
@@ -482,25 +566,71 @@ class _State:
             self._right["to start"] = True
             raise
 
-    def keep(self, tasks: list[BackgroundTask]) -> None:
+    def keep(self, tasks: list[BackgroundTask], place: _Place | None = None) -> None:
+        """Store those durable tasks of a request that are not stored; blocks.
+
+        :param tasks: in their order.
+        :param place: given for a task that is added later.
+        """
         store = self.store
         claimed = [task for task in tasks if task.message.claim()]
         rows: list[Row] = []
         try:
-            store.add([_row_of(task) for task in claimed], rows)
-            self._hold_all(claimed, rows, store)
+            if claimed:
+                store.add(self._rows_of(claimed, tasks, place), rows)
+                self._hold_all(claimed, rows, store)
         except BaseException:
             store.take_back(rows)
             for task in claimed:
                 self.drop(task.message)
                 task.message.unclaim()
             raise
+        for task in tasks if len(claimed) < len(tasks) else ():
+            self._await(task.message)
+
+    def _rows_of(
+        self, claimed: list[BackgroundTask], tasks: list[BackgroundTask], place: _Place | None
+    ) -> list[Row]:
+        place = place or self._place_in(tasks)
+        if place is None:
+            return [_row_of(task) for task in claimed]
+        new, before = dict.fromkeys(claimed), inf
+        rows = []
+        for task in reversed(tasks):
+            if task in new:
+                rows.append(place.row_of(task, before=before))
+            elif task.message.store is self.store:
+                before = task.message.row.added
+        return rows[::-1]
+
+    def _place_in(self, tasks: Iterable[BackgroundTask]) -> _Place | None:
+        """The place after the stored tasks of a request; None if none is in the own file."""
+        messages = [task.message for task in tasks if isinstance(task.message, Kept)]
+        rows = [kept.row for kept in messages if kept.store is self.store]
+        return _Place(abs(rows[0].request), 0.0, rows[-1].added) if rows else None
+
+    def _await(self, kept: Kept) -> None:
+        """Wait until another thread has stored a task, or has failed to."""
+        deadline = time.monotonic() + self._settings.timeout
+        pause = event()
+        while kept.is_claimed and time.monotonic() < deadline:
+            pause.wait(_PAUSE)
+
+    def keep_late(self, task: BackgroundTask, tasks: Any) -> None:
+        """Store a task that is added to ``tasks`` after the answer has begun; blocks."""
+        place = getattr(tasks, "stored_as", None)
+        if place is None:
+            place = self._place_in(tasks.tasks)
+        self.keep([task], place)
+        row = task.message.row
+        tasks.stored_as = place or _Place(row.request, 0.0, row.added)
 
     def _hold_all(self, tasks: list[BackgroundTask], rows: list[Row], store: Store) -> None:
         for task, row in zip(tasks, rows, strict=True):
             task.message.row = row
             task.message.store = store
             self.hold(task)
+            task.message.settle()
 
     def hold(self, task: BackgroundTask) -> None:
         """Hold a stored task in memory."""
@@ -524,6 +654,8 @@ class _State:
         new = [child for child in children or () if child.unclaimed and child.message.claim()]
         if not (new and self._end_with(task, store, outcome, new)):
             store.end(outcome)
+            for child in new:
+                child.message.settle()  # runs from memory
         if exc is not None or kept.row.crashes or store.needs_tidy:
             self._wake.set()
 
@@ -532,8 +664,8 @@ class _State:
     ) -> bool:
         """Note the end of ``task`` and store ``new`` in a transaction; False if it fails."""
         try:
-            # Rows of the same request run in order.
-            children = [_row_of(child)._replace(request=outcome.row.request) for child in new]
+            place = _Place(abs(outcome.row.request), 0.0, outcome.row.added)
+            children = [place.row_of(child) for child in new]
             rows = store.end_with(outcome, children)
         except StoreError as exc:
             log.error(
@@ -548,8 +680,8 @@ class _State:
     def postpone(self, task: BackgroundTask, wait: float | None) -> bool:
         kept = task.message
         store, row = kept.store, kept.row
-        if store is None:
-            return False
+        assert store is not None
+        kept.children = None  # a thread that adds a task from now on lets it be stored
         place = store.number, row.key
         self._in_memory.pop(place, None)  # first: the row may be read at once
         self._options[place] = task.options
@@ -567,6 +699,28 @@ class _State:
         if row.due < self._next_look:
             self._wake.set()
         return True
+
+    def hold_back(self, task: BackgroundTask, wait: float, tasks: TaskQueue) -> None:
+        kept = task.message
+        store = kept.store
+        row = kept.row._replace(due=time.time() + wait, attempts=kept.row.attempts + 1)
+        kept.children = None
+        left = [each.message for each in tasks.left() if isinstance(each.message, Kept)]
+        rest = [each.row.key for each in left if each.store is store and each is not kept]
+        try:
+            store.hold_back(row, rest)
+        except StoreError as exc:
+            log.error("%s waits in memory for its next attempt", task.name, exc_info=exc)
+            return
+        kept.row, kept.began = row, 0.0
+        if store is self._store:
+            tasks.stored_as = _Place(abs(row.request), row.due, row.added)
+
+    def leave(self, kept: Kept) -> None:
+        """Forget a stored task: the row may be read again."""
+        store = self.drop(kept)
+        if store is not None:
+            store.leave([kept.row])
 
     def drop(self, kept: Kept) -> Store | None:
         """Drop a task from memory; return the store that holds its row, if any."""
@@ -672,16 +826,23 @@ class _State:
         """Submit tasks of ``store`` that no memory holds; True if there may be more."""
         rows = store.read(time.time(), _READ)
         more = len(rows) == _READ
-        while more and rows[0].request == rows[-1].request:  # a request with many tasks
+        while more and abs(rows[0].request) == abs(rows[-1].request):  # with many tasks
             further = store.read(time.time(), _READ)
             more = len(further) == _READ
             rows += further
-        groups = [list(group) for _, group in groupby(rows, lambda row: row.request)]
-        if more and len(groups) > 1:
-            store.leave(groups.pop())  # there may be more rows of this request
+        requests: dict[int, list[Row]] = {}
+        for row in rows:
+            requests.setdefault(abs(row.request), []).append(row)
+        if more and len(requests) > 1 and rows[-1].request > 0:
+            store.leave(requests.pop(rows[-1].request))  # there may be more rows of it
+        for row in store.read_late(requests):
+            requests[-row.request].append(row)
+        groups = deque(requests.values())
         has_room = True
         while groups and has_room:
-            has_room = self._submit(store, groups.pop(0))
+            has_room = self._submit(
+                store, sorted(groups.popleft(), key=lambda row: (row.added, row.key))
+            )
         store.leave([row for group in groups for row in group])
         return more or not has_room
 
@@ -714,8 +875,7 @@ class _State:
             return True
         self._options.update(added_under)
         for kept in [task.message for task in batch.tasks if task.claim()]:
-            self.drop(kept)
-            store.leave([kept.row])
+            self.leave(kept)
         batch.run()  # no task is left: only end the batch
         return False
 
@@ -725,9 +885,9 @@ def _around(options: Options) -> Any:
     return getattr(getattr(options.calls, "inner", None), "around", None)
 
 
-def _is_new(message: object) -> bool:
-    """True for the message of a durable task that is not stored."""
-    return isinstance(message, Kept) and message.store is None
+def _is_answered(batch: BackgroundTasks) -> bool:
+    """True if the server may send the answer of the request, or the tasks run."""
+    return getattr(batch.root, "is_answered", True)
 
 
 def _options_of(task: BackgroundTask) -> str:

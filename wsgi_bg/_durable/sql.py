@@ -26,6 +26,7 @@ _COLUMNS = """
 SCHEMA: list[Statement] = [
     (f"CREATE TABLE tasks ({_COLUMNS}, key INTEGER PRIMARY KEY, request INTEGER)", ()),
     ("CREATE INDEX tasks_due ON tasks (due) WHERE due > 0", ()),
+    ("CREATE INDEX tasks_late ON tasks (request) WHERE request < 0", ()),
     (
         f"""CREATE TABLE kept ({_COLUMNS}, key INTEGER, request INTEGER, state TEXT,
         begun REAL, ended REAL, error TEXT, traceback TEXT)""",
@@ -44,6 +45,10 @@ SCHEMA: list[Statement] = [
 
 READ_DUE = "SELECT * FROM tasks WHERE due > 0 AND due <= ? ORDER BY due, key"
 READ_AT_ONCE = "SELECT * FROM tasks WHERE key > ? AND due <= 0 ORDER BY key"
+READ_LATE = """
+    SELECT * FROM tasks WHERE request < 0 AND due <= 0
+    AND request IN (SELECT -value FROM json_each(?))
+"""
 NEXT_DUE = "SELECT due, key FROM tasks WHERE due > 0 ORDER BY due, key"
 COUNT_WAITING = """
     SELECT count(*) FROM tasks
@@ -92,6 +97,12 @@ def postpone(rows: Sequence[Row]) -> list[Statement]:
     return [
         (_POSTPONE, (row.due, row.attempts, row.crashes, row.options, row.key)) for row in rows
     ]
+
+
+def hold_back(row: Row, keys: Iterable[int]) -> list[Statement]:
+    """Change a row that is to run later, and let the rows of ``keys`` wait as long."""
+    wait = f"UPDATE tasks SET due = max(due, ?) WHERE {_KEYS}"
+    return [*postpone([row]), (wait, (row.due, json.dumps(list(keys))))]
 
 
 def end(outcomes: Sequence[Outcome], settings: Settings) -> list[Statement]:

@@ -219,12 +219,13 @@ class Store:
         now = time.time()
         request = 0
         stored = [] if into is None else into
-        for row in rows:
-            key = next(self._keys)
+        # In one step, so that no row of another thread's request comes between.
+        for row, key in zip(rows, list(islice(self._keys, len(rows))), strict=True):
             request = row.request or request or key
             id = row.id or f"{self.number:x}-{key:x}"  # noqa: A001
             stored.append(Row(*row[:7], id, row.added or now, key, request))
             self._held.add(key)
+            now += 1e-6  # there is a time between two rows, for a row that is added later
         return stored
 
     def _write(
@@ -301,6 +302,16 @@ class Store:
         self._forget([row.key for row in rows])
         self.leave([row for row in rows if row.due <= 0.0])
 
+    def hold_back(self, row: Row, keys: Iterable[int]) -> None:
+        """Store that a running task waits for its next attempt, and the rows of ``keys`` too.
+
+        As ``postpone``, but the caller holds all of the rows still.
+
+        :raises StoreError: if that cannot be stored; then nothing has changed.
+        """
+        self._write(sql.hold_back(row, keys), is_synced=False)
+        self._notes.clear([row.key])
+
     def leave(self, rows: Iterable[Row]) -> None:
         """Hold ``rows`` no more, and forget that they have begun: ``read`` returns them again.
 
@@ -324,6 +335,19 @@ class Store:
             found = self._select(sql.READ_DUE, now, limit)
             self._cursor = min([self._cursor, *_pop_all(self._left)])
             return found + self._select(sql.READ_AT_ONCE, self._cursor, limit - len(found))
+
+    def read_late(self, requests: Iterable[int]) -> list[Row]:
+        """Return the rows that were added later to ``requests``, as ``read`` does.
+
+        :param requests: keys of the first rows.
+        :raises StoreError: if the file cannot be read.
+        """
+        with self._reading_turn():
+            keys = json.dumps(list(requests))
+            late = [Row(*values) for values in self._reader.execute(sql.READ_LATE, (keys,))]
+            found = [row for row in late if not self._is_known(row.key)]
+            self._held.update(row.key for row in found)
+            return found
 
     def _select(self, query: str, after: float, limit: int) -> list[Row]:
         found: list[Row] = []

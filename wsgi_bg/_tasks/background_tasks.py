@@ -103,7 +103,10 @@ class BackgroundTasks:
             tasks = self._begin()
         if options.is_watched or successors.watched:
             options.admit(task, self.root)
-        tasks.append(task)
+            tasks.append(task)
+            options.calls.joined(task, self.root)
+        else:
+            tasks.append(task)
         if self.phase == ENDED and task.claim():
             self.root.remove(task)
             successor = self._successor()
@@ -255,13 +258,15 @@ class TaskQueue(BackgroundTasks):
     :param tasks: tasks to begin with.
 
     :ivar front: tasks that the batch has taken from the list, in reverse.
+    :ivar stored_as: set by a runner that keeps tasks, for the tasks that are added later.
     """
 
-    __slots__ = ("_start_response", "front")
+    __slots__ = ("_start_response", "front", "stored_as")
 
     # The server's function, which holds the environ; cleared when the request is over.
     _start_response: Any
     front: list[BackgroundTask] | None
+    stored_as: Any  # a slot that most requests do not set
     phase: int  # a slot of the base class
 
     has_waited: bool = False  # True for tasks whose batch the timer submits
@@ -339,13 +344,20 @@ class TaskQueue(BackgroundTasks):
         task.plan.is_due = True  # a list made by hand has no runner to run the task later
 
     def put_off(
-        self, task: BackgroundTask, wait: float | None, status: int, *, holds_rest: bool
+        self,
+        task: BackgroundTask,
+        wait: float | None,
+        status: int,
+        *,
+        holds_rest: bool,
+        is_over: bool = False,
     ) -> Wait | None:
         """Prepare the wait of a claimed task, which runs in a batch of its own afterwards.
 
         :param wait: how long to wait, in seconds; None until the task's delay is over.
         :param status: the status of the request, for the tasks that the task adds.
         :param holds_rest: True if the tasks left in this list wait for the task, too.
+        :param is_over: True if the tasks were named as unfinished: only a file can keep them.
         :return: None if no runner can run the task later, since the process ends or, for a
             further attempt, too many tasks wait.
         """

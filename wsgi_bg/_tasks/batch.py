@@ -577,7 +577,8 @@ class Batch:
     def _repeats(self, task: BackgroundTask, context: Context, exc: BaseException) -> bool:
         """Let a task that raised ``exc`` wait for its next attempt; False if it has failed."""
         plan = plan_of(task)
-        if plan is None or self._stop:
+        is_over = self._stop == ABANDONED
+        if plan is None or (self._stop and not is_over):
             return False
         if isinstance(exc, NotSent):
             return self._puts_off(task)
@@ -586,7 +587,9 @@ class Batch:
             return False
         seconds = retry.wait_before(plan.attempt + 1)
         holds_rest = task.options.stop_on_error
-        wait = self._queue.put_off(task, seconds, self._status, holds_rest=holds_rest)
+        wait = self._queue.put_off(
+            task, seconds, self._status, holds_rest=holds_rest, is_over=is_over
+        )
         if wait is None:
             return False
         for added in self._queue.tasks_of_attempt(task):
@@ -594,6 +597,7 @@ class Batch:
                 self._passed_over += 1
                 self.discarded += 1
                 self._queue.dropped(added)
+                added.options.calls.forget(added)
                 _run_in(context, task_log.log_dropped, added, task)
         _run_in(context, task_log.log_attempt, task, exc, seconds)
         _run_in(context, task.options.calls.retried, task, exc)

@@ -47,6 +47,9 @@ class Caller:
     def added(self, task: BackgroundTask, batch: Any) -> None:
         """``task`` is about to join ``batch``, a ``BackgroundTasks``."""
 
+    def joined(self, task: BackgroundTask, batch: Any) -> None:
+        """``task`` has joined ``batch``."""
+
     def sends_delayed(self, task: BackgroundTask) -> bool:
         """True if :meth:`send` may be called before the time of a task with a delay."""
         return False

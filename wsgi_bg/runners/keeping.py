@@ -9,7 +9,7 @@ from wsgi_bg._tasks.task import BackgroundTask, Caller, Done
 from wsgi_bg.runners.ledger import LedgerRunner
 
 if TYPE_CHECKING:
-    from wsgi_bg._tasks.background_tasks import BackgroundTasks
+    from wsgi_bg._tasks.background_tasks import BackgroundTasks, TaskQueue
     from wsgi_bg._tasks.options import Options
 
 
@@ -29,6 +29,37 @@ class KeepingRunner(LedgerRunner):
 
     def added(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
         """``task`` is about to join ``batch``; may store the task, and raise as ``keep``."""
+        raise NotImplementedError
+
+    def joined(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
+        """``task`` has joined ``batch``; may store the task, and raise as ``keep``.
+
+        The answer may have begun between the call of ``added`` and this call.
+        """
+        raise NotImplementedError
+
+    def is_stored(self, task: BackgroundTask) -> bool:
+        """True if a file keeps the task."""
+        raise NotImplementedError
+
+    def postpone(self, task: BackgroundTask, wait: float | None) -> bool:
+        """Let a stored task wait in its file, and in no memory. Must not raise.
+
+        :param wait: how long to wait for the next attempt, in seconds; None until the task's
+            delay is over.
+        :return: False if the task has to wait in memory.
+        """
+        raise NotImplementedError
+
+    def hold_back(self, task: BackgroundTask, wait: float, tasks: TaskQueue) -> None:
+        """Note in the file that a stored task waits for its next attempt. Must not raise.
+
+        :param tasks: the list of the task; the stored tasks that are left in it wait, too.
+        """
+        raise NotImplementedError
+
+    def leave(self, task: BackgroundTask) -> None:
+        """Let the next process run a stored task. Must not raise."""
         raise NotImplementedError
 
     def begin(self, task: BackgroundTask) -> bool:
@@ -75,6 +106,13 @@ class KeepingCaller(Caller):
         """
         self._runner.added(task, batch)
         self.inner.added(task, batch)
+
+    def joined(self, task: BackgroundTask, batch: Any) -> None:
+        """See :class:`Caller`.
+
+        :raises RuntimeError: if the task cannot be stored.
+        """
+        self._runner.joined(task, batch)
 
     def make(self, task: BackgroundTask, done: Done) -> Any:
         """Make the call, unless the task was discarded by hand."""

@@ -277,15 +277,6 @@ class LedgerRunner:
     def prepare_drain(self) -> None:
         """Begin no task that the runner has stored: exit is about to drain all runners."""
 
-    def postpone(self, task: BackgroundTask, wait: float | None) -> bool:
-        """Let a stored task wait in its file. Must not raise.
-
-        :param wait: how long to wait for the next attempt, in seconds; None until the task's
-            delay is over.
-        :return: False if the task has to wait in memory.
-        """
-        return False
-
     def drain(self, timeout: float) -> list[BackgroundTask]:
         """Hand no more batches over and wait until all batches have ended; blocks.
 

@@ -35,6 +35,7 @@ from wsgi_bg._tasks.options import Options
 from wsgi_bg._tasks.task import BackgroundTask, current
 from wsgi_bg._tasks.task_log import WAITING, log_unfinished
 from wsgi_bg.exceptions import WaitingLimitError
+from wsgi_bg.runners.keeping import KeepingRunner
 from wsgi_bg.runners.ledger import Ledger, LedgerRunner, ledger_of
 from wsgi_bg.runners.pool import shared_pool
 
@@ -86,19 +87,30 @@ class Deferring(TaskQueue):
             plan.due = timers.get().now() + task.options.delay
 
     def put_off(
-        self, task: BackgroundTask, wait: float | None, status: int, *, holds_rest: bool
+        self,
+        task: BackgroundTask,
+        wait: float | None,
+        status: int,
+        *,
+        holds_rest: bool,
+        is_over: bool = False,
     ) -> Wait | None:
         if not self._waits:
             return _Next(self, task)
         timer = timers.get()
         runner = self.runner
         ledger = ledger_of(runner)
-        if is_exiting():  # no drain will come that could log the task
-            return None
-        if isinstance(runner, LedgerRunner) and not holds_rest and runner.postpone(task, wait):
-            return _InFile()
+        keeper = None
+        if isinstance(runner, KeepingRunner) and runner.is_stored(task):
+            keeper = runner
+        if keeper is not None and wait is not None and holds_rest:
+            keeper.hold_back(task, wait, self)
+        elif keeper is not None and keeper.postpone(task, wait):
+            return _InFile(moves_rest=False)
+        if is_over or is_exiting():  # no drain will come that could log the task
+            return None if keeper is None else self._leave(task, keeper, holds_rest=holds_rest)
         if wait is not None:
-            if not ledger.may_wait():
+            if keeper is None and not ledger.may_wait():
                 timer.full.count(ledger.max_waiting)
                 return None
             task.plan.due = timer.now() + wait
@@ -107,6 +119,15 @@ class Deferring(TaskQueue):
         if self.observer is not None:
             self.observer.put_off(later)
         return later
+
+    def _leave(
+        self, task: BackgroundTask, keeper: KeepingRunner, *, holds_rest: bool
+    ) -> _InFile:
+        """Leave a stored task to the next process; log the tasks that would wait with it."""
+        keeper.leave(task)
+        rest = self.left() if holds_rest else []
+        _log_waiting([each for each in rest if not keeper.is_stored(each) and each.claim()])
+        return _InFile(moves_rest=holds_rest)
 
     def dropped(self, task: BackgroundTask) -> None:
         if self.observer is not None:
@@ -137,8 +158,10 @@ class _Next:
 class _InFile:
     """The wait of a task that its runner has stored, and that no memory holds."""
 
-    moves_rest: bool = False
     begin: Callable[[], object] = int  # does nothing, without a bytecode
+
+    def __init__(self, *, moves_rest: bool) -> None:
+        self.moves_rest: bool = moves_rest
 
 
 class LaterTasks(Deferring):
@@ -200,6 +223,7 @@ class LaterTasks(Deferring):
             self.options = inside.options
         self.observer = tasks.observer
         self.origin = tasks.origin or tasks
+        self.stored_as = getattr(tasks, "stored_as", None)
         self._runner = tasks.runner
         self._status = status
         self._rest: TaskQueue | None = tasks if holds_rest else None
