@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -231,27 +232,20 @@ def test_wsgi_bg_serves_with_a_folder_and_runs_what_a_kill_has_left(
     assert "--durable and --runner" in refused.stderr
 
 
-def test_another_worker_of_gunicorn_takes_over_without_a_request(
-    shop: Shop, tmp_path: Path
-) -> None:
+@contextmanager
+def gunicorn(tmp_path: Path, site: str, *options: str) -> Iterator[str]:
+    """Serve the application of ``site``, and yield the address."""
     pytest.importorskip("gunicorn")
-    site = f"""
-        from tests.durable_shop import *
-
-        def answer(environ, start_response):
-            background_tasks.add_task(hang_once, 1)
-            start_response("200 OK", [])
-            return [str(os.getpid()).encode()]
-
-        app = BackgroundTasksMiddleware(answer, runner=DurableRunner({str(shop.folder)!r}))
-        """
-    (tmp_path / "site_of_test.py").write_text(textwrap.dedent(site))
+    (tmp_path / "site_of_test.py").write_text(
+        "from tests.durable_shop import *\n" + textwrap.dedent(site)
+    )
     hooks = "from wsgi_bg.gunicorn import post_fork, worker_exit\n"
     ready = "def when_ready(server): print(server.LISTENERS[0].getsockname()[1], flush=True)\n"
     (tmp_path / "gunicorn.conf.py").write_text(hooks + ready)
-    options = ["-b", "127.0.0.1:0", "-w", "2", "-k", "gthread", "--threads", "2"]
+    command = [sys.executable, "-m", "gunicorn", "-b", "127.0.0.1:0", *options]
     with subprocess.Popen(
-        [sys.executable, "-m", "gunicorn", *options, "site_of_test:app"],
+        # A worker that is just being started does not see the signal of the end.
+        [*command, "--graceful-timeout=2", "site_of_test:app"],
         stdout=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
@@ -259,15 +253,85 @@ def test_another_worker_of_gunicorn_takes_over_without_a_request(
     ) as server:
         try:
             assert server.stdout is not None
-            port = int(server.stdout.readline())
-            with urlopen(f"http://127.0.0.1:{port}/", timeout=TIMEOUT) as response:
-                pid = int(response.read())
-            assert wait_until(lambda: shop.calls == ["1"])
-            os.kill(pid, signal.SIGKILL)
-            assert wait_until(lambda: shop.calls == ["1", "1"]), shop.states
-            assert wait_until(lambda: shop.states == [])
+            yield f"http://127.0.0.1:{int(server.stdout.readline())}"
         finally:
             server.terminate()
+
+
+def ask(url: str) -> str:
+    with urlopen(url, timeout=TIMEOUT) as response:
+        text: str = response.read().decode()
+        return text
+
+
+@pytest.mark.parametrize("worker", ["gthread", "gevent"])
+def test_another_worker_of_gunicorn_takes_over_without_a_request(
+    shop: Shop, tmp_path: Path, worker: str
+) -> None:
+    pytest.importorskip(worker.replace("gthread", "gunicorn"))
+    site = f"""
+        def answer(environ, start_response):
+            background_tasks.add_task(hang_once, 1)
+            start_response("200 OK", [])
+            return [str(os.getpid()).encode()]
+
+        app = BackgroundTasksMiddleware(answer, runner=DurableRunner({str(shop.folder)!r}))
+        """
+    with gunicorn(tmp_path, site, "-w", "2", "-k", worker) as url:
+        pid = int(ask(url))
+        assert wait_until(lambda: shop.calls == ["1"])
+        os.kill(pid, signal.SIGKILL)
+        assert wait_until(lambda: shop.calls == ["1", "1"]), shop.states
+        assert wait_until(lambda: shop.states == [])
+
+
+def test_a_writer_that_waits_does_not_stop_the_hub_of_gevent(
+    shop: Shop, tmp_path: Path
+) -> None:
+    pytest.importorskip("gevent")
+    site = f"""
+        runner = DurableRunner({str(shop.folder)!r})
+        free, released = threading.Event(), threading.Event()
+        free.set()
+
+        def view(environ):
+            writer = runner._states.get().store._writer
+            path = environ["PATH_INFO"]
+            if path == "/hold":
+                with writer.hold():
+                    free.clear()
+                    assert released.wait(10)
+            elif path == "/release":
+                released.set()
+            elif path == "/add":
+                background_tasks.add_task(write, 1)
+                background_tasks.add_task(log_async, 2)
+                background_tasks.add_task(write, 3)
+            return b"%d %d" % (free.is_set(), len(writer.turns.waiting))
+
+        @registered_task(name="durable.log_async")
+        async def log_async(value):
+            write(value)
+
+        def answer(environ, start_response):
+            body = view(environ)
+            start_response("200 OK", [])
+            return [body]
+
+        app = BackgroundTasksMiddleware(answer, runner=runner)
+        """
+    with gunicorn(tmp_path, site, "-k", "gevent") as url, ThreadPoolExecutor(2) as clients:
+        ask(url)  # starts the thread that looks around
+        clients.submit(ask, f"{url}/hold")
+        assert wait_until(lambda: ask(url) == "0 0")
+        answer = clients.submit(ask, f"{url}/add")
+        assert wait_until(lambda: ask(url) == "0 1")  # one worker, and its only thread
+        assert not answer.done()
+        assert shop.states == []
+        ask(f"{url}/release")
+        assert answer.result(TIMEOUT) == "0 0"
+        assert wait_until(lambda: shop.calls == ["1", "2", "3"]), shop.states
+        assert wait_until(lambda: shop.states == [])
 
 
 def test_a_wait_for_the_next_attempt_survives_the_process(shop: Shop) -> None:
