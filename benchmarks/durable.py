@@ -9,12 +9,18 @@ of a Huey task on SQLite, and Celery's ``delay()`` on a Redis that the program s
 synced, while the thread still has the turn to write. ``rate`` counts from the first request
 until all tasks have ended and their rows are gone.
 
+``takeover`` times requests 1 ms apart while this process works off the tasks of a dead one.
+``idle`` measures the processor time of a process that only looks around. ``million`` starts a
+process on a folder with a million tasks that wait for their time, and then times requests.
+
 Huey is no dependency of this package: ``pip install huey``.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -23,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -44,13 +50,14 @@ from wsgi_bg import (
     registered_task,
 )
 from wsgi_bg._durable.folder import check_folder
-from wsgi_bg._durable.rows import Settings
+from wsgi_bg._durable.rows import Row, Settings
 from wsgi_bg._durable.store import Store
-from wsgi_bg._durable.writer import Writer
+from wsgi_bg._durable.writer import Writer, connect
 
 PAUSE = 0.001
 ARGUMENTS = ("ada@example.com", 4711)
 ROW = ("benchmark.durable", '[["ada@example.com",4711],{}]', "", "", 0.0, 0, 0, "1-1", 0.0)
+ENCODED = f"[1,{json.dumps(ARGUMENTS)},{{}}]"
 SLOWER = 0.002
 THREADS = 8
 PROCESSES = 3
@@ -288,6 +295,100 @@ def with_huey() -> float:
     return took * 20
 
 
+def die_with(tasks: int, folder: str, due: float = 0.0) -> None:
+    """Let a process store ``tasks`` in ``folder`` and die."""
+    code = "import sys; from benchmarks import durable as d; d.fill(*map(eval, sys.argv[1:]))"
+    arguments = map(repr, (tasks, folder, due))
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True)
+
+
+def fill(tasks: int, folder: str, due: float) -> None:
+    """Store ``tasks``, a request each, and end this process without its exit."""
+    store = Store.own(check_folder(folder), Settings())
+    for start in range(0, tasks, 1000):
+        store.leave(store.add([Row(ROW[0], ENCODED, due=due)] * min(1000, tasks - start)))
+        store.tidy()
+    with closing(connect(store.path)) as connection:
+        connection.execute("UPDATE tasks SET request = key")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    os._exit(0)
+
+
+def takeover() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        with durable() as (request, _):
+            alone = paced({"ours": request})["ours"]
+        die_with(options.tasks, folder)
+        taken: list[float] = []
+        with durable(folder) as (request, _):
+            began = time.perf_counter()
+            while len(check_folder(folder).numbers()) > 1 or len(taken) < 100:
+                time.sleep(PAUSE)
+                before = time.perf_counter()
+                request()
+                taken.append((time.perf_counter() - before) * 1e6)
+            took = time.perf_counter() - began
+    print(f"{options.tasks} tasks of a dead process: {took:.1f} s, {len(taken)} requests")
+    p99 = quantiles(taken, n=100)[98]
+    row("a request during a take-over, p99", p99, "no take-over", alone[1], "<= 10,000 us")
+
+
+def idle() -> None:
+    seconds = 25.0
+    code = (
+        "import sys, tempfile, time; from wsgi_bg import DurableRunner; "
+        "r = DurableRunner(tempfile.mkdtemp()); r.start(); time.sleep(2.0); "
+        "began = time.process_time(); time.sleep(float(sys.argv[1])); "
+        "print(time.process_time() - began)"
+    )
+    command = [sys.executable, "-c", code, str(seconds)]
+    used = float(subprocess.run(command, capture_output=True, check=True).stdout)
+    row("an idle process", used / seconds * 100, "of a core", 100.0, "<= 0.1 %", "%")
+
+
+def million() -> None:
+    tasks, due = 1_000_000, time.time() + 86400
+    code = (
+        "import sys; from benchmarks import durable as d; "
+        "print(*d.started(eval(sys.argv[1])), sep=',')"
+    )
+    found = []
+    with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryDirectory() as folder:
+        die_with(tasks, folder, due)
+        for path in (empty, folder):
+            command = [sys.executable, "-c", code, repr(path)]
+            out = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+            found.append([float(number) for number in out.split(",")])
+    rows = (
+        ("start", "<= 100 ms", "ms"),
+        ("memory", "<= 20 MB", "MB"),
+        ("a request", "<= 1.5", ""),
+    )
+    for (name, goal, unit), none, many in zip(rows, *found, strict=True):
+        row(f"{name}, 1,000,000 tasks wait", many, "none", none, goal, unit)
+
+
+def started(folder: str) -> tuple[float, float, float]:
+    """Return milliseconds until the first look, megabytes, and microseconds of a request."""
+    process = Path("/proc/self/statm")
+
+    def megabytes() -> float:
+        return int(process.read_text().split()[1]) * 4096 / 1e6
+
+    with durable() as (request, _):
+        request()  # imports everything, and starts the threads of a process
+    files = len(check_folder(folder).numbers()) + 1
+    before, began = megabytes(), time.perf_counter()
+    runner = DurableRunner(folder)
+    runner.start()
+    while len(runner.ledger.stores) < files:
+        time.sleep(PAUSE)
+    took = (time.perf_counter() - began) * 1e3
+    time.sleep(2.0)  # the next looks
+    used = megabytes() - before
+    return took, used, paced({"ours": request_to(runner)})["ours"][0]
+
+
 def inserted() -> float:
     """Return the seconds of as many bare inserts."""
     with bare_insert("normal") as insert:
@@ -325,6 +426,9 @@ ROWS: dict[str, Callable[[], None]] = {
     "ten": ten,
     "sharing": sharing,
     "rate": rate,
+    "takeover": takeover,
+    "idle": idle,
+    "million": million,
 }
 
 

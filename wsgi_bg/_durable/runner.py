@@ -133,7 +133,7 @@ class DurableRunner(KeepingRunner):
         return self._folder.path
 
     @property
-    def ledger(self) -> Ledger:
+    def ledger(self) -> _Ledger:
         return self._states.get().ledger
 
     # For the middleware.
