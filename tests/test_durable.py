@@ -665,8 +665,9 @@ def test_a_runner_whose_folder_is_gone_refuses_requests_with_tasks(
 
 @pytest.mark.parametrize("mode", ["record", "run"])
 def test_the_fixture_checks_arguments_and_touches_no_file(
-    pytester: pytest.Pytester, mode: str
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # before an installed package
     pytester.makepyfile(
         f"""
         import os, sys, threading, pytest
@@ -688,8 +689,9 @@ def test_the_fixture_checks_arguments_and_touches_no_file(
 
 
 def test_with_the_fixture_in_mode_real_tasks_are_stored_before_the_answer(
-    pytester: pytest.Pytester,
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     pytester.makepyfile(
         f"""
         import sys, pytest
@@ -1054,6 +1056,25 @@ def test_requests_are_not_split_between_two_reads(
     for start in (0, 3, 6):
         mine = [call for call in calls if start <= call < start + 3]
         assert mine == sorted(mine)
+
+
+def test_all_requests_of_a_dead_process_run_burst_by_burst(
+    runner: DurableRunner, tmp_path: Path
+) -> None:
+    code = f"""
+    import os
+    from wsgi_bg._durable.folder import check_folder
+    from wsgi_bg._durable.rows import Row, Settings
+    from wsgi_bg._durable.store import Store
+    store = Store.own(check_folder({str(tmp_path / "tasks")!r}), Settings())
+    for number in range(25):
+        store.add([Row("durable.write", f"[1,[{{number}}],{{{{}}}}]")])
+    os._exit(0)
+    """
+    assert run_python(code).returncode == 0
+    runner.start()
+    assert sorted(shop.wait_for(25)) == list(range(25))
+    assert wait_until(lambda: len(check_folder(runner.path).numbers()) == 1)
 
 
 def test_a_crashed_views_local_task_adds_a_task_that_is_stored(runner: DurableRunner) -> None:

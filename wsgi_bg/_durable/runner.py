@@ -47,6 +47,7 @@ Synchronous = Literal["normal", "full"]
 
 _LOOK = 1.0  # seconds between two looks at the folder
 _READ = 500  # rows read from a file at a time
+_BURST, _REST = 10, 0.001  # requests of a dead process, and the seconds between two bursts
 _PAUSE = 0.001  # seconds between two looks at a task that another thread stores
 _LAST_LOOK = 1.0  # seconds for which the exit waits for the last look
 _SHARE = 0.5  # of the pool's max_pending that tasks from files may take
@@ -540,7 +541,7 @@ class _State:
         self._right = {"to start": True}
         self._wake = event()
         self._has_looked = event()  # set when the thread has ended
-        self._next_look = 0.0  # by time.time()
+        self._next_look = self._next_full_look = 0.0  # by time.time()
         self._look_failed = RepeatedError("%s could not be looked at")
         self._is_stopping = False
 
@@ -789,11 +790,18 @@ class _State:
             self._look_failed.log(exc, self._folder.path)
 
     def _look(self) -> None:
-        self._next_look = time.time() + _LOOK
-        self._reruns.leave_known()
+        """Look around once a second; between, only at the files with work left."""
+        now = time.time()
+        is_time = not now < self._next_full_look <= now + _LOOK  # the clock may be set back
+        if is_time:
+            self._next_full_look = now + _LOOK
+            self._reruns.leave_known()
+        self._next_look = self._next_full_look
         self._try(self._read_own)
-        self._try(self.store.tidy)
-        self._try(self._adopt)
+        if is_time or self.store.needs_tidy:  # a commit here keeps requests waiting
+            self._try(self.store.tidy)
+        if is_time:
+            self._try(self._adopt)
         for store in list(self._adopted):
             self._try(partial(self._work_off, store))
 
@@ -816,14 +824,18 @@ class _State:
             adopted.tidy()  # obeys orders of the command line before a task can begin
 
     def _work_off(self, store: Store) -> None:
-        self._read(store)
+        self._read(store, rest=_REST)
         store.tidy()
         if store.is_empty and store.remove(self.store):
             self._adopted.remove(store)
             self.ledger.stores.remove(store)
 
-    def _read(self, store: Store) -> bool:
-        """Submit tasks of ``store`` that no memory holds; True if there may be more."""
+    def _read(self, store: Store, rest: float = 0.0) -> bool:
+        """Submit tasks of ``store`` that no memory holds; True if there may be more.
+
+        :param rest: seconds to wait after some tasks. Thousands at once would let all threads
+            of the pool compete with the requests for the GIL, 5 ms at a time.
+        """
         rows = store.read(time.time(), _READ)
         more = len(rows) == _READ
         while more and abs(rows[0].request) == abs(rows[-1].request):  # with many tasks
@@ -840,6 +852,8 @@ class _State:
         groups = deque(requests.values())
         has_room = True
         while groups and has_room:
+            if rest and len(groups) % _BURST == 0:
+                time.sleep(rest)
             has_room = self._submit(
                 store, sorted(groups.popleft(), key=lambda row: (row.added, row.key))
             )
