@@ -201,6 +201,50 @@ def test_tasks_that_an_error_of_the_stream_lets_run_keep_their_place(
     assert shop.wait_for(5) == ["beside", "gate", 1, 2, 3]
 
 
+def test_rows_that_are_stored_when_a_stream_has_failed_are_in_the_order_added(
+    runner: DurableRunner,
+) -> None:
+    def add(environ: object) -> None:
+        for number in range(6):
+            run_on: Any = "always" if number % 3 == 0 else "error"
+            tasks = background_tasks.using(run_on=run_on)
+            tasks.add_task(wait_at if number == 0 else write, f"gate {number}")
+
+    def stream() -> Iterator[bytes]:
+        yield b"first"
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        run_view(runner, add, body=stream)
+    assert arguments(Path(runner.path)) == [f'[1,["gate {n}"],{{}}]' for n in range(6)]
+    shop.gate("gate 0").set()
+    assert shop.wait_for(6) == [f"gate {number}" for number in range(6)]
+
+
+def test_a_late_task_that_is_far_behind_in_the_file_is_read_with_its_request(
+    tmp_path: Path, runner: DurableRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = """
+        from wsgi_bg._durable.rows import Row, Settings
+        from wsgi_bg._durable.store import Store
+        store = Store.own(check_folder(folder), Settings())
+        [first] = store.add([Row("durable.wait_at", '[1,["gate"],{}]')])
+        for number in range(5):
+            store.add([Row("durable.write", '[1,["other"],{}]')])
+        store.add([Row("durable.write", '[1,["late"],{}]', request=-first.key)])
+        die()
+        """
+    killed(tmp_path, code)
+    monkeypatch.setattr("wsgi_bg._durable.runner._READ", 2)
+    runner.start()
+    shop.gate("gate")
+    assert shop.wait_for(5) == ["other"] * 5
+    handle(runner, (write, "beside"))
+    assert shop.wait_for(6)[5:] == ["beside"]
+    shop.gate("gate").set()
+    assert shop.wait_for(8)[6:] == ["gate", "late"]
+
+
 HELD_BACK = """
     def add(environ):
         tasks = background_tasks.using(stop_on_error=True)
@@ -355,6 +399,32 @@ def test_a_task_that_cannot_be_stored_as_the_answer_begins_is_refused(
     body.close()
     assert wait(TIMEOUT) == []
     assert shop.calls == []
+
+
+def test_a_task_that_cannot_be_stored_and_runs_already_is_not_refused(
+    runner: DurableRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hooks = Gated()
+    joined, added = DurableRunner.joined, threading.Event()
+
+    def join(self: DurableRunner, task: Any, batch: Any) -> None:
+        assert task.claim()  # as the thread that runs the task
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "add", full_disk)
+            joined(self, task, batch)
+        task.unclaim()
+
+    def add(tasks: Any) -> None:
+        tasks.add_task(write, 1)
+        added.set()
+
+    monkeypatch.setattr(DurableRunner, "joined", join)
+    body = answer_beside_a_thread(runner, hooks, add)
+    hooks.opened.set()
+    assert added.wait(TIMEOUT)
+    assert list(body) == [b"ok"]
+    body.close()
+    assert shop.wait_for(1) == [1]
 
 
 @pytest.mark.parametrize("is_full", [False, True])

@@ -398,8 +398,8 @@ class _Place(NamedTuple):
     added: float
     """The row comes after rows with this time."""
 
-    def row_of(self, task: BackgroundTask, *, before: float = inf) -> Row:
-        """The row of a task.
+    def row_of(self, task: BackgroundTask, now: float, before: float = inf) -> Row:
+        """The row of a task that is added now.
 
         :param before: when the task after it was added, if that task is stored.
         """
@@ -407,7 +407,7 @@ class _Place(NamedTuple):
         return row._replace(
             request=-self.request,
             due=max(row.due, self.due),
-            added=min(max(time.time(), self.added), nextafter(before, 0.0)),
+            added=min(max(now, self.added), nextafter(before, 0.0)),
         )
 
 
@@ -595,13 +595,13 @@ class _State:
         place = place or self._place_in(tasks)
         if place is None:
             return [_row_of(task) for task in claimed]
-        new, before = dict.fromkeys(claimed), inf
+        now, new, before = time.time(), dict.fromkeys(claimed), inf
         rows = []
         for task in reversed(tasks):
             if task in new:
-                rows.append(place.row_of(task, before=before))
-            elif task.message.store is self.store:
-                before = task.message.row.added
+                rows.append(place.row_of(task, now, before))
+            else:
+                before = task.message.row.added or before  # 0.0 if it was not stored
         return rows[::-1]
 
     def _place_in(self, tasks: Iterable[BackgroundTask]) -> _Place | None:
@@ -666,7 +666,7 @@ class _State:
         """Note the end of ``task`` and store ``new`` in a transaction; False if it fails."""
         try:
             place = _Place(abs(outcome.row.request), 0.0, outcome.row.added)
-            children = [place.row_of(child) for child in new]
+            children = [place.row_of(child, outcome.ended) for child in new]
             rows = store.end_with(outcome, children)
         except StoreError as exc:
             log.error(
@@ -720,8 +720,8 @@ class _State:
     def leave(self, kept: Kept) -> None:
         """Forget a stored task: the row may be read again."""
         store = self.drop(kept)
-        if store is not None:
-            store.leave([kept.row])
+        assert store is not None
+        store.leave([kept.row])
 
     def drop(self, kept: Kept) -> Store | None:
         """Drop a task from memory; return the store that holds its row, if any."""
