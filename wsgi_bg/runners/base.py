@@ -23,7 +23,8 @@ class Statistics:
     :ivar run_here: tasks that a pool began to run on the server's thread, because the pool
         had no room or no thread for them.
     :ivar waiting: tasks that wait for their time, because of a delay or before a further
-        attempt, and the tasks that wait for them. They do not count as pending.
+        attempt, and the tasks that wait for them, in memory or in a file of this process. They
+        do not count as pending.
     """
 
     pending: int
