@@ -74,6 +74,14 @@ def no_request_left() -> Iterator[None]:
     current.reset(token)
 
 
+@pytest.fixture(autouse=True)
+def no_message_left() -> Iterator[None]:
+    """Give up the messages that a test has left: ``wait()`` of the next test waits for all."""
+    yield
+    for ledger in ledgers_here():
+        ledger.abandon_unsent()
+
+
 @pytest.fixture
 def own_collector(monkeypatch: pytest.MonkeyPatch) -> Collector:
     """Replace the collector for the test; ``wait()`` flushes the process's own afterwards."""

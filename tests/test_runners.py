@@ -394,7 +394,7 @@ def test_a_pool_that_can_start_no_thread_runs_batches_in_close(
 class Many:
     """A batch; while its tasks are counted, another batch joins the ledger."""
 
-    succeeded = failed = discarded = run_here = 0
+    succeeded = failed = discarded = run_here = sent = 0
     is_running = True
 
     def __init__(self, ledger: Ledger) -> None:

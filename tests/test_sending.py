@@ -11,6 +11,7 @@ import pytest
 from tests.conftest import Log
 from tests.support import (
     TIMEOUT,
+    Clock,
     Gate,
     Server,
     app_that,
@@ -18,11 +19,13 @@ from tests.support import (
     make_server_environ,
     respond,
 )
+from tests.test_examples import wait_until
 from wsgi_bg import (
     BackgroundTask,
     BackgroundTasksMiddleware,
     InlineRunner,
     PoolRunner,
+    Retry,
     background_tasks,
 )
 from wsgi_bg._tasks.batch import Batch
@@ -106,7 +109,7 @@ def stopped() -> None:
     pass
 
 
-def request(runner: Any, do: Callable[[], None], **options: Any) -> None:
+def request(runner: Any, do: Callable[[], object], **options: Any) -> None:
     app = app_that(lambda environ: do())
     Server().run(
         BackgroundTasksMiddleware(app, runner=runner, **options), make_server_environ()
@@ -128,7 +131,8 @@ def test_a_sent_task_does_not_run_here(late: bool) -> None:
     assert runner.sent == [(0,), (2,)]
     assert ran == [1, 3]
     assert runner.checked == ["away", "here", "away_async", "here_async"]
-    assert runner.statistics().succeeded == 4
+    statistics = runner.statistics()
+    assert (statistics.succeeded, statistics.sent) == (2, 2)
 
 
 def test_tasks_sent_early_are_sent_before_any_task_runs() -> None:
@@ -407,3 +411,27 @@ def test_a_task_that_joined_the_list_without_add_task_is_called_here(late: bool)
 
     request(Sender("away", late=late), do)
     assert ran == ["here", "away"]
+
+
+def test_a_task_that_is_not_sent_and_has_a_delay_waits_in_this_process(clock: Clock) -> None:
+    class Delaying(Sender):
+        sends_delayed = True
+
+        def check(self, task: BackgroundTask) -> Any:
+            return "message"
+
+        def send(self, task: BackgroundTask, message: Any = None) -> bool:
+            if task.func is lost:
+                raise ConnectionError("gone")
+            return False
+
+    runner = Delaying(late=True)
+
+    def do() -> None:
+        background_tasks.using(delay=60).add_task(here)
+        background_tasks.using(delay=60, retry=Retry()).add_task(lost)
+
+    request(runner, do)
+    assert ran == []
+    clock.advance(60)
+    assert wait_until(lambda: ran == ["here"])

@@ -23,6 +23,7 @@ from wsgi_bg._tasks.callables import name_of
 from wsgi_bg._tasks.task import plan_of
 from wsgi_bg._tasks.task_log import notify_discarded
 from wsgi_bg.runners import resolve
+from wsgi_bg.runners.ledger import tasks_to_send
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -178,7 +179,8 @@ class TaskRecorder:
 
         With a real server call this method before you read the tasks: a client may have its
         response before the server closes the response. In mode ``"record"`` this method
-        waits for responses only.
+        waits for responses only. In mode ``"real"`` a task for another process is waited for
+        until its broker has confirmed the message.
 
         :param timeout: seconds to wait at most.
         :raises TimeoutError: if a response or task is unfinished; the message names each.
@@ -186,7 +188,13 @@ class TaskRecorder:
         """
         __tracebackhide__ = True
         self._close_streams()
+        deadline = self._now() + timeout
         self._wait(timeout, lambda request: self.mode != "record" or request.batch is None)
+        while unsent := tasks_to_send():
+            if self._now() >= deadline:
+                names = ", ".join(task.name for each in unsent for task in each.tasks)
+                raise TimeoutError(f"not sent after {timeout:g} s: {names}")
+            self._sleep(_POLL)
         self._raise_first()
 
     def _finish(self) -> None:

@@ -182,14 +182,18 @@ class _ClientTasks(View):
         super().__init__(origin, options)
         self.visit = visit
 
-    def add_task(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
+    def add_task(
+        self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs
+    ) -> BackgroundTask:
         if not self.has_ended or not _awaits_commit():
             return super().add_task(func, *args, **kwargs)
+        added = []
 
         def add(tasks: BackgroundTasks) -> None:
-            View(tasks, self.options).add_task(func, *args, **kwargs)
+            added.append(View(tasks, self.options).add_task(func, *args, **kwargs))
 
-        return _ClientRequest(self.visit.environ, add).finish(self.visit.status)
+        _ClientRequest(self.visit.environ, add).finish(self.visit.status)
+        return added[0]
 
     def using(self, **options: Any) -> BackgroundTasks:
         view = super().using(**options)

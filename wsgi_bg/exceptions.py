@@ -240,6 +240,20 @@ class MessageError(WsgiBgError, ValueError):
     """A worker received a message whose arguments were not encoded by ``wsgi_bg``."""
 
 
+class PlainCallError(WsgiBgError, TypeError):
+    """Celery's ``delay()``, beat or a chain was to call a registered function.
+
+    :ivar name: the registered name of the function.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"{name} is a registered function, and only add_task sends it: "
+            "CeleryRunner(..., plain_calls=True) lets Celery's own calls through, too"
+        )
+        self.name = name
+
+
 class UnsafeCeleryError(WsgiBgError, ValueError):
     """A Celery application has a setting with which a message could run any code.
 
@@ -263,6 +277,22 @@ class PublishError(WsgiBgError, ConnectionError):
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name} was not sent: {reason}")
         self.name = name
+
+
+class OutboxFullError(WsgiBgError, RuntimeError):
+    """A task was not added, because too many tasks wait to be sent to the broker.
+
+    :ivar name: the name of the function that was not added.
+    :ivar limit: the runner's ``max_unsent``.
+    """
+
+    def __init__(self, name: str, limit: int) -> None:
+        super().__init__(
+            f"{name} was not added: {limit} tasks wait to be sent already, and the broker does "
+            "not take them. See if the broker runs, or raise max_unsent."
+        )
+        self.name = name
+        self.limit = limit
 
 
 class StoreError(WsgiBgError, RuntimeError):

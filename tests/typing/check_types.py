@@ -47,7 +47,8 @@ tasks.add_task(send, "a", blind=True)  # type: ignore[call-arg]
 tasks.add_task(send_async)  # type: ignore[call-arg]
 tasks.add_task(send("a"))  # type: ignore[func-returns-value, arg-type]
 tasks.add_task("send")  # type: ignore[arg-type]
-assert_type(tasks.add_task(send, "a"), None)
+assert_type(tasks.add_task(send, "a"), BackgroundTask)
+assert_type(tasks.add_task(send, "a").id, str)
 assert_type(tasks.tasks, list[BackgroundTask])
 assert_type(tasks.using(run_on="always"), BackgroundTasks)
 assert_type(tasks.using(failed_from=400), BackgroundTasks)

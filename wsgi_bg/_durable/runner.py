@@ -35,6 +35,7 @@ from wsgi_bg._tasks.task import DIRECT, BackgroundTask, fill
 from wsgi_bg._tasks.task_log import notify_discarded
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError, StoreError
 from wsgi_bg.runners import Runner, Statistics, resolve
+from wsgi_bg.runners.attached import Attached
 from wsgi_bg.runners.keeping import KeepingCaller, KeepingRunner
 from wsgi_bg.runners.ledger import Ledger
 from wsgi_bg.runners.pool import PoolRunner, shared_pool
@@ -119,7 +120,6 @@ class DurableRunner(KeepingRunner):
             _number_and_age("keep_done", keep_done),
         )
         self.drain_timeout = drain_timeout
-        self._is_attached = False
         self._folder = check_folder(path)
         without_middleware = Options(runner=self, calls=KeepingCaller(self, DIRECT))
         self._reruns = Reruns(self._folder.path, max_crashes, without_middleware)
@@ -144,9 +144,7 @@ class DurableRunner(KeepingRunner):
 
         The first call holds, or the first call with the context of an application.
         """
-        if not self._is_attached or (_around(options) and not _around(self._reruns.options)):
-            self._is_attached = True
-            self._reruns.options = options
+        self._reruns.attach(options)
 
     def start(self) -> None:
         """Run the tasks of this process, and those of processes that have died.
@@ -171,8 +169,8 @@ class DurableRunner(KeepingRunner):
         if task.options.stop_on_error or task.options.retry is not None:
             options = _options_of(task)
         context = headers.current()
-        row = Row(registration.name, text, options, json.dumps(context) if context else "")
-        return Kept(row)
+        carried = json.dumps(context) if context else ""
+        return Kept(Row(registration.name, text, options, carried, id=task.id))
 
     def keep(self, tasks: Iterable[BackgroundTask]) -> None:
         """Store those of ``tasks`` that are registered and not stored; blocks.
@@ -415,15 +413,11 @@ _running: ContextVar[Kept | None] = ContextVar("wsgi_bg._durable", default=None)
 """The durable task that runs in this context."""
 
 
-class Reruns:
-    """Makes tasks of stored rows.
-
-    :ivar options: those of the first middleware that was given the runner, or of the first with
-        the context of an application.
-    """
+class Reruns(Attached):
+    """Makes tasks of stored rows."""
 
     def __init__(self, path: str, max_crashes: int, options: Options) -> None:
-        self.options = options
+        super().__init__(options)
         self._path = path
         self._max_crashes = max_crashes
         # Rows by the name of a function that is not registered yet, or no more.
@@ -471,6 +465,7 @@ class Reruns:
         task = BackgroundTask.__new__(BackgroundTask)
         fill(task, registration.func, tuple(args), kwargs, context, options)
         task.message = Kept(row, store)
+        task.keep_id(row.id)
         if retry is not None:
             task.plan = Plan(retry, row.attempts + 1)
             task.keep_context()
@@ -892,11 +887,6 @@ class _State:
             self.leave(kept)
         batch.run()  # no task is left: only end the batch
         return False
-
-
-def _around(options: Options) -> Any:
-    """The context of an application that the options have; None without."""
-    return getattr(getattr(options.calls, "inner", None), "around", None)
 
 
 def _is_answered(batch: BackgroundTasks) -> bool:

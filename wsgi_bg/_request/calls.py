@@ -17,13 +17,23 @@ from wsgi_bg._process import log, per_process
 from wsgi_bg._process.interrupts import is_from_signal_handler, type_name
 from wsgi_bg._tasks.retry import NotSent
 from wsgi_bg._tasks.successors import observe
-from wsgi_bg._tasks.task import BackgroundTask, Caller, Done, plan_of
+from wsgi_bg._tasks.task import (
+    RESULT,
+    SENT,
+    BackgroundTask,
+    Caller,
+    Done,
+    Queue,
+    WasQueued,
+    plan_of,
+)
 from wsgi_bg.hooks import Hooks, TaskRecord
 
 if TYPE_CHECKING:
     from wsgi_bg._tasks.background_tasks import BackgroundTasks
 
-Send = Callable[..., bool]
+Send = Callable[..., bool | Queue]
+MaySend = Callable[..., bool]
 Around = Callable[[], AbstractContextManager[Any]]
 
 
@@ -38,24 +48,27 @@ class Calls(Caller):
     :param may_send: the runner's method, which returns True if ``send`` may be called without
         a message; None if ``send`` may always be called.
     :param waits: True if the process that gets a message waits for the task's delay.
+    :param queues: True if ``send`` does not block.
     """
 
-    __slots__ = ("_may_send", "_send", "_waits", "around", "hooks")
+    __slots__ = ("_may_send", "_queues", "_send", "_waits", "around", "hooks")
 
     def __init__(
         self,
         hooks: tuple[Hooks, ...],
         around: Around | None,
         send: Send | None,
-        may_send: Send | None = None,
+        may_send: MaySend | None = None,
         *,
         waits: bool = False,
+        queues: bool = False,
     ) -> None:
         self.hooks: tuple[Hooks, ...] = hooks
         self.around: Around | None = around
         self._send = send
         self._may_send = may_send
         self._waits = waits
+        self._queues = queues
 
     def added(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
         """Call the hooks for a task that is about to join ``batch``."""
@@ -68,9 +81,10 @@ class Calls(Caller):
         """True if the process that gets the message of ``task`` waits for the delay."""
         return self._waits and task.message is not None
 
-    def send(self, task: BackgroundTask) -> bool:
-        """Send the task to another process; True if the runner sent the task. Blocks.
+    def send(self, task: BackgroundTask) -> bool | Queue:
+        """Send the task to another process; True if the runner sent the task. May block.
 
+        :return: a function if the caller has to call it in order to have the task sent.
         :raises Exception: the error of the runner's ``send``; the task fails with this error.
         """
         if self._send is None:
@@ -86,33 +100,47 @@ class Calls(Caller):
             raise
         if not is_sent:
             return False
+        if callable(is_sent):
+            return is_sent
         self._end(task, "task_sent")
         return True
+
+    def sent(self, task: BackgroundTask) -> None:
+        """Call the hooks for a task that was sent from a queue."""
+        self._end(task, "task_sent")
 
     def send_or_make(self, task: BackgroundTask, done: Done) -> Any:
         """Send the task; if the task is not sent, make the call as :meth:`make` does."""
         if not (task.message is not None or self._may_send is None or self._may_send(task)):
             return self.make(task, done)
-        if task.is_async:
+        if task.is_async and not self._queues:
             return self._send_or_make_async(task, done)
-        return None if self._is_sent(task) else self.make(task, done)
+        is_sent = self._is_sent(task)
+        if not is_sent:
+            return self.make(task, done)
+        if is_sent is True:
+            return SENT
+        if done is None:
+            return is_sent()
+        done.default_factory = is_sent  # see Caller.make()
+        return done[RESULT]
 
-    def _is_sent(self, task: BackgroundTask) -> bool:
-        """Send the task.
+    def _is_sent(self, task: BackgroundTask) -> bool | Queue:
+        """Send the task: see :meth:`send`.
 
         :raises NotSent: if the task was not sent, and its time has not come.
         """
-        if self.send(task):
-            return True
-        if task.options.delay and not task.plan.is_due:
+        is_sent = self.send(task)
+        if not is_sent and task.options.delay and not task.plan.is_due:
             raise NotSent
-        return False
+        return is_sent
 
     async def _send_or_make_async(self, task: BackgroundTask, done: Done) -> Any:
         import asyncio  # already loaded: this code runs on a loop
 
-        is_sent = await asyncio.to_thread(self._is_sent, task)  # not on the loop: send() blocks
-        return None if is_sent else await self.make(task, done)
+        if await asyncio.to_thread(self._is_sent, task):  # not on the loop: send() blocks
+            raise WasQueued(is_sent=True)
+        return await self.make(task, done)
 
     def make(self, task: BackgroundTask, done: Done) -> Any:
         """Call the task's function in the current context and return its result.

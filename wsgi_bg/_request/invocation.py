@@ -16,6 +16,7 @@ from wsgi_bg._process import log
 from wsgi_bg._process.greenlets import event
 from wsgi_bg._request import servers
 from wsgi_bg._request.unclosed import collectors
+from wsgi_bg.runners.ledger import ledgers_here, tasks_to_send
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -97,6 +98,7 @@ class Invocation:
     def finish(self, timeout: float, *, failed: bool) -> None:
         """Wait until all tasks of this invocation are done; log unfinished tasks at ERROR.
 
+        A task for another process is done when it was sent, whatever invocation has added it.
         Tasks that are logged go on for as long as the process is not frozen.
 
         :param timeout: seconds to wait at most.
@@ -116,9 +118,12 @@ class Invocation:
                 if not self._left() and not any(batch.has_started for batch in batches):
                     break
                 self._changed.wait(seconds)
+            for ledger in ledgers_here():
+                ledger.wait_for(list(ledger.unsent), deadline)
         finally:
             waited = time.monotonic() - began
-            for task in self._left():
+            unsent = [task for each in tasks_to_send() for task in each.tasks]
+            for task in self._left() + unsent:
                 log.error(
                     "background task %s was not finished when its handler returned, after a "
                     "wait of %.3g seconds: it goes on only if this process does",

@@ -13,7 +13,7 @@ from wsgi_bg._tasks.options import OnError, Options
 from wsgi_bg._tasks.task import DIRECT, Caller, RunOn
 from wsgi_bg.exceptions import OptionError, OptionTypeError, OptionValueError
 from wsgi_bg.hooks import HOOKS, Hooks
-from wsgi_bg.runners.keeping import KeepingCaller, KeepingRunner
+from wsgi_bg.runners.keeping import KeepingCaller, keeps_tasks
 
 if TYPE_CHECKING:
     from wsgi_bg.runners import Runner
@@ -88,11 +88,12 @@ def merge_options(
     send = getattr(runner, "send", None)
     may_send = getattr(runner, "may_send", None)
     waits = bool(getattr(runner, "sends_delayed", False))
+    queues = bool(getattr(runner, "queues", False))
     is_called_directly = not (all_hooks or around or send)
     caller: Caller = DIRECT
     if not is_called_directly:
-        caller = Calls(all_hooks, around, send, may_send, waits=waits)
-    if isinstance(runner, KeepingRunner):
+        caller = Calls(all_hooks, around, send, may_send, waits=waits, queues=queues)
+    if keeps_tasks(runner):
         caller = KeepingCaller(runner, caller)
     return replace(
         options,

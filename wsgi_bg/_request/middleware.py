@@ -28,7 +28,8 @@ from wsgi_bg._tasks.task import RunOn, current
 from wsgi_bg.exceptions import OptionTypeError
 from wsgi_bg.hooks import Hooks
 from wsgi_bg.runners import Runner, resolve
-from wsgi_bg.runners.keeping import KeepingRunner
+from wsgi_bg.runners.keeping import keeps_tasks
+from wsgi_bg.runners.ledger import LedgerRunner
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -118,8 +119,9 @@ class BackgroundTasksMiddleware:
         options = self._merge(Options(), resolved)
         self._options = replace(options, runner_is_default=self._runner_is_default)
         self._inner = app
-        if isinstance(resolved, KeepingRunner):
+        if isinstance(resolved, LedgerRunner):
             resolved.attach(self._options)
+        if keeps_tasks(resolved):
             self._inner = KeepingApp(app, resolved)
 
     def __call__(
@@ -200,7 +202,7 @@ class BackgroundTasksMiddleware:
         ):
             self._merged = merged = self._merge_options(root.options, tasks.options)
             runner = merged.new_root.runner
-            if isinstance(runner, KeepingRunner):
+            if isinstance(runner, LedgerRunner):
                 runner.attach(merged.inner)
         root.options = merged.new_root
         inner = tasks if merged.inner is tasks.options else LayerView(tasks, merged.inner)

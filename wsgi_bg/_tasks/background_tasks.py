@@ -11,6 +11,7 @@ from wsgi_bg._process import per_process
 from wsgi_bg._process.interrupts import safe_repr, stops_worker
 from wsgi_bg._tasks import successors, task_log
 from wsgi_bg._tasks.options import DEFAULTS, OnError, Options
+from wsgi_bg._tasks.registry import WhenUnsent
 from wsgi_bg._tasks.retry import Retry
 from wsgi_bg._tasks.task import BackgroundTask, RunOn, current, fill, plan_of
 from wsgi_bg.exceptions import BatchEndedError, TaskTypeError
@@ -82,13 +83,16 @@ class BackgroundTasks:
         """Return the list that :meth:`add_task` appends to."""
         return self._begin() if self._list is None else self._list
 
-    def add_task(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
+    def add_task(
+        self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs
+    ) -> BackgroundTask:
         """Add a call of ``func``, to run after all tasks added before.
 
         May be called on any thread of the request and in a running task; does not wait for
         any task. The task runs in a copy of the current context variables.
 
         :param func: a plain or ``async def`` function, called as ``func(*args, **kwargs)``.
+        :return: the task, whose :attr:`~BackgroundTask.id` names the task in other processes.
         :raises TypeError: if ``func`` cannot run as a task.
         :raises RuntimeError: if the batch has ended, or the task has a delay and too many
             tasks wait for their time.
@@ -111,10 +115,11 @@ class BackgroundTasks:
             self.root.remove(task)
             successor = self._successor()
             if successor is not None and successor.adopt(task):
-                return
+                return task
             options.calls.forget(task)
             task_log.notify_discarded(task, "the batch has ended")
             raise BatchEndedError(task.name)
+        return task
 
     @property
     def root(self) -> BackgroundTasks:
@@ -177,8 +182,10 @@ class BackgroundTasks:
         on_error: OnError | None = None,
         stop_on_error: bool | None = None,
         celery: Mapping[str, Any] | None = None,
+        engine: Mapping[str, Any] | None = None,
         retry: Retry | None = None,
         delay: float | None = None,
+        when_unsent: WhenUnsent | None = None,
     ) -> BackgroundTasks:
         """Return a view on the same list, whose ``add_task`` gives its tasks these options.
 
@@ -188,17 +195,23 @@ class BackgroundTasks:
         :param celery: options such as ``{"queue": "slow", "countdown": 60}``, which override
             the options of ``registered_task``. Runners without Celery ignore them, and so
             does a task that runs in this process because the broker cannot be reached.
+        :param engine: options for the engine of the runner, such as RQ or Dramatiq, which
+            override the options of ``registered_task``. ``add_task`` lets the runner check
+            them; runners without an engine ignore them.
         :param retry: when the task is called again after an error, in place of the ``retry``
             of ``registered_task``.
         :param delay: how long the task waits, in seconds, counted from the end of the
             request, or from ``add_task`` in a running task. The wait holds no thread, and
             the tasks added later do not wait for this task.
+        :param when_unsent: for a task that cannot be sent to another process, in place of the
+            option of ``registered_task`` and the runner. Runners that send nothing ignore it.
         :raises ValueError: if ``run_on`` is none of ``"success"``, ``"error"``, ``"always"``,
             ``failed_from`` is not from 100 to 600, ``delay`` is negative, infinite or NaN,
             ``celery`` has an unknown option, or ``countdown`` or ``eta`` beside a delay.
         :raises TypeError: if ``failed_from`` is not a whole number, ``on_error`` is not a
             plain callable, ``retry`` is not a ``Retry``, ``delay`` is not a number (such as
-            a timedelta), or an option in ``celery`` is of the wrong type.
+            a timedelta), ``engine`` is not a dict, or an option in ``celery`` is of the wrong
+            type.
         """
         options = self.options.override(
             run_on=run_on,
@@ -206,8 +219,10 @@ class BackgroundTasks:
             on_error=on_error,
             stop_on_error=stop_on_error,
             celery=celery,
+            engine=engine,
             retry=retry,
             delay=delay,
+            when_unsent=when_unsent,
         )
         return View(self, options)
 

@@ -19,10 +19,20 @@ from wsgi_bg._process import log, per_process
 from wsgi_bg._process.interrupts import is_from_signal_handler, is_raised_here, stops_worker
 from wsgi_bg._tasks import task_log
 from wsgi_bg._tasks.retry import NotSent
-from wsgi_bg._tasks.task import DIRECT, RESULT, BackgroundTask, Done, Layer, plan_of
+from wsgi_bg._tasks.task import (
+    DIRECT,
+    RESULT,
+    SENT,
+    BackgroundTask,
+    Done,
+    Layer,
+    Queued,
+    WasQueued,
+    plan_of,
+)
 
 if TYPE_CHECKING:
-    from wsgi_bg._tasks.background_tasks import TaskQueue, Wait
+    from wsgi_bg._tasks.background_tasks import TaskQueue
 
 _NOT_RUN = "it returned a generator that no one runs: nothing was done"
 
@@ -56,6 +66,7 @@ class Batch:
     :ivar failed: number of tasks that have raised.
     :ivar discarded: number of tasks that will not run.
     :ivar run_here: number of tasks that a full pool began to run on the server's thread.
+    :ivar sent: number of tasks that the runner's ``send`` has sent to another process.
     """
 
     __slots__ = (
@@ -80,6 +91,7 @@ class Batch:
         "response_complete",
         "run_here",
         "sends",
+        "sent",
         "succeeded",
     )
 
@@ -98,6 +110,7 @@ class Batch:
         self.failed: int = 0
         self.discarded: int = 0
         self.run_here: int = 0
+        self.sent: int = 0
         self._queue = tasks
         # The number of tasks that are claimed but not yet dropped.
         self._passed_over = 0
@@ -301,17 +314,29 @@ class Batch:
         calls = task.options.calls
         context = task.context or task.new_context()
         try:
-            if not context.run(calls.send, task):
-                task.unclaim()
-                return
+            is_sent = context.run(calls.send, task)
         except BaseException as exc:
             if stops_worker(exc):
                 raise
             self._fail(task, context, exc)
         else:
-            self.succeeded += 1
-        self._passed_over += 1
+            if is_sent is False:
+                task.unclaim()
+                return
+            if is_sent is True:
+                self.sent += 1
+            else:
+                self._begin(is_sent)  # puts the task into a queue
+        self._queue.remove(task)
         task.context = None
+
+    def end_if_empty(self) -> bool:
+        """End the batch if no task is left, and run nothing; True if the batch has ended."""
+        if self._queue.first() is not None:
+            return False
+        self._queue.may_start()  # nothing is left to start: let the request be freed
+        self.notify_if_ended()
+        return True
 
     def _start(self) -> bool:
         """Start the run of the request's tasks, which only a single batch may do.
@@ -361,11 +386,14 @@ class Batch:
                 self._running = None
                 if done:  # empty if the task was sent
                     del done[RESULT]
-                self.succeeded += 1
-                if calls is not DIRECT:  # this spares the call of a method that does nothing
-                    _run_in(context, calls.finished, task)
-                    if per_process.generation != self._generation:
-                        return False
+                if type(result) is Queued:
+                    self.sent += result is SENT
+                else:
+                    self.succeeded += 1
+                    if calls is not DIRECT:  # this spares the call of a method without effect
+                        _run_in(context, calls.finished, task)
+                        if per_process.generation != self._generation:
+                            return False
             front = queue.front
             if front:
                 front.pop()
@@ -459,12 +487,17 @@ class Batch:
                     if awaitable is None:
                         make = calls.send_or_make if self.sends else calls.make
                         awaitable = context.run(make, task, None)
+                    if type(awaitable) is Queued:
+                        raise WasQueued
                     if type(awaitable) is not CoroutineType:
                         awaitable = as_coroutine(awaitable)
                     # The first step; a coroutine that waits for nothing ends in this step.
                     waits_for = context.run(next, awaitable.__await__(), DONE)
                     if waits_for is not DONE:
                         await RemainingSteps(context, awaitable, waits_for)
+                except WasQueued as exc:
+                    self._running = None
+                    self.sent += exc.is_sent
                 except BaseException as exc:
                     if self._is_in_child:
                         raise
@@ -567,7 +600,7 @@ class Batch:
             return False
         wait = self._queue.put_off(task, None, self._status, holds_rest=False)
         if wait is not None:
-            self._begin(wait)
+            self._begin(wait.begin)
         else:
             self.discarded += 1
             task_log.log_unfinished(task, task_log.WAITING)
@@ -606,17 +639,20 @@ class Batch:
         plan.attempt += 1
         if wait.moves_rest:
             self._stop = self._stop or MOVED
-        self._begin(wait)
+        self._begin(wait.begin)
         return True
 
-    def _begin(self, wait: Wait) -> None:
-        """Begin the wait of the running task, which this batch then forgets."""
+    def _begin(self, begin: Callable[[], object]) -> None:
+        """Begin a wait of the running task, which this batch then forgets.
+
+        :param begin: begins the wait, and runs no bytecode in which a signal could come.
+        """
         done = self._done
         if done is None:
-            wait.begin()
+            begin()
         else:
             # No bytecode, and so no signal handler, comes between begin() and the key.
-            done.default_factory = wait.begin
+            done.default_factory = begin
             done[log.SAID]
         self._settle()
 

@@ -1,10 +1,14 @@
-"""Checks of options that are numbers."""
+"""Checks of options that are numbers, and of dictionaries of options."""
 
 from __future__ import annotations
 
-from math import inf
+from collections.abc import Mapping
+from math import inf, isfinite
 
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError
+
+Kind = tuple[tuple[type, ...], str]
+"""The types of an option, and the words for them in an error message."""
 
 
 def whole_number(
@@ -50,3 +54,22 @@ def seconds(
         raise OptionValueError(option, given, f"{wanted}{', or None' * or_none}")
     if given > most:
         raise OptionValueError(option, given, "a bounded time")
+
+
+def entries(option: str, given: Mapping[str, object], known: Mapping[str, Kind]) -> None:
+    """Raise unless each key of ``given`` is in ``known``, and each value is of a known type.
+
+    A bool is a number here only if ``bool`` is among the types.
+
+    :raises TypeError: if a value has the wrong type.
+    :raises ValueError: if a key is unknown, or a number is infinite or NaN.
+    """
+    for name, value in given.items():
+        if name not in known:
+            wanted = f"a dict with keys of {', '.join(sorted(known))}"
+            raise OptionValueError(option, name, wanted)
+        types, words = known[name]
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise OptionTypeError(f"{option}[{name!r}]", value, words)
+        if isinstance(value, float) and not isfinite(value):
+            raise OptionValueError(f"{option}[{name!r}]", value, "a finite number")

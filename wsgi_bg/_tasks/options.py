@@ -9,7 +9,14 @@ from typing import Any, get_args
 from wsgi_bg._tasks import successors
 from wsgi_bg._tasks.callables import is_plain
 from wsgi_bg._tasks.checks import whole_number
-from wsgi_bg._tasks.registry import has_retries, options_of, retry_of
+from wsgi_bg._tasks.registry import (
+    WhenUnsent,
+    check_when_unsent,
+    copy_engine_options,
+    has_retries,
+    options_of,
+    retry_of,
+)
 from wsgi_bg._tasks.retry import Plan, Retry, check_retry, wait
 from wsgi_bg._tasks.task import DIRECT, BackgroundTask, Caller, Layer, RunOn
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError
@@ -22,6 +29,8 @@ class Options(Layer):
     """Options that a task keeps from the layer in which the task was added.
 
     :ivar celery: options for Celery, ignored by every runner but ``CeleryRunner``.
+    :ivar engine: options for the engine of the runner, which checks them in ``check``.
+    :ivar when_unsent: for a task that cannot be sent; None for the function's or the runner's.
     :ivar runner: runs the tasks; None in a ``BackgroundTasks`` that was made by hand.
     :ivar runner_is_default: True if the runner is a default, which an inner layer may replace.
     :ivar calls: calls the tasks.
@@ -35,8 +44,10 @@ class Options(Layer):
     on_error: OnError | None = None
     stop_on_error: bool = False
     celery: Mapping[str, Any] | None = None
+    engine: Mapping[str, Any] | None = None
     retry: Retry | None = None
     delay: float = 0.0
+    when_unsent: WhenUnsent | None = None
     runner: Any = None
     runner_is_default: bool = False
     calls: Caller = DIRECT
@@ -82,17 +93,20 @@ class Options(Layer):
         on_error: OnError | None = None,
         stop_on_error: bool | None = None,
         celery: Mapping[str, Any] | None = None,
+        engine: Mapping[str, Any] | None = None,
         retry: Retry | None = None,
         delay: float | None = None,
+        when_unsent: WhenUnsent | None = None,
     ) -> Options:
         """Return a copy of these options, in which each argument that is not None is set.
 
         :raises ValueError: if ``run_on`` is none of the three words, ``failed_from`` is not
             from 100 to 600, ``delay`` is not a bounded number from 0 on, ``celery`` has an
-            unknown option, or both set the time.
+            unknown option, both set the time, or ``when_unsent`` is an unknown word.
         :raises TypeError: if ``failed_from`` is not a whole number, ``on_error`` is not a
             plain callable, ``stop_on_error`` is not a bool, ``retry`` is not a ``Retry``,
-            ``delay`` is not a number, or an option in ``celery`` is of the wrong type.
+            ``delay`` is not a number, ``engine`` is not a dict, or an option in ``celery`` is
+            of the wrong type.
         """
         if run_on is not None and run_on not in get_args(RunOn):
             raise OptionValueError("run_on", run_on, "'success', 'error' or 'always'")
@@ -106,7 +120,10 @@ class Options(Layer):
             raise OptionTypeError("stop_on_error", stop_on_error, "True or False")
         if celery is not None:
             celery = options_of("celery").for_one_call(celery)
+        if engine is not None:
+            engine = copy_engine_options(engine)
         check_retry(retry)
+        check_when_unsent(when_unsent)
         if delay is not None:
             wait("delay", delay)
         given = {
@@ -115,8 +132,10 @@ class Options(Layer):
             "on_error": on_error,
             "stop_on_error": stop_on_error,
             "celery": celery,
+            "engine": engine,
             "retry": retry,
             "delay": delay,
+            "when_unsent": when_unsent,
         }
         set_here: dict[str, Any] = {
             name: value for name, value in given.items() if value is not None

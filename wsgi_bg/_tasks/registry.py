@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from types import FunctionType, MethodType
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, overload
 
 from wsgi_bg._process.interrupts import type_name
 from wsgi_bg._tasks import successors
@@ -29,6 +29,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _NOT_GIVEN: Any = object()
 
+WhenUnsent = Literal["hold", "local", "discard"]
+"""For a task that cannot be sent: keep it, run it in this process, or give it up."""
+
 
 @dataclass(frozen=True, eq=False)
 class Registration:
@@ -39,6 +42,8 @@ class Registration:
     :ivar signature: the signature of ``func`` itself, not of a function that it wraps.
     :ivar celery: options for Celery, opaque to all but Celery's runner; None if not given.
     :ivar retry: when the function is called again after an error; None for never.
+    :ivar when_unsent: for tasks that cannot be sent; None for what the runner says.
+    :ivar engine: options for the engine of the runner, which checks them; None if not given.
     """
 
     name: str
@@ -46,6 +51,8 @@ class Registration:
     signature: inspect.Signature
     celery: Any
     retry: Retry | None = None
+    when_unsent: WhenUnsent | None = None
+    engine: Mapping[str, Any] | None = None
 
 
 # Guards the three collections below. Reentrant, because a listener may import a module that
@@ -69,6 +76,8 @@ def registered_task(
     name: str | None = None,
     celery: Mapping[str, Any] | None = None,
     retry: Retry | None = None,
+    when_unsent: WhenUnsent | None = None,
+    engine: Mapping[str, Any] | None = None,
 ) -> Callable[[F], F]: ...
 
 
@@ -79,6 +88,8 @@ def registered_task(
     name: str | None = None,
     celery: Mapping[str, Any] | None = None,
     retry: Retry | None = None,
+    when_unsent: WhenUnsent | None = None,
+    engine: Mapping[str, Any] | None = None,
 ) -> Any:
     """Register a plain or async function of a module, so that other processes can run it.
 
@@ -94,6 +105,10 @@ def registered_task(
         :class:`~wsgi_bg.celery.CeleryRunner`.
     :param retry: when a task of this function is called again after an error, on every
         runner, unless ``using(retry=...)`` says otherwise.
+    :param when_unsent: for a task of this function that cannot be sent to another process, in
+        place of the runner's option of that name.
+    :param engine: options for the engine of the runner, such as RQ or Dramatiq. Each
+        ``add_task`` lets the runner check them; runners without an engine ignore them.
     :raises TypeError: if another process could not find the function: a lambda, a local
         function, a method, a partial, any object that is not a function, or a function of
         ``__main__`` without a name; for a generator function; for an option that Celery
@@ -113,9 +128,28 @@ def registered_task(
     if retry is not None and celery is not None and "autoretry_for" in celery:
         wanted = "options without autoretry_for, since retry is given"
         raise OptionValueError("celery", celery, wanted)
+    check_when_unsent(when_unsent)
+    if engine is not None:
+        engine = copy_engine_options(engine)
     if func is not _NOT_GIVEN:
-        return _register(func, name, options, retry)
-    return lambda func: _register(func, name, options, retry)
+        return _register(func, name, options, retry, when_unsent, engine)
+    return lambda func: _register(func, name, options, retry, when_unsent, engine)
+
+
+def check_when_unsent(given: object) -> None:
+    """Raise ``ValueError`` unless ``given`` is a value of ``when_unsent`` or None."""
+    if given is not None and given not in get_args(WhenUnsent):
+        raise OptionValueError("when_unsent", given, "'hold', 'local' or 'discard'")
+
+
+def copy_engine_options(given: object) -> dict[str, Any]:
+    """Return a copy of the options for an engine; the runner checks them in ``add_task``.
+
+    :raises TypeError: if ``given`` is no mapping.
+    """
+    if not isinstance(given, Mapping):
+        raise OptionTypeError("engine", given, "a dict of options for the runner's engine")
+    return dict(given)
 
 
 def find(func: Callable[..., Any]) -> Registration | None:
@@ -157,14 +191,21 @@ def subscribe(listener: Callable[[Registration], object]) -> None:
             listener(registration)
 
 
-def _register(func: Any, name: str | None, options: Any, retry: Retry | None) -> Any:
+def _register(
+    func: Any,
+    name: str | None,
+    options: Any,
+    retry: Retry | None,
+    when_unsent: WhenUnsent | None,
+    engine: Mapping[str, Any] | None,
+) -> Any:
     reason = _why_not(func, name)
     if reason:
         raise RegistrationError(f"{_shown(func)} cannot be registered: {reason}", func)
     is_async_callable(func)  # raises for a generator function
     name = name or name_of(func)
     signature = inspect.signature(func, follow_wrapped=False)
-    new = Registration(name, func, signature, options, retry)
+    new = Registration(name, func, signature, options, retry, when_unsent, engine)
     with _lock:
         old = _by_name.get(name)
         if old is not None and name_of(old.func) != name_of(func):

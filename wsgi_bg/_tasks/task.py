@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from contextvars import Context, ContextVar, copy_context
 from functools import partial
@@ -11,6 +11,8 @@ from inspect import CO_COROUTINE
 from sys import modules
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec
+from uuid import uuid4
+from weakref import WeakKeyDictionary
 
 from wsgi_bg._loop import portal
 from wsgi_bg._loop.asgiref_state import detached
@@ -18,6 +20,7 @@ from wsgi_bg._process.interrupts import is_raised_here, stops_worker
 from wsgi_bg._tasks.callables import NOT_PLAIN, is_async_callable, name_of
 
 if TYPE_CHECKING:
+    from wsgi_bg._tasks.registry import WhenUnsent
     from wsgi_bg._tasks.retry import Plan, Retry
 
 P = ParamSpec("P")
@@ -39,10 +42,40 @@ RESULT = "result"
 Done = defaultdict[Any, Any] | None
 
 
+class Queued(deque[Any]):
+    """In place of the result of a task whose call another process makes.
+
+    ``partial(Queued, map(operator.call, steps), 0)`` takes the steps and returns this without
+    a bytecode, so that no signal handler comes between.
+    """
+
+    __slots__ = ()
+
+
+SENT = Queued()
+"""In place of the result of a task that was sent. Another ``Queued``: it waits to be sent."""
+
+
+class WasQueued(Exception):  # noqa: N818  # not an error
+    """Raised in place of a :class:`Queued`, where a coroutine could not return it."""
+
+    def __init__(self, *, is_sent: bool = False) -> None:
+        self.is_sent = is_sent
+
+
+Queue = Callable[[], Queued]
+"""Puts a task into a queue of tasks to send; called once."""
+
+_ids: WeakKeyDictionary[BackgroundTask, str] = WeakKeyDictionary()
+"""The ids of the tasks whose id was asked for."""
+
+
 class Caller:
     """Calls tasks directly; base class of callers that observe tasks, or send them away."""
 
     __slots__ = ()
+
+    around: Any = None  # makes the context of an application, in which the calls are made
 
     def added(self, task: BackgroundTask, batch: Any) -> None:
         """``task`` is about to join ``batch``, a ``BackgroundTasks``."""
@@ -54,8 +87,11 @@ class Caller:
         """True if :meth:`send` may be called before the time of a task with a delay."""
         return False
 
-    def send(self, task: BackgroundTask) -> bool:
-        """Send the task to another process; True if the task was sent."""
+    def send(self, task: BackgroundTask) -> bool | Queue:
+        """Send the task to another process; True if the task was sent.
+
+        :return: a function if the caller has to call it in order to have the task sent.
+        """
         return False
 
     def send_or_make(self, task: BackgroundTask, done: Done) -> Any:
@@ -79,6 +115,9 @@ class Caller:
             else partial(task.func, *task.args)
         )
         return done[RESULT]
+
+    def sent(self, task: BackgroundTask) -> None:
+        """``task`` was sent from a queue, some time after :meth:`send`."""
 
     def finished(self, task: BackgroundTask) -> None:
         """``task`` has returned; an awaitable that its function returned was awaited."""
@@ -115,8 +154,10 @@ class Layer:
     :ivar on_error: called with a task and its error.
     :ivar stop_on_error: True if a task's error skips the rest of the batch.
     :ivar celery: options for Celery, ignored by every runner but ``CeleryRunner``.
+    :ivar engine: options for the engine of the runner, which checks them.
     :ivar retry: when a task is called again after an error; None for the function's own.
     :ivar delay: how long a task waits after the request, in seconds.
+    :ivar when_unsent: for a task that cannot be sent to another process.
     """
 
     __slots__ = ()
@@ -127,8 +168,10 @@ class Layer:
     on_error: Callable[[BackgroundTask, BaseException], Any] | None = None
     stop_on_error: bool = False
     celery: Mapping[str, Any] | None = None
+    engine: Mapping[str, Any] | None = None
     retry: Retry | None = None
     delay: float = 0.0
+    when_unsent: WhenUnsent | None = None
 
     def lets_run(self, status: int) -> bool:
         """True if a task runs after a request of this outcome.
@@ -215,6 +258,21 @@ class BackgroundTask:
     def name(self) -> str:
         """``module.qualname`` of the function, for logs."""
         return name_of(self.func)
+
+    @property
+    def id(self) -> str:
+        """The id of the task, a text that no other task has.
+
+        Made when the id is read, stored or sent for the first time. An engine that sends the
+        task has the same id, and so have the further attempts of the task.
+        """
+        known = _ids.get(self)
+        # setdefault() is a single atomic operation: two threads get the same id.
+        return _ids.setdefault(self, str(uuid4())) if known is None else known
+
+    def keep_id(self, id: str) -> None:  # noqa: A002
+        """Give the task the id of the task that it repeats, before any other thread has it."""
+        _ids[self] = id
 
     @property
     def attempt(self) -> int:
@@ -326,6 +384,7 @@ class BackgroundTask:
             task.plan = plan
         task.generation = self.generation
         task.message = self.message
+        task.keep_id(self.id)
         return task
 
     def owned(self, options: Layer) -> BackgroundTask:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 WAITING = "since it was waiting for its time"
 """Why a task is unfinished that no thread could begin before the process ends."""
 
+UNSENT = "since it was not sent"
+"""Why a task is unfinished that another process should run."""
+
 
 def log_failure(
     task: BackgroundTask, exc: BaseException, said: defaultdict[Any, Any] | None = None

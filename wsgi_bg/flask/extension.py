@@ -17,14 +17,18 @@ from wsgi_bg._request.middleware import BackgroundTasksMiddleware
 from wsgi_bg.exceptions import ExtraMissingError, InstalledTwiceError, OptionTypeError
 
 try:
-    from flask import Flask
+    from flask import Flask, has_app_context
+    from flask.globals import app_ctx
 except ModuleNotFoundError as _exc:
     raise ExtraMissingError("flask", "wsgi_bg.flask") from _exc
 
 from wsgi_bg.flask.views import inject_views
 
 if TYPE_CHECKING:
+    from contextvars import Context
+
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
+    from flask.ctx import AppContext
 
     from wsgi_bg._tasks.options import OnError
     from wsgi_bg._tasks.task import RunOn
@@ -100,11 +104,36 @@ class Background:
         return f"{type(self).__name__}({', '.join(given)})"
 
 
+class _AppContexts:
+    """Makes the application context of each task."""
+
+    def __init__(self, app: Flask) -> None:
+        self._app = app
+
+    def __call__(self) -> AppContext:
+        return self._app.app_context()
+
+    @staticmethod
+    def is_entered(before: Context) -> bool:
+        """True if an application context was entered after ``before`` was copied.
+
+        For a worker, whose own task class may enter the context.
+        """
+        return _active() is not before.run(_active)
+
+
+def _active() -> AppContext | None:
+    if not has_app_context():
+        return None
+    context: AppContext = app_ctx._get_current_object()  # type: ignore[attr-defined]  # noqa: SLF001
+    return context
+
+
 class _Middleware(BackgroundTasksMiddleware):
     """The middleware of a Flask application; tasks run in the application's contexts."""
 
     def __init__(self, app: Flask, **options: Any) -> None:
-        self._around = app.app_context
+        self._around = _AppContexts(app)
         self._flask_app = app
         self._views_lock = threading.Lock()
         self._views_are_ready = False

@@ -16,15 +16,16 @@ class Statistics:
 
     :ivar pending: submitted tasks that have not begun.
     :ivar running: tasks that run now.
-    :ivar succeeded: tasks that have returned.
+    :ivar succeeded: tasks that have returned in this process.
     :ivar failed: tasks that have raised.
     :ivar discarded: tasks that were skipped because of the request's outcome or an earlier
         task's error, or whose worker was stopped before or during the task.
     :ivar run_here: tasks that a pool began to run on the server's thread, because the pool
         had no room or no thread for them.
     :ivar waiting: tasks that wait for their time, because of a delay or before a further
-        attempt, and the tasks that wait for them, in memory or in a file of this process. They
-        do not count as pending.
+        attempt, and the tasks that wait for them, in memory or in a file of this process, and
+        the tasks that wait to be sent. They do not count as pending.
+    :ivar sent: tasks that were sent to other processes, which know how each task ends.
     """
 
     pending: int
@@ -34,6 +35,7 @@ class Statistics:
     discarded: int
     run_here: int = 0
     waiting: int = 0
+    sent: int = 0
 
 
 @runtime_checkable

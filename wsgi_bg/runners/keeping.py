@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from wsgi_bg._tasks.task import BackgroundTask, Caller, Done
+from wsgi_bg._tasks.task import BackgroundTask, Caller, Done, Queue
 from wsgi_bg.runners.ledger import LedgerRunner
 
 if TYPE_CHECKING:
     from wsgi_bg._tasks.background_tasks import BackgroundTasks, TaskQueue
-    from wsgi_bg._tasks.options import Options
 
 
 class KeepingRunner(LedgerRunner):
-    """A runner that stores tasks; the methods ignore all tasks that it does not store."""
+    """A runner that stores tasks; the methods ignore all tasks that it does not store.
 
-    def attach(self, options: Options) -> None:
-        """Run the tasks of earlier processes under ``options``, those of a middleware."""
-        raise NotImplementedError
+    :ivar keeps: False if the runner was made without a folder, and stores nothing.
+    """
+
+    keeps: bool = True
 
     def keep(self, tasks: Iterable[BackgroundTask]) -> None:
         """Store the tasks that are not stored yet; blocks until they are stored.
@@ -39,8 +39,8 @@ class KeepingRunner(LedgerRunner):
         raise NotImplementedError
 
     def is_stored(self, task: BackgroundTask) -> bool:
-        """True if a file keeps the task."""
-        raise NotImplementedError
+        """True if a file keeps the task, and lets it wait for its time."""
+        return False
 
     def postpone(self, task: BackgroundTask, wait: float | None) -> bool:
         """Let a stored task wait in its file, and in no memory. Must not raise.
@@ -56,11 +56,9 @@ class KeepingRunner(LedgerRunner):
 
         :param tasks: the list of the task; the stored tasks that are left in it wait, too.
         """
-        raise NotImplementedError
 
     def leave(self, task: BackgroundTask) -> None:
         """Let the next process run a stored task. Must not raise."""
-        raise NotImplementedError
 
     def begin(self, task: BackgroundTask) -> bool:
         """The call is about to be made; called in the task's context. Must not raise.
@@ -86,6 +84,11 @@ class KeepingRunner(LedgerRunner):
         raise NotImplementedError
 
 
+def keeps_tasks(runner: object) -> TypeGuard[KeepingRunner]:
+    """True if ``runner`` stores tasks."""
+    return isinstance(runner, KeepingRunner) and runner.keeps
+
+
 class KeepingCaller(Caller):
     """Tells the runner when the call of a task begins and ends.
 
@@ -99,6 +102,11 @@ class KeepingCaller(Caller):
         self._runner = runner
         self.inner: Caller = inner
 
+    @property
+    def around(self) -> Any:
+        """See :class:`Caller`."""
+        return self.inner.around
+
     def added(self, task: BackgroundTask, batch: Any) -> None:
         """See :class:`Caller`.
 
@@ -106,6 +114,24 @@ class KeepingCaller(Caller):
         """
         self._runner.added(task, batch)
         self.inner.added(task, batch)
+
+    def sends_delayed(self, task: BackgroundTask) -> bool:
+        """See :class:`Caller`."""
+        return self.inner.sends_delayed(task)
+
+    def send(self, task: BackgroundTask) -> bool | Queue:
+        """See :class:`Caller`."""
+        return self.inner.send(task)
+
+    def send_or_make(self, task: BackgroundTask, done: Done) -> Any:
+        """See :class:`Caller`; a task that has a message begins in another process."""
+        if task.message is None:
+            return self.make(task, done)
+        return self.inner.send_or_make(task, done)
+
+    def sent(self, task: BackgroundTask) -> None:
+        """See :class:`Caller`."""
+        self.inner.sent(task)
 
     def joined(self, task: BackgroundTask, batch: Any) -> None:
         """See :class:`Caller`.

@@ -17,6 +17,7 @@ from wsgi_bg.runners.base import Statistics
 
 if TYPE_CHECKING:
     from wsgi_bg._tasks.batch import Batch
+    from wsgi_bg._tasks.options import Options
     from wsgi_bg._tasks.task import BackgroundTask
 
 
@@ -24,7 +25,17 @@ MAX_WAITING = 100_000
 """How many tasks of a runner may wait for their time in a process."""
 
 
-class WaitingTasks(Protocol):
+class UnsentTasks(Protocol):
+    """Tasks that wait to be sent, and belong to no batch."""
+
+    @property
+    def tasks(self) -> list[BackgroundTask]: ...
+
+    def give_up(self) -> list[BackgroundTask]:
+        """Wait no longer; claim and return the tasks."""
+
+
+class WaitingTasks(UnsentTasks, Protocol):
     """Tasks that wait for their time, and belong to no batch yet.
 
     :ivar due: the time, by :func:`time.monotonic`.
@@ -36,14 +47,8 @@ class WaitingTasks(Protocol):
     @property
     def runner(self) -> object: ...
 
-    @property
-    def tasks(self) -> list[BackgroundTask]: ...
-
     def length(self) -> int:
         """Approximate number of tasks."""
-
-    def give_up(self) -> list[BackgroundTask]:
-        """Wait no longer; claim and return the tasks."""
 
 
 class Ledger:
@@ -51,6 +56,7 @@ class Ledger:
 
     :param max_waiting: how many tasks may wait for their time.
     :ivar waiting: tasks that wait for their time, and belong to no batch yet.
+    :ivar unsent: tasks that wait to be sent to another process, and belong to no batch.
 
     A ledger holds no lock: the exception of a signal handler could leave the lock locked,
     and then no batch could end. A thread that publishes an object (a batch, the drain, a
@@ -63,10 +69,11 @@ class Ledger:
         self._handed_over: dict[Batch, None] = {}
         self._run_here: dict[Batch, None] = {}
         self.waiting: dict[WaitingTasks, None] = {}
+        self.unsent: dict[UnsentTasks, None] = {}
         # Tasks whose batch a thread is submitting, after their time has come.
         self._submitting: dict[WaitingTasks, None] = {}
-        # Numbers of tasks of ended batches: succeeded, failed, discarded, run on the server's
-        # thread. By the thread that ended the batch, so that no two threads add to a number.
+        # Numbers of ended tasks: succeeded, failed, discarded, run on the server's thread,
+        # sent. By the thread that ended them, so that no two threads add to a number.
         self._counts: dict[int, list[int]] = {}
         self._waiters: list[Any] = []
         self.is_draining: bool = False
@@ -95,11 +102,23 @@ class Ledger:
         was_here = self._run_here.pop(batch, self) is None or was_here
         if not was_here:
             return
-        counts = self._counts.setdefault(threading.get_ident(), [0, 0, 0, 0])
+        counts = self._counts_here()
         counts[0] += batch.succeeded
         counts[1] += batch.failed
         counts[2] += batch.discarded
         counts[3] += batch.run_here
+        counts[4] += batch.sent
+        self._notify()
+
+    def _counts_here(self) -> list[int]:
+        return self._counts.setdefault(threading.get_ident(), [0, 0, 0, 0, 0])
+
+    def end_unsent(self, unsent: UnsentTasks, *, sent: int = 0, failed: int = 0) -> None:
+        """Remove a task from :attr:`unsent`, and count the task."""
+        self.unsent.pop(unsent, None)
+        counts = self._counts_here()
+        counts[1] += failed
+        counts[4] += sent
         self._notify()
 
     def may_wait(self) -> bool:
@@ -151,7 +170,7 @@ class Ledger:
         coming = self.due_by(due, runner)
         return coming + [later for later in list(self._submitting) if later.runner is runner]
 
-    def wait_for(self, batches: Iterable[Batch | WaitingTasks], deadline: float) -> bool:
+    def wait_for(self, batches: Iterable[Batch | UnsentTasks], deadline: float) -> bool:
         """Block until all ``batches`` have ended, or until ``deadline`` by the monotonic clock.
 
         Tasks that wait for their time are waited for until they have become a batch.
@@ -167,6 +186,7 @@ class Ledger:
                     or batch in self._run_here
                     or batch in self.waiting
                     or batch in self._submitting
+                    or batch in self.unsent
                 ):
                     left = deadline - time.monotonic()
                     if left <= 0:
@@ -193,6 +213,10 @@ class Ledger:
         """Let no task wait any longer; claim and return the tasks that were waiting."""
         return [task for later in list(self.waiting) for task in later.give_up()]
 
+    def abandon_unsent(self) -> list[BackgroundTask]:
+        """Send no task any more; claim and return the tasks that were to be sent."""
+        return [task for later in list(self.unsent) for task in later.give_up()]
+
     def statistics(self) -> Statistics:
         """Return numbers of tasks, without making a list of perhaps a million tasks."""
         batches = self.batches
@@ -206,7 +230,8 @@ class Ledger:
             failed=sum(each[1] for each in ended) + sum(b.failed for b in batches),
             discarded=sum(each[2] for each in ended) + sum(b.discarded for b in batches),
             run_here=sum(each[3] for each in ended) + sum(b.run_here for b in batches),
-            waiting=sum(later.length() for later in list(self.waiting)),
+            waiting=sum(later.length() for later in list(self.waiting)) + len(self.unsent),
+            sent=sum(each[4] for each in ended) + sum(b.sent for b in batches),
         )
 
 
@@ -224,6 +249,11 @@ def ledgers_here() -> list[Ledger]:
 def batches_under_way() -> dict[Batch, None]:
     """The submitted batches that have not ended, each once."""
     return dict.fromkeys(chain.from_iterable(ledger.batches for ledger in ledgers_here()))
+
+
+def tasks_to_send() -> dict[UnsentTasks, None]:
+    """The tasks that wait to be sent to other processes."""
+    return dict.fromkeys(chain.from_iterable(list(each.unsent) for each in ledgers_here()))
 
 
 _others = PerProcess(Ledger)
@@ -267,6 +297,14 @@ class LedgerRunner:
         Called on a thread of the timer. ``max_pending`` does not hold.
         """
         self.submit(batch)
+
+    def attach(self, options: Options) -> None:
+        """Note the options of a middleware that was given this runner.
+
+        A runner whose tasks also run in other processes makes the calls there under these
+        options. Called when the middleware is made, and by an inner middleware with the first
+        request.
+        """
 
     def start(self) -> None:
         """Run the tasks that earlier processes have left, if the runner stores tasks.

@@ -23,6 +23,7 @@ from wsgi_bg.runners.ledger import (
     batches_under_way,
     ledger_of,
     ledgers_here,
+    tasks_to_send,
 )
 from wsgi_bg.runners.waiting import Notice, wait_for
 
@@ -120,7 +121,8 @@ def wait(timeout: float | None = None) -> list[BackgroundTask]:
     """Block until all tasks that were handed over so far are done.
 
     ``wait`` includes tasks that these tasks add, and tasks of responses that a server has
-    freed without ``close()``. Runners accept batches during and after the wait. Call ``wait``
+    freed without ``close()``. A task that is sent to another process is done when its broker
+    has confirmed the message. Runners accept batches during and after the wait. Call ``wait``
     at any time, any number of times, from any thread, but not from a background task.
 
     :param timeout: how long to wait, in seconds; None for no limit.
@@ -136,7 +138,10 @@ def wait(timeout: float | None = None) -> list[BackgroundTask]:
     for ledger in ledgers_here():
         # The timer submits these within microseconds, unless the system gives it no thread.
         ledger.wait_for(ledger.due_by(now), min(deadline, now + _SUBMIT_TIMEOUT))
-    return wait_for(batches_under_way(), deadline, Notice(first=math.inf))
+    notice = Notice(first=math.inf)
+    left = wait_for([*batches_under_way(), *tasks_to_send()], deadline, notice)
+    # Tasks that these tasks have added, and that wait to be sent.
+    return list(dict.fromkeys(left + wait_for(tasks_to_send(), deadline, notice)))
 
 
 def drain(timeout: float | None = None) -> list[BackgroundTask]:
@@ -323,6 +328,7 @@ def _log_left(
     _prepare_drain()
     for ledger in ledgers_here():
         named += _name(ledger.abandon_waiting(), task_log.WAITING)
+        named += _name(ledger.abandon_unsent(), task_log.UNSENT)
     for runner in _registered():
         _drained_in[id(runner)] = os.getpid()
         named += _name(_left_of(runner), reasons.get(id(runner), otherwise))
@@ -356,7 +362,8 @@ def longest_limit(*, of_busy: bool = False) -> float:
 def _may_have_work(runner: Runner) -> bool:
     if not isinstance(runner, LedgerRunner):
         return True
-    return bool(runner.ledger.batches or runner.ledger.waiting)
+    ledger = runner.ledger
+    return bool(ledger.batches or ledger.waiting or ledger.unsent)
 
 
 def _left_of(runner: Runner) -> list[BackgroundTask]:

@@ -42,7 +42,8 @@ from wsgi_bg.runners.pool import shared_pool
 if TYPE_CHECKING:
     from wsgi_bg.runners.base import Runner
 
-_SUBMITTERS = 40  # threads, for runners of the user that run a batch in submit()
+SUBMITTERS = 40
+"""The number of threads for runners of the user that run a batch in ``submit``."""
 
 _AFTER_ERROR = 1.0  # seconds
 
@@ -198,6 +199,7 @@ class LaterTasks(Deferring):
     options: Options
     observer: Any
     origin: BackgroundTasks | None
+    stored_as: Any
     has_waited: bool = True
 
     def __init__(
@@ -323,7 +325,7 @@ class Timer:
         self._thread: Workers[None] = Workers(self._work, 1, "wsgi_bg-timer")
         self._is_running = False
         # Not on the timer's thread: a user's submit() may run the batch.
-        self._submitters: Workers[_Submission] = Workers(_submit, _SUBMITTERS, "wsgi_bg-later")
+        self._submitters: Workers[_Submission] = Workers(_submit, SUBMITTERS, "wsgi_bg-later")
 
     def expecting(self, later: LaterTasks) -> Callable[[], object]:
         """Return a function that makes ``later`` wait, for any thread to call once.

@@ -7,16 +7,18 @@ import signal
 import threading
 import time
 from collections import Counter
+from collections.abc import Collection
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from wsgi_bg._process import log
 from wsgi_bg._process.interrupts import safe_repr
-from wsgi_bg.runners.ledger import batches_under_way, ledgers_here
+from wsgi_bg.runners.ledger import batches_under_way, ledgers_here, tasks_to_send
 
 if TYPE_CHECKING:
     from wsgi_bg._tasks.batch import Batch
     from wsgi_bg._tasks.task import BackgroundTask
+    from wsgi_bg.runners.ledger import UnsentTasks
 
 FIRST, EVERY = 1.0, 5.0
 """Seconds until the first WARNING of a wait, and between the following WARNINGs."""
@@ -26,7 +28,7 @@ _COUNTED = 1000  # read the names of so many tasks: those of a million take seco
 
 
 def wait_for(
-    batches: dict[Batch, None], deadline: float, notice: Notice
+    batches: Collection[Batch | UnsentTasks], deadline: float, notice: Notice
 ) -> list[BackgroundTask]:
     """Block until ``batches`` have ended, including tasks that their tasks add.
 
@@ -68,7 +70,9 @@ class Notice:
         self.due = now + EVERY
         names = Counter[str]()
         count = 0
-        waiting = [later for ledger in ledgers_here() for later in ledger.due_by(deadline)]
+        waiting: list[UnsentTasks] = [*tasks_to_send()]
+        for ledger in ledgers_here():
+            waiting += ledger.due_by(deadline)
         for tasks in chain(
             (batch.tasks for batch in batches_under_way()), (later.tasks for later in waiting)
         ):
