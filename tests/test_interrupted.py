@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from types import CodeType, FrameType
 from typing import Any
@@ -31,6 +31,7 @@ from flask import Flask
 import wsgi_bg
 from tests.support import TIMEOUT, Environ, Server, make_server_environ
 from wsgi_bg import (
+    BackgroundTask,
     BackgroundTasksMiddleware,
     InlineRunner,
     PoolRunner,
@@ -39,6 +40,7 @@ from wsgi_bg import (
 )
 from wsgi_bg.flask import Background
 from wsgi_bg.hooks import Hooks
+from wsgi_bg.outbox import Message, OutboxRunner
 from wsgi_bg.runners.ledger import batches_under_way
 
 pytestmark = [
@@ -411,10 +413,34 @@ class Case:
         return len(self._places)
 
 
+class Sending(OutboxRunner):
+    """Calls each task on a thread of the outbox, in place of an engine's worker."""
+
+    def message(self, task: BackgroundTask) -> Message | None:
+        return Message(task.name, task.func)
+
+    def connect(self) -> Calling:
+        return Calling()
+
+
+class Calling:
+    def send(self, messages: Sequence[Message], confirmed: Callable[[int], object]) -> None:
+        for index, message in enumerate(messages):
+            message.data()
+            confirmed(index)
+
+    def is_lost(self, exc: Exception) -> bool:
+        return False
+
+    def close(self) -> None:
+        pass
+
+
 RUNNERS: dict[str, Callable[[], Any]] = {
     "inline": InlineRunner,
     "pool": lambda: PoolRunner(threads=2),
     "shared pool": lambda: "pool",
+    "outbox": Sending,
 }
 
 
@@ -503,6 +529,7 @@ USUAL = {
     "middleware-shared pool-stream-mixed-second",
     "hooks-inline-generator-mixed-third",
     "flask-inline-list-mixed-first",
+    "middleware-outbox-list-plain-first",
 }
 """The cases that are not slow together; they have each value of each parameter."""
 
@@ -512,7 +539,10 @@ def cases() -> Iterator[Any]:
     every = itertools.product(("middleware",), own, RESPONSES, KINDS, ORDERS)
     shared = itertools.product(("middleware",), ("shared pool",), RESPONSES, ("mixed",), ORDERS)
     others = itertools.product(layers, own, RESPONSES, ("mixed",), ORDERS)
-    for case in itertools.chain(every, shared, others):
+    sent = itertools.product(
+        ("middleware", "hooks"), ("outbox",), RESPONSES, ("plain",), ORDERS
+    )
+    for case in itertools.chain(every, shared, others, sent):
         name = "-".join(case)
         yield pytest.param(*case, id=name, marks=() if name in USUAL else pytest.mark.slow)
 

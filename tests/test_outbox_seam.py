@@ -1,0 +1,246 @@
+"""What a runner for another engine is made of: encode_call, connections, run_call."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import pytest
+
+from tests.engine_shop import (
+    fail_always,
+)
+from tests.engine_support import TIMEOUT, request, send
+from wsgi_bg import (
+    BackgroundTask,
+    BackgroundTasks,
+    InlineRunner,
+    PoolRunner,
+    Retry,
+    background_tasks,
+    registered_task,
+    wait,
+)
+from wsgi_bg.exceptions import (
+    MessageError,
+    OptionTypeError,
+    OptionValueError,
+    PublishError,
+    RegistrationError,
+)
+from wsgi_bg.outbox import (
+    Connection,
+    EncodedCall,
+    EngineOptions,
+    Message,
+    OutboxRunner,
+    RetryLater,
+    correlation_id,
+    encode_call,
+    run_call,
+)
+
+
+class ListRunner(OutboxRunner):
+    """Sends to a list. ``sent`` has the batches; ``away`` makes the broker refuse."""
+
+    engine_options: ClassVar[EngineOptions] = {"weight": ((int, float), "a number")}
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.sent: list[list[EncodedCall]] = []
+        self.away = False
+
+    def connect(self) -> Connection:
+        return ToList(self)
+
+
+class ToList(Connection):
+    def __init__(self, runner: ListRunner) -> None:
+        self._runner = runner
+
+    def send(self, messages: Sequence[Message], confirmed: Callable[[int], object]) -> None:
+        if self._runner.away:
+            raise ConnectionError
+        self._runner.sent.append([each.data for each in messages])
+        for index in range(len(messages)):
+            confirmed(index)
+
+
+@registered_task
+def double(number: int) -> int:
+    return 2 * number
+
+
+@registered_task
+async def double_async(number: int) -> int:
+    return 2 * number
+
+
+@registered_task(name="seam.weighed", engine={"weight": 1.5})
+def weighed() -> None:
+    pass
+
+
+def text(*args: Any) -> str:
+    return json.dumps([1, args, {}])
+
+
+NAME = __name__
+
+
+def test_a_runner_defines_a_connection_and_gets_batches_of_calls() -> None:
+    runner = ListRunner()
+
+    def do() -> None:
+        correlation_id.set("request-3")
+        background_tasks.add_task(double, 1)
+        background_tasks.add_task(double_async, 2)
+
+    request(runner, do)
+    assert wait(TIMEOUT) == []
+    first, second = [call for batch in runner.sent for call in batch]
+    assert first[:3] == (f"{NAME}.double", "[1,[1],{}]", {"x-correlation-id": "request-3"})
+    assert second.name == f"{NAME}.double_async"
+    assert run_call(runner, *first[:3]) == 2
+    assert run_call(runner, *second[:3]) == 4
+
+
+def test_the_options_of_a_task_override_those_of_its_function() -> None:
+    runner = ListRunner()
+    send(runner, weighed)
+    send(runner, weighed, using={"engine": {"weight": 2}, "retry": Retry(2), "delay": 5})
+    assert wait(TIMEOUT) == []
+    first, second = [call for batch in runner.sent for call in batch]
+    assert (first.options, first.due) == ({"weight": 1.5}, 0.0)
+    assert second.options == {"weight": 2}
+    assert 0 < second.due - time.time() <= 5
+    assert list(second.headers) == ["x-wsgi-bg-retry"]
+
+
+def test_a_view_of_a_view_overrides_the_options() -> None:
+    runner = ListRunner()
+
+    def do() -> None:
+        heavy = background_tasks.using(engine={"weight": 3})
+        heavy.using(delay=1).add_task(double, 1)
+        heavy.using(engine={}).add_task(double, 1)
+
+    request(runner, do)
+    assert wait(TIMEOUT) == []
+    assert [call.options for batch in runner.sent for call in batch] == [{"weight": 3}, {}]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"wait": 3}, OptionValueError, "a dict with keys of weight; got 'wait'"),
+        ({"weight": "3"}, OptionTypeError, r"engine\['weight'\] must be a number; got '3'"),
+        ({"weight": float("nan")}, OptionValueError, "a finite number"),
+        ("weight", OptionTypeError, "engine must be a dict"),
+    ],
+)
+def test_a_wrong_option_for_the_engine_raises(
+    options: Any, error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        send(ListRunner(), double, 1, using={"engine": options})
+
+
+def test_an_engine_without_options_takes_none() -> None:
+    with pytest.raises(OptionValueError, match=r"engine must be .*; got 'weight'"):
+        encode_call(_task(weighed))
+
+
+def _task(func: Any, *args: Any) -> BackgroundTask:
+    return BackgroundTasks([BackgroundTask(func, *args)]).tasks[0]
+
+
+def test_options_for_a_function_that_is_not_registered_are_refused() -> None:
+    assert encode_call(_task(print)) is None
+    with pytest.raises(RegistrationError, match="decorate it with @registered_task"):
+        send(ListRunner(), print, using={"engine": {"weight": 3}})
+
+
+@pytest.mark.parametrize("runner", [InlineRunner(), PoolRunner()], ids=["inline", "pool"])
+def test_runners_without_an_engine_ignore_the_options(runner: Any) -> None:
+    done: list[int] = []
+    send(runner, done.append, 3, using={"engine": {"any": object()}})
+    assert wait(TIMEOUT) == []
+    assert done == [3]
+
+
+def test_a_connection_knows_refused_messages_by_their_errors() -> None:
+    connection = ToList(ListRunner())
+    assert connection.is_lost(ConnectionError())
+    assert not connection.is_lost(ValueError())
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("message", "match"),
+    [
+        (("os.system", text("true"), {}), "no function is registered"),
+        ((3, text(), {}), "no function is registered"),
+        ((f"{NAME}.double", text(), {}), "missing a required argument: 'number'"),
+        ((f"{NAME}.double", "[2,[1],{}]", {}), "not wsgi_bg's"),
+        ((f"{NAME}.double", None, None), "not wsgi_bg's"),
+    ],
+)
+def test_a_forged_message_is_refused(message: Any, match: str) -> None:
+    with pytest.raises(MessageError, match=match):
+        run_call(ListRunner(), *message)
+
+
+def test_the_retry_of_the_message_or_the_function_says_when_to_call_again(
+    tmp_path: Any, log: Any
+) -> None:
+    path = str(tmp_path / "path")
+    name = "tests.engine_shop.fail_always"
+    with pytest.raises(RetryLater, match="again in 0 seconds") as caught:
+        run_call(ListRunner(), name, text(path), {}, 8)
+    assert isinstance(caught.value.__cause__, ConnectionResetError)
+    assert caught.value.seconds == 0
+    with pytest.raises(ConnectionResetError):
+        run_call(ListRunner(), name, text(path), {}, 9)
+    (warning,) = log.warnings
+    assert "fail_always raised ConnectionResetError in attempt 8 of 9" in warning
+    runner = ListRunner()
+    send(runner, fail_always, path, using={"retry": Retry(2, first=7, jitter=False)})
+    assert wait(TIMEOUT) == []
+    call = runner.sent[0][0]
+    with pytest.raises(RetryLater) as caught:
+        run_call(runner, *call[:3])
+    assert caught.value.seconds == 7
+
+
+def test_tasks_that_a_call_adds_are_sent_by_the_runner_also_without_a_middleware(
+    tmp_path: Any,
+) -> None:
+    runner, path = ListRunner(), tmp_path / "path"
+    with pytest.raises(KeyError):
+        run_call(runner, "tests.engine_shop.spread_and_fail", text(str(path)), {})
+    ((call,),) = runner.sent
+    assert call.name == "tests.engine_shop.look"
+
+
+def test_tasks_that_an_interrupted_call_has_added_are_dropped(tmp_path: Any) -> None:
+    runner = ListRunner()
+    with pytest.raises(SystemExit):
+        run_call(runner, "tests.engine_shop.spread_and_leave", text(str(tmp_path / "sent")), {})
+    assert wait(TIMEOUT) == []
+    assert runner.sent == []
+
+
+def test_a_call_fails_if_the_broker_does_not_take_the_tasks_that_it_has_added(
+    tmp_path: Any,
+) -> None:
+    runner = ListRunner(drain_timeout=0.0)
+    runner.away = True
+    with pytest.raises(PublishError, match="tasks that it has added wait for the broker"):
+        run_call(runner, "tests.engine_shop.spread_and_fail", text(str(tmp_path / "x")), {})
+    runner.away = False
+    assert wait(TIMEOUT) == []
+    assert len(runner.sent) == 1

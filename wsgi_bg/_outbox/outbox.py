@@ -1,0 +1,483 @@
+"""``Outbox``: tasks that wait to be sent, and the threads that send them.
+
+No thread of a server speaks to a broker: ``close()`` puts each task into the outbox, and the
+package's threads send the tasks in batches. While the broker is away the tasks wait.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from contextvars import Context
+from functools import partial
+from math import inf
+from operator import call
+from typing import Any, NamedTuple, Protocol
+
+from wsgi_bg._outbox.stored import Stored
+from wsgi_bg._process import greenlets, log, per_process
+from wsgi_bg._process.interrupts import type_name
+from wsgi_bg._process.repeated import RepeatedWarning
+from wsgi_bg._process.workers import IDLE_TIMEOUT, Workers
+from wsgi_bg._tasks import task_log
+from wsgi_bg._tasks.batch import Batch
+from wsgi_bg._tasks.task import BackgroundTask, Queue, Queued
+from wsgi_bg.exceptions import OutboxFullError, PublishError
+from wsgi_bg.runners.base import Runner
+from wsgi_bg.runners.ledger import Ledger, LedgerRunner
+from wsgi_bg.runners.pool import START_DELAY, shared_pool
+from wsgi_bg.runners.timer import SUBMITTERS, Deferring
+
+SENDERS = 2
+"""The number of threads that send at the same time, each on a connection of its own."""
+
+CHUNK = 100
+"""The number of messages that a thread sends at a time."""
+
+IDLE = 10.0
+"""Seconds without a message after which a connection is not used again.
+
+Firewalls and load balancers drop idle connections, and tell neither side.
+"""
+
+_PAUSES = (0.5, 30.0)  # the first and the longest pause before the next try, in seconds
+_SLACK = 0.001  # seconds: the tasks of a request are sent together, in order
+_AFTER_ERROR = 1.0  # seconds
+
+
+class Connection(Protocol):
+    """A connection to a broker, used by one thread at a time.
+
+    A subclass defines :meth:`send`.
+    """
+
+    def send(self, messages: Sequence[Any], confirmed: Callable[[int], object]) -> None:
+        """Send the messages; blocks until the broker has confirmed all of them.
+
+        :param confirmed: to be called with the index of each message that was confirmed.
+        :raises Exception: if a message was not confirmed.
+        """
+        raise NotImplementedError
+
+    def is_lost(self, exc: Exception) -> bool:
+        """True if ``exc`` says that the broker is away; False if a message was refused."""
+        return not isinstance(exc, (TypeError, ValueError, LookupError))
+
+    def close(self) -> None:
+        """Close the connection; may block for some seconds."""
+        return
+
+
+class Limits(NamedTuple):
+    """How many tasks an outbox keeps, and for how long."""
+
+    publish_timeout: float
+    """Seconds after which a task that may run here does."""
+    hold_for: float
+    """Seconds after which a task that waits to be sent is given up."""
+    max_unsent: int
+
+
+class Unsent:
+    """A task that waits to be sent. The caller has claimed the task.
+
+    :ivar stored: the message, in a file if the outbox is durable.
+    :ivar not_before: when the task is sent at the earliest, by :func:`time.monotonic`: the
+        server may still be writing the response.
+    :ivar deadline: when the task is given up or runs here.
+    :ivar was_tried: True if the message may have been sent.
+    """
+
+    __slots__ = (
+        "_ledger",
+        "_right",
+        "context",
+        "deadline",
+        "not_before",
+        "runner",
+        "stored",
+        "task",
+        "was_tried",
+    )
+
+    def __init__(
+        self,
+        task: BackgroundTask,
+        context: Context,
+        stored: Stored,
+        wait: float,
+        runner: Runner,
+        ledger: Ledger,
+    ) -> None:
+        now = time.monotonic()
+        self.task: BackgroundTask = task
+        self.context: Context = context
+        self.stored: Stored = stored
+        self.not_before: float = now + START_DELAY
+        self.deadline: float = now + wait
+        self.runner: Runner = runner
+        self.was_tried: bool = False
+        self._ledger = ledger
+        self._right = {"to end": True}
+
+    @property
+    def tasks(self) -> list[BackgroundTask]:
+        return [self.task] if self in self._ledger.unsent else []
+
+    @property
+    def is_claimed(self) -> bool:
+        """True if a thread has ended the task, or does so now."""
+        return not self._right
+
+    def claim(self) -> bool:
+        """Claim the right to end the task; True for a single caller only."""
+        return self._right.pop("to end", False)  # one atomic step
+
+    def give_up(self) -> list[BackgroundTask]:
+        """Claim and return the task, which is not sent any more, unless a file keeps it."""
+        if not self.claim():
+            return []
+        self._ledger.end_unsent(self)
+        if self.stored.store is not None:
+            self.stored.leave()
+            return []
+        if self.was_tried:
+            log.warning("background task %s may have been sent", self.task.name)
+        return [self.task]
+
+
+class Outbox:
+    """The tasks of a runner that wait to be sent in this process, in the order of ``put``.
+
+    No method blocks, and no lock is held: a signal handler may raise anywhere.
+
+    :param connect: makes a connection to the broker; may block.
+    :param runner: the runner that the tasks belong to.
+    :param ledger: the runner's ledger, whose ``unsent`` has the tasks.
+    :param local: the runner for tasks that run here if they cannot be sent.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], Connection],
+        runner: Runner,
+        ledger: Ledger,
+        local: Runner,
+        limits: Limits,
+    ) -> None:
+        self._connect = connect
+        self._runner = runner
+        self._ledger = ledger
+        self._unsent: dict[Any, None] = ledger.unsent
+        self._local = local
+        self._limits = limits
+        self._queue: deque[Unsent] = deque()
+        self._changed = greenlets.event_for_thread()
+        # If two threads start the thread, it has a second job, which begins if the first ends.
+        self._manager: Workers[None] = Workers(self._manage, 1, "wsgi_bg-outbox")
+        self._is_managed = False
+        self._last_put = 0.0
+        self._senders: Workers[_Chunk] = Workers(self._send_chunk, SENDERS, "wsgi_bg-send")
+        # Not on the manager's thread: a user's submit() may run the batch.
+        later = partial(submit_later, local)
+        self._submitters: Workers[Batch] = Workers(later, SUBMITTERS, "wsgi_bg-later")
+        self._closer: Workers[Connection] = Workers(_close, 1, "wsgi_bg-send-close")
+        self._busy: dict[_Chunk, None] = {}
+        self._idle: list[tuple[Connection, float]] = []  # last in, first out
+        self._next_deadline = inf
+        self._pause = 0.0  # seconds; not 0.0 while the broker is away
+        self._next_try = 0.0
+        self._away = RepeatedWarning(
+            "%d times the broker could not be reached, since the last record of this kind "
+            "(%s): %d background tasks of %s wait to be sent"
+        )
+
+    def check_room(self, name: str) -> None:
+        """Raise if too many tasks wait to be sent.
+
+        :raises OutboxFullError: if ``max_unsent`` tasks wait.
+        """
+        if self.room <= 0:
+            raise OutboxFullError(name, self._limits.max_unsent)
+
+    @property
+    def room(self) -> int:
+        """How many more tasks may wait to be sent."""
+        return self._limits.max_unsent - len(self._unsent)
+
+    def put(self, task: BackgroundTask, stored: Stored) -> Queue:
+        """Return a function that puts a claimed task into the outbox, without a bytecode."""
+        limits = self._limits
+        is_held = stored.message.when_unsent == "hold"
+        wait = limits.hold_for if is_held else limits.publish_timeout
+        unsent = Unsent(
+            task,
+            task.context or task.new_context(),
+            stored,
+            wait,
+            self._runner,
+            self._ledger,
+        )
+        self._last_put = time.monotonic()  # before the next line: see _is_over()
+        self.start()
+        steps = (
+            partial(self._unsent.setdefault, unsent),
+            partial(self._queue.append, unsent),
+            self._changed.set,
+        )
+        return partial(Queued, map(call, steps), 0)
+
+    def start(self) -> bool:
+        """Start the thread that gives tasks to the senders; False if no thread can start."""
+        return self._is_managed or self._manager.submit(None)
+
+    def send_here(self, deadline: float) -> None:
+        """Send the tasks on this thread, until all are sent or until ``deadline``; blocks.
+
+        For the exit: since Python 3.12 no thread can be started then.
+        """
+        while self._unsent and (left := deadline - time.monotonic()) > 0:
+            self._changed.clear()
+            self._changed.wait(min(self._step(), left))
+
+    def _manage(self, job: None) -> None:
+        """Give tasks to the senders, until no task has come for long."""
+        generation = per_process.generation
+        self._is_managed = True
+        while per_process.generation == generation and not self._is_over():
+            self._changed.clear()
+            seconds = _AFTER_ERROR
+            try:
+                seconds = self._step()
+            except BaseException as exc:
+                log.error("the outbox of %s raised", self._runner, exc_info=exc)
+            self._changed.wait(min(seconds, IDLE))
+
+    def _is_over(self) -> bool:
+        """True if the thread is to end, so that a runner that is not used can be freed."""
+        self._close_idle(time.monotonic() - IDLE)
+        if self._is_used():
+            return False
+        self._is_managed = False
+        if self._is_used():  # a thread may have put a task meanwhile
+            self._is_managed = True
+        return not self._is_managed
+
+    def _is_used(self) -> bool:
+        return bool(self._unsent) or time.monotonic() - self._last_put < IDLE_TIMEOUT
+
+    def _close_idle(self, before: float) -> None:
+        """Close connections that have not been used since ``before``."""
+        with suppress(IndexError):
+            while self._idle[0][1] <= before:
+                # If a sender has popped the first meanwhile, another one is closed: no harm.
+                self._closer.submit(self._idle.pop(0)[0])
+
+    def _step(self) -> float:
+        """Expire tasks, give tasks to idle senders; return the seconds until the next step."""
+        now = time.monotonic()
+        self._expire(now)
+        if self._unsent:  # perhaps tasks that no step has seen yet
+            soon = now + self._limits.publish_timeout
+            self._next_deadline = min(self._next_deadline, soon)
+        until = self._next_deadline
+        if self._queue:
+            size, limit = CHUNK, SENDERS
+            if self._pause:  # a single probe at a time
+                size = limit = 1
+            if now < self._next_try:
+                limit = 0
+                until = min(until, self._next_try)
+            while self._queue and len(self._busy) < limit:
+                chunk = self._next_chunk(size, now)
+                if not chunk.unsent:
+                    break
+                self._busy[chunk] = None
+                if not self._senders.submit(chunk):  # since Python 3.12 none starts at exit
+                    self._send_chunk(chunk)
+            if self._queue and len(self._busy) < limit:  # the first is not to be sent yet
+                until = min(until, self._queue[0].not_before - _SLACK)
+        return max(0.0, until - now)
+
+    def _next_chunk(self, size: int, now: float) -> _Chunk:
+        unsent: list[Unsent] = []
+        until = now + _SLACK
+        while len(unsent) < size and self._queue and self._queue[0].not_before <= until:
+            each = self._queue.popleft()
+            if not each.is_claimed:
+                unsent.append(each)
+        return _Chunk(unsent)
+
+    def _expire(self, now: float) -> None:
+        """End the tasks that have waited for too long."""
+        if now < self._next_deadline:
+            return
+        self._next_deadline = inf
+        for unsent in list(self._unsent):
+            if unsent.deadline > now:
+                self._next_deadline = min(self._next_deadline, unsent.deadline)
+            elif unsent.claim():
+                self._end(unsent, "the broker has not answered in time")
+
+    # On a thread that sends.
+
+    def _send_chunk(self, chunk: _Chunk) -> None:
+        try:
+            self._send(chunk.unsent)
+        finally:
+            self._busy.pop(chunk, None)
+            self._changed.set()
+
+    def _send(self, unsent: list[Unsent]) -> None:
+        connection = None
+        try:
+            connection = self._take_idle() or self._connect()
+            unsent = [each for each in unsent if self._begins(each)]
+            messages = [each.stored.message for each in unsent]
+            connection.send(messages, lambda index: self._confirm(unsent[index]))
+        except Exception as exc:
+            left = [each for each in unsent if not each.is_claimed]
+            is_away = connection is None or connection.is_lost(exc)
+            if connection is not None:
+                self._closer.submit(connection)
+            if is_away:
+                self._wait_for_broker(left, exc)
+            elif len(left) == 1:
+                self._refuse(left[0], exc)
+            else:  # the broker has refused a single message, and cut the others short
+                for each in left:
+                    self._send([each])
+        else:
+            self._idle.append((connection, time.monotonic()))
+            if self._pause:
+                self._pause = self._next_try = 0.0
+                log.info("the broker of %s is reached again", self._runner)
+
+    def _begins(self, unsent: Unsent) -> bool:
+        """True if the message is to be sent now; else it was discarded by hand."""
+        unsent.was_tried = True
+        if unsent.stored.begin():
+            return True
+        if unsent.claim():
+            self._run_in(
+                unsent, task_log.notify_discarded, unsent.task, "it was discarded by hand"
+            )
+            self._ledger.end_unsent(unsent)
+        return False
+
+    def leave_stored(self) -> int:
+        """Leave messages in their files that are not being sent; return their number."""
+        count = 0
+        for unsent in list(self._unsent):
+            if unsent.stored.store is not None and not unsent.was_tried and unsent.claim():
+                unsent.stored.leave()
+                self._ledger.end_unsent(unsent)
+                count += 1
+        return count
+
+    def _take_idle(self) -> Connection | None:
+        with suppress(IndexError):
+            connection, since = self._idle.pop()
+            if time.monotonic() - since < IDLE:
+                return connection
+            self._closer.submit(connection)
+        return None
+
+    def _confirm(self, unsent: Unsent) -> None:
+        task = unsent.task
+        if not unsent.claim():
+            log.warning(
+                "background task %s was sent after its time was up: it may run twice", task.name
+            )
+            return
+        unsent.stored.end("done")
+        self._run_in(unsent, task.options.calls.sent, task)
+        self._ledger.end_unsent(unsent, sent=1)
+
+    def _wait_for_broker(self, left: list[Unsent], exc: Exception) -> None:
+        """Send ``left`` again after a pause; each pause is twice as long as the last."""
+        first, longest = _PAUSES
+        self._pause = min(longest, max(first, 2 * self._pause))
+        self._next_try = time.monotonic() + self._pause
+        self._queue.extendleft(reversed(left))
+        if left:  # else given up meanwhile
+            error = f"{type_name(exc)}: {exc}"
+            self._away.count(error, len(self._unsent), self._runner)
+
+    def _refuse(self, unsent: Unsent, exc: Exception) -> None:
+        """Give up a message that the broker does not accept."""
+        if unsent.claim():
+            error = PublishError(unsent.task.name, f"{type_name(exc)}: {exc}")
+            error.__cause__ = exc
+            self._fail(unsent, error)
+
+    # On any thread of the outbox.
+
+    def _end(self, unsent: Unsent, reason: str) -> None:
+        """End a claimed task that has waited for too long."""
+        if unsent.was_tried:
+            reason += ", and it may have been sent"
+        error = PublishError(unsent.task.name, reason)
+        if unsent.stored.message.when_unsent == "local":
+            self._run_here(unsent, error)
+        else:
+            self._fail(unsent, error)
+
+    def _fail(self, unsent: Unsent, error: PublishError) -> None:
+        task = unsent.task
+        unsent.stored.end("aside", type_name(error.__cause__ or error))
+        self._run_in(unsent, task_log.log_failure, task, error)
+        self._run_in(unsent, task_log.notify_failure, task, error)
+        self._ledger.end_unsent(unsent, failed=1)
+
+    def _run_here(self, unsent: Unsent, error: PublishError) -> None:
+        task = unsent.task
+        log.warning("background task %s runs in this process: %s", task.name, error)
+        queue = Deferring()
+        copy = task.successor()
+        options: Any = task.options
+        copy.options = queue.options = options.override(run_on="always")
+        copy.context, copy.message = unsent.context, unsent.stored
+        self._run_in(unsent, task.options.calls.moved, task, copy, queue)
+        queue.open_list().append(copy)
+        queue.close()
+        batch = Batch(queue, response_complete=True)
+        self._ledger.add(batch)
+        self._ledger.end_unsent(unsent)
+        if not self._submitters.submit(batch):
+            submit_later(self._local, batch)
+
+    def _run_in(self, unsent: Unsent, func: Callable[..., object], *args: Any) -> None:
+        """Call users' code in the task's context; what the code raises is logged there."""
+        unsent.context.run(func, *args)
+
+
+class _Chunk:
+    """Tasks that a thread sends together."""
+
+    __slots__ = ("unsent",)
+
+    def __init__(self, unsent: list[Unsent]) -> None:
+        self.unsent: list[Unsent] = unsent
+
+
+def submit_later(runner: Runner, batch: Batch) -> None:
+    """Submit a batch outside of any request; the shared pool runs what the runner refuses."""
+    try:
+        if isinstance(runner, LedgerRunner):
+            runner.submit_later(batch)
+        else:
+            runner.submit(batch)
+    except Exception as exc:  # raised by a user's runner
+        if not batch.has_started:
+            log.error("%s did not take %s, which runs here", runner, batch, exc_info=exc)
+            shared_pool.submit_later(batch.again())
+            return
+        log.error("%s raised in submit()", runner, exc_info=exc)
+
+
+def _close(connection: Connection) -> None:
+    with suppress(Exception):
+        connection.close()

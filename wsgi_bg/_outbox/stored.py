@@ -1,0 +1,246 @@
+"""``StoredMessages``: messages in a file until the broker has confirmed them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from wsgi_bg._durable.folder import Folder
+from wsgi_bg._durable.rows import Outcome, Row, Settings
+from wsgi_bg._durable.store import Store
+from wsgi_bg._process import log
+from wsgi_bg._process.greenlets import event
+from wsgi_bg._process.repeated import RepeatedError
+from wsgi_bg._process.threads import start_daemon
+from wsgi_bg._tasks.registry import WhenUnsent
+from wsgi_bg.exceptions import MessageError, StoreError
+
+if TYPE_CHECKING:
+    from wsgi_bg._tasks.task import BackgroundTask, Queue
+
+_LOOK = 1.0  # seconds between two looks at the folder
+_READ = 500  # rows read from a file at a time
+
+
+class Message(NamedTuple):
+    """The call of a task, as an engine's workers get it."""
+
+    name: str
+    """The name of the task at the engine."""
+    data: Any
+    """What :meth:`Connection.send` sends."""
+    due: float = 0.0
+    """The time from which the task may run (:func:`time.time`); 0.0 for at once."""
+    can_run_here: bool = True
+    """False if only a worker can make the call."""
+    when_unsent: WhenUnsent = "hold"
+    """Set by the runner."""
+
+
+class _Outbox(Protocol):
+    """See :class:`wsgi_bg._outbox.outbox.Outbox`."""
+
+    @property
+    def room(self) -> int: ...
+
+    def put(self, task: BackgroundTask, stored: Stored) -> Queue: ...
+
+
+class Stored:
+    """A message, and the row that holds it once :meth:`claim` and the store have succeeded."""
+
+    __slots__ = ("_right", "has_begun", "message", "row", "store")
+
+    def __init__(self, message: Message, row: Row, store: Store | None = None) -> None:
+        self.message: Message = message
+        self.row: Row = row
+        self.store: Store | None = store
+        self.has_begun: bool = False
+        self._right = {"to store": store is None}
+
+    def claim(self) -> bool:
+        """Claim the right to store the row; True for a single caller only."""
+        return self._right.pop("to store", False)  # one atomic step
+
+    def unclaim(self) -> None:
+        """Give the claim back: the row was not stored."""
+        self._right["to store"] = True
+
+    def begin(self) -> bool:
+        """Note that the message is about to be sent; False if it was discarded by hand."""
+        if self.has_begun or self.store is None:
+            return True
+        self.has_begun = True
+        try:
+            return self.store.begin(self.row)
+        except StoreError:  # no room for a note, which only shows that the message is sent
+            return True
+
+    def end(self, state: str, error: str = "") -> None:
+        """Note that the message was sent, was put aside or is taken back. Does not block."""
+        store, self.store = self.store, None
+        if store is not None:
+            store.end(Outcome(self.row, state, ended=time.time(), error=error))
+
+    def leave(self) -> None:
+        """Leave the row to the thread that reads the file, or to the next process."""
+        store, self.store = self.store, None
+        assert store is not None
+        store.leave([self.row])
+
+
+Read = Callable[[Row], "tuple[BackgroundTask, Message] | None"]
+
+
+class StoredMessages:
+    """The file of this process in a folder, and the files of processes that have died.
+
+    :param outbox: sends the messages.
+    :param read: returns the task and the message of a row, which may be forged; None if the
+        task is not known here (yet). Raises ``MessageError`` if the row cannot be read.
+    """
+
+    def __init__(self, folder: Folder, settings: Settings, outbox: _Outbox, read: Read) -> None:
+        self._folder = folder
+        self._settings = settings
+        self._outbox = outbox
+        self._read_row = read
+        self._store: Store | None = None
+        self._adopted: list[Store] = []
+        self._has_left_some = False
+        self._unknown: dict[str, list[tuple[Store, Row]]] = {}
+        self._right = {"to start": True}
+        self._wake = event()
+        self._error = RepeatedError("%s could not be looked at")
+        self._is_stopping = False
+
+    @property
+    def store(self) -> Store:
+        """The store of this process.
+
+        :raises StoreError: if the file cannot be made.
+        """
+        if self._store is None:
+            self._store = Store.own(self._folder, self._settings)
+        return self._store
+
+    def start(self) -> None:
+        """Send the messages that earlier processes have left; starts a thread once.
+
+        :raises StoreError: if this process cannot make its file.
+        """
+        if not self._right.pop("to start", False):  # one atomic step
+            return
+        try:
+            _ = self.store
+            start_daemon(self._work, "wsgi_bg-outbox-files")
+        except BaseException:
+            self._right["to start"] = True
+            raise
+
+    def keep(self, messages: Sequence[Stored]) -> None:
+        """Store messages in one transaction; blocks.
+
+        :raises StoreError: if they are not stored.
+        """
+        store = self.store
+        claimed = [each for each in messages if each.claim()]
+        if not claimed:
+            return
+        rows: list[Row] = []
+        try:
+            store.add([each.row for each in claimed], rows)
+            for each, row in zip(claimed, rows, strict=True):
+                each.row = row
+                each.store = store
+        except BaseException:
+            store.take_back(rows)
+            for each in claimed:
+                each.store = None
+                each.unclaim()
+            raise
+
+    def leave(self, stored: Stored) -> None:
+        """Let the row of a message be read again as room comes, or when it is due."""
+        stored.leave()
+        self._has_left_some = True
+
+    def stop(self, left: int) -> None:
+        """Read no more rows; ``left`` messages were left, which is logged once."""
+        self._is_stopping = True
+        self._wake.set()
+        if left:
+            log.info("%d messages stay in %s for the next process", left, self._folder.path)
+
+    def _work(self) -> None:
+        while not self._is_stopping:
+            self._try(self._look)
+            self._wake.wait(_LOOK)
+            self._wake.clear()
+        self._try(self.store.tidy)
+
+    def _try(self, func: Callable[[], object]) -> None:
+        """Call ``func()``, and log its error, the same error at most once a minute."""
+        try:
+            func()
+        except Exception as exc:
+            self._error.log(exc, self._folder.path)
+
+    def _look(self) -> None:
+        self._try(self._look_at_unknown)
+        self._try(self._read_own)
+        self._try(self.store.tidy)
+        self._try(self._adopt)
+        for store in list(self._adopted):
+            self._try(partial(self._work_off, store))
+
+    def _look_at_unknown(self) -> None:
+        unknown, self._unknown = self._unknown, {}
+        for rows in unknown.values():
+            for store, row in rows:
+                self._send(store, row, is_new=False)
+
+    def _read_own(self) -> None:
+        due = self.store.next_due()
+        if self._has_left_some or (due is not None and due <= time.time()):
+            self._has_left_some = False  # first: a request may set it meanwhile
+            if self._read(self.store):
+                self._has_left_some = True
+
+    def _adopt(self) -> None:
+        while (adopted := Store.adopt(self._folder, self._settings)) is not None:
+            self._adopted.append(adopted)
+            adopted.tidy()  # obeys orders of the command line before a message can be sent
+
+    def _work_off(self, store: Store) -> None:
+        self._read(store)
+        store.tidy()
+        if store.is_empty and store.remove(self.store):
+            self._adopted.remove(store)
+
+    def _read(self, store: Store) -> bool:
+        """Send messages of ``store`` that no memory holds; True if there may be more."""
+        room = max(0, min(_READ, self._outbox.room))
+        rows = store.read(time.time(), room)
+        for row in rows:
+            self._send(store, row, is_new=True)
+        return len(rows) == room
+
+    def _send(self, store: Store, row: Row, *, is_new: bool) -> None:
+        try:
+            found = self._read_row(row)
+        except MessageError as exc:  # a forged row
+            log.error("a message for %s was put aside: %s", row.name, exc)
+            store.end(Outcome(row, "aside", ended=time.time(), error=type(exc).__name__))
+            return
+        if found is None:
+            if is_new and row.name not in self._unknown:
+                log.error(
+                    "messages for %s wait in %s: no task has that name", row.name, store.path
+                )
+            self._unknown.setdefault(row.name, []).append((store, row))
+            return
+        task, message = found
+        self._outbox.put(task, Stored(message, row, store))()
