@@ -10,19 +10,21 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from celery import Celery
 
 from tests.brokers import Broker as Broker
 from tests.brokers import RedisServer as RedisServer
 from tests.brokers import redis_server as redis_server
-from tests.celery_shop import MODULE
+from tests.celery_shop import MODULE, note
 from tests.support import Server, app_that, make_server_environ
 from tests.test_examples import text_of, wait_until
-from wsgi_bg import BackgroundTasksMiddleware
+from wsgi_bg import BackgroundTasksMiddleware, background_tasks
 from wsgi_bg.celery import CeleryRunner
 
 TIMEOUT = 30.0
@@ -47,7 +49,12 @@ class Worker:
     """A Celery worker, started as the page about Celery says."""
 
     def __init__(
-        self, broker: Broker, folder: Path, *arguments: str, module: str = MODULE
+        self,
+        broker: Broker,
+        folder: Path,
+        *arguments: str,
+        module: str = MODULE,
+        environ: Mapping[str, str] | None = None,
     ) -> None:
         self._log = folder / f"worker-{len(list(folder.glob('worker-*')))}.log"
         command = [sys.executable, "-m", "celery", "-A", module, "worker", "--loglevel=INFO"]
@@ -55,7 +62,7 @@ class Worker:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [*command, *quiet, *arguments],
-                env={**os.environ, "SHOP_BROKER": json.dumps(broker)},
+                env={**os.environ, **(environ or {}), "SHOP_BROKER": json.dumps(broker)},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # so that a prefork worker dies with its children
@@ -145,10 +152,40 @@ def silent_broker() -> Iterator[SilentBroker]:
             broker.end()
 
 
-def request(runner: CeleryRunner, do: Callable[[], object], *, complete: bool = True) -> None:
-    """Handle a request in which ``do()`` adds tasks; the response is complete or not."""
+def request(
+    runner: CeleryRunner, do: Callable[[], object], *, complete: bool = True, sends: bool = True
+) -> None:
+    """Handle a request in which ``do()`` adds tasks; the response is complete or not.
+
+    :param sends: True to wait until the broker has got all tasks.
+    """
     headers = [("Content-Length", "2")] if complete else []
     app = app_that(lambda environ: do(), headers=headers)
     wrapped = BackgroundTasksMiddleware(app, runner=runner)
     # Like the thread of a server: no request sees the variables of an earlier request.
     copy_context().run(Server().run, wrapped, make_server_environ())
+    assert not sends or wait_until(lambda: not runner.ledger.unsent)
+
+
+class Shop(NamedTuple):
+    """A broker with a worker, and the runner that sends to the broker."""
+
+    broker: Broker
+    worker: Worker
+    runner: CeleryRunner
+
+    def send(self, func: Any, *args: Any, **kwargs: Any) -> None:
+        request(self.runner, lambda: background_tasks.add_task(func, *args, **kwargs))
+
+    def forge(self, name: str, args: Any = (), kwargs: Any = None, **more: Any) -> str:
+        """Put a message into the broker with a plain Celery client, without a task."""
+        client = Celery("forger", broker=self.broker.url, set_as_current=False)
+        client.conf.broker_transport_options = self.broker.options
+        with client.connection_for_write() as connection:
+            client.send_task(name, args, kwargs or {}, connection=connection, **more)
+        return name
+
+    def works(self, path: Path) -> str:
+        """Make the worker run a task: by then the worker has handled all earlier messages."""
+        self.send(note, str(path))
+        return wait_for(path, self.worker)

@@ -145,9 +145,13 @@ def test_tasks_acknowledged_late_outlive_a_worker_that_is_killed(
         background_tasks.add_task(note_line_late, str(path), number, held)
 
     with site(broker, add) as order, worker(broker, tmp_path, "--pool=solo") as first:
-        order(TASKS)
+        order(TASKS[:HELD])
         assert wait_until(has_all(path, TASKS[:HELD])), first.log
+        order([HELD])
+        # One more than have ended: the worker is in the task that it will not end.
+        assert wait_until(lambda: first.log.count("] received") > HELD), first.log
         first.kill()
+        order(TASKS[HELD + 1 :])
     assert numbers(path) == [*TASKS[:HELD]]
     gate.touch()
     if isinstance(server, RedisServer):

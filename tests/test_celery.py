@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import sys
 import threading
@@ -47,11 +48,11 @@ from wsgi_bg import (
 )
 from wsgi_bg._messages import retries
 from wsgi_bg._messages.codec import decode
+from wsgi_bg._outbox.outbox import Outbox
 from wsgi_bg._tasks import registry
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg.celery import CeleryRunner, correlation_id, traceparent
-from wsgi_bg.celery import worker as celery_worker
-from wsgi_bg.celery.publisher import Publisher
+from wsgi_bg.celery import messages as celery_messages
 from wsgi_bg.exceptions import (
     ArgumentError,
     MessageError,
@@ -124,10 +125,10 @@ def test_a_mixed_batch_goes_two_ways(broker: Broker) -> None:
 
     request(runner, do)
     assert len(local_calls) == 2
-    sent = [message["body"][0][0] for message in messages(broker)]
+    sent = sorted(message["body"][0][0] for message in messages(broker))
     assert sent == ['[1,["a"],{}]', '[1,["b"],{}]']
     statistics = runner.statistics()
-    assert (statistics.succeeded, statistics.failed, statistics.pending) == (4, 0, 0)
+    assert (statistics.succeeded, statistics.sent, statistics.pending) == (2, 2, 0)
 
 
 def test_changes_after_add_task_are_not_sent(broker: Broker) -> None:
@@ -193,8 +194,10 @@ def test_run_on_holds_for_tasks_to_send(broker: Broker, log: Log) -> None:
         background_tasks.add_task(note, "success")
         background_tasks.using(run_on="error").add_task(note, "error")
 
+    runner = broker.runner()
     app = app_that(view, status="500 Oh")
-    respond(BackgroundTasksMiddleware(app, runner=broker.runner()))
+    respond(BackgroundTasksMiddleware(app, runner=runner))
+    assert runner.drain(TIMEOUT) == []
     assert [message["body"][0][0] for message in messages(broker)] == ['[1,["error"],{}]']
     assert log.warnings == [
         f"background task {NOTE} was not run: the request failed with 500, and run_on is "
@@ -280,7 +283,7 @@ def test_without_opentelemetry_a_message_has_no_trace(
 def test_celerys_eager_mode_runs_all_here(
     broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(Publisher, "publish")
+    monkeypatch.delattr(Outbox, "put")
     runner = broker.runner(local="inline")
     runner._app.conf.task_always_eager = True
     request(runner, add(note, str(tmp_path / "note"), 1))
@@ -294,7 +297,7 @@ def test_sent_tasks_are_not_counted_by_the_local_runner(broker: Broker) -> None:
     request(runner, add(note, "path"))
     request(runner, add(note, "path"), complete=False)
     assert runner.drain(TIMEOUT) == []
-    assert runner.statistics().succeeded == 2
+    assert runner.statistics().sent == 2
     assert local.statistics().succeeded == 0
 
 
@@ -322,21 +325,14 @@ def test_an_incomplete_response_is_sent_on_a_thread_of_the_runner(broker: Broker
     assert threads[0].startswith("wsgi_bg-pool")
 
 
-def test_tasks_run_in_this_process_if_no_thread_can_start(
-    broker: Broker, tmp_path: Path, log: Log
-) -> None:
+def test_tasks_wait_for_the_next_task_if_no_thread_can_start(broker: Broker) -> None:
+    runner = broker.runner()
     with no_threads():
-        for number, complete in enumerate((True, False)):
-            request(
-                broker.runner(local=PoolRunner()),
-                add(note, str(tmp_path / f"{number}")),
-                complete=complete,
-            )
-    assert (tmp_path / "0").exists()
-    assert (tmp_path / "1").exists()
-    reason = f"{NOTE} was not sent: no thread can be had"
-    of_tasks = [message for message in log.warnings if message.startswith("background task")]
-    assert of_tasks == [f"background task {NOTE} runs in this process: {reason}"] * 2
+        request(runner, add(note, "a"), sends=False)
+        request(runner, add(note, "b"), complete=False, sends=False)
+    assert messages(broker) == []
+    request(runner, add(note, "c"))
+    assert len(messages(broker)) == 3
 
 
 def test_a_drained_runner_still_sends(broker: Broker) -> None:
@@ -365,7 +361,7 @@ def test_a_local_runner_that_does_not_take_a_batch_loses_no_task(
     assert len(local_calls) == 2
     assert len(messages(broker)) == 2
     assert len(log.errors) == 2
-    assert "which runs here" in log.errors[1]
+    assert all("which run in this process" in error for error in log.errors)
 
 
 def test_drain_waits_and_abandon_names_the_tasks_left(broker: Broker, gate: Gate) -> None:
@@ -468,6 +464,10 @@ def test_an_application_that_takes_json_and_yaml_is_accepted() -> None:
         ({"drain_timeout": -1}, "drain_timeout must be 0 seconds or more; got -1"),
         ({"drain_timeout": "1"}, "drain_timeout must be a number of seconds; got '1'"),
         ({"on_publish_error": "lose"}, "on_publish_error must be 'local' or 'discard'"),
+        ({"when_unsent": "lose"}, "when_unsent must be 'hold', 'local' or 'discard'"),
+        ({"hold_for": 0}, "hold_for must be more than 0 seconds; got 0"),
+        ({"max_unsent": 0}, "max_unsent must be 1 or more; got 0"),
+        ({"outbox": 7}, "outbox must be the path of a folder; got 7"),
         ({"local": "celery"}, "runner must be 'inline', 'pool' or a runner object"),
     ],
 )
@@ -519,7 +519,7 @@ def test_a_foreign_message_is_not_tried_again(
         tries.append(text)
         return decode(text)
 
-    monkeypatch.setattr(celery_worker, "decode", read)
+    monkeypatch.setattr(celery_messages, "decode", read)
     app = broker.app()
     CeleryRunner(app)
     task = app.tasks["tests.celery_shop.fail_once"]
@@ -549,6 +549,15 @@ def test_celerys_own_task_class_of_the_application_is_used(
     CeleryRunner(app)
     app.tasks[NOTE].apply(args=(json.dumps([1, [str(tmp_path / "note")], {}]),))
     assert entered == [NOTE]
+
+
+def test_other_records_of_celerys_consumer_stay(
+    broker: Broker, caplog: pytest.LogCaptureFixture
+) -> None:
+    CeleryRunner(broker.app())
+    logger = logging.getLogger("celery.worker.consumer.consumer")
+    logger.error("%s %s", "a", {"argsrepr": "('b',)"})
+    assert caplog.messages == ["a {'argsrepr': \"('b',)\"}"]
 
 
 def test_the_package_imports_no_celery() -> None:
@@ -601,7 +610,7 @@ def test_a_delay_goes_into_the_message_in_place_of_the_functions_time(
     ]
     assert seconds[3] is None
     assert [round(each) // 10 for each in seconds[:3]] == [6, 6, 8640]
-    assert runner.statistics() == Statistics(0, 0, 4, 0, 0)
+    assert runner.statistics() == Statistics(0, 0, 0, 0, 0, sent=4)
 
 
 @registered_task(celery={"countdown": 86400})
@@ -625,31 +634,32 @@ def test_a_function_that_is_not_registered_waits_here(broker: Broker, clock: Clo
 
 @pytest.mark.parametrize("complete", [True, False])
 @pytest.mark.parametrize("func", [note_here, note_here_async])
-def test_a_delay_is_not_shortened_because_the_broker_is_away(
-    clock: Clock, log: Log, complete: bool, func: Any
+def test_a_task_with_a_delay_never_runs_here_because_the_broker_is_away(
+    log: Log, complete: bool, func: Any
 ) -> None:
     broker = Broker(f"redis://127.0.0.1:{free_port()}/0", {})
-    runner = broker.runner(local="pool")
+    runner = broker.runner(local="pool", when_unsent="local", publish_timeout=0.1)
     here.clear()
 
     def add() -> None:
         background_tasks.using(delay=60).add_task(func)
+        background_tasks.using(celery={"countdown": 60}).add_task(func)
+        background_tasks.using(retry=Retry()).add_task(func)
+        background_tasks.add_task(func)
 
     def do() -> None:
         add()
-        background_tasks.add_task(add)  # sent at its turn, and not with the other
+        background_tasks.add_task(add)  # sent at its turn, and not with the others
 
-    request(runner, do, complete=complete)
-    assert wait_until(lambda: runner.statistics().waiting == 2)
-    assert len(log.warnings) == 2
-    clock.advance(59.9)
-    clock.advance(0.1)
-    assert wait_until(lambda: len(here) == 2)
+    request(runner, do, complete=complete, sends=False)
+    assert wait_until(lambda: len(here) == 2)  # those that wait for nothing
+    assert runner.statistics().waiting == 6
+    assert len(runner.ledger.abandon_unsent()) == 6
 
 
 def test_a_task_that_is_given_up_is_not_tried_again(clock: Clock, log: Log) -> None:
     broker = Broker(f"redis://127.0.0.1:{free_port()}/0", {})
-    runner = broker.runner(on_publish_error="discard")
+    runner = broker.runner(when_unsent="discard", publish_timeout=0.1)
     request(runner, lambda: background_tasks.using(retry=Retry()).add_task(note_here))
     assert runner.statistics() == Statistics(0, 0, 0, 1, 0)
     assert "raised PublishError" in log.errors[0]

@@ -9,22 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
-from math import isfinite
 from types import NoneType
 from typing import Any, NamedTuple
 
+from wsgi_bg._tasks.checks import Kind, entries
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError
 
-_Kind = tuple[tuple[type, ...], str]
-
-_FLAG: _Kind = (bool,), "True or False"
-_SECONDS: _Kind = (int, float), "a number of seconds"
-_TEXT: _Kind = (str,), "a str"
-_DICT: _Kind = (dict,), "a dict"
-_ERRORS: _Kind = (tuple,), "a tuple of exception classes"
+_FLAG: Kind = (bool,), "True or False"
+_SECONDS: Kind = (int, float), "a number of seconds"
+_TEXT: Kind = (str,), "a str"
+_DICT: Kind = (dict,), "a dict"
+_ERRORS: Kind = (tuple,), "a tuple of exception classes"
 
 
-def _each(kind: _Kind, names: str) -> dict[str, _Kind]:
+def _each(kind: Kind, names: str) -> dict[str, Kind]:
     return dict.fromkeys(names.split(), kind)
 
 
@@ -103,18 +101,11 @@ def refuse_time(given: Mapping[str, Any], delay: float) -> None:
             raise OptionValueError("delay", delay, wanted)
 
 
-def _check(given: Any, known: Mapping[str, _Kind]) -> None:
+def _check(given: Any, known: Mapping[str, Kind]) -> None:
     if not isinstance(given, Mapping):
         raise OptionTypeError("celery", given, "a dict of Celery's options")
-    for name, value in given.items():
-        if name not in known:
-            wanted = f"a dict with keys of {', '.join(sorted(known))}"
-            if name in _OF_TASK:
-                wanted = "options of one message; this one goes to registered_task"
+    for name in given:
+        if name in _OF_TASK and name not in known:
+            wanted = "options of one message; this one goes to registered_task"
             raise OptionValueError("celery", name, wanted)
-        types, wanted = known[name]
-        # To isinstance, True is an int too.
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise OptionTypeError(f"celery[{name!r}]", value, wanted)
-        if isinstance(value, float) and not isfinite(value):
-            raise OptionValueError(f"celery[{name!r}]", value, "a finite number")
+    entries("celery", given, known)

@@ -2,210 +2,210 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from wsgi_bg._messages import headers
 from wsgi_bg._messages.codec import encode
 from wsgi_bg._messages.retries import RETRY, to_text
-from wsgi_bg._process import log
+from wsgi_bg._outbox.runner import OutboxRunner
+from wsgi_bg._outbox.stored import Message
 from wsgi_bg._process.per_process import PerProcess
-from wsgi_bg._process.workers import Workers
+from wsgi_bg._request.layer import merge_options
 from wsgi_bg._tasks import registry
-from wsgi_bg._tasks.checks import seconds
-from wsgi_bg.celery.options import NO_OPTIONS, TIMES
+from wsgi_bg._tasks.options import Options
+from wsgi_bg._tasks.registry import Registration, WhenUnsent
+from wsgi_bg.celery.options import NO_OPTIONS, TIMES, for_one_call, refuse_time
 from wsgi_bg.exceptions import (
     ExtraMissingError,
     NameTakenError,
     OptionTypeError,
     OptionValueError,
-    PublishError,
     RegistrationError,
 )
-from wsgi_bg.runners import Runner, resolve
-from wsgi_bg.runners.ledger import Ledger, LedgerRunner
-from wsgi_bg.runners.pool import START_DELAY
+from wsgi_bg.runners import Runner
 
 try:
     from celery import Celery
 except ImportError as _exc:
     raise ExtraMissingError("celery", "wsgi_bg.celery") from _exc
 
+from wsgi_bg.celery import captured, own_tasks
 from wsgi_bg.celery import worker as celery_worker
-from wsgi_bg.celery.publisher import Message, Publisher
+from wsgi_bg.celery.connection import BrokerConnection
+from wsgi_bg.celery.messages import CALL, ENCODED
+from wsgi_bg.celery.own_tasks import Call
 
 if TYPE_CHECKING:
-    from wsgi_bg._tasks.batch import Batch
     from wsgi_bg._tasks.task import BackgroundTask
 
 OnPublishError = Literal["local", "discard"]
 
-_THREADS = 4  # for the batches of responses that must not wait for the broker
 
-
-class CeleryRunner(LedgerRunner):
+class CeleryRunner(OutboxRunner):
     """Sends each task whose function is registered to Celery; other tasks run on ``local``.
 
     Registered functions are tasks of ``celery_app`` under their registered names, also if
     they are registered after the runner was made. So the worker loads the module that makes
-    the runner: ``celery -A module worker``.
+    the runner: ``celery -A module worker``. Celery's own tasks of ``celery_app``, their
+    ``delay`` and their signatures are sent, too: ``add_task(celery_task, 1)``.
 
-    ``add_task`` encodes the arguments. An argument that a worker would not get back unchanged
-    raises ``TypeError`` there, and later changes to an argument have no effect. The tasks are
-    sent when the response is closed: on the server's thread if the response is complete, else
-    on a thread of the runner, so no client waits for the broker. A batch's registered tasks
-    are sent in order before its local tasks run; workers keep no order. A sent task counts as
-    succeeded; only the worker knows how the task ends. The delay of a sent task is Celery's
-    ``countdown``, and its ``Retry`` Celery's own retry on the worker.
+    ``add_task`` makes the message, with the id that the task has in Celery. An argument that a
+    worker would not get back unchanged raises ``TypeError`` there, and later changes to an
+    argument have no effect. ``close()`` puts the messages into an outbox and returns; threads
+    of the package send them in batches, so no thread of the server waits for the broker. While
+    the broker is away the messages wait in the outbox. Workers keep no order. Only the worker
+    knows how a task ends that was sent. A delay counts from ``add_task``; a ``Retry`` is
+    Celery's own retry on the worker.
 
     :param celery_app: the Celery application; its messages are JSON.
     :param local: the runner for tasks that are not sent, or its name; default: shared pool.
-    :param publish_timeout: seconds for which a task waits for the broker. After a timeout no
-        task is sent for the same time again, and ``on_publish_error`` applies to each.
-    :param on_publish_error: for a task that was not sent, or only perhaps: ``"local"`` runs
-        the task on ``local``, so the task may run twice; ``"discard"`` drops the task with an
-        ERROR record and calls ``on_error``.
-    :param drain_timeout: seconds for which interpreter exit waits until all tasks are sent
-        and the local tasks are done.
+    :param plain_calls: True if Celery's own means may call registered functions by name:
+        ``delay()``, ``celery call``, beat, chains and other services, with plain arguments.
+    :param outbox: see :class:`~wsgi_bg.outbox.OutboxRunner`, as for the following parameters.
+    :param on_publish_error: the former name of ``when_unsent``; deprecated.
     :raises ValueError: if a message could make a worker of ``celery_app`` run any code, for
         example because pickle is accepted; if an option is out of range.
     :raises TypeError: if an option has the wrong type.
+    :raises StoreError: a ``RuntimeError``, if the folder of the outbox cannot be used.
     """
-
-    sends_delayed = True
 
     def __init__(
         self,
         celery_app: Celery,
         *,
         local: Runner | Literal["inline", "pool"] | None = None,
+        plain_calls: bool = False,
+        outbox: str | os.PathLike[str] | None = None,
+        when_unsent: WhenUnsent = "hold",
         publish_timeout: float = 5.0,
-        on_publish_error: OnPublishError = "local",
+        hold_for: float = 3600.0,
+        max_unsent: int = 100_000,
         drain_timeout: float = 30.0,
+        on_publish_error: OnPublishError | None = None,
     ) -> None:
         if not isinstance(celery_app, Celery):
             raise OptionTypeError("celery_app", celery_app, "a celery.Celery application")
-        # The timeout of a socket is twice publish_timeout.
-        limit = threading.TIMEOUT_MAX / 2
-        seconds("publish_timeout", publish_timeout, above_zero=True, most=limit)
-        seconds("drain_timeout", drain_timeout)
-        if on_publish_error not in get_args(OnPublishError):
-            raise OptionValueError("on_publish_error", on_publish_error, "'local' or 'discard'")
+        if not isinstance(plain_calls, bool):
+            raise OptionTypeError("plain_calls", plain_calls, "True or False")
+        if on_publish_error is not None:
+            if on_publish_error not in get_args(OnPublishError):
+                wanted = "'local' or 'discard'"
+                raise OptionValueError("on_publish_error", on_publish_error, wanted)
+            message = "on_publish_error is called when_unsent now, and 'hold' is the default"
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
+            when_unsent = on_publish_error
         celery_worker.check_settings(celery_app)
+        super().__init__(
+            local="pool" if local is None else local,
+            outbox=outbox,
+            when_unsent=when_unsent,
+            publish_timeout=publish_timeout,
+            hold_for=hold_for,
+            max_unsent=max_unsent,
+            drain_timeout=drain_timeout,
+        )
         self._app = celery_app
-        self._local = resolve("pool" if local is None else local)
-        self._discards = on_publish_error == "discard"
-        self._timeout = publish_timeout
-        self.drain_timeout = drain_timeout
-        self._states = PerProcess(self._make_state)
-        celery_worker.serve(celery_app)
+        # Never opened; made late, since the application may be configured later.
+        self._unconnected = PerProcess(celery_app.connection_for_write)
+        options = merge_options(Options(), runner=self)  # until a middleware is attached
+        celery_worker.serve(celery_app, options, plain_calls=plain_calls)
 
-    def _make_state(self) -> _State:
-        threads: Workers[Batch] = Workers(self._send_later, _THREADS, "wsgi_bg-celery")
-        return _State(Ledger(), Publisher(self._app, self._timeout), threads)
+    def attach(self, options: Options) -> None:
+        """Make the calls on workers under ``options``: in the context of an application.
 
-    def check(self, task: BackgroundTask) -> Message | None:
-        """Encode the arguments of an added task if the task's function is registered.
+        The first call holds, or the first call with the context of an application.
+        """
+        super().attach(options)
+        celery_worker.attach(self._app, options)
 
-        :return: the message for :meth:`send`; None if the task runs in this process.
+    def message(self, task: BackgroundTask) -> Message | None:
+        """Make the message of an added task if Celery is to run the task.
+
         :raises TypeError: if an argument cannot be sent, or Celery options were given for a
             function that is not registered.
         :raises ValueError: if ``celery_app`` has its own task of the same name.
         """
         registration = registry.find(task.func)
-        given: Mapping[str, Any] = task.options.celery or {}
         if registration is None:
-            if given:
-                raise RegistrationError(
-                    f"{task.name} has options for Celery, and is not registered: decorate "
-                    "it with @registered_task",
-                    task.func,
-                )
+            call = self._own_task(task)
+        else:
+            call = self._registered(task, registration)
+        if call is None or self._app.conf.task_always_eager:  # Celery's setting for tests
             return None
+        return captured.capture(self._unconnected.get(), call, task.id)
+
+    def _own_task(self, task: BackgroundTask) -> Call | None:
+        given = _given(task)
+        call = own_tasks.find(self._app, task, _with_delay(task, given))
+        if call is None and given:
+            raise RegistrationError(
+                f"{task.name} has options for Celery, and is not registered: decorate "
+                "it with @registered_task",
+                task.func,
+            )
+        return call
+
+    def _registered(self, task: BackgroundTask, registration: Registration) -> Call:
         name = registration.name
-        if not celery_worker.is_served(self._app.tasks.get(name)):
+        celery_task = self._app.tasks.get(name)
+        if not celery_worker.is_served(celery_task):
             raise NameTakenError(name, f"a task of {self._app!r}")
         text = encode(name, registration.signature, task.args, task.kwargs)
-        options = {**(registration.celery or NO_OPTIONS).message, **given}
-        if task.options.delay:
-            options = {key: options[key] for key in options if key not in TIMES}
-            options["countdown"] = task.options.delay
         carried = headers.current()
         if task.options.retry is not None:  # the worker knows the function's own
             carried[RETRY] = to_text(task.options.retry)
-        return Message(name, text, carried, options)
+        of_function = (registration.celery or NO_OPTIONS).message
+        engine = for_one_call(registration.engine or {})
+        options = _with_delay(task, {**of_function, **engine, **_given(task)})
+        options.update(headers={**carried, CALL: ENCODED}, serializer="json")
+        apply_async = partial(celery_task.apply_async, (text,), **options)
+        return Call(name, apply_async, bool(celery_task.ignore_result), False)
 
-    def may_send(self, task: BackgroundTask) -> bool:
-        """False: a task without a message runs in this process."""
-        return False
+    def connect(self) -> BrokerConnection:
+        """Connect to the broker; blocks for ``publish_timeout`` seconds at most."""
+        return BrokerConnection(self._app, self.publish_timeout)
 
-    def send(self, task: BackgroundTask, message: Message | None = None) -> bool:
-        """Send a task to the broker; blocks for ``publish_timeout`` seconds at most.
+    def dump(self, message: Message) -> str:
+        """Return the messages of Celery as text.
 
-        :param message: the message that :meth:`check` returned for the task.
-        :return: False if the task is to run in this process.
-        :raises PublishError: if the task was not sent and is to be discarded.
+        :raises TypeError: if a header is no JSON.
         """
-        # Celery's setting task_always_eager is to run without a broker.
-        if message is None or self._app.conf.task_always_eager:
-            return False
-        try:
-            self._states.get().publisher.publish(message)
-        except PublishError as exc:
-            if self._discards:
-                raise
-            log.warning("background task %s runs in this process: %s", task.name, str(exc))
-            return False
-        return True
+        return captured.dump(message.data)
 
-    def submit(self, batch: Batch) -> None:
-        """Send the registered tasks of a batch; submit the remaining tasks to ``local``.
+    def load(self, name: str, text: str) -> list[captured.Published]:
+        """Return the messages of Celery in ``text``, which may be forged.
 
-        If the response is complete, this blocks while sending; else a runner thread sends.
-
-        :raises KeyboardInterrupt: or another exception that stops the server's worker.
+        :raises ValueError: or another error, if ``text`` has no message for the task ``name``.
         """
-        state = self._states.get()
-        takes_more = state.ledger.add(batch)
-        if not batch.has_messages:
-            self._local.submit(batch)
-            return
-        if batch.response_complete or not takes_more:
-            self._send_now(batch)
-            return
-        batch.not_before = time.monotonic() + START_DELAY
-        if not state.threads.submit(batch):
-            self._local.submit(batch)  # local sends each task at its turn
+        return captured.load(self._app, name, text)
 
-    def _send_now(self, batch: Batch) -> None:
-        batch.send()
-        if batch.next_is_async is None:
-            batch.run()  # all tasks are sent: only finish the batch
-        else:
-            self._local.submit(batch)
-
-    def _send_later(self, batch: Batch) -> None:
-        """Send a batch that was put off; runs on a thread of the runner."""
-        time.sleep(max(0.0, batch.not_before - time.monotonic()))
-        try:
-            self._send_now(batch)
-        except Exception as exc:  # raised by a user's runner
-            log.error("%s did not take %s, which runs here", self._local, batch, exc_info=exc)
-            batch.run()
-
-    @property
-    def ledger(self) -> Ledger:
-        return self._states.get().ledger
+    def find(self, name: str) -> Callable[..., Any] | None:
+        """Return the registered function of a message in a file, or else Celery's task."""
+        own: Callable[..., Any] | None = self._app.tasks.get(name)
+        return own if own is None else super().find(name) or own
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._app.main!r}, local={self._local!r})"
+        return f"{type(self).__name__}({self._app.main!r}, local={self.local!r})"
 
 
-class _State(NamedTuple):
-    """A runner's ledger, publisher and threads in one process."""
+def _given(task: BackgroundTask) -> dict[str, Any]:
+    """The options of ``using``: ``engine`` is another word for ``celery``.
 
-    ledger: Ledger
-    publisher: Publisher
-    threads: Workers[Batch]
+    :raises ValueError: if an option is unknown, or sets the time of a task with a delay.
+    :raises TypeError: if an option has the wrong type.
+    """
+    engine = task.options.engine or {}
+    if engine and task.options.delay:
+        refuse_time(engine, task.options.delay)
+    return {**for_one_call(engine), **(task.options.celery or {})}
+
+
+def _with_delay(task: BackgroundTask, options: Mapping[str, Any]) -> dict[str, Any]:
+    if not task.options.delay:
+        return dict(options)
+    others = {name: options[name] for name in options if name not in TIMES}
+    return {**others, "countdown": task.options.delay}

@@ -1,0 +1,49 @@
+"""``using(engine=...)`` and ``registered_task(engine=...)`` with a ``CeleryRunner``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.celery_shop import note
+from tests.celery_support import filesystem, messages
+from tests.engine_support import TIMEOUT, send
+from wsgi_bg import registered_task, wait
+from wsgi_bg.exceptions import OptionTypeError, OptionValueError
+
+
+@registered_task(engine={"queue": "heavy"}, celery={"queue": "light", "priority": 3})
+def weigh() -> None:
+    pass
+
+
+def test_options_for_the_engine_are_options_of_the_message(tmp_path: Path) -> None:
+    broker = filesystem(tmp_path)
+    runner = broker.runner()
+    send(runner, weigh)
+    assert wait(TIMEOUT) == []
+    send(runner, weigh, using={"engine": {"queue": "urgent"}, "celery": {"priority": 7}})
+    assert wait(TIMEOUT) == []
+    found = [message["properties"] for message in messages(broker)]
+    keys = [each["delivery_info"]["routing_key"] for each in found]
+    assert list(zip(keys, [each["priority"] for each in found], strict=True)) == [
+        ("heavy", 3),
+        ("urgent", 7),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("using", "error"),
+    [
+        ({"engine": {"quue": "x"}}, OptionValueError),
+        ({"engine": {"priority": "x"}}, OptionTypeError),
+        ({"engine": {"countdown": 3}, "delay": 3}, OptionValueError),
+    ],
+)
+def test_wrong_options_for_the_engine_raise_in_add_task(
+    tmp_path: Path, using: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        send(filesystem(tmp_path).runner(), note, "", using=using)

@@ -1,0 +1,109 @@
+"""The messages that Celery makes of a call, captured in ``add_task`` and sent later."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from celery import Celery
+from kombu import Connection, Exchange, Producer, Queue
+from kombu.compression import compress
+from kombu.serialization import dumps
+
+from wsgi_bg._outbox.stored import Message
+from wsgi_bg.celery.own_tasks import Call
+from wsgi_bg.exceptions import MessageError
+
+
+class Published(NamedTuple):
+    """A message as Celery gives it to kombu, with its body encoded."""
+
+    body: bytes | str
+    options: Mapping[str, Any]
+    """Arguments of :meth:`kombu.Producer.publish`."""
+
+
+class _Capture(Producer):  # type: ignore[misc]
+    """Keeps the messages that Celery publishes; never connects to the broker."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(connection, auto_declare=False)  # opens no connection
+        self.published: list[Published] = []
+
+    def publish(self, body: Any, **options: Any) -> None:
+        """Keep a message: the arguments are those of :meth:`kombu.Producer.publish`."""
+        serializer, compression = options.pop("serializer", None), options.pop("compression", 0)
+        for name in ("retry", "retry_policy"):
+            options.pop(name, None)
+        content_type, encoding, data = dumps(body, serializer=serializer)
+        headers = options["headers"] = dict(options.get("headers") or {})
+        if compression:
+            data, headers["compression"] = compress(data, compression)
+        options.update(content_type=content_type, content_encoding=encoding)
+        self.published.append(Published(data, options))
+
+
+def capture(connection: Connection, call: Call, task_id: str) -> Message:
+    """Return the message that Celery would send for ``call``.
+
+    Called in ``add_task``: Celery's signals, a task's own ``apply_async`` and the headers of a
+    trace see the request, and times count from there.
+
+    :param connection: a connection that is never opened.
+    :param task_id: the id of the task in Celery.
+    """
+    producer = _Capture(connection)
+    # With ignore_result Celery does not tell the result backend, which may be away too.
+    call.apply_async(
+        task_id=task_id, producer=producer, ignore_result=True, add_to_parent=False
+    )
+    due = 0.0
+    for _, options in producer.published:
+        headers = options["headers"]
+        if headers.get("task") == call.name:
+            headers["ignore_result"] = call.ignores_result
+            eta = headers.get("eta")
+            due = datetime.fromisoformat(eta).timestamp() if eta else 0.0
+    return Message(call.name, producer.published, due, not call.runs_only_there)
+
+
+def dump(parts: list[Published]) -> str:
+    """Encode messages for a file.
+
+    :raises TypeError: if a header is no JSON.
+    """
+    return json.dumps([_part_to_json(part) for part in parts])
+
+
+def load(app: Celery, name: str, text: str) -> list[Published]:
+    """Return the messages in ``text``, which may be forged.
+
+    :raises ValueError: or another error, if ``text`` has no message for the task ``name``.
+    """
+    parts = [_part_from_json(app, *part) for part in json.loads(text)]
+    if {part.options["headers"].get("task", name) for part in parts} != {name}:
+        raise MessageError("the message is for another task")
+    return parts
+
+
+def _part_to_json(part: Published) -> list[Any]:
+    options = dict(part.options)
+    declared = options.pop("declare", None) or ()
+    queues = [each.name for each in declared if isinstance(each, Queue)]
+    if isinstance(options.get("exchange"), Exchange):
+        options["exchange"] = options["exchange"].name
+    body = part.body
+    is_text = isinstance(body, str)
+    data = body if isinstance(body, str) else base64.b64encode(body).decode()
+    return [is_text, data, queues, options]
+
+
+def _part_from_json(
+    app: Celery, is_text: bool, data: str, queues: list[str], options: dict[str, Any]
+) -> Published:
+    options["declare"] = [app.amqp.queues[str(each)] for each in queues]
+    dict.keys(options["headers"])
+    return Published(data if is_text else base64.b64decode(data), options)

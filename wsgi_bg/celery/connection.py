@@ -1,0 +1,137 @@
+"""A connection to Celery's broker, over which a thread of the outbox sends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from time import monotonic
+from typing import Any
+
+from celery import Celery
+from kombu import Producer
+
+from wsgi_bg._outbox.stored import Message
+from wsgi_bg.celery.captured import Published
+
+_REDIS = ("redis", "rediss", "sentinel")
+_AMQP = ("amqp", "amqps", "pyamqp")
+
+
+class BrokerConnection:
+    """See :class:`wsgi_bg._outbox.outbox.Connection`.
+
+    :param timeout: seconds for which a step waits for the broker.
+    :ivar options: the options of the transport.
+    :raises Exception: if the broker cannot be reached.
+    """
+
+    def __init__(self, app: Celery, timeout: float) -> None:
+        self._timeout = timeout
+        transport = app.connection_for_write().transport_cls
+        # The application's own options come last, so they win.
+        options = {**_for_transport(transport, timeout), **app.conf.broker_transport_options}
+        if transport in _AMQP:
+            options["confirm_publish"] = False  # or each message would wait for the last one
+        self._connection = app.connection_for_write(
+            transport_options=options, heartbeat=0, connect_timeout=timeout
+        )
+        self.options: dict[str, Any] = options
+        self._published = 0  # on the channel, since its confirms were selected
+        try:
+            self._connection.connect()
+            self._producer = Producer(self._connection, auto_declare=False)
+            channel = self._producer.channel
+            self._confirms = transport in _AMQP and hasattr(channel, "confirm_select")
+            if self._confirms:
+                channel.confirm_select()
+        except BaseException:
+            self._connection.collect()
+            raise
+
+    def send(self, messages: Sequence[Message], confirmed: Callable[[int], object]) -> None:
+        """Send the messages; blocks until the broker has confirmed all of them.
+
+        :raises Exception: the error of the connection, or of a message that is refused.
+        """
+        if self._confirms:
+            self._send_with_confirms(messages, confirmed)
+            return
+        batch = getattr(self._producer, "batch", nullcontext)  # since kombu 5.7
+        if getattr(self._producer, "supports_batch_publish", False):
+            with batch():
+                self._publish_all(messages)
+            for index in range(len(messages)):
+                confirmed(index)
+            return
+        for index, message in enumerate(messages):
+            self._publish_all([message])
+            confirmed(index)
+
+    def _publish_all(self, messages: Sequence[Message]) -> None:
+        for message in messages:
+            for part in message.data:
+                self._publish(part)
+
+    def _publish(self, part: Published) -> None:
+        options = dict(part.options)
+        options["headers"] = dict(options["headers"])  # kombu writes into them
+        self._producer.publish(part.body, **options)
+
+    def _send_with_confirms(
+        self, messages: Sequence[Message], confirmed: Callable[[int], object]
+    ) -> None:
+        """Send all messages, then wait for all confirms: AMQP's numbers of messages."""
+        channel = self._producer.channel
+        waiting: dict[int, int] = {}  # the index of a message by the number of its last part
+        refused: list[int] = []
+
+        def on_ack(number: int, multiple: bool) -> None:
+            for each in _numbers(waiting, number, multiple):
+                confirmed(waiting.pop(each))
+
+        def on_nack(number: int, multiple: bool) -> None:
+            for each in _numbers(waiting, number, multiple):
+                refused.append(waiting.pop(each))
+
+        channel.events["basic_ack"].add(on_ack)
+        channel.events["basic_nack"].add(on_nack)
+        try:
+            for index, message in enumerate(messages):
+                self._publish_all([message])
+                self._published += len(message.data)
+                waiting[self._published] = index
+            deadline = monotonic() + self._timeout
+            while waiting:
+                self._connection.drain_events(timeout=max(0.001, deadline - monotonic()))
+        finally:
+            channel.events["basic_ack"].discard(on_ack)
+            channel.events["basic_nack"].discard(on_nack)
+        if refused:
+            raise ConnectionError("the broker could not keep a message (basic.nack)")
+
+    def is_lost(self, exc: Exception) -> bool:
+        """True if the broker is away; False if a message was refused."""
+        of_message: tuple[type[Exception], ...] = (TypeError, ValueError, LookupError)
+        if self._confirms:  # an exchange or queue that is missing, or of another type
+            of_message += tuple(self._connection.channel_errors)
+        return not isinstance(exc, of_message)
+
+    def close(self) -> None:
+        """Close the connection; may block for ``timeout`` seconds."""
+        self._connection.release()
+
+
+def _numbers(waiting: dict[int, int], number: int, multiple: bool) -> list[int]:
+    """The numbers that an answer of the broker stands for."""
+    if multiple:
+        return [each for each in waiting if each <= number]
+    return [number] if number in waiting else []
+
+
+def _for_transport(name: str, timeout: float) -> dict[str, Any]:
+    """Return a transport's timeout options, which free a thread from a silent broker."""
+    if name in _REDIS:
+        return {"socket_timeout": timeout, "socket_connect_timeout": timeout}
+    if name in _AMQP:
+        return {"read_timeout": timeout, "write_timeout": timeout}
+    return {}
