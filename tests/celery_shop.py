@@ -67,6 +67,11 @@ def note_on_other_queue(path: str) -> None:
 
 
 @registered_task
+def add_line(path: str, line: str) -> None:
+    append(path, line)
+
+
+@registered_task
 async def note_loop(path: str, together: int = 1) -> None:
     """Write the process id and the loop's once ``together`` calls run at the same time."""
     lines = append(path, f"{os.getpid()} {id(asyncio.get_running_loop())}")

@@ -15,13 +15,13 @@ import uuid
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-from celery import Celery
 from kombu import Connection
 
 from tests.celery_shop import (
+    add_line,
     fail_always,
     fail_once,
     fail_twice,
@@ -38,8 +38,8 @@ from tests.celery_shop import (
 )
 from tests.celery_support import (
     TIMEOUT,
-    Broker,
     RedisServer,
+    Shop,
     Worker,
     filesystem,
     request,
@@ -52,33 +52,9 @@ from tests.test_examples import text_of, wait_until
 from wsgi_bg import Retry, background_tasks
 from wsgi_bg._messages.codec import encode
 from wsgi_bg._tasks.registry import find
-from wsgi_bg.celery import CeleryRunner, correlation_id, traceparent
+from wsgi_bg.celery import correlation_id, traceparent
 
 QUEUES = ("-Q", "celery,other")
-
-
-class Shop(NamedTuple):
-    """A broker with a worker, and the runner that sends to the broker."""
-
-    broker: Broker
-    worker: Worker
-    runner: CeleryRunner
-
-    def send(self, func: Any, *args: Any, **kwargs: Any) -> None:
-        request(self.runner, lambda: background_tasks.add_task(func, *args, **kwargs))
-
-    def forge(self, name: str, args: Any = (), kwargs: Any = None, **more: Any) -> str:
-        """Put a message into the broker with a plain Celery client, without a task."""
-        client = Celery("forger", broker=self.broker.url, set_as_current=False)
-        client.conf.broker_transport_options = self.broker.options
-        with client.connection_for_write() as connection:
-            client.send_task(name, args, kwargs or {}, connection=connection, **more)
-        return name
-
-    def works(self, path: Path) -> str:
-        """Make the worker run a task: by then the worker has handled all earlier messages."""
-        self.send(note, str(path))
-        return wait_for(path, self.worker)
 
 
 @pytest.fixture(scope="session", params=["filesystem", "redis"])
@@ -221,6 +197,7 @@ def test_the_retry_of_a_task_goes_with_its_message(shop: Shop, tmp_path: Path) -
 
     request(shop.runner, do)
     assert wait_until(lambda: has_lines(repeated, 3)), shop.worker.log
+    assert wait_until(lambda: has_lines(given_up, 1)), shop.worker.log
     shop.works(tmp_path / "first")
     shop.works(tmp_path / "second")  # by each of the two processes, perhaps
     assert has_lines(repeated, 3)
@@ -405,3 +382,20 @@ def test_a_task_whose_worker_was_killed_in_the_middle_runs_again(
             "begun",
             "done",
         ]
+
+
+def test_on_redis_a_lower_priority_comes_first(redis: RedisServer, tmp_path: Path) -> None:
+    broker, path = redis.fresh(), tmp_path / "lines"
+    runner = broker.runner()
+
+    def do() -> None:
+        for priority in (9, 3, None):
+            options = {} if priority is None else {"priority": priority}
+            tasks = background_tasks.using(celery=options)
+            tasks.add_task(add_line, str(path), f"{priority}")
+
+    request(runner, do)
+    with worker(broker, tmp_path, "--pool=solo") as started:
+        assert wait_until(lambda: has_lines(path, 3)), started.log
+        started.kill()
+    assert text_of(path).split() == ["None", "3", "9"]

@@ -2,28 +2,54 @@
 
 from __future__ import annotations
 
-from contextvars import copy_context
+from contextvars import Context, ContextVar, copy_context
 from functools import partial
+from inspect import isawaitable
 from typing import Any
 
-from celery import Celery
-from celery.exceptions import TaskPredicate
+from celery import Celery, Task
+from celery._state import pop_current_task, push_current_task
+from celery.exceptions import MaxRetriesExceededError, Retry, TaskPredicate
 
+from wsgi_bg._loop import portal
+from wsgi_bg._loop.asgiref_state import detached
 from wsgi_bg._messages import headers, retries
-from wsgi_bg._messages.codec import decode
 from wsgi_bg._tasks import registry
+from wsgi_bg._tasks.options import Options
 from wsgi_bg._tasks.registry import Registration
 from wsgi_bg._tasks.retry import Plan
-from wsgi_bg._tasks.task import BackgroundTask
+from wsgi_bg._tasks.task import DIRECT, BackgroundTask, Caller, current
 from wsgi_bg._tasks.task_log import log_attempt
+from wsgi_bg._worker.added import AddedTasks
+from wsgi_bg.celery import messages
 from wsgi_bg.celery.options import NO_OPTIONS
-from wsgi_bg.exceptions import MessageError, OptionValueError, UnsafeCeleryError
+from wsgi_bg.exceptions import (
+    MessageError,
+    OptionValueError,
+    PlainCallError,
+    UnsafeCeleryError,
+)
+from wsgi_bg.runners.attached import Attached
 
-HIDDEN = "(...)"
-"""Celery's logs and headers show this text in place of arguments, which are data."""
+HIDDEN = messages.HIDDEN
 
-# The applications that have the registered functions.
-_served: set[Celery] = set()
+_ADDED = "_wsgi_bg_added"  # the attribute of Celery's request that has the AddedTasks
+
+
+class _Served(Attached):
+    """How a Celery application makes the calls of registered functions.
+
+    :ivar plain_calls: True if a call may have plain arguments, of any sender.
+    """
+
+    plain_calls = False
+
+
+_served: dict[Celery, _Served] = {}
+"""The applications that have the registered functions."""
+
+_outside: ContextVar[Context | None] = ContextVar("wsgi_bg.celery._outside", default=None)
+"""The context in which ``__call__`` of the application's own task class was called."""
 
 
 def check_settings(app: Celery) -> None:
@@ -51,11 +77,28 @@ def _is_unsafe(serializer: object) -> bool:
     return "pickle" in name or "python-serialize" in name
 
 
-def serve(app: Celery) -> None:
-    """Make each registered function a task of ``app``, also if registered later."""
-    if app not in _served:
-        _served.add(app)
+def serve(app: Celery, options: Options, *, plain_calls: bool) -> None:
+    """Make each registered function a task of ``app``, also if registered later.
+
+    :param options: those of the calls until :func:`attach` is called; they name the runner.
+    :param plain_calls: True if a call may have plain arguments. One runner of ``app`` suffices.
+    """
+    served = _served.get(app)
+    if served is None:
+        served = _served[app] = _Served(options)
+        messages.hide_arguments_in_log()
         registry.subscribe(partial(_add, app))
+    served.plain_calls = served.plain_calls or plain_calls
+
+
+def attach(app: Celery, options: Options) -> None:
+    """Let the workers of ``app`` make the calls under the options of a middleware."""
+    _served[app].attach(options)
+
+
+def takes_plain_calls(app: Celery) -> bool:
+    """True if a call of ``app`` may have plain arguments."""
+    return _served[app].plain_calls
 
 
 def is_served(task: Any) -> bool:
@@ -77,43 +120,150 @@ def _add(app: Celery, registration: Registration) -> None:
     )(_run)
 
 
-def _run(self: Any, *message: Any, **others: Any) -> Any:
-    """Decode the message and call the function, on a worker; ``self`` is Celery's task."""
-    registration = registry.get(self.name)
-    if registration is None or others or len(message) != 1:
-        raise MessageError("the arguments are not wsgi_bg's: not one text")
-    args, kwargs = decode(message[0])
-    context = copy_context()
-    headers.restore(context, self.request.get)
-    task = BackgroundTask(registration.func, *args, **kwargs)
+def _run(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Read the message and call the function, on a worker; ``self`` is Celery's task."""
+    served = _served[self.app]
+    request = self.request
+    call = messages.read(self.name, args, kwargs, request, plain_calls=served.plain_calls)
+    registration = call.registration
+    task = BackgroundTask(registration.func, *call.args, **call.kwargs)
+    context = detached(copy_context())
+    headers.restore(context, messages.headers_of(request).get)
+    if not request.called_directly:  # else no one would run the tasks that the task adds
+        added = AddedTasks(task, served.options)
+        setattr(request, _ADDED, added)
+        context.run(current.set, added.tasks)
+    calls = served.options.calls
+    if _is_entered(calls):
+        calls = DIRECT
     try:
-        # This blocks the thread; an async task runs on the process's event loop.
-        result = context.run(task)
-    except TaskPredicate:  # raised by Celery's own functions: a retry, for example
+        result = _call(self, task, calls, context)
+    except TaskPredicate as exc:  # raised by Celery's own functions: a retry, for example
+        # Celery calls neither on_retry() nor after_return() for Ignore and Reject.
+        if not isinstance(exc, Retry):
+            _leave(request, again=getattr(exc, "requeue", False))
         raise
     except Exception as exc:
-        retry = retries.find(self.request.get(retries.RETRY), registration.retry)
-        attempt = self.request.retries + 1
+        retry = retries.find(
+            messages.headers_of(request).get(retries.RETRY), registration.retry
+        )
+        attempt = request.retries + 1
         if retry is None or not retry.allows(attempt, exc):
             raise
         task.plan = Plan(retry, attempt)
         seconds = retry.wait_before(attempt + 1)
         context.run(log_attempt, task, exc, seconds)
         raise self.retry(exc=exc, countdown=seconds, max_retries=retry.attempts - 1) from exc
-    return None if self.ignore_result else result
+    # Celery logs the result. The next task of a chain needs it, although none is stored.
+    return result if call.is_plain or not self.ignore_result else None
+
+
+def _is_entered(calls: Caller) -> bool:
+    """True if the application's own task class has entered the context of the calls."""
+    before = _outside.get()
+    is_entered = getattr(calls.around, "is_entered", None)
+    return before is not None and is_entered is not None and bool(is_entered(before))
+
+
+def _call(celery_task: Any, task: BackgroundTask, calls: Caller, context: Context) -> Any:
+    """Make the call; blocks until it is done. An async task runs on the process's loop."""
+    result = context.run(calls.make, task, None)
+    if result is not None and isawaitable(result):
+        inside: Any = _InTask(context, celery_task)
+        result, error = portal.wait_for(inside, result)
+        if error is not None:
+            raise error
+    return result
+
+
+class _InTask:
+    """A context in which ``celery.current_task`` is a task, on whatever thread.
+
+    Celery keeps the current task by thread. The steps of several async tasks take turns on the
+    loop's thread, so each step sets the current task. Stands for a ``Context`` in functions
+    that call nothing but ``run()``.
+    """
+
+    def __init__(self, context: Context, task: Any) -> None:
+        self._context = context
+        self._task = task
+        self._request = task.request_stack.top
+
+    def run(self, func: Any, *args: Any) -> Any:
+        """Call ``func(*args)`` as :meth:`Context.run` does."""
+        push_current_task(self._task)
+        self._task.request_stack.push(self._request)
+        try:
+            return self._context.run(func, *args)
+        finally:
+            self._task.request_stack.pop()
+            pop_current_task()
+
+
+def _leave(request: Any, *, again: bool) -> None:
+    """Look after the tasks that a task has added: the call is over.
+
+    Celery calls the functions of a task in the worker's main process too, where no call is.
+
+    :param again: True if the task will be called again, and will add the tasks again; else
+        they are sent, or run here.
+    """
+    added: AddedTasks | None = vars(request).pop(_ADDED, None)
+    if added is not None:
+        leave = added.drop if again else added.hand_over
+        leave()
+
+
+class _NoMoreRetriesError(MaxRetriesExceededError):  # type: ignore[misc]
+    """Celery's error without the arguments, which are data."""
+
+    def __init__(self, message: str = "", **_: object) -> None:
+        super().__init__(message.partition(" args:")[0])
 
 
 def _base(app: Celery) -> type:
-    """Subclass ``app.Task`` (Flask's enters a context) to hide the arguments."""
+    """Subclass ``app.Task``, which may be a class of the user."""
 
     class RegisteredTask(app.Task):  # type: ignore[misc]
         abstract = True
         _is_of_wsgi_bg = True
+        MaxRetriesExceededError = _NoMoreRetriesError
 
         def apply_async(self, *args: Any, **options: Any) -> Any:
-            # Celery's retry comes here too; without these options it would show arguments.
+            # Called by the runner; by Celery's retry; and by delay(), beat and chains.
+            given = options.get("headers") or {}
+            if messages.CALL not in given:
+                if not takes_plain_calls(app):
+                    raise PlainCallError(self.name)
+                options["headers"] = messages.for_plain_call(self.name, args, options)
+            # Without these two, Celery would show the arguments of a retry.
             return super().apply_async(
                 *args, **{**options, "argsrepr": HIDDEN, "kwargsrepr": HIDDEN}
             )
 
-    return RegisteredTask
+        def after_return(self, *args: Any) -> None:
+            _leave(self.request, again=False)
+            super().after_return(*args)
+
+        def on_retry(self, *args: Any) -> None:
+            _leave(self.request, again=True)
+            super().on_retry(*args)
+
+    if app.Task.Request == Task.Request:
+        RegisteredTask.Request = "wsgi_bg.celery.request:_Request"
+    if app.Task.__call__ is Task.__call__:
+        return RegisteredTask
+
+    class CalledTask(RegisteredTask):
+        """Notes the context in which the user's own ``__call__`` begins."""
+
+        abstract = True
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            token = _outside.set(copy_context())
+            try:
+                return super().__call__(*args, **kwargs)
+            finally:
+                _outside.reset(token)
+
+    return CalledTask

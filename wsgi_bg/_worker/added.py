@@ -1,0 +1,56 @@
+"""Tasks that a task on a worker adds."""
+
+from __future__ import annotations
+
+import time
+
+from wsgi_bg._tasks.batch import Batch
+from wsgi_bg._tasks.options import Options
+from wsgi_bg._tasks.task import BackgroundTask
+from wsgi_bg._tasks.task_log import log_dropped
+from wsgi_bg.exceptions import PublishError
+from wsgi_bg.runners.ledger import ledger_of
+from wsgi_bg.runners.timer import Deferring
+
+
+class AddedTasks:
+    """The tasks that a call on a worker adds, which run when the call is the last one.
+
+    :param task: the task that the worker runs.
+    :param options: those of the worker's calls, with the runner.
+    :ivar tasks: the ``BackgroundTasks`` of the call.
+    """
+
+    def __init__(self, task: BackgroundTask, options: Options) -> None:
+        self.tasks = Deferring()
+        # The request is long over: its outcome was known when the message was sent.
+        self.tasks.options = options.override(run_on="always")
+        self._task = task
+
+    def hand_over(self) -> None:
+        """Send the registered tasks, and run the others on this thread; blocks.
+
+        The messages are confirmed before the others run, and before this method returns, since
+        some engines end the process after each call. The worker has not finished with the
+        message meanwhile: the broker may deliver the message again if the process dies.
+
+        :raises PublishError: if the broker has not confirmed in the runner's ``drain_timeout``.
+        """
+        if self.tasks.close():
+            return
+        batch = Batch(self.tasks, response_complete=True)
+        batch.sends = True
+        ledger = ledger_of(self.tasks.runner)
+        ledger.add(batch)
+        deadline = time.monotonic() + getattr(self.tasks.runner, "drain_timeout", 30.0)
+        batch.send()
+        are_sent = ledger.wait_for(list(ledger.unsent), deadline)
+        batch.run()
+        if not (ledger.wait_for(list(ledger.unsent), deadline) and are_sent):
+            raise PublishError(self._task.name, "tasks that it has added wait for the broker")
+
+    def drop(self) -> None:
+        """Drop the tasks: the call is repeated, and adds them again."""
+        for added in self.tasks.abandon():
+            added.options.calls.forget(added)
+            log_dropped(added, self._task)

@@ -1,0 +1,103 @@
+"""``run_call``: calls a registered function on a worker, as its message says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextvars import copy_context
+from inspect import isawaitable
+from typing import TYPE_CHECKING, Any
+
+from wsgi_bg._loop import portal
+from wsgi_bg._loop.asgiref_state import detached
+from wsgi_bg._messages import headers, retries
+from wsgi_bg._messages.codec import decode
+from wsgi_bg._request.layer import merge_options
+from wsgi_bg._tasks import registry
+from wsgi_bg._tasks.registry import Registration
+from wsgi_bg._tasks.retry import Plan
+from wsgi_bg._tasks.task import DIRECT, BackgroundTask, current
+from wsgi_bg._tasks.task_log import log_attempt
+from wsgi_bg._worker.added import AddedTasks
+from wsgi_bg.exceptions import MessageError
+
+if TYPE_CHECKING:
+    from wsgi_bg._outbox.runner import OutboxRunner
+
+
+class RetryLater(Exception):  # noqa: N818  # not an error
+    """Raised by :func:`run_call` if the call is to be made again; the cause is the error.
+
+    :ivar seconds: the wait before the next call.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"again in {seconds:.3g} seconds")
+        self.seconds: float = seconds
+
+
+def run_call(
+    runner: OutboxRunner, name: str, text: object, given: object, attempt: int = 1
+) -> Any:
+    """Call a registered function on a worker; blocks until the call is done.
+
+    An async function runs on the event loop of the process. The call is made in the
+    application's context, if a middleware with such a context has the runner. Tasks that the
+    function adds are sent, or run on this thread, when the function has ended, unless the call
+    is to be made again.
+
+    The name, the text and the headers may be forged: the name is looked up and never imported.
+
+    :param name: the name of the function.
+    :param text: the arguments, as :func:`encode_call` has encoded them.
+    :param given: the headers of the message.
+    :param attempt: the number of the call: 1, or more if the function has raised before.
+    :return: the result of the function.
+    :raises RetryLater: if the function has raised, and its ``Retry`` lets the task try again.
+    :raises MessageError: a ``ValueError``, if the message cannot be read, or the function is
+        not registered or does not take the arguments.
+    :raises PublishError: a ``ConnectionError``, if the broker has not confirmed the added tasks
+        in the runner's ``drain_timeout``. They go on waiting in the process.
+    :raises BaseException: the error of the call.
+    """
+    registration, task = _read(name, text)
+    carried: Mapping[str, object] = given if isinstance(given, dict) else {}
+    context = detached(copy_context())
+    headers.restore(context, carried.get)
+    options = runner.options
+    if options.calls is DIRECT:  # no middleware has the runner
+        options = merge_options(options, runner=runner)
+    added = AddedTasks(task, options)
+    context.run(current.set, added.tasks)
+    try:
+        result = context.run(options.calls.make, task, None)
+        if result is not None and isawaitable(result):
+            result, error = portal.wait_for(context, result)
+            if error is not None:
+                raise error
+    except Exception as exc:
+        retry = retries.find(carried.get(retries.RETRY), registration.retry)
+        if retry is None or not retry.allows(attempt, exc):
+            added.hand_over()
+            raise
+        added.drop()
+        task.plan = Plan(retry, attempt)
+        seconds = retry.wait_before(attempt + 1)
+        context.run(log_attempt, task, exc, seconds)
+        raise RetryLater(seconds) from exc
+    except BaseException:  # the worker is being stopped
+        added.drop()
+        raise
+    added.hand_over()
+    return result
+
+
+def _read(name: str, text: object) -> tuple[Registration, BackgroundTask]:
+    registration = registry.get(name) if isinstance(name, str) else None
+    if registration is None:
+        raise MessageError("no function is registered by the name of the message")
+    args, kwargs = decode(text)
+    try:
+        registration.signature.bind(*args, **kwargs)
+    except TypeError as exc:
+        raise MessageError(f"the function does not take the arguments: {exc}") from None
+    return registration, BackgroundTask(registration.func, *args, **kwargs)
