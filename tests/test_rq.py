@@ -1,0 +1,208 @@
+"""``RQRunner``: what its jobs look like, and what RQ does with them."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis import Redis
+from rq import Queue
+from rq.serializers import JSONSerializer
+
+from tests.brokers import RedisServer
+from tests.engine_shop import block, look, make_queue, note_call, note_slowly, spread_and_leave
+from tests.engine_support import RQ, TIMEOUT, Worker, send, worker
+from tests.test_examples import text_of, wait_until
+from wsgi_bg import registered_task, wait
+from wsgi_bg.exceptions import MessageError, OptionTypeError, OptionValueError, PublishError
+from wsgi_bg.rq import RQRunner
+from wsgi_bg.rq import worker as rq_worker
+
+HERE = Redis.from_url("redis://127.0.0.1:1")
+"""A Redis that is never asked."""
+
+
+@pytest.fixture
+def engine(redis: RedisServer) -> RQ:
+    return RQ(redis.fresh_url())
+
+
+@pytest.fixture(scope="module")
+def rq_and_worker(
+    redis: RedisServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[RQ, Worker]]:
+    engine = RQ(redis.fresh_url())
+    with worker(engine, tmp_path_factory.mktemp("worker")) as started:
+        yield engine, started
+
+
+def test_a_queue_with_pickle_is_refused() -> None:
+    with pytest.raises(OptionValueError, match=r"serializer=JSONSerializer\): pickle can run"):
+        RQRunner(Queue("shop", connection=HERE))
+
+
+@pytest.mark.parametrize("serializer", [JSONSerializer, JSONSerializer(), "json"])
+def test_json_is_accepted_however_it_is_given(serializer: Any) -> None:
+    runner = RQRunner(Queue("shop", connection=HERE, serializer=serializer), local="inline")
+    assert repr(runner) == "RQRunner('shop', local=InlineRunner())"
+
+
+def test_another_object_is_no_queue() -> None:
+    queue: Any = "shop"
+    with pytest.raises(OptionTypeError, match=r"queue must be an rq\.Queue; got 'shop'"):
+        RQRunner(queue)
+
+
+def test_the_module_has_no_other_names() -> None:
+    import wsgi_bg.rq
+
+    with pytest.raises(AttributeError, match="has no attribute 'Runner'"):
+        getattr(wsgi_bg.rq, "Runner")  # noqa: B009
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"quue": "x"}, OptionValueError, "at_front, failure_ttl, job_timeout.*; got 'quue'"),
+        ({"ttl": "1"}, OptionTypeError, r"engine\['ttl'\] must be a whole number of seconds"),
+        ({"ttl": True}, OptionTypeError, "whole number"),
+        ({"at_front": 1}, OptionTypeError, "True or False"),
+    ],
+)
+def test_a_wrong_option_raises_in_add_task(
+    options: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        send(RQRunner(make_queue("redis://127.0.0.1:1")), look, "", using={"engine": options})
+
+
+def test_an_option_of_another_engine_at_a_function_raises_in_add_task() -> None:
+    with pytest.raises(OptionValueError, match="'queue_name'"):
+        send(RQRunner(make_queue("redis://127.0.0.1:1")), note_slowly, "")
+
+
+def test_options_reach_the_job(engine: RQ) -> None:
+    runner = engine.runner()
+    options = {"job_timeout": 7, "ttl": 70, "result_ttl": 71, "failure_ttl": 72}
+    first = send(runner, look, "")
+    assert wait(TIMEOUT) == []
+    task = send(runner, look, "", using={"engine": {**options, "at_front": True}})
+    crashes = send(runner, look, "", using={"engine": {"queue": "slow", "max_crashes": 2}})
+    delayed = send(
+        runner, look, "", using={"delay": 600, "engine": {"queue": "slow", "ttl": 900}}
+    )
+    assert wait(TIMEOUT) == []
+    assert engine.ids() == [task.id, first.id]
+    job = engine.job(task.id)
+    assert (job.timeout, job.ttl, job.result_ttl, job.failure_ttl) == (7, 70, 71, 72)
+    assert job.retries_left is None
+    slow = Queue("slow", connection=job.connection, serializer=JSONSerializer)
+    assert slow.job_ids == [crashes.id]
+    assert slow.scheduled_job_registry.get_job_ids() == [delayed.id]
+    job = engine.job(crashes.id)
+    assert (job.retries_left, job.origin) == (2, "slow")
+    assert engine.job(delayed.id).origin == "slow"
+
+
+def test_the_default_timeout_of_the_queue_holds(engine: RQ) -> None:
+    queue = make_queue(engine.url)
+    queue = Queue("shop", queue.connection, default_timeout=33, serializer=JSONSerializer)
+    task = send(RQRunner(queue), look, "")
+    assert wait(TIMEOUT) == []
+    assert engine.job(task.id).timeout == 33
+
+
+def test_neither_the_description_nor_the_result_shows_data(
+    rq_and_worker: tuple[RQ, Worker], tmp_path: Path
+) -> None:
+    engine, started = rq_and_worker
+    task = send(engine.runner(), note_call, str(tmp_path / "call"), "sec-ret")
+    job = engine.job(task.id)
+    assert wait_until(lambda: job.get_status() == "finished", TIMEOUT), started.log
+    assert job.description == "tests.engine_shop.note_call"
+    assert job.return_value() is None
+    assert "sec-ret" not in started.log
+
+
+def test_a_time_limit_is_no_crash(rq_and_worker: tuple[RQ, Worker], tmp_path: Path) -> None:
+    engine, started = rq_and_worker
+    path = tmp_path / "path"
+    options = {"job_timeout": 1, "max_crashes": 3}
+    task = send(engine.runner(), block, str(path), using={"engine": options})
+    job = engine.job(task.id)
+    assert wait_until(lambda: job.get_status() == "failed", TIMEOUT), started.log
+    assert len(text_of(path).splitlines()) == 1
+
+
+def test_a_task_that_ends_its_process_drops_the_tasks_that_it_has_added(
+    rq_and_worker: tuple[RQ, Worker], tmp_path: Path
+) -> None:
+    engine, started = rq_and_worker
+    task = send(engine.runner(), spread_and_leave, str(tmp_path / "sent"))
+    job = engine.job(task.id)
+    assert wait_until(lambda: job.get_status() == "failed", TIMEOUT), started.log
+    send(engine.runner(), note_call, str(tmp_path / "after"))
+    started.wait_for(tmp_path / "after")
+    assert not (tmp_path / "sent").exists()
+
+
+def test_a_job_whose_process_was_killed_begins_again(
+    rq_and_worker: tuple[RQ, Worker], tmp_path: Path
+) -> None:
+    engine, started = rq_and_worker
+    path, other = tmp_path / "path", tmp_path / "other"
+    runner = engine.runner()
+    send(runner, block, str(path), using={"engine": {"max_crashes": 1}})
+    os.kill(int(started.wait_for_lines(path, 1)[0]), signal.SIGKILL)
+    assert started.wait_for_lines(path, 3)[2] == "done"
+    task = send(runner, block, str(other))
+    os.kill(int(started.wait_for_lines(other, 1)[0]), signal.SIGKILL)
+    job = engine.job(task.id)
+    assert wait_until(lambda: job.get_status() == "failed", TIMEOUT)
+
+
+def test_the_entry_function_is_for_jobs() -> None:
+    with pytest.raises(MessageError, match=r"no RQRunner is in this worker"):
+        rq_worker.run("tests.engine_shop.look", "[1,[],{}]", {})
+
+
+def test_a_job_that_rq_refuses_is_given_up_alone(engine: RQ) -> None:
+    errors: list[BaseException] = []
+    runner = engine.runner()
+
+    def note(task: object, exc: BaseException) -> None:
+        errors.append(exc)
+
+    refused = {"engine": {"ttl": -1}, "on_error": note}
+    send(runner, look, "", using=refused)
+    good = send(runner, look, "")
+    assert wait(TIMEOUT) == []
+    assert engine.ids() == [good.id]
+    assert [type(each) for each in errors] == [PublishError]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "[]",
+        '["tests.engine_shop.look", "", {}, {}, "id"]',
+        '["other", "", {}, {}, "id", 0.0]',
+        '["tests.engine_shop.look", 3, {}, {}, "id", 0.0]',
+        '["tests.engine_shop.look", "", {}, {}, "id", 1e18]',
+        '["tests.engine_shop.look", "", {}, {}, "id", NaN]',
+        '["tests.engine_shop.look", "", {}, {"ttl": "x"}, "id", 0.0]',
+    ],
+)
+def test_a_forged_row_of_the_outbox_is_no_message(engine: RQ, row: str) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        engine.runner().load("tests.engine_shop.look", row)
+
+
+def test_engine_options_are_a_dict() -> None:
+    options: Any = "slow"
+    with pytest.raises(OptionTypeError, match="engine must be a dict of options"):
+        registered_task(engine=options)

@@ -1,0 +1,117 @@
+"""``DramatiqRunner``: sends registered tasks to Dramatiq's workers; all others run here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from math import ceil
+from typing import Any, ClassVar, Unpack
+
+from wsgi_bg import BackgroundTask
+from wsgi_bg.exceptions import (
+    ExtraMissingError,
+    NameTakenError,
+    OptionTypeError,
+    OptionValueError,
+)
+from wsgi_bg.outbox import Connection, EngineOptions, Message, OutboxOptions, OutboxRunner
+
+try:
+    import dramatiq
+except ImportError as _exc:
+    raise ExtraMissingError("dramatiq", "wsgi_bg.dramatiq") from _exc
+
+from wsgi_bg.dramatiq.actors import CALL, QUEUE, Actors
+
+_MILLISECONDS = (int,), "a whole number of milliseconds"
+
+
+class DramatiqRunner(OutboxRunner):
+    """Sends each task whose function is registered to Dramatiq; others run on ``local``.
+
+    Each registered function is an actor of the broker, under its registered name. The worker
+    imports the module that makes the runner: ``dramatiq MODULE``. The id of a task is the id of
+    its message. A ``Retry`` decides which calls are repeated, and Dramatiq's own options do
+    not. Options for a function or a task, by ``engine={...}``: Dramatiq's ``queue_name``,
+    ``time_limit``, ``max_age`` and, on RabbitMQ, ``broker_priority``.
+
+    :param broker: a ``RedisBroker``, a ``RabbitmqBroker(confirm_delivery=True)``, or a
+        ``StubBroker``. The runner adds the middleware ``CurrentMessage``.
+    :param options: see :class:`~wsgi_bg.outbox.OutboxRunner`.
+    :raises ValueError: if the broker does not confirm messages, or has no middleware
+        ``Retries``; if Dramatiq uses pickle; if an option is out of range.
+    :raises TypeError: if an option has the wrong type.
+    :raises StoreError: a ``RuntimeError``, if the folder of the outbox cannot be used.
+    """
+
+    engine_options: ClassVar[EngineOptions] = {
+        "queue_name": ((str,), "the name of a queue"),
+        "time_limit": _MILLISECONDS,
+        "max_age": _MILLISECONDS,
+        "broker_priority": ((int,), "a whole number"),
+    }
+
+    def __init__(self, broker: dramatiq.Broker, **options: Unpack[OutboxOptions]) -> None:
+        if not isinstance(broker, dramatiq.Broker):
+            raise OptionTypeError("broker", broker, "a dramatiq.Broker")
+        if isinstance(dramatiq.get_encoder(), dramatiq.PickleEncoder):
+            wanted = "a broker, and JSON: dramatiq.set_encoder(dramatiq.JSONEncoder())"
+            raise OptionValueError("broker", broker, wanted)
+        if "retry_when" not in broker.actor_options:
+            raise OptionValueError("broker", broker, "a broker with the middleware Retries")
+        if not getattr(broker, "confirm_delivery", True):
+            wanted = "a RabbitmqBroker(..., confirm_delivery=True): else messages are lost"
+            raise OptionValueError("broker", broker, wanted)
+        super().__init__(**options)
+        self.holds_delays: bool = not _is_rabbitmq(broker)  # which closes the worker's channel
+        self._broker = broker
+        self._actors = Actors(self, broker)
+
+    def message(self, task: BackgroundTask) -> Message | None:
+        """Encode an added task if Dramatiq is to run it.
+
+        :raises TypeError: if an argument cannot be sent, or an option has the wrong type.
+        :raises ValueError: if an option or the queue is unknown, or the broker has another
+            actor of the same name.
+        """
+        message = super().message(task)
+        if message is not None:
+            if not self._actors.has(message.name):
+                raise NameTakenError(message.name, "an actor of the broker")
+            queue = message.data.options.get("queue_name", QUEUE)
+            known = self._broker.get_declared_queues() - self._broker.delay_queues
+            if queue not in known:
+                wanted = f"one of {', '.join(sorted(known))}"
+                raise OptionValueError("engine['queue_name']", queue, wanted)
+        return message
+
+    def connect(self) -> Connection:
+        """Return a way to the broker, which connects with the first message."""
+        return _Connection(self._broker)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._broker!r}, local={self.local!r})"
+
+
+class _Connection(Connection):
+    def __init__(self, broker: dramatiq.Broker) -> None:
+        self._broker = broker
+
+    def send(self, messages: Sequence[Message], confirmed: Callable[[int], object]) -> None:
+        """Enqueue the messages one by one, since Dramatiq sends no batches; blocks."""
+        try:
+            for index, each in enumerate(messages):
+                name, text, headers, options, id_, due = each.data
+                options = {**options, CALL: [text, headers]}
+                queue = options.pop("queue_name", QUEUE)
+                message: Any = dramatiq.Message(queue, name, (), {}, options, id_)
+                delay = max(0, ceil(1000 * (due - time.time()))) if due else None
+                self._broker.enqueue(message, delay=delay)
+                confirmed(index)
+        finally:
+            if _is_rabbitmq(self._broker):  # has a connection for each thread
+                delattr(self._broker, "connection")
+
+
+def _is_rabbitmq(broker: dramatiq.Broker) -> bool:
+    return hasattr(type(broker), "connection")
