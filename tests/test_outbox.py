@@ -541,15 +541,19 @@ def test_a_request_whose_messages_cannot_be_stored_fails(
     def fail(*args: Any) -> None:
         raise StoreError("tasks", "the disk is full")
 
-    app = BackgroundTasksMiddleware(
-        app_that(lambda environ: background_tasks.add_task(send, 1)), runner=runner
-    )
+    def view(environ: Any) -> None:
+        background_tasks.add_task(send, "success")
+        background_tasks.using(run_on="error").add_task(send, "error")
+
+    app = BackgroundTasksMiddleware(app_that(view), runner=runner)
     with monkeypatch.context() as patch:
         patch.setattr(Store, "add", fail)
+        patch.setattr(sending.Outbox, "room", 0)
         with pytest.raises(StoreError):
             app(make_server_environ(), Server().start_response)
+        assert wait_until(lambda: sent(tmp_path) == ["error"])  # from memory
     request(runner, add(send, 2))
-    assert wait_until(lambda: sent(tmp_path) == ["2"])
+    assert wait_until(lambda: sent(tmp_path) == ["error", "2"])
 
 
 def test_a_view_that_fails_takes_its_messages_back(tmp_path: Path, log: Log) -> None:

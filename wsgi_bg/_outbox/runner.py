@@ -315,9 +315,10 @@ class OutboxRunner(KeepingRunner):
         if message is None:
             return False
         state = self._states.get()
-        files = state.files
-        if files is not None and (message.message.due or state.outbox.room <= 0):
-            return partial(Queued, map(files.leave, [message]), 0)
+        is_stored = message.store is not None
+        if is_stored and (message.message.due or state.outbox.room <= 0):
+            assert state.files is not None
+            return partial(Queued, map(state.files.leave, [message]), 0)
         return state.outbox.put(task, message)
 
     def submit(self, batch: Batch) -> None:
