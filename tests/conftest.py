@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 
 from tests.brokers import RabbitServer, RedisServer, rabbit_server, redis_server
 from tests.servers import table
-from tests.support import Clock, Gate
+from tests.support import TIMEOUT, Clock, Gate
+from wsgi_bg._durable import store as stores
 from wsgi_bg._loop import portal
 from wsgi_bg._loop.portal import PortalThread
+from wsgi_bg._outbox.stored import StoredMessages
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._request.unclosed import Collector, collectors
 from wsgi_bg._tasks.task import current
@@ -80,6 +83,32 @@ def no_message_left() -> Iterator[None]:
     yield
     for ledger in ledgers_here():
         ledger.abandon_unsent()
+    close_stores()
+
+
+def close_stores() -> None:
+    """Close the files of durable tasks that a test has left, unless a task still runs.
+
+    Hundreds of tests open several each, and waitress waits by ``select()``, which knows no file
+    descriptor above 1,023.
+    """
+    of_runners = ("wsgi_bg-durable", "wsgi_bg-outbox-files")
+    threads: list[Any] = [each for each in threading.enumerate() if each.name in of_runners]
+    for thread in threads:
+        state = thread._target.__self__
+        if isinstance(state, StoredMessages):
+            state.stop(0)
+        elif state.ledger.batches:
+            return
+        else:
+            state.stop_reading()
+            state.end()
+    for thread in threads:
+        thread.join(TIMEOUT)
+    for own in list(stores._own.values()):
+        store = own.peek()
+        if store is not None:
+            store.close()
 
 
 @pytest.fixture
