@@ -112,6 +112,12 @@ def close_stores() -> None:
 
 
 @pytest.fixture
+def one_sender(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a single thread of each new outbox send, so that messages arrive in their order."""
+    monkeypatch.setattr("wsgi_bg._outbox.outbox.SENDERS", 1)
+
+
+@pytest.fixture
 def own_collector(monkeypatch: pytest.MonkeyPatch) -> Collector:
     """Replace the collector for the test; ``wait()`` flushes the process's own afterwards."""
     collectors.get()

@@ -63,6 +63,8 @@ from wsgi_bg.exceptions import (
 )
 from wsgi_bg.runners import Statistics
 
+pytestmark = pytest.mark.usefixtures("one_sender")
+
 NOTE = "tests.celery_shop.note"
 
 here: list[int] = []

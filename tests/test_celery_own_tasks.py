@@ -24,6 +24,8 @@ from wsgi_bg.celery.captured import Published
 from wsgi_bg.exceptions import MessageError, OptionError, RegistrationError
 from wsgi_bg.outbox import Message
 
+pytestmark = pytest.mark.usefixtures("one_sender")
+
 ran: list[Any] = []
 
 
@@ -257,6 +259,7 @@ def test_a_bound_task_never_runs_here(app: Celery, broker: Broker) -> None:
     assert found == ["hold", "local", "hold", "local"]
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_stored_messages_are_those_that_celery_makes(
     app: Celery, broker: Broker, tmp_path: Path
 ) -> None:

@@ -387,6 +387,7 @@ def test_a_local_runner_that_refuses_a_task_loses_none(log: Log) -> None:
     assert "did not take" in log.errors[0]
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_a_forked_child_sends_its_own_tasks_only(tmp_path: Path, gate: Gate) -> None:
     runner = Post()
     runner.before = lambda value: gate.task()

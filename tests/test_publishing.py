@@ -26,6 +26,8 @@ from wsgi_bg._tasks.batch import Batch
 from wsgi_bg.celery import CeleryRunner, correlation_id, traceparent
 from wsgi_bg.exceptions import ArgumentError, MessageError, OptionError
 
+pytestmark = pytest.mark.usefixtures("one_sender")
+
 NOTE = "tests.celery_shop.note"
 
 
