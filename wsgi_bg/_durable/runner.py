@@ -36,7 +36,7 @@ from wsgi_bg._tasks.task_log import notify_discarded
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError, StoreError
 from wsgi_bg.runners import Runner, Statistics, resolve
 from wsgi_bg.runners.attached import Attached
-from wsgi_bg.runners.keeping import KeepingCaller, KeepingRunner
+from wsgi_bg.runners.keeping import KeepingCaller, KeepingRunner, is_answered
 from wsgi_bg.runners.ledger import Ledger
 from wsgi_bg.runners.pool import PoolRunner, shared_pool
 from wsgi_bg.runners.timer import Deferring
@@ -201,7 +201,7 @@ class DurableRunner(KeepingRunner):
             if kept.has_parent:
                 return
             # On another thread of that task, which has ended meanwhile.
-        if _is_answered(batch):
+        if is_answered(batch):
             self._states.get().keep_late(task, batch.root)
 
     def joined(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
@@ -212,7 +212,7 @@ class DurableRunner(KeepingRunner):
         kept = task.message
         if not isinstance(kept, Kept) or kept.has_parent or not kept.is_new:
             return
-        if _is_answered(batch):
+        if is_answered(batch):
             try:
                 self._states.get().keep_late(task, batch.root)
             except StoreError:
@@ -887,11 +887,6 @@ class _State:
             self.leave(kept)
         batch.run()  # no task is left: only end the batch
         return False
-
-
-def _is_answered(batch: BackgroundTasks) -> bool:
-    """True if the server may send the answer of the request, or the tasks run."""
-    return getattr(batch.root, "is_answered", True)
 
 
 def _options_of(task: BackgroundTask) -> str:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from wsgi_bg._messages import headers
 from wsgi_bg._tasks.retry import Retry
 
 RETRY = "x-wsgi-bg-retry"
@@ -24,6 +25,17 @@ def to_text(retry: Retry) -> str:
     classes = retry.on if isinstance(retry.on, tuple) else (retry.on,)
     fields: dict[str, Any] = {name: getattr(retry, name) for name in _FIELDS}
     return json.dumps({**fields, "on": [_name(each) for each in classes]})
+
+
+def headers_of_call(retry: Retry | None) -> dict[str, str]:
+    """Return the headers of a call that is added in the current context.
+
+    :param retry: the ``Retry`` of this call; None for that of its function, which the worker
+        knows.
+    :raises TypeError: as :func:`wsgi_bg._messages.headers.current` does.
+    """
+    carried = headers.current()
+    return carried if retry is None else {**carried, RETRY: to_text(retry)}
 
 
 def find(header: object, of_function: Retry | None) -> Retry | None:

@@ -7,9 +7,8 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from wsgi_bg._messages import headers
 from wsgi_bg._messages.codec import encode
-from wsgi_bg._messages.retries import RETRY, to_text
+from wsgi_bg._messages.retries import headers_of_call
 from wsgi_bg._tasks import registry
 from wsgi_bg._tasks.checks import Kind, entries
 from wsgi_bg._tasks.task import BackgroundTask
@@ -62,9 +61,7 @@ def encode_call(task: BackgroundTask, known: EngineOptions | None = None) -> Enc
     options = {**(registration.engine or {}), **given}
     entries("engine", options, known or {})
     text = encode(registration.name, registration.signature, task.args, task.kwargs)
-    carried = headers.current()
-    if task.options.retry is not None:  # the worker knows the function's own
-        carried[RETRY] = to_text(task.options.retry)
+    carried = headers_of_call(task.options.retry)
     delay = task.options.delay
     due = time.time() + delay if delay else 0.0
     return EncodedCall(registration.name, text, carried, options, task.id, due)

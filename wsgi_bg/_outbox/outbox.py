@@ -96,7 +96,6 @@ class Unsent:
         "context",
         "deadline",
         "not_before",
-        "runner",
         "stored",
         "task",
         "was_tried",
@@ -108,7 +107,6 @@ class Unsent:
         context: Context,
         stored: Stored,
         wait: float,
-        runner: Runner,
         ledger: Ledger,
     ) -> None:
         now = time.monotonic()
@@ -117,7 +115,6 @@ class Unsent:
         self.stored: Stored = stored
         self.not_before: float = now + START_DELAY
         self.deadline: float = now + wait
-        self.runner: Runner = runner
         self.was_tried: bool = False
         self._ledger = ledger
         self._right = {"to end": True}
@@ -151,7 +148,8 @@ class Unsent:
 class Outbox:
     """The tasks of a runner that wait to be sent in this process, in the order of ``put``.
 
-    No method blocks, and no lock is held: a signal handler may raise anywhere.
+    No method but :meth:`send_here` blocks, and no lock is held: a signal handler may raise
+    anywhere.
 
     :param connect: makes a connection to the broker; may block.
     :param runner: the runner that the tasks belong to.
@@ -212,14 +210,8 @@ class Outbox:
         limits = self._limits
         is_held = stored.message.when_unsent == "hold"
         wait = limits.hold_for if is_held else limits.publish_timeout
-        unsent = Unsent(
-            task,
-            task.context or task.new_context(),
-            stored,
-            wait,
-            self._runner,
-            self._ledger,
-        )
+        context = task.context or task.new_context()
+        unsent = Unsent(task, context, stored, wait, self._ledger)
         self._last_put = time.monotonic()  # before the next line: see _is_over()
         self.start()
         steps = (
@@ -361,9 +353,8 @@ class Outbox:
         if unsent.stored.begin():
             return True
         if unsent.claim():
-            self._run_in(
-                unsent, task_log.notify_discarded, unsent.task, "it was discarded by hand"
-            )
+            reason = "it was discarded by hand"
+            unsent.context.run(task_log.notify_discarded, unsent.task, reason)
             self._ledger.end_unsent(unsent)
         return False
 
@@ -393,7 +384,7 @@ class Outbox:
             )
             return
         unsent.stored.end("done")
-        self._run_in(unsent, task.options.calls.sent, task)
+        unsent.context.run(task.options.calls.sent, task)
         self._ledger.end_unsent(unsent, sent=1)
 
     def _wait_for_broker(self, left: list[Unsent], exc: Exception) -> None:
@@ -428,8 +419,8 @@ class Outbox:
     def _fail(self, unsent: Unsent, error: PublishError) -> None:
         task = unsent.task
         unsent.stored.end("aside", type_name(error.__cause__ or error))
-        self._run_in(unsent, task_log.log_failure, task, error)
-        self._run_in(unsent, task_log.notify_failure, task, error)
+        unsent.context.run(task_log.log_failure, task, error)
+        unsent.context.run(task_log.notify_failure, task, error)
         self._ledger.end_unsent(unsent, failed=1)
 
     def _run_here(self, unsent: Unsent, error: PublishError) -> None:
@@ -440,7 +431,7 @@ class Outbox:
         options: Any = task.options
         copy.options = queue.options = options.override(run_on="always")
         copy.context, copy.message = unsent.context, unsent.stored
-        self._run_in(unsent, task.options.calls.moved, task, copy, queue)
+        unsent.context.run(task.options.calls.moved, task, copy, queue)
         queue.open_list().append(copy)
         queue.close()
         batch = Batch(queue, response_complete=True)
@@ -448,10 +439,6 @@ class Outbox:
         self._ledger.end_unsent(unsent)
         if not self._submitters.submit(batch):
             submit_later(self._local, batch)
-
-    def _run_in(self, unsent: Unsent, func: Callable[..., object], *args: Any) -> None:
-        """Call users' code in the task's context; what the code raises is logged there."""
-        unsent.context.run(func, *args)
 
 
 class _Chunk:

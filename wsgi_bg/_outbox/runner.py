@@ -27,7 +27,7 @@ from wsgi_bg._tasks.task import BackgroundTask, Queue, Queued, fill, plan_of
 from wsgi_bg.exceptions import MessageError, OptionTypeError
 from wsgi_bg.runners import Runner, resolve
 from wsgi_bg.runners.attached import Attached
-from wsgi_bg.runners.keeping import KeepingRunner
+from wsgi_bg.runners.keeping import KeepingRunner, is_answered
 from wsgi_bg.runners.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -266,7 +266,7 @@ class OutboxRunner(KeepingRunner):
 
         :raises StoreError: as :meth:`keep` does.
         """
-        if getattr(batch.root, "is_answered", True):
+        if is_answered(batch):
             self.keep([task])
 
     def joined(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
@@ -274,8 +274,7 @@ class OutboxRunner(KeepingRunner):
 
         :raises StoreError: as :meth:`keep` does.
         """
-        if getattr(batch.root, "is_answered", True):
-            self.keep([task])
+        self.added(task, batch)
 
     def begin(self, task: BackgroundTask) -> bool:
         """True: a task that runs here is to run."""

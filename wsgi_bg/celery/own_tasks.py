@@ -36,8 +36,6 @@ def find(app: Celery, task: BackgroundTask, options: dict[str, Any]) -> Call | N
     func: Any = task.func
     if type(func) is FunctionType:
         return None
-    if isinstance(func, Signature):
-        return _of_signature(app, func, task, options)
     if type(func) is MethodType and func.__name__ == "delay":
         func = func.__self__
     if isinstance(func, Signature):

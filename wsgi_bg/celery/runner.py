@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from wsgi_bg._messages import headers
 from wsgi_bg._messages.codec import encode
-from wsgi_bg._messages.retries import RETRY, to_text
+from wsgi_bg._messages.retries import headers_of_call
 from wsgi_bg._outbox.runner import OutboxRunner
 from wsgi_bg._outbox.stored import Message
 from wsgi_bg._process.per_process import PerProcess
@@ -155,9 +154,7 @@ class CeleryRunner(OutboxRunner):
         if not celery_worker.is_served(celery_task):
             raise NameTakenError(name, f"a task of {self._app!r}")
         text = encode(name, registration.signature, task.args, task.kwargs)
-        carried = headers.current()
-        if task.options.retry is not None:  # the worker knows the function's own
-            carried[RETRY] = to_text(task.options.retry)
+        carried = headers_of_call(task.options.retry)
         of_function = (registration.celery or NO_OPTIONS).message
         engine = for_one_call(registration.engine or {})
         options = _with_delay(task, {**of_function, **engine, **_given(task)})

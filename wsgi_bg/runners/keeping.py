@@ -84,6 +84,11 @@ class KeepingRunner(LedgerRunner):
         raise NotImplementedError
 
 
+def is_answered(batch: BackgroundTasks) -> bool:
+    """True if the server may send the answer of the request, or the tasks run."""
+    return getattr(batch.root, "is_answered", True)
+
+
 def keeps_tasks(runner: object) -> TypeGuard[KeepingRunner]:
     """True if ``runner`` stores tasks."""
     return isinstance(runner, KeepingRunner) and runner.keeps
