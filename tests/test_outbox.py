@@ -493,6 +493,18 @@ def test_messages_of_a_killed_process_are_sent_by_another(tmp_path: Path) -> Non
         assert wait_until(lambda: len(sent(tmp_path)) == 3)
 
 
+def test_the_file_of_a_killed_process_goes_when_its_messages_are_sent(tmp_path: Path) -> None:
+    with process(tmp_path, "a"):
+        pass
+    folder = check_folder(tmp_path / "tasks" / "outbox")
+    [left] = folder.numbers()
+    (tmp_path / "is_up").touch()
+    runner = FilePost(tmp_path)
+    request(runner, add(send, "b"))
+    assert wait_until(lambda: sorted(sent(tmp_path)) == ["a", "b"])
+    assert wait_until(lambda: left not in folder.numbers())
+
+
 def test_a_message_that_was_sent_is_not_sent_again(tmp_path: Path) -> None:
     (tmp_path / "is_up").touch()
     with process(tmp_path, "a"):
