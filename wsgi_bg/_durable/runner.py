@@ -457,7 +457,7 @@ class Reruns(Attached):
                 run_on="always", stop_on_error=stops, delay=0.0
             )
             context = copy_context()
-            headers.restore(context, json.loads(row.context or "{}").get)
+            headers.restore(context, json.loads(row.context or "{}"))
         except Exception as exc:  # a forged row
             log.error("durable task %s was put aside: it cannot be read", row.name)
             store.end(Outcome(row, "aside", ended=time.time(), error=type_name(exc)))
