@@ -14,7 +14,6 @@ try:
     import sentry_sdk
     from sentry_sdk.scope import global_event_processors, use_isolation_scope
     from sentry_sdk.tracing import BAGGAGE_HEADER_NAME, SENTRY_TRACE_HEADER_NAME
-    from sentry_sdk.tracing_utils import has_span_streaming_enabled
     from sentry_sdk.utils import event_from_exception
 except ImportError as _exc:
     raise ExtraMissingError("sentry", "wsgi_bg.sentry") from _exc
@@ -175,7 +174,7 @@ class _Attempt:
 
 
 def _transaction(name: str, given: dict[str, str]) -> AbstractContextManager[Any]:
-    if has_span_streaming_enabled(sentry_sdk.get_client().options):
+    if _is_streamed():
         sentry_sdk.traces.continue_trace(given)
         attributes = {
             "sentry.op": _OP,
@@ -189,16 +188,22 @@ def _transaction(name: str, given: dict[str, str]) -> AbstractContextManager[Any
     return sentry_sdk.start_transaction(transaction)
 
 
+def _is_streamed() -> bool:
+    """True if the client sends spans one by one, and knows no transactions."""
+    options = sentry_sdk.get_client().options
+    given = options.get("trace_lifecycle")
+    return (given or options["_experiments"].get("trace_lifecycle")) == "stream"
+
+
 def _is_of_engine() -> bool:
     """True if Sentry's integration of the engine has made a transaction for the task."""
     scope = sentry_sdk.get_current_scope()
-    span = scope.span
-    if span is not None:
-        return str(span.op).startswith("queue.task.")
-    streamed = scope.streamed_span
-    return streamed is not None and str(
-        streamed.get_attributes().get("sentry.op")
-    ).startswith("queue.task.")
+    if _is_streamed():
+        streamed = scope.streamed_span
+        op = None if streamed is None else streamed.get_attributes().get("sentry.op")
+    else:
+        op = None if scope.span is None else scope.span.op
+    return str(op).startswith(("queue.task.", "queue.process"))
 
 
 def _add_headers(carrier: dict[str, str]) -> None:
