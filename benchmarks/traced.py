@@ -57,7 +57,11 @@ def bare(tracer: Tracer) -> None:
         "code.function.name": "benchmarks.traced.nothing",
     }
     with tracer.start_as_current_span(
-        "process benchmarks.traced.nothing", Context(), SpanKind.CONSUMER, attributes, [Link(origin)]
+        "process benchmarks.traced.nothing",
+        Context(),
+        SpanKind.CONSUMER,
+        attributes,
+        [Link(origin)],
     ):
         nothing()
 

@@ -1,4 +1,4 @@
-"""An application with Sentry and its default integrations, for processes of their own.
+"""Applications with Sentry and its integrations, for processes of their own.
 
 ``sentry_sdk.init`` patches Flask, Celery, logging and threads for the rest of a process.
 """
@@ -15,6 +15,8 @@ from typing import Any
 import flask
 import sentry_sdk
 from sentry_sdk.envelope import Envelope
+from sentry_sdk.integrations.celery import CeleryIntegration
+from sentry_sdk.integrations.flask import FlaskIntegration
 from sentry_sdk.transport import Transport
 
 import wsgi_bg
@@ -97,23 +99,30 @@ SECRET = "".join(("sec", "-", "ret"))  # not as a literal: events quote the sour
 
 
 def start(**options: Any) -> None:
-    sentry_sdk.init(dsn=DSN, transport=Recorder, traces_sample_rate=1.0, **options)
+    sentry_sdk.init(
+        dsn=DSN,
+        transport=Recorder,
+        traces_sample_rate=1.0,
+        auto_enabling_integrations=False,  # there are many packages to find here
+        integrations=[FlaskIntegration(), CeleryIntegration()],
+        **options,
+    )
 
 
 def run_flask(runner: Any = "pool", **options: Any) -> None:
-    """Handle two requests: tasks that succeed, and tasks that fail."""
+    """Handle requests: tasks that succeed, tasks that fail, and one without hooks."""
     start(**options)
     app = flask.Flask("shop")
     Background(app, runner=runner, hooks=SentryHooks())
 
-    @app.get("/good")  # type: ignore[untyped-decorator]
+    @app.get("/good")
     def good() -> str:
         sentry_sdk.set_tag("request", "1")
         background_tasks.add_task(set_one)
         background_tasks.add_task(set_two)
         return "ok"
 
-    @app.get("/bad")  # type: ignore[untyped-decorator]
+    @app.get("/bad")
     def bad() -> str:
         background_tasks.add_task(fail, SECRET)
         background_tasks.add_task(fail_async, SECRET)
@@ -124,6 +133,8 @@ def run_flask(runner: Any = "pool", **options: Any) -> None:
     for path in ("/good", "/bad"):
         Server().run(app, make_server_environ(PATH_INFO=path))
         assert wsgi_bg.wait(20) == []
+    unwatched = app_that(lambda _: background_tasks.add_task(int, "one"))
+    Server().run(BackgroundTasksMiddleware(unwatched), make_server_environ())
     sentry_sdk.flush()
 
 

@@ -27,8 +27,15 @@ import wsgi_bg
 from tests import traced_shop
 from tests.celery_support import filesystem, worker
 from tests.conftest import Log
-from tests.support import TIMEOUT, Gate, Server, app_that, make_server_environ, respond
-from tests.support import run_python
+from tests.support import (
+    TIMEOUT,
+    Gate,
+    Server,
+    app_that,
+    make_server_environ,
+    respond,
+    run_python,
+)
 from tests.test_examples import wait_until
 from tests.test_outbox_seam import ListRunner
 from tests.traced_shop import as_dict, provider_for, spans_in
@@ -46,6 +53,7 @@ from wsgi_bg.opentelemetry import OpenTelemetryHooks
 from wsgi_bg.outbox import RetryLater, run_call
 
 ROOT = Path(__file__).parents[1]
+FLASK: Any = FlaskInstrumentor()
 TEXT = "[1,[],{}]"
 
 
@@ -305,10 +313,10 @@ def test_a_task_belongs_to_the_server_span_of_flask(
 ) -> None:
     app = flask.Flask("shop")
     Background(app, runner=runner, hooks=OpenTelemetryHooks(spans.provider, parent))
-    FlaskInstrumentor().instrument_app(app, tracer_provider=spans.provider)
+    FLASK.instrument_app(app, tracer_provider=spans.provider)
     both = threading.Barrier(2)
 
-    @app.get("/<number>")  # type: ignore[untyped-decorator]
+    @app.get("/<number>")
     def view(number: str) -> str:
         both.wait(TIMEOUT)  # two requests at once
         background_tasks.add_task(named(spans, number, is_async=False))
@@ -317,7 +325,7 @@ def test_a_task_belongs_to_the_server_span_of_flask(
 
     in_threads(lambda number: Server().run(app, make_server_environ(PATH_INFO=f"/{number}")))
     check_requests(spans, parent)
-    FlaskInstrumentor().uninstrument_app(app)
+    FLASK.uninstrument_app(app)
 
 
 @pytest.mark.parametrize("parent", ["link", "child"])
@@ -387,9 +395,9 @@ def test_a_task_that_begins_after_the_response_belongs_to_the_server_span(
 ) -> None:
     app = flask.Flask("shop")
     Background(app, runner=PoolRunner(), hooks=OpenTelemetryHooks(spans.provider, "child"))
-    FlaskInstrumentor().instrument_app(app, tracer_provider=spans.provider)
+    FLASK.instrument_app(app, tracer_provider=spans.provider)
 
-    @app.get("/")  # type: ignore[untyped-decorator]
+    @app.get("/")
     def view() -> str:
         background_tasks.add_task(gate.task)
         return "ok"
@@ -399,7 +407,7 @@ def test_a_task_that_begins_after_the_response_belongs_to_the_server_span(
     gate.open()
     [task] = spans.wait_for("Gate.task")
     assert [task["trace"], task["parent"]] == place(server)
-    FlaskInstrumentor().uninstrument_app(app)
+    FLASK.uninstrument_app(app)
 
 
 # Other processes
@@ -447,25 +455,20 @@ def test_each_attempt_on_a_worker_continues_the_trace(spans: Spans, tmp_path: Pa
 
 
 @pytest.mark.parametrize("parent", ["link", "child"])
+@pytest.mark.parametrize("function", [traced_shop.add, traced_shop.add_local])
 def test_a_task_that_a_task_on_a_worker_adds_belongs_to_that_task(
-    spans: Spans, parent: Any
+    spans: Spans, function: Any, parent: Any
 ) -> None:
-    runner, call = sent(spans, traced_shop.add, parent)
-    runner.away = True
-    run_call_locally(runner, call)
-    [[added]] = runner.sent[1:]
-    run_call(runner, added.name, added.text, added.headers, 1, added.id)
-    adder, task = spans.one("traced_shop.add"), spans.one("traced_shop.work")
+    runner, call = sent(spans, function, parent)
+    run_call(runner, call.name, call.text, call.headers, 1, call.id)
+    for [added] in runner.sent[1:]:
+        run_call(runner, added.name, added.text, added.headers, 1, added.id)
+    adder, [task] = spans.one(function.__name__), spans.wait_for("work")
     if parent == "link":
         assert task["links"] == [place(adder)]
     else:
         assert [task["trace"], task["parent"]] == place(adder)
-
-
-def run_call_locally(runner: ListRunner, call: Any) -> None:
-    runner.away = False
-    run_call(runner, call.name, call.text, call.headers, 1, call.id)
-    assert wait_until(lambda: len(runner.sent) == 2)
+    assert task["kind"] == "CONSUMER"
 
 
 def test_a_forged_trace_is_ignored(spans: Spans) -> None:

@@ -85,6 +85,15 @@ def add() -> None:
     background_tasks.add_task(work)
 
 
+@registered_task(name="traced.add_local")
+def add_local() -> None:
+    background_tasks.add_task(local_work)
+
+
+def local_work() -> None:
+    pass
+
+
 @registered_task(name="traced.fail_once", retry=Retry(2, first=0.01, jitter=False))
 def fail_once(secret: str, path: str) -> None:
     file = Path(path)
@@ -107,7 +116,8 @@ if "SHOP_BROKER" in os.environ:
     if "TRACED_CELERY" in os.environ:
         from opentelemetry.instrumentation.celery import CeleryInstrumentor
 
-        CeleryInstrumentor().instrument(tracer_provider=provider)
+        make: Any = CeleryInstrumentor
+        make().instrument(tracer_provider=provider)
     app = make_app(*json.loads(os.environ["SHOP_BROKER"]))
     runner = CeleryRunner(app)
     BackgroundTasksMiddleware(

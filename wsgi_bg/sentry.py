@@ -13,7 +13,7 @@ from wsgi_bg.hooks import Hooks, TaskRecord
 try:
     import sentry_sdk
     from sentry_sdk.scope import global_event_processors, use_isolation_scope
-    from sentry_sdk.tracing import BAGGAGE_HEADER_NAME, SENTRY_TRACE_HEADER_NAME
+    from sentry_sdk.tracing import BAGGAGE_HEADER_NAME as _BAGGAGE
     from sentry_sdk.utils import event_from_exception
 except ImportError as _exc:
     raise ExtraMissingError("sentry", "wsgi_bg.sentry") from _exc
@@ -176,7 +176,7 @@ class _Attempt:
 def _transaction(name: str, given: dict[str, str]) -> AbstractContextManager[Any]:
     if _is_streamed():
         sentry_sdk.traces.continue_trace(given)
-        attributes = {
+        attributes: dict[str, Any] = {
             "sentry.op": _OP,
             "sentry.origin": _ORIGIN,
             "sentry.segment.name.source": "task",
@@ -192,7 +192,7 @@ def _is_streamed() -> bool:
     """True if the client sends spans one by one, and knows no transactions."""
     options = sentry_sdk.get_client().options
     given = options.get("trace_lifecycle")
-    return (given or options["_experiments"].get("trace_lifecycle")) == "stream"
+    return bool((given or options["_experiments"].get("trace_lifecycle")) == "stream")
 
 
 def _is_of_engine() -> bool:
@@ -208,16 +208,16 @@ def _is_of_engine() -> bool:
 
 def _add_headers(carrier: dict[str, str]) -> None:
     """Add the headers of the current trace to those of a message."""
-    trace, baggage = sentry_sdk.get_traceparent(), sentry_sdk.get_baggage()
-    if trace is not None:
-        carrier[SENTRY_TRACE_HEADER_NAME] = trace
-    if baggage:
-        others = carrier.get(BAGGAGE_HEADER_NAME)  # another tracer's
-        carrier[BAGGAGE_HEADER_NAME] = f"{others},{baggage}" if others else baggage
+    for name, value in sentry_sdk.get_current_scope().iter_trace_propagation_headers():
+        others = carrier.get(name)  # the baggage of another tracer
+        carrier[name] = f"{others},{value}" if others and name == _BAGGAGE else value
 
 
 def _drop_logged(event: Event, hint: Hint) -> Event | None:
-    """Drop the event of our log record of an error that :meth:`SentryHooks.task_failed` sends."""
+    """Drop the event that ``LoggingIntegration`` makes of the package's log record.
+
+    :meth:`SentryHooks.task_failed` sends the error.
+    """
     logged = hint.get("log_record") if hint else None
     if logged is not None and getattr(logged, "wsgi_bg_outcome", None) == "failed":
         record = _running.get()
