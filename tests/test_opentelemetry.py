@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -214,6 +215,22 @@ def test_the_span_is_current_in_the_task_only(spans: Spans, function: Any) -> No
     [added] = [span for span in spans.all if span["name"].endswith(".after")]
     assert added["links"] == [place(task)]
     assert spans.of(function.__name__)[0]["links"] == [place(spans.one("request"))]
+
+
+@pytest.mark.parametrize("function", [fail, fail_async])
+def test_the_log_record_of_an_error_has_the_ids_of_the_span(
+    spans: Spans, function: Any, log: Log, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[int] = []
+
+    def note(record: logging.LogRecord) -> bool:
+        if record.levelno == logging.ERROR:
+            seen.append(trace.get_current_span().get_span_context().span_id)
+        return True
+
+    caplog.handler.addFilter(note)
+    request(spans, function)
+    assert seen == [spans.one(function.__name__)["span"]]
 
 
 def test_each_attempt_has_a_span(spans: Spans) -> None:

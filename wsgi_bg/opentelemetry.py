@@ -18,7 +18,7 @@ from wsgi_bg.hooks import Hooks, TaskRecord
 
 try:
     from opentelemetry import propagate, trace
-    from opentelemetry.context import attach, detach, get_current
+    from opentelemetry.context import attach, get_current
     from opentelemetry.trace import (
         INVALID_SPAN,
         Link,
@@ -32,10 +32,8 @@ except ImportError as _exc:
     raise ExtraMissingError("opentelemetry", "wsgi_bg.opentelemetry") from _exc
 
 if TYPE_CHECKING:
-    from contextvars import Token
     from types import TracebackType
 
-    from opentelemetry.context import Context
     from opentelemetry.trace import Span, Tracer, TracerProvider
 
 __all__ = ["OpenTelemetryHooks"]
@@ -57,8 +55,9 @@ _is_inside: ContextVar[bool] = ContextVar("wsgi_bg.opentelemetry", default=False
 class OpenTelemetryHooks(Hooks):
     """Makes a span of each attempt of a task; pass an object as ``hooks=`` of the middleware.
 
-    The span is current in the task: the task's own spans are its children. A task that raises
-    has a span with the error and its traceback. Spans have no arguments.
+    The span is current in the task, in the log record of its error and in ``on_error``: the
+    task's own spans are its children. A task that raises has a span with the error and its
+    traceback. Spans have no arguments.
 
     The trace context of the request travels with stored and sent tasks, by the propagators of
     :mod:`opentelemetry.propagate`. If an instrumentation of the engine has made a span on the
@@ -99,12 +98,15 @@ class OpenTelemetryHooks(Hooks):
 
 
 class _Attempt:
-    """The span of an attempt, which is current until the call has ended."""
+    """The span of an attempt.
 
-    __slots__ = ("_is_child", "_record", "_span", "_token", "_tracer")
+    The span stays current in the context of the attempt, which is a copy that nothing else
+    runs in, but for the log record of an error and ``on_error``: they have the span's ids.
+    """
 
-    _span: Span
-    _token: Token[Context] | None
+    __slots__ = ("_is_child", "_record", "_span", "_tracer")
+
+    _span: Span | None
 
     def __init__(self, tracer: Tracer, record: TaskRecord, *, is_child: bool) -> None:
         self._tracer = tracer
@@ -112,7 +114,7 @@ class _Attempt:
         self._is_child = is_child
 
     def __enter__(self) -> None:
-        self._token = None
+        self._span = None
         try:
             self._begin()
         except Exception as exc:
@@ -144,7 +146,7 @@ class _Attempt:
             if record.attempt > 1:
                 span.set_attribute("wsgi_bg.attempt", record.attempt)
         self._span = span
-        self._token = attach(set_span_in_context(span, parent))
+        attach(set_span_in_context(span, parent))
 
     def __exit__(
         self,
@@ -152,13 +154,13 @@ class _Attempt:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._token is None:
+        span = self._span
+        if span is None:
             return
-        detach(self._token)
         try:
-            if exc is not None and self._span.is_recording():
-                _note(self._span, exc)
-            self._span.end()
+            if exc is not None and span.is_recording():
+                _note(span, exc)
+            span.end()
         except Exception as error:
             log.error("the span of %s could not be ended", self._record.name, exc_info=error)
 
