@@ -58,6 +58,13 @@ def log_end(task: BackgroundTask, started: float, error: BaseException | None = 
     observe_log(task, partial(log.debug, message, task.name, outcome, seconds, extra=extra))
 
 
+def log_slow(task: BackgroundTask, seconds: float, stack: str) -> None:
+    """Log that a call has taken ``seconds`` and goes on, with its stack at this moment."""
+    message = "background task %s still runs after %.3g seconds:\n%s"
+    extra = _fields(task, "running")
+    observe_log(task, partial(log.warning, message, task.name, seconds, stack, extra=extra))
+
+
 def log_attempt(task: BackgroundTask, exc: BaseException, seconds: float) -> None:
     """Log the error of an attempt after which the task will be called again.
 
@@ -90,8 +97,8 @@ def _fields(
 
     :param started: when the call began (:func:`time.monotonic`), if the caller knows.
     """
-    root = task.root
     record = task.record[0] if task.record else None
+    root = task.root if record is None else record.batch.root
     added = None
     if record is not None:
         added = record.added_at
