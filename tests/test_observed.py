@@ -565,11 +565,12 @@ def test_tasks_that_are_run_by_hand_have_records_of_their_ends_too(
         tasks.add_task(function)
     with pytest.raises(ValueError, match="a bug"):
         tasks()
-    ends = [vars(each) for each in caplog.records if each.levelno == logging.DEBUG]
-    found = [
-        (each["wsgi_bg_task"].rpartition(".")[2], each["wsgi_bg_outcome"]) for each in ends
+    ends = [
+        (vars(each)["wsgi_bg_task"].rpartition(".")[2], vars(each)["wsgi_bg_outcome"])
+        for each in caplog.records
+        if each.levelno == logging.DEBUG
     ]
-    assert found == [("look", "succeeded"), ("fail_async", "failed")] * (level == logging.DEBUG)
+    assert ends == [("look", "succeeded"), ("fail_async", "failed")] * (level == logging.DEBUG)
 
 
 def test_a_record_about_a_task_that_is_no_object_has_all_fields_too() -> None:
