@@ -174,12 +174,14 @@ def test_the_attributes_follow_the_conventions_and_have_no_arguments(spans: Span
 
     respond(BackgroundTasksMiddleware(app_that(add), hooks=OpenTelemetryHooks(spans.provider)))
     [span] = spans.all
+    name = span["name"].removeprefix("process ")
     assert span["attributes"] == {
         "messaging.system": "wsgi_bg",
         "messaging.operation.name": "process",
         "messaging.operation.type": "process",
         "messaging.message.id": ids[0],
-        "code.function.name": span["name"].removeprefix("process "),
+        "messaging.destination.name": name,
+        "code.function.name": name,
     }
     assert "sec-ret" not in json.dumps(span)
 

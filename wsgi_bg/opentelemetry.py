@@ -1,8 +1,8 @@
 """``OpenTelemetryHooks``: a span for each attempt of each task.
 
-Names follow OpenTelemetry's semantic conventions 1.44: the pages "Semantic conventions for
-messaging spans" (in development) and the attributes ``code.function.name`` and ``error.type``
-(stable), https://opentelemetry.io/docs/specs/semconv/messaging/messaging-spans/.
+Names, kind and links follow OpenTelemetry's semantic conventions 1.44: the page "Semantic
+conventions for messaging spans" (in development), and the attributes ``code.function.name`` and
+``error.type`` (stable). https://opentelemetry.io/docs/specs/semconv/messaging/messaging-spans/
 """
 
 from __future__ import annotations
@@ -42,12 +42,6 @@ Parent = Literal["link", "child"]
 
 _LONGEST = 250  # characters of the name of a function
 
-_SYSTEM = {
-    "messaging.system": "wsgi_bg",
-    "messaging.operation.name": "process",
-    "messaging.operation.type": "process",
-}
-
 _is_inside: ContextVar[bool] = ContextVar("wsgi_bg.opentelemetry", default=False)
 """True in a task that another process has added, and in the tasks that it adds."""
 
@@ -63,10 +57,11 @@ class OpenTelemetryHooks(Hooks):
     :mod:`opentelemetry.propagate`. If an instrumentation of the engine has made a span on the
     worker, the span of the task is a child of that span.
 
-    The attributes are ``code.function.name``, ``messaging.system`` (``"wsgi_bg"``),
-    ``messaging.operation.name`` and ``messaging.operation.type`` (``"process"``) for the
-    sampler. A span that is recorded also has ``messaging.message.id``, which is the task's id,
-    ``wsgi_bg.attempt`` from the second attempt on, and ``error.type`` after an error.
+    The attributes for the sampler are ``code.function.name``, ``messaging.destination.name``
+    (the same), ``messaging.system`` (``"wsgi_bg"``), ``messaging.operation.name`` and
+    ``messaging.operation.type`` (``"process"``). A span that is recorded also has
+    ``messaging.message.id``, which is the task's id, ``wsgi_bg.attempt`` from the second
+    attempt on, and ``error.type`` after an error.
 
     The methods are called on the threads of the tasks and on the event loop's thread. They do
     not block, unless a span processor does. An error of a sampler or a processor is logged;
@@ -138,9 +133,14 @@ class _Attempt:
         if origin.is_valid and not is_child:
             links = [Link(origin)]
             parent = set_span_in_context(INVALID_SPAN, parent)
-        span = self._tracer.start_span(
-            f"process {name}", parent, kind, {**_SYSTEM, "code.function.name": name}, links
-        )
+        attributes = {
+            "messaging.system": "wsgi_bg",
+            "messaging.operation.name": "process",
+            "messaging.operation.type": "process",
+            "messaging.destination.name": name,
+            "code.function.name": name,
+        }
+        span = self._tracer.start_span(f"process {name}", parent, kind, attributes, links)
         if span.is_recording():
             span.set_attribute("messaging.message.id", record.id)
             if record.attempt > 1:
