@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +84,17 @@ class Spans:
         return self.of(name)
 
 
+@pytest.fixture(autouse=True)
+def no_carrier_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget at the end which tracers have added headers to messages."""
+    monkeypatch.setattr(headers, "carriers", {})
+
+
 @pytest.fixture
-def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spans]:
-    before = dict(headers.carriers)
+def spans(monkeypatch: pytest.MonkeyPatch) -> Spans:
     found = Spans()
     monkeypatch.setattr(traced_shop, "provider", found.provider)
-    yield found
-    headers.carriers.clear()
-    headers.carriers.update(before)
+    return found
 
 
 def place(span: dict[str, Any]) -> list[int]:
@@ -298,6 +302,23 @@ def test_an_error_of_a_processor_is_logged_and_the_task_runs(moment: str, log: L
     word = {"on_start": "begun", "on_end": "ended"}[moment]
     [error] = log.errors
     assert error == f"the span of list.append could not be {word}"
+
+
+@pytest.mark.parametrize("function", [succeed, succeed_async])
+def test_a_task_is_freed_without_the_garbage_collector(spans: Spans, function: Any) -> None:
+    tasks: list[weakref.ref[Any]] = []
+
+    def add(environ: object) -> None:
+        tasks.append(weakref.ref(background_tasks.add_task(function)))
+
+    gc.disable()
+    try:
+        respond(
+            BackgroundTasksMiddleware(app_that(add), hooks=OpenTelemetryHooks(spans.provider))
+        )
+        assert [task() for task in tasks] == [None]
+    finally:
+        gc.enable()
 
 
 def test_wrong_options_are_refused() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -170,6 +172,12 @@ def test_a_worker_with_sentrys_own_integration_keeps_to_it(tmp_path: Path) -> No
 # A client without integrations
 
 
+@pytest.fixture(autouse=True)
+def no_carrier_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget at the end which tracers have added headers to messages."""
+    monkeypatch.setattr(headers, "carriers", {})
+
+
 @pytest.fixture
 def options() -> dict[str, Any]:
     """Options of the client."""
@@ -179,7 +187,6 @@ def options() -> dict[str, Any]:
 @pytest.fixture
 def items(options: dict[str, Any]) -> Iterator[list[Item]]:
     """The items of a client of this process, which patches nothing."""
-    before = dict(headers.carriers)
     client = sentry_sdk.Client(
         dsn=DSN,
         transport=Recorder,
@@ -194,8 +201,6 @@ def items(options: dict[str, Any]) -> Iterator[list[Item]]:
     yield transport.items
     sentry_sdk.get_global_scope().set_client(None)
     client.close(0)
-    headers.carriers.clear()
-    headers.carriers.update(before)
 
 
 def run(*functions: Any, hooks: SentryHooks | None = None, args: Any = ()) -> None:
@@ -231,6 +236,23 @@ def test_a_long_name_is_cut(items: list[Item]) -> None:
     function.__qualname__ = 1000 * "a"
     run(function)
     assert {len(item["transaction"]) for item in items} == {250}
+
+
+@pytest.mark.parametrize("function", [sentry_shop.set_one, sentry_shop.set_two])
+def test_a_task_is_freed_without_the_garbage_collector(
+    items: list[Item], function: Any
+) -> None:
+    tasks: list[weakref.ref[Any]] = []
+
+    def add(environ: object) -> None:
+        tasks.append(weakref.ref(background_tasks.add_task(function)))
+
+    gc.disable()
+    try:
+        respond(BackgroundTasksMiddleware(app_that(add), hooks=SentryHooks()))
+        assert [task() for task in tasks] == [None]
+    finally:
+        gc.enable()
 
 
 def sent(*functions: Any, runner: Any) -> list[Any]:

@@ -32,8 +32,8 @@ _LONGEST = 250  # characters of the name of a function
 _OP = "queue.task.wsgi_bg"
 _ORIGIN = "auto.queue.wsgi_bg"
 
-_running: ContextVar[TaskRecord | None] = ContextVar("wsgi_bg.sentry", default=None)
-"""The task of this context, or the task that has added it."""
+_running: ContextVar[str | None] = ContextVar("wsgi_bg.sentry", default=None)
+"""The id of the task of this context, or of the task that has added it."""
 
 
 class SentryHooks(Hooks):
@@ -72,15 +72,17 @@ class SentryHooks(Hooks):
         if sentry_sdk.get_client().is_active():
             given: dict[str, str] = {}
             _add_headers(given)
-            record.data[self] = _Attempt(record, given)
+            record.data[self] = given
 
     def around(self, record: TaskRecord) -> _Attempt | None:
         """Return the context manager of an attempt: see :class:`~wsgi_bg.hooks.Hooks`."""
         if not sentry_sdk.get_client().is_active():
             return None
         before = record.data.get(self)
-        if before is not None:
+        if isinstance(before, _Attempt):
             given = before.given
+        elif before is not None:
+            given = before
         elif _is_of_engine():
             return None
         else:
@@ -91,24 +93,33 @@ class SentryHooks(Hooks):
     def task_failed(self, record: TaskRecord) -> None:
         """Send the error of the last attempt."""
         attempt = record.data.get(self)
-        if attempt is not None and record.error is not None:
+        if isinstance(attempt, _Attempt) and record.error is not None:
             attempt.capture(record.error, show_arguments=self._show_arguments)
 
 
 class _Attempt:
     """The scope and the transaction of an attempt.
 
+    The record refers to this object, which does not refer to the record: no cycle is left.
+
     :ivar given: the headers of the trace that the transaction continues.
     """
 
-    __slots__ = ("_isolation", "_record", "_scope", "_trace", "_transaction", "given")
+    __slots__ = ("_context", "_isolation", "_name", "_scope", "_trace", "_transaction", "given")
 
     _isolation: AbstractContextManager[Any]
     _trace: Any
     _transaction: AbstractContextManager[Any]
 
     def __init__(self, record: TaskRecord, given: Mapping[str, str]) -> None:
-        self._record = record
+        self._name = record.name[:_LONGEST]
+        self._context: dict[str, object] = {
+            "name": self._name,
+            "id": record.id,
+            "attempt": record.attempt,
+            "runner": record.runner,
+            "request": record.request,
+        }
         self.given: Mapping[str, str] = given
         self._scope: Any = None
 
@@ -117,28 +128,20 @@ class _Attempt:
             self._isolation = sentry_sdk.isolation_scope()
             scope = self._isolation.__enter__()
         except Exception as exc:
-            log.error("Sentry has no scope for %s", self._record.name, exc_info=exc)
+            log.error("Sentry has no scope for %s", self._name, exc_info=exc)
             return
         try:
             self._begin(scope)
         except Exception as exc:
-            log.error("Sentry has no transaction for %s", self._record.name, exc_info=exc)
+            log.error("Sentry has no transaction for %s", self._name, exc_info=exc)
             self._isolation.__exit__(None, None, None)
             return
         self._scope = scope
-        _running.set(self._record)  # stays, for the log record of the error
+        _running.set(str(self._context["id"]))  # stays, for the log record of the error
 
     def _begin(self, scope: Any) -> None:
-        record = self._record
-        context: dict[str, object] = {
-            "name": record.name,
-            "id": record.id,
-            "attempt": record.attempt,
-            "runner": record.runner,
-            "request": record.request,
-        }
-        scope.set_context("background task", context)
-        self._transaction = _transaction(record.name[:_LONGEST], dict(self.given))
+        scope.set_context("background task", self._context)
+        self._transaction = _transaction(self._name, dict(self.given))
         self._transaction.__enter__()
         self._trace = sentry_sdk.get_current_scope().get_trace_context()
 
@@ -153,7 +156,7 @@ class _Attempt:
         try:
             self._transaction.__exit__(kind, exc, traceback)
         except Exception as error:
-            log.error("Sentry could not end %s", self._record.name, exc_info=error)
+            log.error("Sentry could not end %s", self._name, exc_info=error)
         finally:
             self._isolation.__exit__(None, None, None)
 
@@ -167,7 +170,7 @@ class _Attempt:
         event, hint = event_from_exception(
             exc, client_options=options, mechanism={"type": "wsgi_bg", "handled": False}
         )
-        event["transaction"] = self._record.name[:_LONGEST]
+        event["transaction"] = self._name
         event["contexts"] = {"trace": self._trace}
         with use_isolation_scope(self._scope):
             sentry_sdk.capture_event(event, hint=hint)
@@ -219,8 +222,6 @@ def _drop_logged(event: Event, hint: Hint) -> Event | None:
     :meth:`SentryHooks.task_failed` sends the error.
     """
     logged = hint.get("log_record") if hint else None
-    if logged is not None and getattr(logged, "wsgi_bg_outcome", None) == "failed":
-        record = _running.get()
-        if record is not None and record.id == logged.wsgi_bg_id:
-            return None
-    return event
+    outcome = getattr(logged, "wsgi_bg_outcome", None)
+    is_sent = outcome == "failed" and getattr(logged, "wsgi_bg_id", None) == _running.get()
+    return None if is_sent else event
