@@ -55,9 +55,7 @@ class _Bare:
 
 def prometheus() -> None:
     without: Any = BackgroundTasksMiddleware(_app)
-    observed: Any = BackgroundTasksMiddleware(
-        _app, hooks=PrometheusHooks(CollectorRegistry())
-    )
+    observed: Any = BackgroundTasksMiddleware(_app, hooks=PrometheusHooks(CollectorRegistry()))
     plain, ours, bare = interleave(
         lambda: begin(without)(), lambda: begin(observed)(), _Bare(), calls=5
     )
