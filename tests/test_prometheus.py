@@ -38,6 +38,7 @@ from wsgi_bg import (
 )
 from wsgi_bg.exceptions import ExtraMissingError
 from wsgi_bg.hooks import Hooks, TaskRecord
+from wsgi_bg.outbox import run_call
 from wsgi_bg.prometheus import BUCKETS, PrometheusHooks
 
 DASHBOARD = Path(__file__).parents[1] / "examples/grafana.json"
@@ -191,7 +192,7 @@ def test_a_call_on_a_worker_has_no_wait(registry: CollectorRegistry) -> None:
     app = app_that(lambda environ: None)
     BackgroundTasksMiddleware(app, runner=runner, hooks=PrometheusHooks(registry))
     try:
-        wsgi_bg.outbox.run_call(runner, "post.send", "[[1],{}]", {})
+        run_call(runner, "post.send", "[1, [], {}]", {})
     finally:
         post.here.clear()
     assert counted(registry) == {("tests.post.send", "succeeded"): 1}
