@@ -49,7 +49,16 @@ P = ParamSpec("P")
 
 # The options of the latest application; requests of the test client have the same options.
 _options: dict[str, Any] = dict.fromkeys(
-    ("runner", "run_on", "failed_from", "on_error", "stop_on_error", "hooks", "request_label")
+    (
+        "runner",
+        "run_on",
+        "failed_from",
+        "on_error",
+        "stop_on_error",
+        "hooks",
+        "request_label",
+        "slow_after",
+    )
 )
 
 
@@ -62,6 +71,7 @@ def get_wsgi_application(
     stop_on_error: bool | None = None,
     hooks: Hooks | Sequence[Hooks] | None = None,
     request_label: Callable[[WSGIEnvironment], str] | None = None,
+    slow_after: float | None = None,
 ) -> BackgroundTasksMiddleware:
     """Call ``django.setup()``; return Django's WSGI application inside the middleware.
 
@@ -86,6 +96,7 @@ def get_wsgi_application(
         stop_on_error=stop_on_error,
         hooks=hooks,
         request_label=request_label,
+        slow_after=slow_after,
     )
     return _configured(partial(_Middleware, application))
 

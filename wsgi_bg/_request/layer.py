@@ -12,7 +12,7 @@ from wsgi_bg._tasks.callables import is_plain
 from wsgi_bg._tasks.options import OnError, Options
 from wsgi_bg._tasks.task import DIRECT, Caller, RunOn
 from wsgi_bg.exceptions import OptionError, OptionTypeError, OptionValueError
-from wsgi_bg.hooks import HOOKS, Hooks
+from wsgi_bg.hooks import HOOKS, Hooks, OptionHooks
 from wsgi_bg.runners.keeping import KeepingCaller, keeps_tasks
 
 if TYPE_CHECKING:
@@ -61,8 +61,11 @@ def merge_options(
     hooks: Hooks | Sequence[Hooks] | None = None,
     around: Around | None = None,
     runner: Runner | None = None,
+    option_hooks: Sequence[OptionHooks] = (),
 ) -> Options:
     """Return the options of the outer layer, in which each option that is not None is set.
+
+    :param option_hooks: hooks for options of this layer; each replaces one of its class.
 
     Returns ``outer`` itself if there is none.
 
@@ -72,7 +75,7 @@ def merge_options(
     options = outer
     if overrides and any(value is not None for value in overrides.values()):
         options = outer.override(**overrides)
-    if hooks is None and around is None and runner is None:
+    if hooks is None and around is None and runner is None and not option_hooks:
         return options
     calls = outer.calls
     if isinstance(calls, KeepingCaller):
@@ -81,8 +84,10 @@ def merge_options(
     if isinstance(calls, Calls):
         all_hooks = calls.hooks
         around = calls.around if around is None else around
-    if hooks is not None:
-        all_hooks = _as_tuple(hooks)
+    of_options = {type(each): each for each in all_hooks if isinstance(each, OptionHooks)}
+    of_options |= {type(each): each for each in option_hooks}
+    own = [each for each in all_hooks if not isinstance(each, OptionHooks)]
+    all_hooks = (*of_options.values(), *(own if hooks is None else _as_tuple(hooks)))
     is_default = outer.runner_is_default and runner is None
     runner = outer.runner if runner is None else runner
     send = getattr(runner, "send", None)

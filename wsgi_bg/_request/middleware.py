@@ -23,11 +23,12 @@ from wsgi_bg._request.servers import is_asked_for, refuse_eventlet
 from wsgi_bg._request.unclosed import ABANDONED, RAISED, Outcome
 from wsgi_bg._tasks.background_tasks import OPEN, BackgroundTasks
 from wsgi_bg._tasks.callables import is_plain
+from wsgi_bg._tasks.checks import seconds
 from wsgi_bg._tasks.current import ENVIRON_KEY
 from wsgi_bg._tasks.options import OnError, Options
 from wsgi_bg._tasks.task import RunOn, current
 from wsgi_bg.exceptions import OptionTypeError
-from wsgi_bg.hooks import Hooks
+from wsgi_bg.hooks import Hooks, OptionHooks
 from wsgi_bg.runners import Runner, resolve
 from wsgi_bg.runners.keeping import keeps_tasks
 from wsgi_bg.runners.ledger import LedgerRunner
@@ -83,6 +84,8 @@ class BackgroundTasksMiddleware:
     :param request_label: called with the environ at the end of a request that has added tasks;
         returns how logs, hooks and the status name the request. Default: method and path,
         without the query.
+    :param slow_after: a task that still runs after so many seconds is logged once an attempt at
+        WARNING, with the stack of its thread or coroutine (not under gevent).
     :raises TypeError: if ``app`` is not callable, or an option is of the wrong type.
     :raises ValueError: if ``runner`` or ``run_on`` is an unknown word, or
         ``failed_from`` is out of range.
@@ -104,6 +107,7 @@ class BackgroundTasksMiddleware:
         stop_on_error: bool | None = None,
         hooks: Hooks | Sequence[Hooks] | None = None,
         request_label: Callable[[WSGIEnvironment], str] | None = None,
+        slow_after: float | None = None,
     ) -> None:
         if not callable(app):
             raise OptionTypeError(
@@ -127,6 +131,9 @@ class BackgroundTasksMiddleware:
             wanted = "a plain function that takes the environ and returns a text"
             raise OptionTypeError("request_label", request_label, wanted)
         self._request_label = request_label
+        self._option_hooks: list[OptionHooks] = []
+        if slow_after is not None:
+            self._option_hooks.append(_slow_tasks(slow_after))
         options = self._merge(Options(), resolved)
         self._options = replace(
             options,
@@ -249,10 +256,19 @@ class BackgroundTasksMiddleware:
         return _MergedOptions(root, outer, new_root, self._merge(outer, runner))
 
     def _merge(self, outer: Options, runner: Runner | None) -> Options:
-        return merge_options(outer, self._overrides, self._hooks, self._around, runner)
+        return merge_options(
+            outer, self._overrides, self._hooks, self._around, runner, self._option_hooks
+        )
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self._wrapped!r}, {self._options.runner!r}>"
+
+
+def _slow_tasks(slow_after: float) -> OptionHooks:
+    seconds("slow_after", slow_after)
+    from wsgi_bg._request.slow import SlowTasks
+
+    return SlowTasks(slow_after)
 
 
 def _noting_request(app: WSGIApplication) -> WSGIApplication:

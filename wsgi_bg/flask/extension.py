@@ -69,6 +69,7 @@ class Background:
         stop_on_error: bool | None = None,
         hooks: Hooks | Sequence[Hooks] | None = None,
         request_label: Callable[[WSGIEnvironment], str] | None = None,
+        slow_after: float | None = None,
     ) -> None:
         self._options: dict[str, Any] = {
             "runner": runner,
@@ -78,6 +79,7 @@ class Background:
             "stop_on_error": stop_on_error,
             "hooks": hooks,
             "request_label": request_label,
+            "slow_after": slow_after,
         }
         if app is not None:
             self.init_app(app)
