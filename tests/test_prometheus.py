@@ -177,16 +177,17 @@ def test_tasks_are_counted_as_unsent_until_they_are_sent(
 
 
 def test_a_task_that_could_not_be_sent_has_failed_without_a_call(
-    registry: CollectorRegistry,
+    registry: CollectorRegistry, log: Log
 ) -> None:
     hooks = PrometheusHooks(registry)
     request(hooks, lambda: background_tasks.add_task(send, "refused"), runner=Post())
     assert wsgi_bg.wait(TIMEOUT) == []
     assert counted(registry) == {("tests.post.send", "failed"): 1}
     assert counted(registry, "wsgi_bg_task_run_seconds_count") == {}
+    assert not any("PrometheusHooks" in message for message in log.errors)
 
 
-def test_a_call_on_a_worker_has_no_wait(registry: CollectorRegistry) -> None:
+def test_a_call_on_a_worker_has_no_wait(registry: CollectorRegistry, log: Log) -> None:
     """The worker does not know when the request has ended."""
     runner = Post()
     app = app_that(lambda environ: None)
@@ -198,6 +199,7 @@ def test_a_call_on_a_worker_has_no_wait(registry: CollectorRegistry) -> None:
     assert counted(registry) == {("tests.post.send", "succeeded"): 1}
     assert counted(registry, "wsgi_bg_task_wait_seconds_count") == {}
     assert counted(registry, "wsgi_bg_task_run_seconds_count") == {("tests.post.send",): 1}
+    assert log.errors == []
 
 
 # Names
@@ -461,6 +463,9 @@ def run_multiprocess(folder: Path, code: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(folder))
     done = run_python(MULTIPROCESS + code)
     assert done.returncode == 0, done.stderr
+    assert (
+        "UserWarning" not in done.stderr
+    )  # the library's, of calls that the mode does not have
     return done.stdout.splitlines()
 
 
