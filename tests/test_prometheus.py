@@ -578,14 +578,15 @@ class Spans(Hooks):
         record.data[self] = self._tracer.start_span("task")
 
 
-def exemplars(registry: CollectorRegistry) -> dict[str, dict[str, str]]:
+def exemplars(registry: CollectorRegistry) -> list[tuple[str, dict[str, str]]]:
+    """The name of each sample with an exemplar, and the labels of the exemplar."""
     text = openmetrics.generate_latest(registry).decode()
-    return {
-        each.name: each.exemplar.labels
+    return [
+        (each.name, each.exemplar.labels)
         for family in parse_open(text)
         for each in family.samples
         if each.exemplar is not None
-    }
+    ]
 
 
 def ids_of(span: trace.Span) -> dict[str, str]:
@@ -600,7 +601,7 @@ def test_exemplars_have_the_ids_of_the_requests_span(registry: CollectorRegistry
     tracer = TracerProvider().get_tracer("test")
     with tracer.start_as_current_span("request") as span:
         request(PrometheusHooks(registry), lambda: background_tasks.add_task(fine))
-    assert exemplars(registry) == dict.fromkeys(
+    assert dict(exemplars(registry)) == dict.fromkeys(
         (
             "wsgi_bg_tasks_total",
             "wsgi_bg_task_wait_seconds_bucket",
@@ -622,7 +623,42 @@ def test_exemplars_have_the_ids_of_a_span_that_another_hook_keeps(
 
     hooks = [Spans(Tracer()), PrometheusHooks(registry)]
     request(hooks, lambda: background_tasks.add_task(fine))
-    assert exemplars(registry)["wsgi_bg_task_run_seconds_bucket"] == ids_of(made[0])
+    assert dict(exemplars(registry))["wsgi_bg_task_run_seconds_bucket"] == ids_of(made[0])
+
+
+def exemplars_of_two(registry: CollectorRegistry, second: Callable[[], None]) -> list[str]:
+    """The metrics whose exemplar is of the second of two requests, which calls ``second``."""
+    hooks = PrometheusHooks(registry)
+    tracer = TracerProvider().get_tracer("test")
+    with tracer.start_as_current_span("first"):
+        request(hooks, lambda: background_tasks.add_task(fine))
+        request(hooks, lambda: background_tasks.add_task(failing))
+    with tracer.start_as_current_span("second") as span:
+        request(hooks, lambda: background_tasks.add_task(second))
+    return sorted(name for name, ids in exemplars(registry) if ids == ids_of(span))
+
+
+METRICS = [
+    "wsgi_bg_task_run_seconds_bucket",
+    "wsgi_bg_task_wait_seconds_bucket",
+    "wsgi_bg_tasks_total",
+]
+
+
+@pytest.mark.parametrize(
+    ("limit", "task", "found"),
+    [(1e9, fine, []), (1e9, failing, [METRICS[0], METRICS[2]]), (0, fine, METRICS)],
+)
+def test_exemplars_are_of_slow_and_failed_tasks_and_now_and_then_of_others(
+    registry: CollectorRegistry,
+    monkeypatch: pytest.MonkeyPatch,
+    limit: float,
+    task: Callable[[], None],
+    found: list[str],
+) -> None:
+    monkeypatch.setattr("wsgi_bg.prometheus.SLOW", limit)
+    monkeypatch.setattr("wsgi_bg.prometheus.EXEMPLAR_INTERVAL", 1e9)
+    assert exemplars_of_two(registry, task) == found
 
 
 @pytest.mark.parametrize("sampler", [None, ALWAYS_OFF])
@@ -636,7 +672,7 @@ def test_a_span_that_is_not_recorded_gives_no_exemplar(
         tracer = TracerProvider(sampler=sampler).get_tracer("test")
         with tracer.start_as_current_span("request"):
             request(hooks, lambda: background_tasks.add_task(fine))
-    assert exemplars(registry) == {}
+    assert exemplars(registry) == []
 
 
 def test_opentelemetry_is_not_imported() -> None:

@@ -53,6 +53,12 @@ INTERVAL = 1.0
 _IDLE_INTERVAL = 10.0
 """The same if nothing ran or waited at the last look, and no task has begun since."""
 
+SLOW = 0.1
+"""Each wait and each call of so many seconds or more may have an exemplar."""
+
+EXEMPLAR_INTERVAL = 1.0
+"""Seconds between two exemplars of a name's other waits and calls."""
+
 # The thread sleeps so many times longer than the look has taken: there may be 100,000 batches.
 _SHARE = 50.0
 
@@ -110,10 +116,10 @@ class PrometheusHooks(Hooks):
         self._metrics = _metrics_of(registry, max_names, _checked(buckets))
 
     def task_started(self, record: TaskRecord) -> None:
-        wait = record.wait
         of = self._metrics.of(record)
+        wait = record.wait
         if wait is not None:
-            of.wait(wait, _exemplar(record, self._metrics))
+            of.wait(wait, self._metrics.exemplar(of.of_waits, record, is_rare=wait >= SLOW))
 
     def task_finished(self, record: TaskRecord) -> None:
         self._ended(record, "succeeded")
@@ -132,9 +138,10 @@ class PrometheusHooks(Hooks):
 
     def _ended(self, record: TaskRecord, outcome: str) -> None:
         of = self._metrics.of(record)
-        exemplar = _exemplar(record, self._metrics)
-        of.count[outcome](1, exemplar)
         duration = record.duration
+        is_rare = outcome != "succeeded" or duration is None or duration >= SLOW
+        exemplar = self._metrics.exemplar(of.of_runs, record, is_rare=is_rare)
+        of.count[outcome](1, exemplar)
         if duration is not None:
             of.run(duration, exemplar)
 
@@ -155,9 +162,11 @@ class _Series:
     :ivar count: by outcome: adds to the counter.
     :ivar wait: observes the seconds of a wait.
     :ivar run: observes the seconds of a call.
+    :ivar of_waits: the pace of the exemplars of waits.
+    :ivar of_runs: the same for calls and their count.
     """
 
-    __slots__ = ("count", "run", "wait")
+    __slots__ = ("count", "of_runs", "of_waits", "run", "wait")
 
     def __init__(self, name: str, tasks: Counter, wait: Histogram, run: Histogram) -> None:
         # All outcomes from the start: rate() does not see an increase from nothing to 1.
@@ -166,13 +175,29 @@ class _Series:
         }
         self.wait: Callable[..., None] = wait.labels(name).observe
         self.run: Callable[..., None] = run.labels(name).observe
+        self.of_waits = _Exemplars()
+        self.of_runs = _Exemplars()
+
+
+class _Exemplars:
+    """The pace of exemplars, each of which costs as much as all metrics of a task.
+
+    A scrape shows the last exemplar of each bucket. So all rare ones are wanted, of slow or
+    failed tasks, and one a second of all others.
+
+    :ivar due: when the next one is wanted (:func:`time.monotonic`).
+    """
+
+    __slots__ = ("due",)
+
+    def __init__(self) -> None:
+        self.due: float = 0.0
 
 
 class _Metrics:
     """The metrics of a registry.
 
     :ivar options: ``max_names`` and ``buckets``.
-    :ivar has_exemplars: True if prometheus_client keeps exemplars.
     """
 
     def __init__(
@@ -180,7 +205,6 @@ class _Metrics:
     ) -> None:
         self.options = max_names, buckets
         is_single = values.ValueClass is values.MutexValue
-        self.has_exemplars: bool = is_single
         self._max_names = max_names
         self._pid = getpid()
         self._series: dict[str, _Series] = {}
@@ -217,6 +241,20 @@ class _Metrics:
                 name, _Series(name, self._tasks, self._wait, self._run)
             )
 
+    def exemplar(
+        self, of: _Exemplars, record: TaskRecord, *, is_rare: bool
+    ) -> dict[str, str] | None:
+        """Return the labels of an exemplar, if one is wanted and the library keeps it."""
+        if self._writers is not None:
+            return None
+        now = record.ended_at or record.started_at or 0.0
+        if now < of.due and not is_rare:
+            return None
+        found = _ids_of_span(record)
+        if found is not None:
+            of.due = now + EXEMPLAR_INTERVAL
+        return found
+
     def look_at_process(self) -> None:
         """Count from 0 in a forked child. In multiprocess mode the library does this."""
         pid = getpid()
@@ -248,9 +286,9 @@ def _metrics_of(
     return found
 
 
-def _exemplar(record: TaskRecord, metrics: _Metrics) -> dict[str, str] | None:
-    """Return the ids of the task's span, if OpenTelemetry is imported and records the span."""
-    trace = sys.modules.get("opentelemetry.trace") if metrics.has_exemplars else None
+def _ids_of_span(record: TaskRecord) -> dict[str, str] | None:
+    """Return the ids of the task's span, if OpenTelemetry is imported and samples the span."""
+    trace = sys.modules.get("opentelemetry.trace")
     get_current_span = getattr(trace, "get_current_span", None)  # None during the import, too
     if get_current_span is None:
         return None
