@@ -65,6 +65,13 @@ def scrape(server: Process) -> dict[tuple[str, ...], float]:
     }
 
 
+def hold(server: Process, control: Control) -> tuple[int, str]:
+    """Let a task wait at the gate; return the process and the token."""
+    token = control.token()
+    assert ask(server.port, path=f"/?{token}").body == b"ok"
+    return control.run(token).pid, token
+
+
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
 def test_the_gauges_of_a_killed_worker_go_and_its_counts_stay(
     setup: Setup, control: Control, tmp_path: Path
@@ -86,19 +93,15 @@ def test_the_gauges_of_a_killed_worker_go_and_its_counts_stay(
         assert control.run(done).passed
         assert wait_until(lambda: scrape(server).get(SUCCEEDED) == 1)
 
-        held: dict[int, list[str]] = {}  # the tasks that wait at the gate, by process
-        while len(held) < 2:
-            token = control.token()
-            ask(server.port, path=f"/?{token}")
-            held.setdefault(control.run(token).pid, []).append(token)
-        killed, survivor = held
-        all_tasks = sum(map(len, held.values()))
-        assert wait_until(lambda: scrape(server)[RUNNING] == all_tasks), scrape(server)
+        killed, _ = hold(server, control)
+        os.kill(killed, signal.SIGSTOP)  # so that the other worker gets the next request
+        survivor, second = hold(server, control)
+        os.kill(killed, signal.SIGCONT)
+        assert survivor != killed
+        assert wait_until(lambda: scrape(server)[RUNNING] == 2), scrape(server)
 
         os.kill(killed, signal.SIGKILL)
-        left = len(held[survivor])
-        assert wait_until(lambda: scrape(server)[RUNNING] == left), scrape(server)
+        assert wait_until(lambda: scrape(server)[RUNNING] == 1), scrape(server)
         assert not list(tmp_path.glob(f"gauge_live*_{killed}.db"))
         assert scrape(server)[SUCCEEDED] == 1
-        for token in held[survivor]:
-            assert control.let_through(token)
+        assert control.let_through(second)
