@@ -182,10 +182,10 @@ class _Series:
 class _Exemplars:
     """The pace of exemplars, each of which costs as much as all metrics of a task.
 
-    A scrape shows the last exemplar of each bucket. So all rare ones are wanted, of slow or
-    failed tasks, and one a second of all others.
+    A scrape shows the last exemplar of each bucket. Slow and failed tasks always give one;
+    of the other tasks of a name, one task a second does.
 
-    :ivar due: when the next one is wanted (:func:`time.monotonic`).
+    :ivar due: when a quick task gives the next exemplar (:func:`time.monotonic`).
     """
 
     __slots__ = ("due",)
@@ -244,7 +244,7 @@ class _Metrics:
     def exemplar(
         self, of: _Exemplars, record: TaskRecord, *, is_rare: bool
     ) -> dict[str, str] | None:
-        """Return the labels of an exemplar, if one is wanted and the library keeps it."""
+        """Return the labels of an exemplar; None if the metric gets no exemplar."""
         if self._writers is not None:
             return None
         now = record.ended_at or record.started_at or 0.0
