@@ -301,7 +301,7 @@ class Calls(Caller):
             record.awaitable = None
             record.error = exc
             self._tell("task_retried", record)
-            record.retry_at = None
+            record.retry_at = record.started_at = None
             record.attempt += 1
 
     def moved(self, task: BackgroundTask, copy: BackgroundTask, batch: BackgroundTasks) -> None:
