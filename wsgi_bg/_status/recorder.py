@@ -19,10 +19,10 @@ from wsgi_bg._process.repeated import RepeatedError
 from wsgi_bg._process.threads import start_daemon
 from wsgi_bg._status.document import KEEP_DONE, Document, KeepDone
 from wsgi_bg._status.files import ProcessFile, open_folder
-from wsgi_bg._status.journal import MAX_ENTRIES, Journal
+from wsgi_bg._status.journal import MAX_ENTRIES, Entry, Journal
 from wsgi_bg._status.live import Live, command, look
 from wsgi_bg._status.model import Failure, ProcessStatus, State
-from wsgi_bg._status.numbers import DISCARDED, FAILED, RETRIED, SENT, SUCCEEDED
+from wsgi_bg._status.numbers import DISCARDED, FAILED, RETRIED, SENT
 from wsgi_bg._tasks.task import known_id
 from wsgi_bg.hooks import Hooks, TaskRecord
 from wsgi_bg.runners.keeping import KeepingRunner
@@ -110,7 +110,9 @@ class Recorder(Hooks):
 
     def process(self) -> Process:
         """Return what was recorded in this process."""
-        return self._processes.get()
+        process = self._processes.get()
+        self._journal = process.journal  # uWSGI forks without forget_parent()
+        return process
 
     def start(self) -> None:
         """Write the status of this process from now on, if there is a folder."""
@@ -120,27 +122,22 @@ class Recorder(Hooks):
 
     def task_finished(self, record: TaskRecord) -> None:
         """Record a task that has succeeded."""
-        journal = self._journal
-        if journal is None or journal.pid != getpid():
-            journal = self._begin()
+        journal = self._journal or self._begin()
         task = record.task
         func = task.func
-        entries = journal.entries
-        entries.append(
+        # Not task.name, which would take longer than the rest.
+        name = (func.__module__, func.__qualname__) if type(func) is FunctionType else task.name
+        successes = journal.successes
+        successes.append(
             (
-                (func.__module__, func.__qualname__)
-                if type(func) is FunctionType
-                else task.name,
-                SUCCEEDED,
-                record.ended_at,
+                name,
                 record.handed_over_at,
-                record.started_at,
+                record.started_at,  # type: ignore[arg-type]  # not None, as the next
+                record.ended_at,
                 known_id(task),
-                "succeeded",
-                None,
             )
         )
-        if len(entries) > MAX_ENTRIES:
+        if len(successes) > MAX_ENTRIES:
             journal.count()
 
     def task_failed(self, record: TaskRecord) -> None:
@@ -166,16 +163,15 @@ class Recorder(Hooks):
         state: State | None = None,
         failure: Failure | None = None,
     ) -> None:
-        journal = self._journal
-        if journal is None or journal.pid != getpid():
-            journal = self._begin()
+        journal = self._journal or self._begin()
+        assert record.ended_at is not None
         journal.entries.append(
-            (
+            Entry(
                 record.task.name,
                 outcome,
-                record.ended_at,
                 record.handed_over_at,
                 record.started_at,
+                record.ended_at,
                 known_id(record.task),
                 state,
                 failure,
@@ -187,8 +183,11 @@ class Recorder(Hooks):
     def _begin(self) -> Journal:
         process = self.process()
         process.start()
-        self._journal = process.journal
         return process.journal
+
+    def forget_parent(self) -> None:
+        """Forget the journal of the parent process, in a forked child."""
+        self._journal = None
 
 
 def _failure(record: TaskRecord) -> Failure:
@@ -388,3 +387,5 @@ class _Probe:
 
 recorder: Recorder = Recorder()
 """The recorder of all processes, which records nothing until it is turned on."""
+
+os.register_at_fork(after_in_child=recorder.forget_parent)
