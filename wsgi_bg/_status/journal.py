@@ -21,10 +21,7 @@ MAX_ENTRIES = 1_024
 _MOST_ENTRIES = 100 * MAX_ENTRIES  # never reached, unless a thread is stopped while it counts
 
 
-Name = str | tuple[str, str]
-"""The name of a function, or its module and its qualified name."""
-
-Success = tuple[Name, float | None, float, float, str | None]
+Success = tuple[str, float | None, float, float, str | None]
 """A task that has succeeded: its name, when the task was handed over, began and ended (by
 :func:`time.monotonic`), and its id, if anybody has read the id."""
 
@@ -74,7 +71,6 @@ class Journal:
         # Two generations: the older goes when the younger is full.
         self._ended: dict[str, tuple[State, float]] = {}
         self._ended_before: dict[str, tuple[State, float]] = {}
-        self._tallies: dict[Name, Tally] = {}
         self._turns = Turns(delays_forks=False)
 
     def wall(self, moment: float) -> float:
@@ -98,7 +94,7 @@ class Journal:
 
     def _count_successes(self, successes: list[Success]) -> None:
         # By minute and name, so that the loop over all tasks does little.
-        groups: dict[Name, tuple[list[float], list[float]]] = {}
+        groups: dict[str, tuple[list[float], list[float]]] = {}
         begin = end = 0.0  # of the minute of these groups
         for name, handed_over, started, ended, id in successes:  # noqa: A001
             if not begin <= ended < end:
@@ -117,7 +113,7 @@ class Journal:
         self._count_groups(groups, begin)
 
     def _count_groups(
-        self, groups: dict[Name, tuple[list[float], list[float]]], moment: float
+        self, groups: dict[str, tuple[list[float], list[float]]], moment: float
     ) -> None:
         """Count tasks that have succeeded in the minute of ``moment``."""
         for name, (waits, runs) in groups.items():
@@ -140,7 +136,7 @@ class Journal:
 
     def _add(
         self,
-        name: Name,
+        name: str,
         outcome: int,
         count: int,
         waits: list[float],
@@ -152,7 +148,7 @@ class Journal:
         minute = int((moment + self._offset) // 60)
         wait, run = Histogram(waits), Histogram(runs)
         for tally in (
-            self._tallies.get(name) or self._tally_of(name),
+            self.numbers.tally_of(name),
             self.numbers.minutes.get(minute) or self._begin(minute),
         ):
             tally.counts[outcome] += count
@@ -164,13 +160,6 @@ class Journal:
         begin = (moment + self._offset) // 60 * 60 - self._offset
         # A rounding error must not make an endless number of groups.
         return min(begin, moment), max(begin + 60, moment + 1e-6)
-
-    def _tally_of(self, name: Name) -> Tally:
-        text = name if isinstance(name, str) else ".".join(filter(None, name))
-        tally = self.numbers.tally_of(text)
-        if text in self.numbers.names:  # else there would be no end of keys
-            self._tallies[name] = tally
-        return tally
 
     def _begin(self, minute: int) -> Tally:
         minutes = {
