@@ -70,6 +70,7 @@ class Background:
         stop_on_error: bool | None = None,
         hooks: Hooks | Sequence[Hooks] | None = None,
         request_label: Callable[[WSGIEnvironment], str] | None = None,
+        slow_after: float | None = None,
         status: bool | None = None,
         status_path: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -81,6 +82,7 @@ class Background:
             "stop_on_error": stop_on_error,
             "hooks": hooks,
             "request_label": request_label,
+            "slow_after": slow_after,
             "status": status,
             "status_path": status_path,
         }
