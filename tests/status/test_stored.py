@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,10 @@ from wsgi_bg import DurableRunner, background_tasks, status, wait
 from wsgi_bg._durable.folder import check_folder
 from wsgi_bg._durable.rows import Outcome, Row, Settings
 from wsgi_bg._durable.store import Store
+from wsgi_bg._messages.codec import encode
 from wsgi_bg._status import stored
 from wsgi_bg._status.recorder import recorder
-from wsgi_bg.outbox import Connection, OutboxRunner
+from wsgi_bg.outbox import Connection, OutboxRunner, run_call
 
 
 @pytest.fixture
@@ -111,7 +115,7 @@ def test_a_task_that_was_put_aside_is_aside(folder: Path) -> None:
     store.add([Row("a", "", id="1")], rows)
     (row,) = rows
     assert store.begin(row)
-    store.end(Outcome(row, "aside", ended=1.0))
+    store.end(Outcome(row, "aside", ended=time.time()))
     found = check_folder(folder)
     assert stored.state_of(found, "1") == "aside"  # the end is only noted
     assert stored.numbers(found).waiting == {}
@@ -157,7 +161,8 @@ def test_a_file_that_the_parent_has_opened_is_not_read_in_a_fork(folder: Path) -
         from wsgi_bg._durable.folder import check_folder
         from wsgi_bg._durable.rows import Row, Settings
         from wsgi_bg._durable.store import Store
-        from wsgi_bg._status import stored
+        from wsgi_bg._messages.codec import encode
+from wsgi_bg._status import stored
         store = Store.own(check_folder(PATH), Settings())
         store.add([Row("a", "", id="1")])
         if os.fork() == 0:
@@ -212,6 +217,24 @@ def test_sent_messages_of_a_folder_are_known_at_once(
     assert status.of(unsent, folder) == "waiting"
     assert status.snapshot(folder).waiting == {"durable.write": 1}
     runner.prepare_drain()
+
+
+def test_the_call_of_a_worker_is_shown(tmp_path: Path) -> None:
+    runner = Sends()
+    visit(int, runner=runner, status_path=tmp_path)
+    held = gate("worker")
+    arguments = encode("durable.wait_at", signature(wait_at), ["worker"], {})
+    call = threading.Thread(
+        target=run_call, args=(runner, "durable.wait_at", arguments, {}, 1, "an-id")
+    )
+    call.start()
+    assert wait_until(lambda: status.of("an-id") == "running")
+    (running,) = status.snapshot().running
+    assert (running.name, running.request) == ("tests.durable_shop.wait_at", None)
+    held.set()
+    call.join(TIMEOUT)
+    assert status.of("an-id") == "succeeded"
+    assert status.snapshot().running == ()
 
 
 def test_messages_in_memory_are_known_to_their_process(broker: type[Broker]) -> None:
