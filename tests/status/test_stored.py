@@ -161,8 +161,7 @@ def test_a_file_that_the_parent_has_opened_is_not_read_in_a_fork(folder: Path) -
         from wsgi_bg._durable.folder import check_folder
         from wsgi_bg._durable.rows import Row, Settings
         from wsgi_bg._durable.store import Store
-        from wsgi_bg._messages.codec import encode
-from wsgi_bg._status import stored
+        from wsgi_bg._status import stored
         store = Store.own(check_folder(PATH), Settings())
         store.add([Row("a", "", id="1")])
         if os.fork() == 0:

@@ -137,14 +137,15 @@ def _ids() -> dict[str, State]:
 
 def state_of(task: BackgroundTask) -> State | None:
     """Return the state of a task; None if the task has ended, or another object is its copy."""
+    record: TaskRecord | None = next(iter(task.record), None)
+    if record is not None and record.started_at is not None and record.ended_at is None:
+        return "running"
     if task.unclaimed:
         return "retrying" if task.attempt > 1 else "waiting"
-    record: TaskRecord | None = next(iter(task.record), None)
     if record is None:
         return None
-    if record.started_at is None:  # claimed in order to be sent, for example
-        return "waiting"
-    return "running" if record.ended_at is None else "retrying"
+    # Claimed in order to be sent, for example.
+    return "waiting" if record.started_at is None else "retrying"
 
 
 def states_of(id: str) -> Iterator[State]:  # noqa: A002
