@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -58,6 +59,8 @@ _options: dict[str, Any] = dict.fromkeys(
         "hooks",
         "request_label",
         "slow_after",
+        "status",
+        "status_path",
     )
 )
 
@@ -72,6 +75,8 @@ def get_wsgi_application(
     hooks: Hooks | Sequence[Hooks] | None = None,
     request_label: Callable[[WSGIEnvironment], str] | None = None,
     slow_after: float | None = None,
+    status: bool | None = None,
+    status_path: str | os.PathLike[str] | None = None,
 ) -> BackgroundTasksMiddleware:
     """Call ``django.setup()``; return Django's WSGI application inside the middleware.
 
@@ -97,6 +102,8 @@ def get_wsgi_application(
         hooks=hooks,
         request_label=request_label,
         slow_after=slow_after,
+        status=status,
+        status_path=status_path,
     )
     return _configured(partial(_Middleware, application))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from wsgi_bg._request.calls import Around, Calls
+from wsgi_bg._status.recorder import recorder
 from wsgi_bg._tasks.background_tasks import BackgroundTasks, View
 from wsgi_bg._tasks.callables import is_plain
 from wsgi_bg._tasks.options import OnError, Options
@@ -85,11 +87,13 @@ def merge_options(
         all_hooks = calls.hooks
         around = calls.around if around is None else around
     of_options = {type(each): each for each in all_hooks if isinstance(each, OptionHooks)}
-    of_options |= {type(each): each for each in option_hooks}
+    of_options |= {type(each): each for each in (*everywhere, *option_hooks)}
     own = [each for each in all_hooks if not isinstance(each, OptionHooks)]
     all_hooks = (*of_options.values(), *(own if hooks is None else _as_tuple(hooks)))
     is_default = outer.runner_is_default and runner is None
     runner = outer.runner if runner is None else runner
+    if recorder in all_hooks:
+        recorder.note_runner(runner)
     send = getattr(runner, "send", None)
     may_send = getattr(runner, "may_send", None)
     waits = bool(getattr(runner, "sends_delayed", False))
@@ -108,6 +112,26 @@ def merge_options(
         check=getattr(runner, "check", None),
         added=getattr(around, "added", None),
     )
+
+
+everywhere: list[OptionHooks] = []
+"""Hooks of all layers of this process, for the command line."""
+
+
+def check_status(status: bool | None, path: str | os.PathLike[str] | None) -> bool:
+    """Turn the recorder on if the options of a middleware ask for that; return if they do.
+
+    :raises TypeError: if an option is of the wrong type.
+    :raises ValueError: if the folder cannot be used, or is given with ``status=False``.
+    """
+    if status is not None and not isinstance(status, bool):
+        raise OptionTypeError("status", status, "True or False")
+    if path is not None and status is False:
+        raise OptionValueError("status", status, "True, since status_path is given")
+    if path is not None or status:
+        recorder.turn_on(path)
+        return True
+    return False
 
 
 def _as_tuple(hooks: Hooks | Sequence[Hooks]) -> tuple[Hooks, ...]:

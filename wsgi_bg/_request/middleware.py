@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from wsgi_bg._request.calls import Around
 from wsgi_bg._request.layer import (
     LayerView,
     OptionOverrides,
+    check_status,
     innermost_running,
     merge_options,
 )
@@ -21,6 +23,7 @@ from wsgi_bg._request.observer import observers
 from wsgi_bg._request.request_tasks import ObservedTasks, RequestTasks
 from wsgi_bg._request.servers import is_asked_for, refuse_eventlet
 from wsgi_bg._request.unclosed import ABANDONED, RAISED, Outcome
+from wsgi_bg._status.recorder import recorder
 from wsgi_bg._tasks.background_tasks import OPEN, BackgroundTasks
 from wsgi_bg._tasks.callables import is_plain
 from wsgi_bg._tasks.checks import seconds
@@ -86,9 +89,12 @@ class BackgroundTasksMiddleware:
         without the query.
     :param slow_after: a task that still runs after so many seconds is logged once an attempt at
         WARNING, with the stack of its thread or coroutine (not under gevent).
+    :param status: True to record the status of the tasks, for :mod:`wsgi_bg.status`.
+    :param status_path: the path of a folder on a local disk, made if there is none, in which
+        all processes that are given this path write their status; implies ``status=True``.
     :raises TypeError: if ``app`` is not callable, or an option is of the wrong type.
     :raises ValueError: if ``runner`` or ``run_on`` is an unknown word, or
-        ``failed_from`` is out of range.
+        ``failed_from`` is out of range, or the folder ``status_path`` cannot be used.
     """
 
     # A framework's middleware sets this to wrap the call of each task.
@@ -108,6 +114,8 @@ class BackgroundTasksMiddleware:
         hooks: Hooks | Sequence[Hooks] | None = None,
         request_label: Callable[[WSGIEnvironment], str] | None = None,
         slow_after: float | None = None,
+        status: bool | None = None,
+        status_path: str | os.PathLike[str] | None = None,
     ) -> None:
         if not callable(app):
             raise OptionTypeError(
@@ -132,6 +140,8 @@ class BackgroundTasksMiddleware:
             raise OptionTypeError("request_label", request_label, wanted)
         self._request_label = request_label
         self._option_hooks: list[OptionHooks] = []
+        if check_status(status, status_path):
+            self._option_hooks.append(recorder)
         if slow_after is not None:
             self._option_hooks.append(_slow_tasks(slow_after))
         options = self._merge(Options(), resolved)
@@ -209,6 +219,8 @@ class BackgroundTasksMiddleware:
     ) -> Iterable[bytes]:
         """Check the server, then call the application; replaced once the check has passed."""
         refuse_eventlet(environ)
+        if recorder.is_on:
+            recorder.start()
         self._app = self._inner
         return self._inner(environ, start_response)
 

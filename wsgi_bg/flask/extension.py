@@ -7,6 +7,7 @@ context.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -70,6 +71,8 @@ class Background:
         hooks: Hooks | Sequence[Hooks] | None = None,
         request_label: Callable[[WSGIEnvironment], str] | None = None,
         slow_after: float | None = None,
+        status: bool | None = None,
+        status_path: str | os.PathLike[str] | None = None,
     ) -> None:
         self._options: dict[str, Any] = {
             "runner": runner,
@@ -80,6 +83,8 @@ class Background:
             "hooks": hooks,
             "request_label": request_label,
             "slow_after": slow_after,
+            "status": status,
+            "status_path": status_path,
         }
         if app is not None:
             self.init_app(app)

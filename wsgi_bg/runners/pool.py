@@ -237,8 +237,8 @@ def pools_here() -> list[_PoolState]:
     """The pools of this process that have got a batch, or the shared pool if none has."""
     states = [reference() for reference in _states.valuerefs()]
     pid = os.getpid()
-    found = [each for each in states if each is not None and each.ledger.pid == pid]
-    return found or [shared_pool.state]
+    here = [each for each in states if each is not None and each.ledger.pid == pid]
+    return [each for each in here if each.ledger.is_used] or [shared_pool.state]
 
 
 async def _run_late(batch: Batch) -> None:
