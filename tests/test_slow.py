@@ -193,7 +193,7 @@ def test_without_memory_for_a_thread_the_next_task_tries_again(
     monkeypatch.setattr("wsgi_bg._request.slow.start_daemon", start_later)
     request(gate.task)
     assert "still runs" in warning(log)
-    assert "SlowTasks.task_added raised" in log.errors[0]
+    assert log.errors == []
     open_gate(gate)
 
 

@@ -95,6 +95,12 @@ class TaskRecord(_Record):
         self.error: BaseException | None = None
         self.reason: str | None = None
 
+    def begin(self) -> None:
+        """The call is about to be made on this thread; called by the package."""
+        self.thread_id = threading.get_ident()
+        self.ended_at = self.error = None
+        self.started_at = time.monotonic()
+
     @property
     def id(self) -> str:
         """The id of the task."""
@@ -272,7 +278,10 @@ class Hooks:
 
 
 class OptionHooks(Hooks):
-    """Hooks that an option of the middleware adds; ``hooks=`` of an inner layer keeps them."""
+    """Hooks that an option of the middleware adds; ``hooks=`` of an inner layer keeps them.
+
+    The methods do not raise, and add no task.
+    """
 
 
 BATCH_HOOKS: tuple[str, ...] = ("batch_handed_over", "batch_begun", "batch_ended")

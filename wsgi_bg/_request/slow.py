@@ -68,9 +68,8 @@ class _Watch:
         if self._right.pop("to start", False):  # one atomic step
             try:
                 start_daemon(self._work, "wsgi_bg-slow")
-            except BaseException:
+            except RuntimeError:  # no memory for a thread: the next task tries again
                 self._right["to start"] = True
-                raise
 
     def begin(self, record: TaskRecord) -> None:
         self.start()

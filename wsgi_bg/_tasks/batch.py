@@ -443,8 +443,10 @@ class Batch:
                     self.sent += result is SENT
                 else:
                     self.succeeded += 1
-                    if calls is not DIRECT or not is_simple:  # spares a call without effect
-                        self._finish(task, context)
+                    if not is_simple:
+                        self._log_end(task, context)
+                    if calls is not DIRECT:  # this spares the call of a method without effect
+                        _run_in(context, calls.finished, task)
                         if per_process.generation != self._generation:
                             return False
             front = queue.front
@@ -565,8 +567,9 @@ class Batch:
                         return
                     self._running = None
                     self.succeeded += 1
-                    if calls is not DIRECT or self._logs_ends:
-                        self._finish(task, context)
+                    self._log_end(task, context)
+                    if calls is not DIRECT:
+                        _run_in(context, calls.finished, task)
                 if per_process.generation != self._generation:
                     return
                 self._queue.drop(task)
@@ -711,11 +714,10 @@ class Batch:
             done[log.SAID]
         self._settle()
 
-    def _finish(self, task: BackgroundTask, context: Context) -> None:
-        """Call the hooks of a task that has returned, and log its end."""
+    def _log_end(self, task: BackgroundTask, context: Context) -> None:
+        """Log the end of a task that has returned, if DEBUG is logged."""
         if self._call_began is not None:
             _run_in(context, task_log.log_end, task, self._call_began)
-        _run_in(context, task.options.calls.finished, task)
 
     def _fail(self, task: BackgroundTask, context: Context, exc: BaseException) -> None:
         if self._repeats(task, context, exc):
