@@ -198,5 +198,6 @@ def _content(name: str) -> bytes:
 
 def _field(environ: WSGIEnvironment, name: str) -> str:
     """Return a field of the query string; empty if there is none."""
-    fields = parse_qs(environ.get("QUERY_STRING", ""), errors="replace")
+    query: str = environ.get("QUERY_STRING", "")
+    fields = parse_qs(query, errors="replace")
     return fields.get(name, [""])[0]

@@ -33,7 +33,11 @@ class RefusedError(Exception):
 
 
 def details(
-    path: str | None, id: str, *, has_arguments: bool, has_traceback: bool  # noqa: A002
+    path: str | None,
+    id: str,
+    *,
+    has_arguments: bool,
+    has_traceback: bool,  # noqa: A002
 ) -> dict[str, Any]:
     """Return the details of a task that the page may show.
 

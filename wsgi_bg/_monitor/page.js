@@ -53,8 +53,10 @@ const ago = (time, taken) => (time === null ? "–" : `${since(time, taken)} ago
 // Children of an element, each with a key: an element whose key stays is kept, with the focus
 // and with what is unfolded.
 
+const shown = new WeakMap(); // the elements of a parent by their keys
+
 function reconcile(parent, rows, keyOf, create, update) {
-  const old = (parent.rows ??= new Map());
+  const old = shown.get(parent) ?? new Map();
   const fresh = new Map();
   for (const row of rows) {
     let key = keyOf(row);
@@ -68,7 +70,7 @@ function reconcile(parent, rows, keyOf, create, update) {
     if (element === place) place = place.nextElementSibling;
     else parent.insertBefore(element, place);
   }
-  parent.rows = fresh;
+  shown.set(parent, fresh);
 }
 
 function setCount(section, part, what) {
@@ -82,7 +84,8 @@ function setEmpty(section, isEmpty, text) {
   section.empty.hidden = !isEmpty;
 }
 
-// A column: [title, text of a row, class, title of the cell, class by the row].
+// A column: [title, text of a row, class, title of the cell, class by the row, is optional]. An
+// optional column is hidden while all its cells are empty.
 class Table {
   constructor(section, columns, keyOf, nothing) {
     this.section = section;
@@ -90,9 +93,10 @@ class Table {
     this.keyOf = keyOf;
     this.nothing = nothing;
     const titles = columns.map(([title, , className]) => make("th", { scope: "col", className: className === "number" ? "number" : "", textContent: title }));
+    this.titles = titles;
     this.body = make("tbody");
-    this.table = make("table", {}, make("thead", {}, make("tr", {}, ...titles)), this.body);
-    this.frame = section.appendChild(make("div", { className: "scroll" }, this.table));
+    const table = make("table", {}, make("thead", {}, make("tr", {}, ...titles)), this.body);
+    this.frame = section.appendChild(make("div", { className: "scroll" }, table));
   }
 
   show(part, taken, count) {
@@ -100,12 +104,15 @@ class Table {
     this.frame.hidden = part.rows.length === 0;
     setEmpty(this.section, part.rows.length === 0, this.nothing);
     const create = () => make("tr", {}, ...this.columns.map(([title]) => make("td", { "data-label": title })));
+    const isGone = this.columns.map(([, text, , , , isOptional]) => isOptional && part.rows.every((row) => text(row, taken) === "–"));
+    this.titles.forEach((title, index) => (title.hidden = isGone[index]));
     reconcile(this.body, part.rows, this.keyOf, create, (line, row) => {
       this.columns.forEach(([, text, className, title, extra], index) => {
         const cell = line.children[index];
-        const shown = text(row, taken);
-        setText(cell, shown);
-        const classes = [className, extra?.(row), shown === "–" || shown === "" ? "empty" : ""].filter(Boolean).join(" ");
+        cell.hidden = isGone[index];
+        const content = text(row, taken);
+        setText(cell, content);
+        const classes = [className, extra?.(row), content === "–" ? "empty" : ""].filter(Boolean).join(" ");
         if (cell.className !== classes) cell.className = classes;
         const hint = title ? title(row) : "";
         if (cell.title !== hint) cell.title = hint;
@@ -167,7 +174,7 @@ class List {
       if (fact.title !== (title ?? "")) fact.title = title ?? "";
     });
     this.buttons?.(item, row);
-    item.buttons.hidden = item.buttons.children.length === 0;
+    item.buttons.hidden = !(this.buttons && mayAct);
   }
 }
 
@@ -203,10 +210,10 @@ const name = ["Task", (row) => row.name, "name"];
 const request = ["Request", (row) => row.request ?? "–", "name"];
 const times = (title, field) => [
   [`${title} p50`, (row) => (row[field].count ? length(row[field].p50) : "–"), "number"],
-  ["p95", (row) => (row[field].count ? length(row[field].p95) : "–"), "number"],
-  ["longest", (row) => (row[field].count ? length(row[field].max) : "–"), "number"],
+  [`${title} p95`, (row) => (row[field].count ? length(row[field].p95) : "–"), "number"],
+  [`${title} max`, (row) => (row[field].count ? length(row[field].max) : "–"), "number"],
 ];
-const amount = (title, field, bad) => [title, (row) => (row[field] ? number(row[field]) : "–"), "number", null, (row) => (bad && row[field] ? "bad" : "")];
+const amount = (title, field, isBad, isOptional) => [title, (row) => (row[field] ? number(row[field]) : "–"), "number", null, (row) => (isBad && row[field] ? "bad" : ""), isOptional];
 
 const running = new Table(byId("running"), [
   name,
@@ -237,11 +244,11 @@ const names = new Table(byId("names"), [
   amount("Waiting", "waiting"),
   amount("Succeeded", "succeeded"),
   amount("Failed", "failed", true),
-  amount("Retried", "retried"),
-  amount("Discarded", "discarded"),
-  amount("Sent", "sent"),
-  amount("Put aside", "aside", true),
-  amount("Lost", "lost", true),
+  amount("Retried", "retried", false, true),
+  amount("Discarded", "discarded", false, true),
+  amount("Sent", "sent", false, true),
+  amount("Put aside", "aside", true, true),
+  amount("Lost", "lost", true, true),
   ...times("Wait", "wait"),
   ...times("Run", "run"),
 ], (row) => row.name, "No function has this name.");
@@ -271,7 +278,7 @@ const failures = new List(byId("failures"), {
     fact(attempt(row), "dim"),
     fact(`process ${row.pid}`, "dim"),
     fact(ago(row.ended, taken), "dim", moment(row.ended)),
-  ].filter(([text]) => text),
+  ],
   unfolds: (shows) => shows.errors,
   load: {
     url: (row) => `error.json?key=${encodeURIComponent(row.key)}`,
@@ -280,6 +287,7 @@ const failures = new List(byId("failures"), {
   nothing: "No task has failed.",
 });
 
+const due = (row, taken) => (row.due !== null && row.due > taken ? `due in ${length(row.due - taken)}` : "");
 const ORDERS = { retry: ["failed", "aside"], discard: ["failed", "aside", "waiting", "retrying"] };
 const LABELS = { retry: "Retry", discard: "Discard" };
 const STATES = { failed: "bad", aside: "bad", lost: "bad", succeeded: "good", done: "good", retrying: "warn" };
@@ -290,13 +298,12 @@ const durable = new List(byId("durable"), {
   keyOf: (row) => row.id,
   facts: (row, taken) => [
     fact(row.name, "name"),
-    fact(STATE_NAMES[row.state] ?? row.state, `tag ${STATES[row.state] ?? "dim"}`),
+    fact(STATE_NAMES[row.state] ?? row.state, `state ${STATES[row.state] ?? "dim"}`),
     fact(row.error, "bad"),
-    fact(attempt(row), "dim"),
-    fact(row.due !== null && row.due > taken ? `due in ${length(row.due - taken)}` : "", "dim", row.due === null ? "" : moment(row.due)),
+    fact([attempt(row), due(row, taken)].filter(Boolean).join(", "), "dim", row.due === null ? "" : moment(row.due)),
     fact(`added ${ago(row.since, taken)}`, "dim", moment(row.since)),
     fact(row.id, "name dim"),
-  ].filter(([text]) => text),
+  ],
   unfolds: (shows) => shows.errors || shows.arguments,
   load: {
     url: (row) => `task.json?id=${encodeURIComponent(row.id)}`,
@@ -354,7 +361,7 @@ function showTotals({ counts, processes: { rows } }) {
     ...[["Retried", "retried"], ["Discarded", "discarded"], ["Sent", "sent"]].map(([title, field]) => [title, counts[field]]).filter(([, value]) => value),
     ...[["Put aside", "aside"], ["Lost", "lost"]].map(([title, field]) => [title, counts[field], true]).filter(([, value]) => value),
   ].map(([title, value, isBad]) => ({ title, value: number(value), isAlarm: Boolean(isBad && value) }));
-  for (const [title, value, limit] of [["Threads busy", sum("threads_busy"), sum("threads")], ["Batches pending", sum("pending"), most]]) {
+  for (const [title, value, limit] of [["Busy threads", sum("threads_busy"), sum("threads")], ["Batches pending", sum("pending"), most]]) {
     tiles.push({ title, value: number(value), limit });
   }
   const create = ({ limit }) => {
@@ -499,12 +506,18 @@ const lengths = (title, field) => new Chart(title, [
 const charts = [
   new Chart("Tasks a minute", [
     [(minute) => minute.succeeded, "succeeded", "succeeded"],
-    [others, "sent or discarded", "other"],
+    [others, "other", "other"],
     [(minute) => minute.failed, "failed", "failed"],
   ], {
     isStacked: true,
     format: number,
-    read: { text: (minute) => `${number(minute.succeeded)} succeeded, ${number(minute.failed)} failed` },
+    read: {
+      text: (minute) =>
+        [[minute.succeeded, "succeeded"], [minute.failed, "failed"], [minute.sent, "sent"], [minute.discarded, "discarded"]]
+          .filter(([count], index) => count || index < 2)
+          .map(([count, what]) => `${number(count)} ${what}`)
+          .join(", "),
+    },
   }),
   lengths("Wait before the call", "wait"),
   lengths("Run of the call", "run"),
@@ -562,7 +575,8 @@ async function poll() {
     failed += 1;
     pause = Math.min(LONGEST, PERIOD * 2 ** failed);
     const isRefused = error.status === 401 || error.status === 403;
-    const reason = isRefused ? "Access was refused: log in again, and reload the page." : error.message;
+    const ours = error instanceof Failed ? error.message : `The script of the page has failed: ${error.message}.`;
+    const reason = isRefused ? "Access was refused: log in again, and reload the page." : ours;
     byId("notice").className = "notice error";
     setText(byId("notice"), `${reason} The numbers below are old. The next request is in ${length(pause / 1000)}.`);
     byId("notice").hidden = false;

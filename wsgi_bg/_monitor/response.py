@@ -44,9 +44,7 @@ class Response:
 
     __slots__ = ("_body", "_headers", "_status")
 
-    def __init__(
-        self, status: str, kind: str, body: bytes, *headers: tuple[str, str]
-    ) -> None:
+    def __init__(self, status: str, kind: str, body: bytes, *headers: tuple[str, str]) -> None:
         self._status = status
         self._body = body
         self._headers = [
