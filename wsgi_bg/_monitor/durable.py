@@ -34,10 +34,10 @@ class RefusedError(Exception):
 
 def details(
     path: str | None,
-    id: str,
+    id: str,  # noqa: A002
     *,
     has_arguments: bool,
-    has_traceback: bool,  # noqa: A002
+    has_traceback: bool,
 ) -> dict[str, Any]:
     """Return the details of a task that the page may show.
 

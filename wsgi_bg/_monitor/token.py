@@ -13,7 +13,6 @@ import hmac
 import re
 import secrets
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -42,12 +41,18 @@ def why_refused(environ: WSGIEnvironment) -> str | None:
     if site is not None:
         if site != "same-origin":
             return "the request comes from another site"
-    elif origin is not None and urlsplit(origin).netloc != environ.get("HTTP_HOST"):
+    elif origin is not None and not _is_host(origin, environ):
         return "the request comes from another site, or a proxy changes the Host header"
     cookie, header = _of_cookie(environ), environ.get(_HEADER, "")
     if not cookie or not hmac.compare_digest(cookie.encode(), header.encode()):
         return "the token is missing or stale: reload the page"
     return None
+
+
+def _is_host(origin: str, environ: WSGIEnvironment) -> bool:
+    host: str = environ.get("HTTP_HOST", "")
+    # A proxy may speak HTTP with the server and HTTPS with the browser.
+    return bool(host) and origin.partition("://")[2].lower() == host.lower()
 
 
 def _name(environ: WSGIEnvironment) -> str:
