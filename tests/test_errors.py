@@ -175,7 +175,7 @@ def test_errors_are_logged_in_the_tasks_context(log: Log) -> None:
         )
     finally:
         logger.removeFilter(keep)
-    assert seen == ["request 1"] * 5
+    assert seen == ["request 1"] * 7  # two tasks have an ERROR, a DEBUG record and on_error
 
 
 @pytest.mark.parametrize("func", [fail, fail_async])

@@ -260,6 +260,9 @@ def raising_on_error() -> Iterator[dict[str, Any]]:
     yield {"on_error": on_error}
 
 
+MOMENTS = [name for name in HOOKS if name != "around"]  # whose error is the task's
+
+
 def raising_hook(name: str, error: type[BaseException]) -> Any:
     @contextmanager
     def hook() -> Iterator[dict[str, Any]]:
@@ -276,8 +279,8 @@ BREAKERS: dict[str, Any] = {
     "the logger's filter": raising_logger_filter,
     "a handler": raising_handler,
     "on_error": raising_on_error,
-    **{f"{name} with an error": raising_hook(name, ValueError) for name in HOOKS},
-    **{f"{name} with an exit": raising_hook(name, SystemExit) for name in HOOKS},
+    **{f"{name} with an error": raising_hook(name, ValueError) for name in MOMENTS},
+    **{f"{name} with an exit": raising_hook(name, SystemExit) for name in MOMENTS},
 }
 
 

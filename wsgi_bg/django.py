@@ -49,7 +49,7 @@ P = ParamSpec("P")
 
 # The options of the latest application; requests of the test client have the same options.
 _options: dict[str, Any] = dict.fromkeys(
-    ("runner", "run_on", "failed_from", "on_error", "stop_on_error", "hooks")
+    ("runner", "run_on", "failed_from", "on_error", "stop_on_error", "hooks", "request_label")
 )
 
 
@@ -61,6 +61,7 @@ def get_wsgi_application(
     on_error: OnError | None = None,
     stop_on_error: bool | None = None,
     hooks: Hooks | Sequence[Hooks] | None = None,
+    request_label: Callable[[WSGIEnvironment], str] | None = None,
 ) -> BackgroundTasksMiddleware:
     """Call ``django.setup()``; return Django's WSGI application inside the middleware.
 
@@ -70,8 +71,8 @@ def get_wsgi_application(
     a connection only for ``CONN_MAX_AGE`` seconds, by default not at all.
 
     The options are those of :class:`~wsgi_bg.BackgroundTasksMiddleware`. Django's settings
-    override them: ``WSGI_BG_RUNNER``, ``WSGI_BG_RUN_ON``, ``WSGI_BG_FAILED_FROM``,
-    ``WSGI_BG_ON_ERROR``, ``WSGI_BG_STOP_ON_ERROR`` and ``WSGI_BG_HOOKS``.
+    override them: ``WSGI_BG_RUNNER``, ``WSGI_BG_RUN_ON``, ``WSGI_BG_FAILED_FROM`` and so on,
+    each option's name in capitals with the prefix ``WSGI_BG_``.
 
     :raises TypeError: if an option has the wrong type.
     :raises ValueError: if an option is an unknown word, or a number out of range.
@@ -84,6 +85,7 @@ def get_wsgi_application(
         on_error=on_error,
         stop_on_error=stop_on_error,
         hooks=hooks,
+        request_label=request_label,
     )
     return _configured(partial(_Middleware, application))
 

@@ -254,6 +254,21 @@ class PlainCallError(WsgiBgError, TypeError):
         self.name = name
 
 
+class AsyncContextError(WsgiBgError, TypeError):
+    """A hook has given an async context manager for a task that is a plain function.
+
+    :ivar name: the name of the function, which was not called.
+    """
+
+    def __init__(self, name: str, given: object) -> None:
+        super().__init__(
+            f"{name} is a plain function, and around() of a hook has returned "
+            f"{safe_repr(given)}, which is an async context manager or none at all: "
+            "return None for plain functions, or an object with __enter__, too"
+        )
+        self.name = name
+
+
 class UnsafeCeleryError(WsgiBgError, ValueError):
     """A Celery application has a setting with which a message could run any code.
 

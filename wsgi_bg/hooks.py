@@ -1,61 +1,194 @@
-"""``Hooks``: methods called when a task changes state, for monitors and tracers."""
+"""``Hooks``: methods called when a task or a batch changes state, for monitors and tracers."""
 
 from __future__ import annotations
 
+import threading
 import time
-from typing import TYPE_CHECKING
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from wsgi_bg._process.interrupts import type_name
 
 if TYPE_CHECKING:
     from wsgi_bg._tasks.background_tasks import BackgroundTasks
     from wsgi_bg._tasks.task import BackgroundTask
 
 
-class TaskRecord:
+class _Record:
+    """What the records of tasks and of batches have in common."""
+
+    __slots__ = ("__weakref__", "_data", "batch", "ended_at")
+
+    _data: dict[Any, Any]
+    batch: BackgroundTasks
+    ended_at: float | None
+
+    @property
+    def data(self) -> dict[Any, Any]:
+        """For hooks, which use themselves as keys: ``record.data[self] = span``."""
+        try:
+            return self._data
+        except AttributeError:
+            self._data = {}
+            return self._data
+
+    @property
+    def request(self) -> str | None:
+        """The request: method and path, or the result of the middleware's ``request_label``.
+
+        None if a task has no request in this process: on a worker, or after a restart.
+        """
+        return self.batch.root.request
+
+    @property
+    def runner(self) -> str:
+        """The name of the runner's class."""
+        return type_name(self.batch.root.options.runner)
+
+
+class TaskRecord(_Record):
     """The state of a task; all hooks of a task get the same record, in each attempt.
 
-    Times are seconds by :func:`time.monotonic`, or None before the event. A record that is
-    kept keeps alive the tasks of the request, and their arguments.
+    Times ending in ``_at`` are seconds by :func:`time.monotonic`, those ending in ``_time``
+    are seconds by :func:`time.time`; each is None before the event. A record that is kept
+    keeps alive the tasks of the request, and their arguments.
 
     :ivar task: the task. The arguments are the application's data: do not log them. A task
         that has waited for its time is another object, with the same function and arguments.
     :ivar batch: the ``BackgroundTasks`` of the request, the same for all its tasks. A task
         that has waited for its time has a new one.
     :ivar attempt: the number of the call: 1, or more if a ``Retry`` has called the task again.
-    :ivar added_at: when the task was added.
+    :ivar added_at: when the task was added. On a worker, and for a task of an earlier process:
+        when this process got the task.
     :ivar started_at: when the call began.
     :ivar ended_at: when the task returned, raised, was sent or was discarded.
+    :ivar retry_at: when the next attempt is due; None except in ``task_retried``.
+    :ivar thread_id: :func:`threading.get_ident` of the thread of the call.
     :ivar error: the exception that the task raised.
     :ivar reason: why the task was discarded.
     """
 
     __slots__ = (
-        "__weakref__",
         "added_at",
         "attempt",
-        "batch",
-        "ended_at",
         "error",
         "reason",
+        "retry_at",
         "started_at",
         "task",
+        "thread_id",
     )
 
     def __init__(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
         self.task: BackgroundTask = task
-        self.batch: BackgroundTasks = batch
+        self.batch = batch
         self.attempt: int = 1
         self.added_at: float = time.monotonic()
         self.started_at: float | None = None
-        self.ended_at: float | None = None
+        self.ended_at = None
+        self.retry_at: float | None = None
+        self.thread_id: int | None = None
         self.error: BaseException | None = None
         self.reason: str | None = None
+
+    @property
+    def id(self) -> str:
+        """The id of the task."""
+        return self.task.id
+
+    @property
+    def name(self) -> str:
+        """``module.qualname`` of the function."""
+        return self.task.name
+
+    @property
+    def thread(self) -> str | None:
+        """The name of the thread of the call; None before the call, and if the thread ended."""
+        names = (each.name for each in threading.enumerate() if each.ident == self.thread_id)
+        return next(names, None)
+
+    @property
+    def handed_over_at(self) -> float | None:
+        """When the request handed its tasks over to the runner, or the task was added later.
+
+        The time after a delay, or before a further attempt, is not counted: the runner gets
+        the task afterwards.
+        """
+        handed_over = self.batch.root.handed_over_at
+        return None if handed_over is None else max(handed_over, self.added_at)
+
+    @property
+    def wait(self) -> float | None:
+        """Seconds from :attr:`handed_over_at` to the call; None before the call."""
+        handed_over = self.handed_over_at
+        if handed_over is None or self.started_at is None:
+            return None
+        return max(0.0, self.started_at - handed_over)
+
+    @property
+    def duration(self) -> float | None:
+        """Seconds of the call; None before its end, and for a call that was never made."""
+        if self.ended_at is None or self.started_at is None:
+            return None
+        return self.ended_at - self.started_at
+
+    @property
+    def added_time(self) -> float:
+        """:attr:`added_at` by the clock on the wall."""
+        return time.time() - (time.monotonic() - self.added_at)
+
+    @property
+    def started_time(self) -> float | None:
+        """:attr:`started_at` by the clock on the wall."""
+        return _on_the_wall(self.started_at)
+
+    @property
+    def ended_time(self) -> float | None:
+        """:attr:`ended_at` by the clock on the wall."""
+        return _on_the_wall(self.ended_at)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.task.name}>"
 
 
+class BatchRecord(_Record):
+    """The tasks of a request that the middleware hands over to a runner.
+
+    A task that has waited for its time comes in a batch of its own.
+
+    :ivar batch: the ``BackgroundTasks`` of the request.
+    :ivar length: number of tasks at the time of the hand-over.
+    :ivar in_front: number of batches of the runner that were handed over before and have not
+        ended.
+    :ivar handed_over_at: when the batch was handed over (:func:`time.monotonic`).
+    :ivar begun_at: when a thread began to run the tasks; None before.
+    :ivar ended_at: when the last task was done; None before.
+    """
+
+    __slots__ = ("begun_at", "handed_over_at", "in_front", "length")
+
+    def __init__(
+        self, batch: BackgroundTasks, *, length: int, in_front: int, handed_over_at: float
+    ) -> None:
+        self.batch = batch
+        self.length: int = length
+        self.in_front: int = in_front
+        self.handed_over_at: float = handed_over_at
+        self.begun_at: float | None = None
+        self.ended_at = None
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.length} tasks, {self.in_front} in front>"
+
+
+def _on_the_wall(moment: float | None) -> float | None:
+    return None if moment is None else time.time() - (time.monotonic() - moment)
+
+
 class Hooks:
     """Base class for monitors and tracers: override the methods that you need.
+
+    A method that is not overridden is not called, and costs nothing.
 
     ``task_added`` is called first. Then follows ``task_discarded``, or ``task_sent``, or
     ``task_started``. After ``task_started`` follows ``task_finished``, ``task_failed`` or, if
@@ -65,6 +198,9 @@ class Hooks:
     and ``task_started`` again with the next attempt. Each further method is called at most once
     a task.
 
+    A task that was sent to another process, or that an earlier process has stored, begins with
+    ``task_started`` in the process that makes the call, if that process has the hooks.
+
     ``task_started``, ``task_finished``, ``task_failed`` and ``task_retried`` run in the task's
     context variables: only that task sees a variable (a span) that ``task_started`` sets. These
     methods are called on the thread of the call; for an ``async def`` task this is the event
@@ -72,14 +208,14 @@ class Hooks:
     gives the task up.
 
     An exception of a hook is logged at ERROR and otherwise ignored, unless the exception
-    stops the worker, such as a ``KeyboardInterrupt``.
+    stops the worker, such as a ``KeyboardInterrupt``. For :meth:`around` see there.
     """
 
     def task_added(self, record: TaskRecord) -> None:
         """The task is about to be added; called on the thread of ``add_task``."""
 
     def task_sent(self, record: TaskRecord) -> None:
-        """The runner has sent the task to another process; no hook is called for its end."""
+        """The runner has sent the task to another process, whose hooks see the call."""
 
     def task_started(self, record: TaskRecord) -> None:
         """The call is about to be made."""
@@ -91,11 +227,45 @@ class Hooks:
         """The call has raised ``record.error`` or could not be made."""
 
     def task_retried(self, record: TaskRecord) -> None:
-        """Attempt ``record.attempt`` has raised ``record.error``; a further attempt follows."""
+        """A further attempt is planned for ``record.retry_at``.
+
+        Attempt ``record.attempt`` has raised ``record.error``.
+        """
 
     def task_discarded(self, record: TaskRecord) -> None:
         """The task will not run, or was stopped, because of ``record.reason``."""
 
+    def around(
+        self, record: TaskRecord
+    ) -> AbstractContextManager[Any] | AbstractAsyncContextManager[Any] | None:
+        """Return a context manager in which the call is made, or None.
 
-HOOKS = tuple(name for name in vars(Hooks) if name.startswith("task_"))
+        Called once an attempt, after ``task_started``, in the task's context and on the thread
+        of the call; on workers, too. The context manager may be async if the task is an
+        ``async def`` function; a plain task with one that is only async fails with a
+        ``TypeError``. The first hook's context manager is the outermost. All are inside of the
+        application's context.
+
+        The context manager sees an error of the task, and cannot suppress the error. If
+        entering raises, the call is not made; then, and if leaving raises, the task has failed
+        with that error.
+        """
+        return None
+
+    def batch_handed_over(self, record: BatchRecord) -> None:
+        """A request is about to hand its tasks over to the runner.
+
+        Called on the thread that ends the request: the server's thread, which waits.
+        """
+
+    def batch_begun(self, record: BatchRecord) -> None:
+        """A thread is about to run the tasks; called on this thread."""
+
+    def batch_ended(self, record: BatchRecord) -> None:
+        """The last task is done; called on the thread that ran it, or gave it up."""
+
+
+BATCH_HOOKS: tuple[str, ...] = ("batch_handed_over", "batch_begun", "batch_ended")
+
+HOOKS: tuple[str, ...] = tuple(name for name in vars(Hooks) if not name.startswith("_"))
 """The names of the methods of :class:`Hooks`."""

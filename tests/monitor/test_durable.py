@@ -92,11 +92,11 @@ def test_arguments_and_traceback_are_shown_if_the_options_say_so(shop: Shop) -> 
 
 def test_arguments_that_are_forged_or_gone_are_shown_as_such(shop: Shop) -> None:
     leave_failed(shop, 1)
-    for id, arguments in (("forged", "[1"), ("gone", "")):
-        row = ("f", arguments, "", "", 0.0, 1, 0, id, 5.0, 8, 8)
+    for task, arguments in (("forged", "[1"), ("gone", "")):
+        row = ("f", arguments, "", "", 0.0, 1, 0, task, 5.0, 8, 8)
         forge(shop, "kept", *row, "failed", 1.0, 1.0, "", "")
     monitor = open_monitor(show_arguments=True, path=shop.folder)
-    shown = [Answer(monitor, f"/task.json?id={id}").json for id in ("forged", "gone")]
+    shown = [Answer(monitor, f"/task.json?id={task}").json for task in ("forged", "gone")]
     assert [each["arguments"] for each in shown] == [["(cannot be read)"], []]
 
 

@@ -877,6 +877,9 @@ class _State:
             return True
         queue.close()
         batch = Batch(queue, response_complete=True)
+        for task in tasks:
+            task.options.calls.received(task, queue)
+        batch.hand_over(self.ledger.length)
         if suspect is not None:
             self._suspect = store.number, suspect
         self.ledger.add(batch)

@@ -431,10 +431,12 @@ class Outbox:
         options: Any = task.options
         copy.options = queue.options = options.override(run_on="always")
         copy.context, copy.message = unsent.context, unsent.stored
+        queue.request = unsent.context.run(lambda: task.request)
         unsent.context.run(task.options.calls.moved, task, copy, queue)
         queue.open_list().append(copy)
         queue.close()
         batch = Batch(queue, response_complete=True)
+        batch.hand_over(self._ledger.length)
         self._ledger.add(batch)
         self._ledger.end_unsent(unsent)
         if not self._submitters.submit(batch):

@@ -30,9 +30,17 @@ logger: logging.Logger = logging.getLogger("wsgi_bg")
 SAID = "said"
 
 
-def debug(message: str, *args: Any) -> None:
+def is_debug() -> bool:
+    """True if :func:`debug` makes a record."""
+    try:
+        return logger.isEnabledFor(logging.DEBUG)
+    except Exception:  # raised by a logger class of the user
+        return False
+
+
+def debug(message: str, *args: Any, extra: dict[str, Any] | None = None) -> None:
     """Log at DEBUG; see :func:`error`."""
-    _log(logging.DEBUG, message, args)
+    _log(logging.DEBUG, message, args, extra=extra)
 
 
 def info(message: str, *args: Any) -> None:
@@ -45,9 +53,10 @@ def warning(
     *args: Any,
     exc_info: BaseException | None = None,
     said: defaultdict[Any, Any] | None = None,
+    extra: dict[str, Any] | None = None,
 ) -> None:
     """Log at WARNING; see :func:`error`."""
-    _log(logging.WARNING, message, args, exc_info, said)
+    _log(logging.WARNING, message, args, exc_info, said, extra)
 
 
 def error(
@@ -55,6 +64,7 @@ def error(
     *args: Any,
     exc_info: BaseException | None = None,
     said: defaultdict[Any, Any] | None = None,
+    extra: dict[str, Any] | None = None,
 ) -> None:
     """Log at ERROR.
 
@@ -62,10 +72,11 @@ def error(
         raises is shown by its type.
     :param said: gets the key SAID in the moment in which the record is made, even if a
         signal handler raises right before or after.
+    :param extra: attributes of the record.
     :raises KeyboardInterrupt: or another exception that stops the server's worker; nothing
         else.
     """
-    _log(logging.ERROR, message, args, exc_info, said)
+    _log(logging.ERROR, message, args, exc_info, said, extra)
 
 
 def _log(  # %r of a str adds quotes: placeholders are %s, %d and %g
@@ -74,6 +85,7 @@ def _log(  # %r of a str adds quotes: placeholders are %s, %d and %g
     args: tuple[Any, ...],
     exc_info: BaseException | None = None,
     said: defaultdict[Any, Any] | None = None,
+    extra: dict[str, Any] | None = None,
 ) -> None:
     said = defaultdict() if said is None else said
     generation = per_process.generation
@@ -87,7 +99,7 @@ def _log(  # %r of a str adds quotes: placeholders are %s, %d and %g
             args = (*args, safe_repr(exc_info))
             exc_info = None
         said.default_factory = partial(
-            logger.log, level, message, *args, exc_info=exc_info, stacklevel=3
+            logger.log, level, message, *args, exc_info=exc_info, extra=extra, stacklevel=3
         )
         said[SAID]  # no bytecode comes between the record and the key
     except BaseException as exc:

@@ -6,15 +6,21 @@ Most layers have none of these: their tasks are called directly, and this module
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    AsyncExitStack,
+    ExitStack,
+)
 from functools import partial
 from inspect import isawaitable
+from threading import get_ident
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from wsgi_bg._loop.coroutines import AwaitableInStack
-from wsgi_bg._process import log, per_process
-from wsgi_bg._process.interrupts import is_from_signal_handler, type_name
+from wsgi_bg._process import per_process
 from wsgi_bg._tasks.retry import NotSent
 from wsgi_bg._tasks.successors import observe
 from wsgi_bg._tasks.task import (
@@ -27,10 +33,13 @@ from wsgi_bg._tasks.task import (
     WasQueued,
     plan_of,
 )
-from wsgi_bg.hooks import Hooks, TaskRecord
+from wsgi_bg._tasks.task_log import call_hook
+from wsgi_bg.exceptions import AsyncContextError
+from wsgi_bg.hooks import BATCH_HOOKS, HOOKS, BatchRecord, Hooks, TaskRecord
 
 if TYPE_CHECKING:
     from wsgi_bg._tasks.background_tasks import BackgroundTasks
+    from wsgi_bg._tasks.batch import Batch
 
 Send = Callable[..., bool | Queue]
 MaySend = Callable[..., bool]
@@ -51,7 +60,7 @@ class Calls(Caller):
     :param queues: True if ``send`` does not block.
     """
 
-    __slots__ = ("_may_send", "_queues", "_send", "_waits", "around", "hooks")
+    __slots__ = ("_may_send", "_queues", "_send", "_told", "_waits", "around", "hooks")
 
     def __init__(
         self,
@@ -64,6 +73,7 @@ class Calls(Caller):
         queues: bool = False,
     ) -> None:
         self.hooks: tuple[Hooks, ...] = hooks
+        self._told = {name: overriding(hooks, name) for name in HOOKS}
         self.around: Around | None = around
         self._send = send
         self._may_send = may_send
@@ -76,6 +86,32 @@ class Calls(Caller):
             record = TaskRecord(task, batch)
             task.record = [record]
             self._tell("task_added", record)
+
+    def without_around(self) -> Caller:
+        """See :class:`Caller`."""
+        return Calls(self.hooks, None, None)
+
+    def watch(
+        self, batch: Batch, tasks: BackgroundTasks, hooks: Sequence[Hooks], in_front: int
+    ) -> None:
+        """Call the hooks for a batch that is about to be handed over, and later."""
+        told = {name: overriding(hooks, name) for name in BATCH_HOOKS}
+        if any(told.values()):
+            assert tasks.handed_over_at is not None
+            record = BatchRecord(
+                tasks,
+                length=batch.length,
+                in_front=in_front,
+                handed_over_at=tasks.handed_over_at,
+            )
+            batch.watch(_Watch(told, record))
+
+    def received(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
+        """Make the record of a task that another process has added."""
+        if self.hooks:
+            record = TaskRecord(task, batch)
+            record.attempt = task.attempt
+            task.record = [record]
 
     def sends_delayed(self, task: BackgroundTask) -> bool:
         """True if the process that gets the message of ``task`` waits for the delay."""
@@ -152,6 +188,8 @@ class Calls(Caller):
         self._started(task)
         if per_process.generation != generation:  # a hook has forked: the parent makes the call
             return None
+        if self._told["around"]:
+            return self._make_inside(task, done)
         if self.around is None:
             return super().make(task, done)
         inside = self._enter(task, self.around)
@@ -169,6 +207,39 @@ class Calls(Caller):
             return AwaitableInStack(stack, result)
         self._exit(inside, task, None)
         return result
+
+    def _make_inside(self, task: BackgroundTask, done: Done) -> Any:
+        """Make the call inside of the context managers of hooks: see :meth:`make`."""
+        makers: list[Callable[[], Any]] = [
+            partial(make, record) for record in task.record for make in self._told["around"]
+        ]
+        if self.around is not None:
+            makers.insert(0, self.around)
+        if task.is_async:
+            return self._make_inside_async(task, makers)
+        generation = per_process.generation
+        with ExitStack() as stack:
+            for make in makers:
+                _enter(task, stack, make())
+                if per_process.generation != generation:
+                    return None
+            result = super().make(task, done)
+            if result is not None and isawaitable(result):
+                return AwaitableInStack(stack.pop_all(), result)
+        return result
+
+    async def _make_inside_async(
+        self, task: BackgroundTask, makers: list[Callable[[], Any]]
+    ) -> Any:
+        async with AsyncExitStack() as stack:
+            for make in makers:
+                manager = make()
+                if hasattr(manager, "__aenter__"):
+                    await manager.__aenter__()
+                    stack.push_async_exit(partial(_leave_async, manager))
+                else:
+                    _enter(task, stack, manager)
+            return await super().make(task, None)
 
     @staticmethod
     def _enter(task: BackgroundTask, around: Around) -> AbstractContextManager[Any]:
@@ -203,6 +274,7 @@ class Calls(Caller):
         # refers to the error.
         for record in task.record:
             record.ended_at = record.error = None
+            record.thread_id = get_ident()
             record.started_at = time.monotonic()
             self._tell("task_started", record)
 
@@ -214,12 +286,14 @@ class Calls(Caller):
         """Call the hooks for a task that has raised ``exc``."""
         self._end(task, "task_failed", error=exc)
 
-    def retried(self, task: BackgroundTask, exc: BaseException) -> None:
+    def retried(self, task: BackgroundTask, exc: BaseException, seconds: float) -> None:
         """Call the hooks for a task that has raised ``exc`` and will be called again."""
         for record in task.record:
-            record.ended_at = time.monotonic()
+            record.ended_at = now = time.monotonic()
+            record.retry_at = now + seconds
             record.error = exc
             self._tell("task_retried", record)
+            record.retry_at = None
             record.attempt += 1
 
     def moved(self, task: BackgroundTask, copy: BackgroundTask, batch: BackgroundTasks) -> None:
@@ -252,17 +326,84 @@ class Calls(Caller):
         self._tell(hook, record)
 
     def _tell(self, hook: str, record: TaskRecord) -> None:
-        generation = per_process.generation
-        for hooks in self.hooks:
-            try:
-                observe(record.task, getattr(hooks, hook), record)
-            except BaseException as exc:
-                if is_from_signal_handler(exc) or per_process.generation != generation:
-                    raise
-                log.error(
-                    "%s.%s raised for background task %s",
-                    type_name(hooks),
-                    hook,
-                    record.task.name,
-                    exc_info=exc,
-                )
+        for method in self._told[hook]:
+            call_hook(record.task, hook, method, record)
+
+
+class _Watch:
+    """Calls the hooks that watch a batch.
+
+    :param told: the methods by their names.
+    """
+
+    __slots__ = ("_left", "_record", "_told")
+
+    def __init__(
+        self, told: dict[str, tuple[Callable[..., Any], ...]], record: BatchRecord
+    ) -> None:
+        self._told = told
+        self._record = record
+        self._left = ["ended", "begun"]
+        self._tell("batch_handed_over")
+
+    def begun(self) -> None:
+        """A thread begins to run the tasks; called once or more often."""
+        if self._take("begun"):
+            self._record.begun_at = time.monotonic()
+            self._tell("batch_begun")
+
+    def ended(self) -> None:
+        """The last task is done; called once or more often."""
+        if self._take("ended"):
+            self._record.ended_at = time.monotonic()
+            self._tell("batch_ended")
+
+    def _take(self, moment: str) -> bool:
+        try:
+            self._left.remove(moment)  # a single atomic step: batches may be copied
+        except ValueError:
+            return False
+        return True
+
+    def _tell(self, moment: str) -> None:
+        for method in self._told[moment]:
+            call_hook(None, moment, method, self._record)
+
+
+def overriding(hooks: Sequence[Hooks], name: str) -> tuple[Callable[..., Any], ...]:
+    """The methods ``name`` of ``hooks``, without those of the base class, which do nothing."""
+    methods = [getattr(each, name) for each in hooks]
+    base = getattr(Hooks, name)
+    return tuple(each for each in methods if getattr(each, "__func__", None) is not base)
+
+
+def _enter(task: BackgroundTask, stack: ExitStack | AsyncExitStack, manager: Any) -> None:
+    """Enter a context manager of a hook, or of an application.
+
+    :raises TypeError: if the context manager is async only: nothing would await it here.
+    """
+    if manager is None:
+        return
+    if not hasattr(manager, "__enter__"):
+        raise AsyncContextError(task.name, manager)
+    observe(task, manager.__enter__)
+    stack.push(partial(_leave, task, manager))
+
+
+def _leave(
+    task: BackgroundTask,
+    manager: AbstractContextManager[Any],
+    kind: type[BaseException] | None,
+    exc: BaseException | None,
+    traceback: TracebackType | None,
+) -> None:  # and not what __exit__() returns: the error is not suppressed
+    observe(task, manager.__exit__, kind, exc, traceback)
+
+
+async def _leave_async(
+    manager: AbstractAsyncContextManager[Any],
+    kind: type[BaseException] | None,
+    exc: BaseException | None,
+    traceback: TracebackType | None,
+) -> None:
+    await manager.__aexit__(kind, exc, traceback)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -22,6 +22,7 @@ from wsgi_bg._request.request_tasks import ObservedTasks, RequestTasks
 from wsgi_bg._request.servers import is_asked_for, refuse_eventlet
 from wsgi_bg._request.unclosed import ABANDONED, RAISED, Outcome
 from wsgi_bg._tasks.background_tasks import OPEN, BackgroundTasks
+from wsgi_bg._tasks.callables import is_plain
 from wsgi_bg._tasks.current import ENVIRON_KEY
 from wsgi_bg._tasks.options import OnError, Options
 from wsgi_bg._tasks.task import RunOn, current
@@ -79,6 +80,9 @@ class BackgroundTasksMiddleware:
         rule; default False).
     :param hooks: a :class:`~wsgi_bg.hooks.Hooks` object, or a list of them, called when a
         task is added, started, finished, failed and discarded.
+    :param request_label: called with the environ at the end of a request that has added tasks;
+        returns how logs, hooks and the status name the request. Default: method and path,
+        without the query.
     :raises TypeError: if ``app`` is not callable, or an option is of the wrong type.
     :raises ValueError: if ``runner`` or ``run_on`` is an unknown word, or
         ``failed_from`` is out of range.
@@ -99,6 +103,7 @@ class BackgroundTasksMiddleware:
         on_error: OnError | None = None,
         stop_on_error: bool | None = None,
         hooks: Hooks | Sequence[Hooks] | None = None,
+        request_label: Callable[[WSGIEnvironment], str] | None = None,
     ) -> None:
         if not callable(app):
             raise OptionTypeError(
@@ -116,11 +121,23 @@ class BackgroundTasksMiddleware:
         self._merged: _MergedOptions | None = None
         self._names_runner = runner is not None
         resolved = resolve(runner)
+        if request_label is not None and not (
+            callable(request_label) and is_plain(request_label)
+        ):
+            wanted = "a plain function that takes the environ and returns a text"
+            raise OptionTypeError("request_label", request_label, wanted)
+        self._request_label = request_label
         options = self._merge(Options(), resolved)
-        self._options = replace(options, runner_is_default=self._runner_is_default)
+        self._options = replace(
+            options,
+            runner_is_default=self._runner_is_default,
+            request_label=request_label,
+        )
         self._inner = app
         if isinstance(resolved, LedgerRunner):
             resolved.attach(self._options)
+        if self._options.calls.hooks and request_label is None:
+            self._inner = app = _noting_request(app)
         if keeps_tasks(resolved):
             self._inner = KeepingApp(app, resolved)
 
@@ -227,6 +244,8 @@ class BackgroundTasksMiddleware:
         if self._names_runner and root.runner_is_default:
             runner = self._options.runner
         new_root = root if runner is None else merge_options(root, runner=runner)
+        if self._request_label is not None:
+            new_root = replace(new_root, request_label=self._request_label)
         return _MergedOptions(root, outer, new_root, self._merge(outer, runner))
 
     def _merge(self, outer: Options, runner: Runner | None) -> Options:
@@ -234,6 +253,16 @@ class BackgroundTasksMiddleware:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self._wrapped!r}, {self._options.runner!r}>"
+
+
+def _noting_request(app: WSGIApplication) -> WSGIApplication:
+    """Let the hooks know the request of a task before the request ends."""
+
+    def noting(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        environ[ENVIRON_KEY].root.note_request(environ)
+        return app(environ, start_response)
+
+    return noting
 
 
 def _outcome_of(environ: WSGIEnvironment, exc: BaseException | None) -> Outcome:

@@ -21,7 +21,7 @@ from wsgi_bg._tasks import successors
 from wsgi_bg._tasks.background_tasks import OPEN
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg._tasks.task import CRASHED, BackgroundTask
-from wsgi_bg.runners.ledger import keep
+from wsgi_bg.runners.ledger import keep, ledger_of
 from wsgi_bg.runners.pool import shared_pool
 from wsgi_bg.runners.timer import Deferring
 
@@ -157,6 +157,7 @@ class RequestTasks(Deferring):
                 return  # in a forked child: the tasks belong to the parent
             if invocation.freezes and self._invocation is None:
                 invocation.warn_of_freezing(environ)
+            self.note_request(environ)
             batch = self._make_batch(environ, outcome, closed)
             if not batch.discard_excluded(list(self._list or ())):
                 return
@@ -196,6 +197,8 @@ class RequestTasks(Deferring):
         if self._invocation is not None:
             self._await(batch)
         batch.sends = hasattr(runner, "send")
+        if batch.has_hooks:
+            batch.hand_over(ledger_of(runner).length)
         try:
             arguments.look_at(self._list or ())
             if self.observer is None:

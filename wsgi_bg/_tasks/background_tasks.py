@@ -7,11 +7,12 @@ from contextvars import Context, copy_context
 from itertools import takewhile
 from typing import Any, ParamSpec, Protocol
 
-from wsgi_bg._process import per_process
-from wsgi_bg._process.interrupts import safe_repr, stops_worker
+from wsgi_bg._process import log, per_process
+from wsgi_bg._process.interrupts import is_from_signal_handler, safe_repr, stops_worker
 from wsgi_bg._tasks import successors, task_log
 from wsgi_bg._tasks.options import DEFAULTS, OnError, Options
 from wsgi_bg._tasks.registry import WhenUnsent
+from wsgi_bg._tasks.request_label import printable, request_label
 from wsgi_bg._tasks.retry import Retry
 from wsgi_bg._tasks.task import BackgroundTask, RunOn, current, fill, plan_of
 from wsgi_bg.exceptions import BatchEndedError, TaskTypeError
@@ -45,12 +46,14 @@ class BackgroundTasks:
     # Users need tasks, add_task, using and the call. The other names are for the package's own
     # modules.
 
-    __slots__ = ("_list", "is_endless", "options", "phase")
+    __slots__ = ("_handed_over_at", "_list", "_request", "is_endless", "options", "phase")
 
     _list: list[BackgroundTask] | None
     is_endless: bool  # only if an endless row of tasks was cut: see wsgi_bg._tasks.successors
     options: Options
     phase: int
+    _request: str | tuple[Any, ...] | None  # only once the label is known
+    _handed_over_at: float  # only if there are hooks
 
     origin: BackgroundTasks | None = None
     """The tasks of the request, if these are tasks of it that have waited for their time."""
@@ -78,6 +81,46 @@ class BackgroundTasks:
         if self._list is None and self.phase == ENDED:
             return []
         return self.open_list()
+
+    @property
+    def request(self) -> str | None:
+        """The label of the request; None before its end, and without a request."""
+        found = getattr(self, "_request", None)
+        if type(found) is tuple:  # formatted only if someone asks
+            self._request = found = request_label(*found)
+        return found
+
+    @request.setter
+    def request(self, label: str | None) -> None:
+        self._request = label
+
+    def note_request(self, environ: Mapping[str, Any]) -> None:
+        """Note the label of the request that ``environ`` belongs to, for logs and hooks."""
+        make = self.options.request_label
+        if make is None:
+            method = environ.get("REQUEST_METHOD")
+            if method is not None:
+                self._request = method, environ.get("SCRIPT_NAME"), environ.get("PATH_INFO")
+            return
+        try:
+            label = make(environ)
+            if not isinstance(label, str):
+                raise TypeError(f"a str is wanted, and not {safe_repr(label)}")
+        except BaseException as exc:
+            if is_from_signal_handler(exc):
+                raise
+            log.error("request_label raised", exc_info=exc)
+        else:
+            self._request = printable(label)
+
+    @property
+    def handed_over_at(self) -> float | None:
+        """When the tasks were handed over (:func:`time.monotonic`); None if no hook asks."""
+        return getattr(self, "_handed_over_at", None)
+
+    @handed_over_at.setter
+    def handed_over_at(self, moment: float) -> None:
+        self._handed_over_at = moment
 
     def open_list(self) -> list[BackgroundTask]:
         """Return the list that :meth:`add_task` appends to."""

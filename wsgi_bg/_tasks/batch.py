@@ -6,8 +6,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextvars import Context, copy_context
 from inspect import GEN_CREATED, getgeneratorstate, isawaitable, isgenerator
+from itertools import chain
 from sys import getrefcount
 from threading import current_thread, main_thread
+from time import monotonic
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,7 @@ from wsgi_bg._tasks.task import (
     RESULT,
     SENT,
     BackgroundTask,
+    Caller,
     Done,
     Layer,
     Queued,
@@ -62,6 +65,7 @@ class Batch:
     :ivar sends: True if the batch's runner may send the tasks to another process.
     :ivar not_before: the earliest start that the runner allows, by :func:`time.monotonic`.
     :ivar is_kept: True if a ledger tracks the batch.
+    :ivar has_hooks: True if a task that runs after the request has hooks.
     :ivar succeeded: number of tasks that have returned.
     :ivar failed: number of tasks that have raised.
     :ivar discarded: number of tasks that will not run.
@@ -72,11 +76,13 @@ class Batch:
     __slots__ = (
         "__weakref__",
         "_begun",
+        "_call_began",
         "_cause",
         "_done",
         "_generation",
         "_has_started",
         "_let_run",
+        "_logs_ends",
         "_on_done",
         "_passed_over",
         "_queue",
@@ -84,8 +90,10 @@ class Batch:
         "_status",
         "_stop",
         "_stopped",
+        "_watch",
         "discarded",
         "failed",
+        "has_hooks",
         "is_kept",
         "not_before",
         "response_complete",
@@ -106,6 +114,7 @@ class Batch:
         self.sends: bool = False
         self.not_before: float = 0.0
         self.is_kept: bool = False
+        self.has_hooks: bool = False
         self.succeeded: int = 0
         self.failed: int = 0
         self.discarded: int = 0
@@ -134,6 +143,11 @@ class Batch:
         # The exception for which the running async task is cancelled.
         self._cause: Exception | None = None
         self._on_done: tuple[Callable[[Any], None], ...] = ()
+        # True if the end of each task is logged, and when the running call began then.
+        self._logs_ends = False
+        self._call_began: float | None = None
+        # Calls the hooks that watch this batch; None if no hook does.
+        self._watch: Any = None
 
     def again(self) -> Batch:
         """Copy this batch for another runner, if the first runner may or may not have it.
@@ -142,6 +156,7 @@ class Batch:
         """
         batch = Batch(self._queue, response_complete=False, status=self._status)
         batch._passed_over = self._passed_over
+        batch._watch = self._watch
         batch.on_done((self._end_with,))
         return batch
 
@@ -214,12 +229,29 @@ class Batch:
         """
         self._on_done += functions
 
+    def watch(self, watch: Any) -> None:
+        """Let ``watch.begun()`` and ``watch.ended()`` be called, each at least once."""
+        self._watch = watch
+
+    def hand_over(self, in_front: int) -> None:
+        """Call the hooks of the tasks: the batch is about to be handed over to its runner.
+
+        :param in_front: number of batches of the runner that have not ended.
+        """
+        callers = {task.options.calls: None for task in self.tasks if task.options.calls.hooks}
+        if callers:
+            self._queue.handed_over_at = monotonic()
+            hooks = dict.fromkeys(chain.from_iterable(calls.hooks for calls in callers))
+            next(iter(callers)).watch(self, self._queue, tuple(hooks), in_front)
+
     def notify_if_ended(self) -> None:
         """Call the functions given to :meth:`on_done` if the batch has ended."""
         if self.has_ended:
             self._tell()
 
     def _tell(self) -> None:
+        if self._watch is not None and (self._stop == MOVED or self._queue.has_ended):
+            self._watch.ended()
         for tell in self._on_done:
             tell(self)
 
@@ -350,17 +382,28 @@ class Batch:
         if not self._has_started:
             self._stop = STOP
             self._tell()
-        return self._has_started
+            return False
+        self._logs_ends = log.is_debug()
+        if self._watch is not None:
+            self._watch.begun()
+        return True
+
+    def _make_of(self, calls: Caller) -> Callable[[BackgroundTask, Done], Any]:
+        """The function that makes the call that is about to begin."""
+        if self._logs_ends:
+            self._call_began = monotonic()
+        return calls.send_or_make if self.sends else calls.make
 
     def _run_plain_tasks(self) -> bool:
         if self._begun is not None:  # the loop was ended before it has got the awaitable
             return True
         queue, done = self._queue, self._done
+        is_simple = not (self.sends or self._logs_ends)
         while (task := self._next(False)) is not None:
             context = task.take_context(queue)
             calls = task.options.calls
             try:
-                make = calls.send_or_make if self.sends else calls.make
+                make = calls.make if is_simple else self._make_of(calls)
                 result = context.run(make, task, done)
                 if result is not None:
                     if isawaitable(result):
@@ -390,8 +433,8 @@ class Batch:
                     self.sent += result is SENT
                 else:
                     self.succeeded += 1
-                    if calls is not DIRECT:  # this spares the call of a method without effect
-                        _run_in(context, calls.finished, task)
+                    if calls is not DIRECT or not is_simple:  # spares a call without effect
+                        self._finish(task, context)
                         if per_process.generation != self._generation:
                             return False
             front = queue.front
@@ -485,8 +528,7 @@ class Batch:
                 calls = task.options.calls
                 try:
                     if awaitable is None:
-                        make = calls.send_or_make if self.sends else calls.make
-                        awaitable = context.run(make, task, None)
+                        awaitable = context.run(self._make_of(calls), task, None)
                     if type(awaitable) is Queued:
                         raise WasQueued
                     if type(awaitable) is not CoroutineType:
@@ -513,8 +555,8 @@ class Batch:
                         return
                     self._running = None
                     self.succeeded += 1
-                    if calls is not DIRECT:
-                        _run_in(context, calls.finished, task)
+                    if calls is not DIRECT or self._logs_ends:
+                        self._finish(task, context)
                 if per_process.generation != self._generation:
                     return
                 self._queue.drop(task)
@@ -535,6 +577,7 @@ class Batch:
         running = None if was_abandoned else self._running
         if running is not None:
             running.claim()  # if the task was only about to begin
+            running.keep_root(self._queue)
         left = self._queue.abandon()
         return left if running is None else [running, *left]
 
@@ -587,6 +630,8 @@ class Batch:
         """
         options = task.options
         if options.lets_run(self._status):
+            if options.calls.hooks:
+                self.has_hooks = True
             if options.delay:  # each of these tasks is looked at
                 self._queue.begin_delay(task)
             else:
@@ -633,7 +678,7 @@ class Batch:
                 added.options.calls.forget(added)
                 _run_in(context, task_log.log_dropped, added, task)
         _run_in(context, task_log.log_attempt, task, exc, seconds)
-        _run_in(context, task.options.calls.retried, task, exc)
+        _run_in(context, task.options.calls.retried, task, exc, seconds)
         if self._is_in_child:
             return True
         plan.attempt += 1
@@ -656,13 +701,19 @@ class Batch:
             done[log.SAID]
         self._settle()
 
+    def _finish(self, task: BackgroundTask, context: Context) -> None:
+        """Call the hooks of a task that has returned, and log its end."""
+        if self._call_began is not None:
+            _run_in(context, task_log.log_end, task, self._call_began)
+        _run_in(context, task.options.calls.finished, task)
+
     def _fail(self, task: BackgroundTask, context: Context, exc: BaseException) -> None:
         if self._repeats(task, context, exc):
             return
         self.failed += 1
         if task.options.stop_on_error:
             self._stopped = True
-        _run_in(context, task_log.log_failure, task, exc, self._done)
+        _run_in(context, task_log.log_failure, task, exc, self._done, self._call_began)
         self._settle()
         _run_in(context, self._queue.notify_failure, task, exc)
 

@@ -31,6 +31,7 @@ class Options(Layer):
     :ivar celery: options for Celery, ignored by every runner but ``CeleryRunner``.
     :ivar engine: options for the engine of the runner, which checks them in ``check``.
     :ivar when_unsent: for a task that cannot be sent; None for the function's or the runner's.
+    :ivar request_label: makes the label of a request from its environ; None for the default.
     :ivar runner: runs the tasks; None in a ``BackgroundTasks`` that was made by hand.
     :ivar runner_is_default: True if the runner is a default, which an inner layer may replace.
     :ivar calls: calls the tasks.
@@ -48,6 +49,7 @@ class Options(Layer):
     retry: Retry | None = None
     delay: float = 0.0
     when_unsent: WhenUnsent | None = None
+    request_label: Callable[[Any], str] | None = None
     runner: Any = None
     runner_is_default: bool = False
     calls: Caller = DIRECT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context, ContextVar, copy_context
 from functools import partial
 from inspect import CO_COROUTINE
@@ -76,6 +76,14 @@ class Caller:
     __slots__ = ()
 
     around: Any = None  # makes the context of an application, in which the calls are made
+    hooks: Any = ()  # a tuple of wsgi_bg.hooks.Hooks objects
+
+    def without_around(self) -> Caller:
+        """The same caller for calls that are made in the application's context already."""
+        return DIRECT
+
+    def received(self, task: BackgroundTask, batch: Any) -> None:
+        """``task`` of another process is in ``batch``, a ``BackgroundTasks``."""
 
     def added(self, task: BackgroundTask, batch: Any) -> None:
         """``task`` is about to join ``batch``, a ``BackgroundTasks``."""
@@ -116,6 +124,9 @@ class Caller:
         )
         return done[RESULT]
 
+    def watch(self, batch: Any, tasks: Any, hooks: Sequence[Any], in_front: int) -> None:
+        """Let hooks watch ``batch``, a ``Batch``, of ``tasks``, a ``BackgroundTasks``."""
+
     def sent(self, task: BackgroundTask) -> None:
         """``task`` was sent from a queue, some time after :meth:`send`."""
 
@@ -125,8 +136,8 @@ class Caller:
     def failed(self, task: BackgroundTask, exc: BaseException) -> None:
         """``task`` has raised ``exc``."""
 
-    def retried(self, task: BackgroundTask, exc: BaseException) -> None:
-        """``task`` has raised ``exc`` and will be called again."""
+    def retried(self, task: BackgroundTask, exc: BaseException, seconds: float) -> None:
+        """``task`` has raised ``exc`` and will be called again in ``seconds``."""
 
     def moved(self, task: BackgroundTask, copy: BackgroundTask, batch: Any) -> None:
         """``copy`` in ``batch``, a ``BackgroundTasks``, will run in place of ``task``."""
@@ -223,6 +234,7 @@ class BackgroundTask:
 
     __slots__ = (
         "__weakref__",
+        "_root",
         "_unowned",
         "args",
         "context",
@@ -248,6 +260,7 @@ class BackgroundTask:
     generation: int  # see wsgi_bg._tasks.successors
     plan: Plan  # only of a task with a delay or a Retry: see plan_of()
     record: list[Any]  # holds the record that the hooks get until the task has ended
+    _root: Any  # only if the task was given up while it ran
     _unowned: list[None]  # only if the task was made by hand
 
     def __init__(self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -273,6 +286,30 @@ class BackgroundTask:
     def keep_id(self, id: str) -> None:  # noqa: A002
         """Give the task the id of the task that it repeats, before any other thread has it."""
         _ids[self] = id
+
+    @property
+    def request(self) -> str | None:
+        """The label of the task's request: method and path, unless ``request_label`` is given.
+
+        Known from the end of the request on, in ``on_error`` and in the task itself; None if
+        the task has no request in this process.
+        """
+        root = self.root
+        return None if root is None else root.request
+
+    @property
+    def root(self) -> Any:
+        """The ``BackgroundTasks`` of the request; None if the context knows none."""
+        try:
+            return self._root
+        except AttributeError:
+            context = self.context  # None once the task runs, in that context
+            inside = current.get(None) if context is None else context.get(current)
+            return None if inside is None else inside.root
+
+    def keep_root(self, root: Any) -> None:
+        """Keep the ``BackgroundTasks`` of the request: the task is about to be given up."""
+        self._root = root
 
     @property
     def attempt(self) -> int:

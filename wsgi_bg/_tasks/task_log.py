@@ -5,12 +5,15 @@ Messages name tasks without their arguments, since arguments may be private data
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from wsgi_bg._process import log, per_process
-from wsgi_bg._process.interrupts import is_from_signal_handler
+from wsgi_bg._process.interrupts import is_from_signal_handler, type_name
 from wsgi_bg._tasks.successors import observe, observe_log
 
 if TYPE_CHECKING:
@@ -25,14 +28,34 @@ UNSENT = "since it was not sent"
 
 
 def log_failure(
-    task: BackgroundTask, exc: BaseException, said: defaultdict[Any, Any] | None = None
+    task: BackgroundTask,
+    exc: BaseException,
+    said: defaultdict[Any, Any] | None = None,
+    started: float | None = None,
 ) -> None:
     """Log the task's error with its traceback.
 
     Called in the task's context, so that log records carry its correlation ids.
+
+    :param started: when the call began (:func:`time.monotonic`), if DEBUG is logged.
     """
     message, args = _raised(task, exc)
-    observe_log(task, partial(log.error, message, *args, exc_info=exc, said=said))
+    extra = _fields(task, "failed", error=exc, started=started)
+    observe_log(task, partial(log.error, message, *args, exc_info=exc, said=said, extra=extra))
+    if started is not None:
+        log_end(task, started, error=exc)
+
+
+def log_end(task: BackgroundTask, started: float, error: BaseException | None = None) -> None:
+    """Log at DEBUG that the call of a task has ended, and how long the call has taken.
+
+    :param started: when the call began (:func:`time.monotonic`).
+    """
+    outcome = "succeeded" if error is None else "failed"
+    extra = _fields(task, outcome, error=error, started=started)
+    message = "background task %s has %s after %.3g seconds"
+    seconds = extra["wsgi_bg_duration"]
+    observe_log(task, partial(log.debug, message, task.name, outcome, seconds, extra=extra))
 
 
 def log_attempt(task: BackgroundTask, exc: BaseException, seconds: float) -> None:
@@ -42,14 +65,54 @@ def log_attempt(task: BackgroundTask, exc: BaseException, seconds: float) -> Non
     """
     message, args = _raised(task, exc)
     message += ", and is called again in %.3g seconds"
-    observe_log(task, partial(log.warning, message, *args, seconds, exc_info=exc))
+    extra = _fields(task, "retried", error=exc)
+    observe_log(task, partial(log.warning, message, *args, seconds, exc_info=exc, extra=extra))
 
 
 def log_dropped(task: BackgroundTask, added_by: BackgroundTask) -> None:
     """Log and discard a task whose adder will be called again, and will add the task again."""
     message = "background task %s was dropped: %s, which has added it, is called again"
-    log.debug(message, task.name, added_by.name)
-    notify_discarded(task, f"{added_by.name}, which has added it, is called again")
+    reason = f"{added_by.name}, which has added it, is called again"
+    extra = _fields(task, "discarded", reason=reason)
+    log.debug(message, task.name, added_by.name, extra=extra)
+    notify_discarded(task, reason)
+
+
+def _fields(
+    task: BackgroundTask,
+    outcome: str,
+    *,
+    error: BaseException | None = None,
+    reason: str | None = None,
+    started: float | None = None,
+) -> dict[str, Any]:
+    """The attributes of a log record about ``task``; each has a value, which may be None.
+
+    :param started: when the call began (:func:`time.monotonic`), if the caller knows.
+    """
+    root = task.root
+    record = task.record[0] if task.record else None
+    added = None
+    if record is not None:
+        added = record.added_at
+        started = started or record.started_at
+    now, clock = time.time(), time.monotonic()
+    return {
+        "wsgi_bg_task": task.name,
+        "wsgi_bg_id": task.id,
+        "wsgi_bg_request": None if root is None else root.request,
+        "wsgi_bg_runner": None if root is None else type_name(root.options.runner),
+        "wsgi_bg_thread": threading.current_thread().name,
+        "wsgi_bg_attempt": task.attempt,
+        "wsgi_bg_outcome": outcome,
+        "wsgi_bg_error": None if error is None else _kind_of(error),
+        "wsgi_bg_reason": reason,
+        "wsgi_bg_added": None if added is None else now - (clock - added),
+        "wsgi_bg_started": None if started is None else now - (clock - started),
+        "wsgi_bg_ended": now,
+        "wsgi_bg_wait": None if record is None else record.wait,
+        "wsgi_bg_duration": None if started is None else clock - started,
+    }
 
 
 def _raised(task: BackgroundTask, exc: BaseException) -> tuple[str, tuple[Any, ...]]:
@@ -76,17 +139,42 @@ def notify_failure(task: BackgroundTask, exc: BaseException) -> None:
         log.error("on_error raised for background task %s", task.name, exc_info=second)
 
 
+def call_hook(
+    task: BackgroundTask | None, moment: str, method: Callable[..., object], record: object
+) -> None:
+    """Call a method of a hook with a record; log an error of the method.
+
+    :param task: the task that the record is about; None for the record of a batch.
+    :param moment: the name of the method.
+    :raises BaseException: if the error stops the worker, or was raised in a forked child.
+    """
+    generation = per_process.generation
+    try:
+        if task is None:
+            method(record)
+        else:
+            observe(task, method, record)
+    except BaseException as exc:
+        if is_from_signal_handler(exc) or per_process.generation != generation:
+            raise
+        subject = "a batch" if task is None else f"background task {task.name}"
+        hooks = type_name(getattr(method, "__self__", method))
+        log.error("%s.%s raised for %s", hooks, moment, subject, exc_info=exc)
+
+
 def log_skipped(task: BackgroundTask, reason: str, said: defaultdict[Any, Any]) -> None:
     """Log a task that will not run."""
     message = "background task %s was not run: %s"
-    observe_log(task, partial(log.warning, message, task.name, reason, said=said))
+    extra = _fields(task, "discarded", reason=reason)
+    observe_log(task, partial(log.warning, message, task.name, reason, said=said, extra=extra))
 
 
 def log_interrupted(task: BackgroundTask, exc: BaseException, *, began: bool) -> None:
     """Log a task that was interrupted or never began because ``exc`` stopped its worker."""
     end = " to its end" if began else ""
     reason = f"{_kind_of(exc)} stopped its worker"
-    log.warning("background task %s was not run%s: %s", task.name, end, reason)
+    extra = _fields(task, "discarded", reason=reason)
+    log.warning("background task %s was not run%s: %s", task.name, end, reason, extra=extra)
     notify_discarded(task, reason)
 
 
@@ -96,6 +184,7 @@ def log_unfinished(task: BackgroundTask, reason: str) -> None:
         "background task %s was not finished %s: the process ends without it",
         task.name,
         reason,
+        extra=_fields(task, "discarded", reason=f"it was not finished {reason}"),
     )
     notify_discarded(task, f"it was not finished {reason}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from contextvars import copy_context
 from inspect import isawaitable
@@ -11,12 +12,14 @@ from wsgi_bg._loop import portal
 from wsgi_bg._loop.asgiref_state import detached
 from wsgi_bg._messages import headers, retries
 from wsgi_bg._messages.codec import decode
+from wsgi_bg._process import log
+from wsgi_bg._process.interrupts import type_name
 from wsgi_bg._request.layer import merge_options
 from wsgi_bg._tasks import registry
 from wsgi_bg._tasks.registry import Registration
 from wsgi_bg._tasks.retry import Plan
 from wsgi_bg._tasks.task import DIRECT, BackgroundTask, current
-from wsgi_bg._tasks.task_log import log_attempt
+from wsgi_bg._tasks.task_log import log_attempt, log_end
 from wsgi_bg._worker.added import AddedTasks
 from wsgi_bg.exceptions import MessageError
 
@@ -36,7 +39,12 @@ class RetryLater(Exception):  # noqa: N818  # not an error
 
 
 def run_call(
-    runner: OutboxRunner, name: str, text: object, given: object, attempt: int = 1
+    runner: OutboxRunner,
+    name: str,
+    text: object,
+    given: object,
+    attempt: int = 1,
+    id: str | None = None,  # noqa: A002
 ) -> Any:
     """Call a registered function on a worker; blocks until the call is done.
 
@@ -51,6 +59,7 @@ def run_call(
     :param text: the arguments, as :func:`encode_call` has encoded them.
     :param given: the headers of the message.
     :param attempt: the number of the call: 1, or more if the function has raised before.
+    :param id: the id of the message, which was that of the task; for hooks.
     :return: the result of the function.
     :raises RetryLater: if the function has raised, and its ``Retry`` lets the task try again.
     :raises MessageError: a ``ValueError``, if the message cannot be read, or the function is
@@ -68,25 +77,36 @@ def run_call(
         options = merge_options(options, runner=runner)
     added = AddedTasks(task, options)
     context.run(current.set, added.tasks)
+    retry = retries.find(carried.get(retries.RETRY), registration.retry)
+    task.plan = Plan(retry, attempt)
+    if id is not None:
+        task.keep_id(id)
+    calls = options.calls
+    calls.received(task, added.tasks)
+    began = time.monotonic() if log.is_debug() else None
     try:
-        result = context.run(options.calls.make, task, None)
+        result = context.run(calls.make, task, None)
         if result is not None and isawaitable(result):
             result, error = portal.wait_for(context, result)
             if error is not None:
                 raise error
     except Exception as exc:
-        retry = retries.find(carried.get(retries.RETRY), registration.retry)
         if retry is None or not retry.allows(attempt, exc):
+            context.run(calls.failed, task, exc)
             added.hand_over()
             raise
         added.drop()
-        task.plan = Plan(retry, attempt)
         seconds = retry.wait_before(attempt + 1)
         context.run(log_attempt, task, exc, seconds)
+        context.run(calls.retried, task, exc, seconds)
         raise RetryLater(seconds) from exc
-    except BaseException:  # the worker is being stopped
+    except BaseException as exc:  # the worker is being stopped
+        context.run(calls.discarded, task, f"{type_name(exc)} stopped its worker")
         added.drop()
         raise
+    if began is not None:
+        context.run(log_end, task, began)
+    context.run(calls.finished, task)
     added.hand_over()
     return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextvars import Context, ContextVar, copy_context
+from datetime import datetime
 from functools import partial
 from inspect import isawaitable
 from typing import Any
@@ -18,7 +19,7 @@ from wsgi_bg._tasks import registry
 from wsgi_bg._tasks.options import Options
 from wsgi_bg._tasks.registry import Registration
 from wsgi_bg._tasks.retry import Plan
-from wsgi_bg._tasks.task import DIRECT, BackgroundTask, Caller, current
+from wsgi_bg._tasks.task import BackgroundTask, Caller, current
 from wsgi_bg._tasks.task_log import log_attempt
 from wsgi_bg._worker.added import AddedTasks
 from wsgi_bg.celery import messages
@@ -129,33 +130,49 @@ def _run(self: Any, *args: Any, **kwargs: Any) -> Any:
     task = BackgroundTask(registration.func, *call.args, **call.kwargs)
     context = detached(copy_context())
     headers.restore(context, messages.headers_of(request).get)
+    calls = served.options.calls
+    if _is_entered(calls):
+        calls = calls.without_around()
+    retry = retries.find(messages.headers_of(request).get(retries.RETRY), registration.retry)
+    attempt = request.retries + 1
+    task.plan = Plan(retry, attempt)
     if not request.called_directly:  # else no one would run the tasks that the task adds
         added = AddedTasks(task, served.options)
         setattr(request, _ADDED, added)
         context.run(current.set, added.tasks)
-    calls = served.options.calls
-    if _is_entered(calls):
-        calls = DIRECT
+        task.keep_id(request.id)
+        calls.received(task, added.tasks)
     try:
         result = _call(self, task, calls, context)
     except TaskPredicate as exc:  # raised by Celery's own functions: a retry, for example
         # Celery calls neither on_retry() nor after_return() for Ignore and Reject.
-        if not isinstance(exc, Retry):
+        if isinstance(exc, Retry):
+            context.run(calls.retried, task, exc.exc or exc, _seconds_to(exc))
+        else:
+            calls.discarded(task, f"it has raised Celery's {type(exc).__name__}")
             _leave(request, again=getattr(exc, "requeue", False))
         raise
     except Exception as exc:
-        retry = retries.find(
-            messages.headers_of(request).get(retries.RETRY), registration.retry
-        )
-        attempt = request.retries + 1
         if retry is None or not retry.allows(attempt, exc):
+            context.run(calls.failed, task, exc)
             raise
-        task.plan = Plan(retry, attempt)
         seconds = retry.wait_before(attempt + 1)
         context.run(log_attempt, task, exc, seconds)
+        context.run(calls.retried, task, exc, seconds)
         raise self.retry(exc=exc, countdown=seconds, max_retries=retry.attempts - 1) from exc
+    except BaseException as exc:
+        calls.discarded(task, f"{type(exc).__name__} stopped its worker")
+        raise
+    context.run(calls.finished, task)
     # Celery logs the result. The next task of a chain needs it, although none is stored.
     return result if call.is_plain or not self.ignore_result else None
+
+
+def _seconds_to(retry: Retry) -> float:
+    """The seconds until a retry of the task's own code."""
+    if isinstance(retry.when, datetime):
+        return max(0.0, (retry.when - datetime.now(retry.when.tzinfo)).total_seconds())
+    return float(retry.when or 0.0)
 
 
 def _is_entered(calls: Caller) -> bool:

@@ -56,7 +56,7 @@ class Actors:
             raise MessageError("the message has no arguments of wsgi_bg") from None
         attempt = message.options.get("retries", 0) + 1
         try:
-            run_call(self._runner, name, text, headers, attempt)
+            run_call(self._runner, name, text, headers, attempt, message.message_id)
         except RetryLater as exc:
             raise dramatiq.Retry(str(exc), delay=ceil(1000 * exc.seconds)) from exc
 

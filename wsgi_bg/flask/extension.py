@@ -8,7 +8,7 @@ context.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -76,6 +76,7 @@ class Background:
         on_error: OnError | None = None,
         stop_on_error: bool | None = None,
         hooks: Hooks | Sequence[Hooks] | None = None,
+        request_label: Callable[[WSGIEnvironment], str] | None = None,
         monitor: Monitor | None = None,
         monitor_at: str | None = None,
     ) -> None:
@@ -86,6 +87,7 @@ class Background:
             "on_error": on_error,
             "stop_on_error": stop_on_error,
             "hooks": hooks,
+            "request_label": request_label,
             "monitor": monitor,
             "monitor_at": monitor_at,
         }

@@ -33,7 +33,7 @@ def run(name: str, text: str, headers: dict[str, str]) -> Retry | None:
     runner = runners.get(job.origin) or next(iter(runners.values()))
     attempt = (job.number_of_retries or 0) + 1
     try:
-        run_call(runner, name, text, headers, attempt)
+        run_call(runner, name, text, headers, attempt, job.id)
     except RetryLater as exc:
         return Retry(attempt, [ceil(exc.seconds)])
     except BaseException:

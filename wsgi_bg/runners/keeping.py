@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from wsgi_bg._tasks.task import BackgroundTask, Caller, Done, Queue
@@ -112,6 +112,19 @@ class KeepingCaller(Caller):
         """See :class:`Caller`."""
         return self.inner.around
 
+    @property
+    def hooks(self) -> Any:
+        """See :class:`Caller`."""
+        return self.inner.hooks
+
+    def watch(self, batch: Any, tasks: Any, hooks: Sequence[Any], in_front: int) -> None:
+        """See :class:`Caller`."""
+        self.inner.watch(batch, tasks, hooks, in_front)
+
+    def received(self, task: BackgroundTask, batch: Any) -> None:
+        """See :class:`Caller`."""
+        self.inner.received(task, batch)
+
     def added(self, task: BackgroundTask, batch: Any) -> None:
         """See :class:`Caller`.
 
@@ -162,9 +175,9 @@ class KeepingCaller(Caller):
         self._runner.failed(task, exc)
         self.inner.failed(task, exc)
 
-    def retried(self, task: BackgroundTask, exc: BaseException) -> None:
+    def retried(self, task: BackgroundTask, exc: BaseException, seconds: float) -> None:
         """See :class:`Caller`."""
-        self.inner.retried(task, exc)
+        self.inner.retried(task, exc, seconds)
 
     def moved(self, task: BackgroundTask, copy: BackgroundTask, batch: Any) -> None:
         """See :class:`Caller`."""

@@ -225,6 +225,7 @@ class LaterTasks(Deferring):
             self.options = inside.options
         self.observer = tasks.observer
         self.origin = tasks.origin or tasks
+        self.request = tasks.request
         self.stored_as = getattr(tasks, "stored_as", None)
         self._runner = tasks.runner
         self._status = status
@@ -388,6 +389,7 @@ class Timer:
         if later not in ledger.waiting:  # given up
             return
         batch = later.make_batch()
+        batch.hand_over(ledger.length)
         ledger.add(batch)  # before the next line: exit finds the tasks in one of both
         ledger.end_wait(later)
         submission = _Submission(batch, later)

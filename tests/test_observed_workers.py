@@ -1,0 +1,225 @@
+"""Hooks in the process that makes the call of a task which another process has added."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import current_task
+from celery.exceptions import Ignore, Reject
+
+from tests.celery_support import filesystem
+from tests.support import TIMEOUT, Server, app_that, make_server_environ
+from tests.test_examples import wait_until
+from tests.test_outbox_seam import ListRunner
+from wsgi_bg import (
+    BackgroundTasksMiddleware,
+    DurableRunner,
+    Retry,
+    registered_task,
+)
+from wsgi_bg.celery import CeleryRunner
+from wsgi_bg.hooks import Hooks, TaskRecord
+from wsgi_bg.outbox import RetryLater, run_call
+
+ROOT = Path(__file__).parents[1]
+TEXT = "[1,[],{}]"
+
+
+class Diary(Hooks):
+    """Notes moments, ids and attempts."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.ids: set[str] = set()
+
+    def note(self, moment: str, record: TaskRecord) -> None:
+        self.notes.append(f"{moment} {record.attempt}")
+        self.ids.add(record.id)
+        assert record.request is None
+
+    def task_added(self, record: TaskRecord) -> None:
+        self.note("added", record)
+
+    def task_started(self, record: TaskRecord) -> None:
+        self.note("started", record)
+
+    @contextmanager
+    def around(self, record: TaskRecord) -> Iterator[None]:
+        self.note("entered", record)
+        try:
+            yield
+        finally:
+            self.note("left", record)
+
+    def task_finished(self, record: TaskRecord) -> None:
+        self.note("finished", record)
+
+    def task_retried(self, record: TaskRecord) -> None:
+        self.note("retried", record)
+
+    def task_failed(self, record: TaskRecord) -> None:
+        self.note("failed", record)
+
+    def task_discarded(self, record: TaskRecord) -> None:
+        self.note("discarded", record)
+
+
+def moments(end: str, attempt: int = 1) -> list[str]:
+    return [f"{moment} {attempt}" for moment in ("started", "entered", "left", end)]
+
+
+@registered_task(name="observed.works")
+def works() -> None:
+    pass
+
+
+@registered_task(name="observed.fails", retry=Retry(2, first=0, jitter=False))
+def fails() -> None:
+    raise ValueError("a bug")
+
+
+@registered_task(name="observed.works_async")
+async def works_async() -> None:
+    pass
+
+
+@registered_task(name="observed.stops")
+def stops() -> None:
+    raise SystemExit
+
+
+def attached(runner: Any) -> Diary:
+    diary = Diary()
+    BackgroundTasksMiddleware(app_that(print), runner=runner, hooks=diary)
+    return diary
+
+
+@pytest.mark.parametrize("name", ["observed.works", "observed.works_async"])
+def test_hooks_see_a_call_on_a_worker(name: str) -> None:
+    runner = ListRunner()
+    diary = attached(runner)
+    run_call(runner, name, TEXT, {}, 1, "the id")
+    assert diary.notes == moments("finished")
+    assert diary.ids == {"the id"}
+
+
+def test_hooks_see_the_attempts_on_a_worker() -> None:
+    runner = ListRunner()
+    diary = attached(runner)
+    with pytest.raises(RetryLater):
+        run_call(runner, "observed.fails", TEXT, {}, 1, "the id")
+    with pytest.raises(ValueError, match="a bug"):
+        run_call(runner, "observed.fails", TEXT, {}, 2, "the id")
+    assert diary.notes == moments("retried") + moments("failed", 2)
+
+
+def test_hooks_see_that_a_worker_is_stopped() -> None:
+    runner = ListRunner()
+    diary = attached(runner)
+    with pytest.raises(SystemExit):
+        run_call(runner, "observed.stops", TEXT, {})
+    assert diary.notes == moments("discarded")
+
+
+@pytest.mark.parametrize("name", ["observed.works", "observed.works_async"])
+def test_hooks_see_a_call_on_a_worker_of_celery(name: str, tmp_path: Path) -> None:
+    app = filesystem(tmp_path).app()
+    diary = attached(CeleryRunner(app))
+    assert app.tasks[name].apply(args=(TEXT,), task_id="the id").state == "SUCCESS"
+    assert diary.notes == moments("finished")
+    assert diary.ids == {"the id"}
+
+
+def test_hooks_see_the_attempts_on_a_worker_of_celery(tmp_path: Path) -> None:
+    app = filesystem(tmp_path).app()
+    diary = attached(CeleryRunner(app))
+    assert app.tasks["observed.fails"].apply(args=(TEXT,)).state == "FAILURE"
+    assert diary.notes == moments("retried") + moments("failed", 2)
+
+
+def test_hooks_see_that_a_worker_of_celery_is_stopped(tmp_path: Path) -> None:
+    app = filesystem(tmp_path).app()
+    diary = attached(CeleryRunner(app))
+    with pytest.raises(SystemExit):
+        app.tasks["observed.stops"].apply(args=(TEXT,))
+    assert diary.notes == moments("discarded")
+
+
+@registered_task(name="observed.leaves")
+def leaves(how: str) -> None:
+    request = current_task.request
+    if request.retries:
+        return
+    if how == "reject":
+        raise Reject
+    if how == "ignore":
+        raise Ignore
+    eta = datetime.now(UTC) - timedelta(seconds=1)
+    raise current_task.retry(**({"eta": eta} if how == "eta" else {"countdown": 0}))
+
+
+@pytest.mark.parametrize(
+    ("how", "notes"),
+    [
+        ("reject", moments("discarded")),
+        ("ignore", moments("discarded")),
+        ("eta", moments("retried") + moments("finished", 2)),
+        ("countdown", moments("retried") + moments("finished", 2)),
+    ],
+)
+def test_hooks_see_how_a_task_leaves_by_celerys_own_means(
+    how: str, notes: list[str], tmp_path: Path
+) -> None:
+    app = filesystem(tmp_path).app()
+    diary = attached(CeleryRunner(app))
+    app.tasks["observed.leaves"].apply(args=(json.dumps([1, [how], {}]),))
+    assert diary.notes == notes
+
+
+KILLED = """
+import json, os, signal, sys
+from tests.support import *
+from tests.test_observed_workers import *
+
+def add(environ):
+    added = background_tasks.using(delay=0.01).add_task(works)
+    os.write(1, (added.id + "\\n").encode())
+
+app = BackgroundTasksMiddleware(app_that(add), runner=DurableRunner(sys.argv[1]))
+Server().run(app, make_server_environ())
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_hooks_see_a_stored_task_of_a_process_that_was_killed(tmp_path: Path) -> None:
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        check=False,
+        text=True,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    runner = DurableRunner(tmp_path)
+    diary = Diary()
+    app = BackgroundTasksMiddleware(app_that(lambda _: None), runner=runner, hooks=diary)
+    Server().run(app, make_server_environ())
+    assert wait_until(lambda: len(diary.notes) == 4, TIMEOUT)
+    assert diary.notes == moments("finished")
+    assert diary.ids == {killed.stdout.strip()}
+
+
+def test_a_call_by_hand_on_a_worker_has_no_hooks(tmp_path: Path) -> None:
+    app = filesystem(tmp_path).app()
+    diary = attached(CeleryRunner(app, plain_calls=True))
+    app.tasks["observed.works"]()
+    assert diary.notes == []
