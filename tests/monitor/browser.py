@@ -1,7 +1,8 @@
 """Debian's Chromium, driven by Selenium, for the tests of the page.
 
-``apt install chromium chromium-driver`` and ``pip install -e '.[browser]'`` install both. Tests
-are skipped where they are missing; with ``WSGI_BG_REQUIRE_BROWSER=1``, as in the gate, they fail.
+``apt install chromium chromium-driver`` and ``pip install -e '.[browser]'`` install both. If
+one is missing, the tests are skipped; with ``WSGI_BG_REQUIRE_BROWSER=1``, as in the gate, they
+fail.
 """
 
 from __future__ import annotations
@@ -59,13 +60,18 @@ class Browser:
         return self.driver.execute_script(script, *args)
 
     def text(self, selector: str) -> str:
-        """The text of the first element of the selector that is visible; empty without one."""
+        """The text of the first element of the selector; empty if there is none."""
         script = "return document.querySelector(arguments[0])?.innerText ?? ''"
         return str(self.run(script, selector))
 
     def texts(self, selector: str) -> list[str]:
         script = "return [...document.querySelectorAll(arguments[0])].map((e) => e.innerText)"
         return [str(text) for text in self.run(script, selector)]
+
+    def shows(self, selector: str) -> bool:
+        """True if the first element of the selector is visible."""
+        script = "return document.querySelector(arguments[0]).checkVisibility()"
+        return bool(self.run(script, selector))
 
     def click(self, selector: str) -> None:
         self.driver.find_element("css selector", selector).click()
@@ -77,6 +83,21 @@ class Browser:
     def wait(self, predicate: Callable[[], object]) -> None:
         """Wait until the page looks as wanted."""
         assert wait_until(predicate, 2 * TIMEOUT), self.text("body")
+
+    @contextmanager
+    def second_window(self, url: str) -> Iterator[None]:
+        """Show a page in a window of its own; the first window stays the one that is driven."""
+        first = self.driver.current_window_handle
+        self.driver.switch_to.new_window("window")
+        second = self.driver.current_window_handle
+        self.driver.get(url)
+        self.driver.switch_to.window(first)
+        try:
+            yield
+        finally:
+            self.driver.switch_to.window(second)
+            self.driver.close()
+            self.driver.switch_to.window(first)
 
     def command(self, name: str, **parameters: Any) -> Any:
         """Send a command of the DevTools protocol."""

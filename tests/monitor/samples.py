@@ -83,8 +83,8 @@ def snapshot() -> Snapshot:
         ),
         waiting={RECEIPT: 12, THUMBNAILS: 3},
         failures=tuple(
-            Failure(name, id, request, now - age, attempt, pid, error, "4711", TRACEBACK)
-            for name, id, request, age, attempt, pid, error in (
+            Failure(name, task, request, now - age, attempt, pid, error, "4711", TRACEBACK)
+            for name, task, request, age, attempt, pid, error in (
                 (CHARGE, "50f1", "POST /orders", 76, 1, 4100, "CardDeclined"),
                 (THUMBNAILS, "50e8", "POST /photos", 190, 3, 4101, "OSError"),
                 (CHARGE, "4fd3", "POST /orders", 1290, 1, 4101, "CardDeclined"),

@@ -68,13 +68,8 @@ def test_a_post_without_its_token_is_refused_and_logged(log: Log) -> None:
         assert post(*wrong) == STALE
     empty = "wsgi_bg_monitor="
     assert post("", empty) == STALE
-    assert (
-        log.warnings
-        == [
-            "the monitor refused to retry a task: the token is missing or stale: reload the page"
-        ]
-        * 6
-    )
+    reason = "the token is missing or stale: reload the page"
+    assert log.warnings == [f"the monitor refused to retry a task: {reason}"] * 6
 
 
 @pytest.mark.parametrize("site", ["cross-site", "same-site", "none", ""])
