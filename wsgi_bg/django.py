@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -49,7 +50,17 @@ P = ParamSpec("P")
 
 # The options of the latest application; requests of the test client have the same options.
 _options: dict[str, Any] = dict.fromkeys(
-    ("runner", "run_on", "failed_from", "on_error", "stop_on_error", "hooks", "request_label")
+    (
+        "runner",
+        "run_on",
+        "failed_from",
+        "on_error",
+        "stop_on_error",
+        "hooks",
+        "request_label",
+        "status",
+        "status_path",
+    )
 )
 
 
@@ -62,6 +73,8 @@ def get_wsgi_application(
     stop_on_error: bool | None = None,
     hooks: Hooks | Sequence[Hooks] | None = None,
     request_label: Callable[[WSGIEnvironment], str] | None = None,
+    status: bool | None = None,
+    status_path: str | os.PathLike[str] | None = None,
 ) -> BackgroundTasksMiddleware:
     """Call ``django.setup()``; return Django's WSGI application inside the middleware.
 
@@ -86,6 +99,8 @@ def get_wsgi_application(
         stop_on_error=stop_on_error,
         hooks=hooks,
         request_label=request_label,
+        status=status,
+        status_path=status_path,
     )
     return _configured(partial(_Middleware, application))
 

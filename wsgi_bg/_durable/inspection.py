@@ -107,7 +107,7 @@ def _locks(folder: Folder) -> Locks:
 
 def _read(folder: Folder, number: int, *, is_owned: bool, is_brief: bool) -> Iterator[Outcome]:
     path = folder.file(number)
-    epoch, states = _states(folder.file(number, ".notes"))
+    epoch, states = read_notes(folder.file(number, ".notes"))
     known = _OWNED if is_owned else _LEFT
     with closing(connect(path, read_only=True)) as connection:
         connection.text_factory = lambda text: text.decode("utf-8", "replace")
@@ -137,11 +137,12 @@ def _typed(rows: Iterable[tuple[Any, ...]]) -> Iterator[list[Any]]:
         ]
 
 
-def _states(path: str) -> tuple[int, dict[int, int]]:
+def read_notes(path: str) -> tuple[int, dict[int, int]]:
     """Return the epoch of the notes, and the state of each task by its key."""
     try:
         with open(path, "rb") as file:
-            slots = array("Q", file.read())
+            used = file.read().rstrip(b"\0")  # most of the 65,536 slots were never used
+            slots = array("Q", used + bytes(-len(used) % 8))
         return slots[0], {slot >> 2: slot & 3 for slot in slots[1:] if slot}
     except (OSError, ValueError, IndexError):
         return 0, {}

@@ -134,6 +134,20 @@ class DurableRunner(KeepingRunner):
         return self._folder.path
 
     @property
+    def folder_of_tasks(self) -> str:
+        """See :class:`KeepingRunner`."""
+        return self._folder.path
+
+    @property
+    def keep_done(self) -> tuple[int, float]:
+        """See :class:`KeepingRunner`."""
+        return self._settings.keep_done
+
+    def file_numbers(self) -> list[int]:
+        """See :class:`KeepingRunner`."""
+        return [store.number for store in list(self._states.get().ledger.stores)]
+
+    @property
     def ledger(self) -> _Ledger:
         return self._states.get().ledger
 

@@ -148,6 +148,11 @@ class PortalThread:
         if self.has_ended:
             self._return_inbox()
 
+    def call_soon(self, func: Callable[[], object]) -> None:
+        """Call ``func()`` on the loop, unless the loop has ended; does not wait."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(func, context=self._context)
+
     def _wake(self) -> None:
         try:
             self._loop.call_soon_threadsafe(self._begin, context=self._context)

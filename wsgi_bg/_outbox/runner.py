@@ -299,6 +299,11 @@ class OutboxRunner(KeepingRunner):
     def moved(self, task: BackgroundTask, copy: BackgroundTask) -> None:
         """Nothing is to be done: ``copy`` has the message of ``task``."""
 
+    @property
+    def folder_of_messages(self) -> str | None:
+        """See :class:`KeepingRunner`."""
+        return None if self._folder is None else self._folder.path
+
     # A runner's methods.
 
     def may_send(self, task: BackgroundTask) -> bool:

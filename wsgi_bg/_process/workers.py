@@ -46,6 +46,16 @@ class Workers(Generic[Job]):
         self._idle: list[Callable[[None], object]] = []  # the idle workers' wake()
         self._numbers = count()
 
+    @property
+    def alive(self) -> int:
+        """Number of threads that run, or are about to start."""
+        return len(self._alive)
+
+    @property
+    def idle(self) -> int:
+        """Number of threads that wait for work."""
+        return len(self._idle)
+
     def submit(self, job: Job) -> bool:
         """Submit ``job`` to a thread; does not block.
 

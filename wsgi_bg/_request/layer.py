@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from wsgi_bg._request.calls import Around, Calls
+from wsgi_bg._status.recorder import recorder
 from wsgi_bg._tasks.background_tasks import BackgroundTasks, View
 from wsgi_bg._tasks.callables import is_plain
 from wsgi_bg._tasks.options import OnError, Options
@@ -61,6 +63,8 @@ def merge_options(
     hooks: Hooks | Sequence[Hooks] | None = None,
     around: Around | None = None,
     runner: Runner | None = None,
+    *,
+    status: bool | None = None,
 ) -> Options:
     """Return the options of the outer layer, in which each option that is not None is set.
 
@@ -72,7 +76,7 @@ def merge_options(
     options = outer
     if overrides and any(value is not None for value in overrides.values()):
         options = outer.override(**overrides)
-    if hooks is None and around is None and runner is None:
+    if hooks is None and around is None and runner is None and status is None:
         return options
     calls = outer.calls
     if isinstance(calls, KeepingCaller):
@@ -81,10 +85,15 @@ def merge_options(
     if isinstance(calls, Calls):
         all_hooks = calls.hooks
         around = calls.around if around is None else around
+    if status is None:
+        status = recorder in all_hooks
     if hooks is not None:
         all_hooks = _as_tuple(hooks)
+    all_hooks = _with_standing(all_hooks, status=status)
     is_default = outer.runner_is_default and runner is None
     runner = outer.runner if runner is None else runner
+    if status:
+        recorder.note_runner(runner)
     send = getattr(runner, "send", None)
     may_send = getattr(runner, "may_send", None)
     waits = bool(getattr(runner, "sends_delayed", False))
@@ -103,6 +112,35 @@ def merge_options(
         check=getattr(runner, "check", None),
         added=getattr(around, "added", None),
     )
+
+
+everywhere: list[Hooks] = []
+"""Hooks of all layers of this process, for the command line."""
+
+
+def _with_standing(hooks: tuple[Hooks, ...], *, status: bool) -> tuple[Hooks, ...]:
+    """Return ``hooks`` with those that the hooks of an inner layer do not replace."""
+    standing = [recorder] * status + everywhere
+    others = [each for each in hooks if each is not recorder and each not in everywhere]
+    return (*standing, *others)
+
+
+def check_status(status: bool | None, path: str | os.PathLike[str] | None) -> bool | None:
+    """Turn the recorder on if a middleware asks for that; return if its layer is recorded.
+
+    :raises TypeError: if an option is of the wrong type.
+    :raises ValueError: if the folder cannot be used, or is given with ``status=False``.
+    """
+    if status is not None and not isinstance(status, bool):
+        raise OptionTypeError("status", status, "True or False")
+    if path is None:
+        if status:
+            recorder.turn_on()
+        return status
+    if status is False:
+        raise OptionValueError("status", status, "True, since status_path is given")
+    recorder.turn_on(path)
+    return True
 
 
 def _as_tuple(hooks: Hooks | Sequence[Hooks]) -> tuple[Hooks, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from wsgi_bg._request.calls import Around
 from wsgi_bg._request.layer import (
     LayerView,
     OptionOverrides,
+    check_status,
     innermost_running,
     merge_options,
 )
@@ -21,6 +23,7 @@ from wsgi_bg._request.observer import observers
 from wsgi_bg._request.request_tasks import ObservedTasks, RequestTasks
 from wsgi_bg._request.servers import is_asked_for, refuse_eventlet
 from wsgi_bg._request.unclosed import ABANDONED, RAISED, Outcome
+from wsgi_bg._status.recorder import recorder
 from wsgi_bg._tasks.background_tasks import OPEN, BackgroundTasks
 from wsgi_bg._tasks.callables import is_plain
 from wsgi_bg._tasks.current import ENVIRON_KEY
@@ -83,9 +86,12 @@ class BackgroundTasksMiddleware:
     :param request_label: called with the environ at the end of a request that has added tasks;
         returns how logs, hooks and the status name the request. Default: method and path,
         without the query.
+    :param status: True to record the status of the tasks, for :mod:`wsgi_bg.status`.
+    :param status_path: the path of a folder on a local disk, made if there is none, in which
+        all processes that are given this path write their status; implies ``status=True``.
     :raises TypeError: if ``app`` is not callable, or an option is of the wrong type.
     :raises ValueError: if ``runner`` or ``run_on`` is an unknown word, or
-        ``failed_from`` is out of range.
+        ``failed_from`` is out of range, or the folder ``status_path`` cannot be used.
     """
 
     # A framework's middleware sets this to wrap the call of each task.
@@ -104,6 +110,8 @@ class BackgroundTasksMiddleware:
         stop_on_error: bool | None = None,
         hooks: Hooks | Sequence[Hooks] | None = None,
         request_label: Callable[[WSGIEnvironment], str] | None = None,
+        status: bool | None = None,
+        status_path: str | os.PathLike[str] | None = None,
     ) -> None:
         if not callable(app):
             raise OptionTypeError(
@@ -118,6 +126,7 @@ class BackgroundTasksMiddleware:
             stop_on_error=stop_on_error,
         )
         self._hooks = hooks
+        self._status = check_status(status, status_path)
         self._merged: _MergedOptions | None = None
         self._names_runner = runner is not None
         resolved = resolve(runner)
@@ -202,6 +211,8 @@ class BackgroundTasksMiddleware:
     ) -> Iterable[bytes]:
         """Check the server, then call the application; replaced once the check has passed."""
         refuse_eventlet(environ)
+        if self._status:
+            recorder.start()
         self._app = self._inner
         return self._inner(environ, start_response)
 
@@ -249,7 +260,14 @@ class BackgroundTasksMiddleware:
         return _MergedOptions(root, outer, new_root, self._merge(outer, runner))
 
     def _merge(self, outer: Options, runner: Runner | None) -> Options:
-        return merge_options(outer, self._overrides, self._hooks, self._around, runner)
+        return merge_options(
+            outer,
+            self._overrides,
+            self._hooks,
+            self._around,
+            runner,
+            status=self._status,
+        )
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self._wrapped!r}, {self._options.runner!r}>"

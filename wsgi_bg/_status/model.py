@@ -196,7 +196,7 @@ class DurableTask:
 
     name: str
     id: str
-    state: str
+    state: State
     since: float
     due: float | None
     attempt: int

@@ -197,6 +197,11 @@ class Batch:
         return self._running is not None
 
     @property
+    def running(self) -> BackgroundTask | None:
+        """The task that is running now, or is about to begin."""
+        return self._running
+
+    @property
     def has_started(self) -> bool:
         """True if this batch, and no other batch of the request, has begun to run the tasks."""
         return self._has_started

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import Context, ContextVar, copy_context
 from functools import partial
 from inspect import CO_COROUTINE
@@ -68,6 +68,20 @@ Queue = Callable[[], Queued]
 
 _ids: WeakKeyDictionary[BackgroundTask, str] = WeakKeyDictionary()
 """The ids of the tasks whose id was asked for."""
+
+
+def known_id(task: BackgroundTask) -> str | None:
+    """The id of the task; None if nobody has read the id."""
+    # Most processes have no id, and len(_ids) would cost as much as get().
+    return _ids.get(task) if _ids.data else None  # type: ignore[attr-defined]
+
+
+def tasks_with_ids() -> Iterator[tuple[BackgroundTask, str]]:
+    """The tasks whose id was read, with their ids."""
+    for reference, id in list(_ids.data.items()):  # type: ignore[attr-defined]  # noqa: A001
+        task = reference()
+        if task is not None:
+            yield task, id
 
 
 class Caller:

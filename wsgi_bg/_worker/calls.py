@@ -20,7 +20,7 @@ from wsgi_bg._tasks.registry import Registration
 from wsgi_bg._tasks.retry import Plan
 from wsgi_bg._tasks.task import DIRECT, BackgroundTask, current
 from wsgi_bg._tasks.task_log import log_attempt, log_end
-from wsgi_bg._worker.added import AddedTasks
+from wsgi_bg._worker.added import AddedTasks, under_way
 from wsgi_bg.exceptions import MessageError
 
 if TYPE_CHECKING:
@@ -85,11 +85,12 @@ def run_call(
     calls.received(task, added.tasks)
     began = time.monotonic() if log.is_debug() else None
     try:
-        result = context.run(calls.make, task, None)
-        if result is not None and isawaitable(result):
-            result, error = portal.wait_for(context, result)
-            if error is not None:
-                raise error
+        with under_way(task):
+            result = context.run(calls.make, task, None)
+            if result is not None and isawaitable(result):
+                result, error = portal.wait_for(context, result)
+                if error is not None:
+                    raise error
     except Exception as exc:
         if retry is None or not retry.allows(attempt, exc):
             context.run(calls.failed, task, exc)

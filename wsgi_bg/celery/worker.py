@@ -21,7 +21,7 @@ from wsgi_bg._tasks.registry import Registration
 from wsgi_bg._tasks.retry import Plan
 from wsgi_bg._tasks.task import BackgroundTask, Caller, current
 from wsgi_bg._tasks.task_log import log_attempt
-from wsgi_bg._worker.added import AddedTasks
+from wsgi_bg._worker.added import AddedTasks, under_way
 from wsgi_bg.celery import messages
 from wsgi_bg.celery.options import NO_OPTIONS
 from wsgi_bg.exceptions import (
@@ -143,7 +143,8 @@ def _run(self: Any, *args: Any, **kwargs: Any) -> Any:
         task.keep_id(request.id)
         calls.received(task, added.tasks)
     try:
-        result = _call(self, task, calls, context)
+        with under_way(task):
+            result = _call(self, task, calls, context)
     except TaskPredicate as exc:  # raised by Celery's own functions: a retry, for example
         # Celery calls neither on_retry() nor after_return() for Ignore and Reject.
         if isinstance(exc, Retry):

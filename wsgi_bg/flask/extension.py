@@ -7,6 +7,7 @@ context.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -77,6 +78,8 @@ class Background:
         stop_on_error: bool | None = None,
         hooks: Hooks | Sequence[Hooks] | None = None,
         request_label: Callable[[WSGIEnvironment], str] | None = None,
+        status: bool | None = None,
+        status_path: str | os.PathLike[str] | None = None,
         monitor: Monitor | None = None,
         monitor_at: str | None = None,
     ) -> None:
@@ -88,6 +91,8 @@ class Background:
             "stop_on_error": stop_on_error,
             "hooks": hooks,
             "request_label": request_label,
+            "status": status,
+            "status_path": status_path,
             "monitor": monitor,
             "monitor_at": monitor_at,
         }

@@ -20,6 +20,25 @@ class KeepingRunner(LedgerRunner):
 
     keeps: bool = True
 
+    @property
+    def folder_of_tasks(self) -> str | None:
+        """The path of the folder that keeps tasks until they have run, if there is any."""
+        return None
+
+    @property
+    def folder_of_messages(self) -> str | None:
+        """The path of the folder that keeps messages until they are sent, if there is any."""
+        return None
+
+    @property
+    def keep_done(self) -> tuple[int, float]:
+        """How many ended tasks the folder of tasks keeps, and for how many seconds."""
+        raise NotImplementedError
+
+    def file_numbers(self) -> list[int]:
+        """The numbers of the files of tasks that this process owns."""
+        return []
+
     def keep(self, tasks: Iterable[BackgroundTask]) -> None:
         """Store the tasks that are not stored yet; blocks until they are stored.
 

@@ -140,6 +140,12 @@ class Ledger:
             waiter.set()
 
     @property
+    def run_here(self) -> int:
+        """Number of tasks that a pool ran on the server's thread."""
+        ended = sum(counts[3] for counts in list(self._counts.values()))
+        return ended + sum(batch.run_here for batch in self.batches)
+
+    @property
     def length(self) -> int:
         """Number of batches that were handed over and have not ended."""
         return len(self._handed_over)
@@ -234,6 +240,9 @@ class Ledger:
             sent=sum(each[4] for each in ended) + sum(b.sent for b in batches),
         )
 
+
+calls_on_worker: dict[BackgroundTask, int] = {}
+"""The tasks that this process runs as an engine's worker, and the id of the process."""
 
 # Weak: an unfinished batch holds its ledger.
 _ledgers: WeakValueDictionary[int, Ledger] = WeakValueDictionary()

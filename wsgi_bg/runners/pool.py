@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from math import inf
+from weakref import WeakValueDictionary
 
 from wsgi_bg._loop import portal
 from wsgi_bg._loop.portal import LoopJob
@@ -71,7 +73,9 @@ class PoolRunner(LedgerRunner):
         self._limits = (max(limit, 1) * _INCOMPLETE_FACTOR, limit)
         self.max_waiting: float = inf if max_waiting is None else max_waiting
         self.drain_timeout = drain_timeout
-        self._states = PerProcess(lambda: _PoolState(threads, self.max_waiting))
+        self._states = PerProcess(
+            lambda: _PoolState(threads, max_pending, Ledger(self.max_waiting))
+        )
 
     def submit(self, batch: Batch) -> None:
         """Hand the batch over, or run the batch here and block, if there is no room.
@@ -123,8 +127,13 @@ class PoolRunner(LedgerRunner):
         batch.run()
 
     @property
+    def state(self) -> _PoolState:
+        """The threads and the batches of this pool in this process."""
+        return self._states.get()
+
+    @property
     def ledger(self) -> Ledger:
-        return self._states.get().ledger
+        return self.state.ledger
 
     def __repr__(self) -> str:
         return (
@@ -143,10 +152,17 @@ class _PoolState:
 
     Plain functions of a batch run on a worker thread, async functions on the portal's loop.
     The batch moves to and fro: on the loop it occupies no worker, on a worker not the loop.
+
+    :ivar ledger: the batches of the pool.
+    :ivar threads: the most worker threads.
+    :ivar max_pending: see :class:`PoolRunner`.
     """
 
-    def __init__(self, threads: int, max_waiting: float) -> None:
-        self.ledger = Ledger(max_waiting)
+    def __init__(self, threads: int, max_pending: int | None, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.threads = threads
+        self.max_pending = max_pending
+        _states[id(self)] = self
         self._workers = Workers(self._work, threads, "wsgi_bg-pool")
         self._starter = Workers(self._work, 1, "wsgi_bg-start")
         # Workers are greenlets here, cheap to keep waiting; see _work().
@@ -159,6 +175,16 @@ class _PoolState:
             "and their clients wait; the last was %s"
         )
         self.no_thread = RepeatedWarning(_RAN_HERE + "%s can start no thread; the last was %s")
+
+    @property
+    def threads_alive(self) -> int:
+        """Number of worker threads."""
+        return self._workers.alive
+
+    @property
+    def threads_idle(self) -> int:
+        """Number of worker threads that wait for a batch."""
+        return self._workers.idle
 
     def submit(self, batch: Batch) -> bool:
         """Start the batch; return False if it has no task or no thread can be started."""
@@ -197,6 +223,18 @@ class _PoolState:
         """Hand the rest of the batch to a worker; called on the loop."""
         if not batch.has_ended and not self._workers.submit(batch):
             self._work(batch)  # no thread can be started: block the loop rather than lose tasks
+
+
+# Weak: a batch that is under way holds the ledger, and a worker its _PoolState.
+_states: WeakValueDictionary[int, _PoolState] = WeakValueDictionary()
+
+
+def pools_here() -> list[_PoolState]:
+    """The pools of this process that have got a batch, or the shared pool if none has."""
+    states = [reference() for reference in _states.valuerefs()]
+    pid = os.getpid()
+    found = [each for each in states if each is not None and each.ledger.pid == pid]
+    return found or [shared_pool.state]
 
 
 async def _run_late(batch: Batch) -> None:

@@ -63,6 +63,8 @@ _had_their_time: WeakSet[Batch] = WeakSet()
 # By process id: a function that hands over the responses freed without close(), and a function
 # that claims the tasks of all remaining requests.
 _collectors: dict[int, _Collector] = {}
+# By process id: functions that are called after each drain of all runners.
+_after_drain: dict[int, list[Callable[[], object]]] = {}
 _NO_REQUESTS: _Collector = (lambda: None), list  # before the first task of a process
 
 
@@ -110,6 +112,11 @@ def register_drain(
     _collectors[os.getpid()] = flush, abandon
     call_before_exit(_drain_at_exit, _wait_at_exit)
     uwsgi.call_before_exit(partial(_drain_at_exit, True))
+
+
+def call_after_drain(call: Callable[[], object]) -> None:
+    """Call ``call()`` after each drain of all runners of this process; it must not raise."""
+    _after_drain.setdefault(os.getpid(), []).append(call)
 
 
 def _flush() -> None:
@@ -251,6 +258,8 @@ def finish(
         return _log_left(reasons, "by the end of the process", names_requests=names_requests)
     finally:
         portal.stop(_PORTAL_TIMEOUT if waiting else 0.0)
+        for call in _after_drain.get(os.getpid(), ()):
+            call()
 
 
 def _prepare_drain() -> None:

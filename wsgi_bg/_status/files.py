@@ -1,0 +1,270 @@
+"""The files of a folder in which several processes keep their status.
+
+Each process replaces its own file ``NUMBER.status``, a document of JSON, and appends the ids of
+tasks that have ended to ``NUMBER.ended``. The process holds a lock of that number, which the
+kernel drops when the process dies: see :mod:`wsgi_bg._durable.owner`. A process that finds the
+files of an ended process adds their numbers to ``past.status`` and removes the files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar, get_args
+
+from wsgi_bg._durable.folder import Folder, check_folder
+from wsgi_bg._durable.owner import Locks, locks_of
+from wsgi_bg._status.document import VERSION, Document, Past
+from wsgi_bg._status.model import State
+from wsgi_bg.exceptions import OptionTypeError, OptionValueError, StoreError
+
+T = TypeVar("T")
+
+_TURN = 0  # the number of the lock of the process that adds files to the past
+_PAST = "past"
+
+Ended = tuple[str, str, float]
+"""The id of a task, its state and the time of its end."""
+
+
+def open_folder(path: str | os.PathLike[str]) -> Folder:
+    """Return the folder for ``status_path``; make the folder if there is none.
+
+    :raises TypeError: if ``path`` is not a path.
+    :raises ValueError: if the folder cannot be used.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise OptionTypeError("status_path", path, "the path of a folder")
+    wanted = "the path of a folder on a local disk, which this user can write"
+    try:
+        return check_folder(path)
+    except StoreError as exc:
+        raise OptionValueError("status_path", path, wanted) from exc
+
+
+def find_folder(path: str | os.PathLike[str]) -> Folder:
+    """Return the folder that was given as ``status_path``, for reading; make no folder.
+
+    :raises TypeError: if ``path`` is not a path.
+    :raises ValueError: if there is no such folder, or no process has ever used the folder.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise OptionTypeError("path", path, "the path of a folder")
+    if not os.path.exists(os.path.join(path, "owners.lock")):
+        wanted = "a folder that was given as status_path, or as the path of a DurableRunner"
+        raise OptionValueError("path", os.fspath(path), wanted)
+    full = os.path.realpath(path)
+    status = os.stat(full)
+    return Folder(full, (status.st_dev, status.st_ino))
+
+
+class Found(NamedTuple):
+    """The document of a process."""
+
+    number: int
+    document: Document
+    is_alive: bool
+
+
+class ProcessFile:
+    """The files of this process in a folder.
+
+    :raises StoreError: or ``OSError``, if the folder cannot be written.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder: Folder = folder
+        self._locks = locks_of(folder)
+        self._locks.check()
+        self.number: int = self._locks.new_number()
+        self._locks.take(self.number)
+        self._ended = EndedFile(folder, str(self.number))
+
+    def write(self, document: Document, ended: Iterable[Ended]) -> None:
+        """Write the document, and append ended tasks.
+
+        :raises StoreError: or ``OSError``, if the folder cannot be written.
+        """
+        self._locks.check()
+        self._ended.append(ended, document.keep_done.number)
+        _write(self.folder, str(self.number), document.dump())
+
+    def add_ended_processes(self) -> None:
+        """Add the files of processes that have ended to the past, and remove the files."""
+        dead = [number for number in _numbers(self.folder) if not self._locks.is_owned(number)]
+        if dead and self._locks.take(_TURN):
+            try:
+                _add_to_past(self.folder, self._locks, dead)
+            finally:
+                self._locks.give(_TURN)
+
+
+class EndedFile:
+    """The ids of ended tasks: two files, the older of which goes when the younger is full."""
+
+    def __init__(self, folder: Folder, name: str) -> None:
+        self._paths = [
+            os.path.join(folder.path, f"{name}{suffix}") for suffix in (".ended", ".ended-old")
+        ]
+        self._count: int | None = None  # lines in the younger file; None if not known yet
+
+    def append(self, ended: Iterable[Ended], keep: int) -> None:
+        """Append tasks.
+
+        :param keep: the number of lines after which a new file begins.
+        """
+        lines = [json.dumps(each) + "\n" for each in ended]
+        if not lines or not keep:
+            return
+        if self._count is None:
+            self._count = sum(text.count(b"\n") for text in self._read()[:1])
+        if self._count >= keep:
+            os.replace(*self._paths)
+            self._count = 0
+        self._count += len(lines)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        with open(os.open(self._paths[0], flags, 0o600), "w", encoding="utf-8") as file:
+            file.write("".join(lines))
+
+    def _read(self) -> list[bytes]:
+        found = []
+        for path in self._paths:
+            with suppress(OSError), open(path, "rb") as file:
+                found.append(file.read())
+        return found
+
+    def all(self) -> list[Ended]:
+        """Return all ended tasks, the oldest first."""
+        return [
+            ended
+            for text in reversed(self._read())
+            for line in text.splitlines()
+            if (ended := _ended(line)) is not None
+        ]
+
+    def find(self, id: str) -> Ended | None:  # noqa: A002
+        """Return the last end of a task."""
+        start = b"[" + json.dumps(id).encode() + b","
+        for text in self._read():
+            at = text.rfind(b"\n" + start) + 1
+            if at or text.startswith(start):
+                return _ended(text[at:].partition(b"\n")[0])
+        return None
+
+    def remove(self) -> None:
+        """Remove the files."""
+        for path in self._paths:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+
+
+def _ended(line: bytes) -> Ended | None:
+    with suppress(ValueError, TypeError):
+        id, state, ended = json.loads(line)  # noqa: A001
+        return str(id), str(state), float(ended)
+    return None
+
+
+def _numbers(folder: Folder) -> list[int]:
+    names = [name.removesuffix(".status") for name in os.listdir(folder.path)
+             if name.endswith(".status")]  # fmt: skip
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def read_all(folder: Folder) -> tuple[list[Found], Past]:
+    """Return the documents of the processes that have not been added to the past; the past."""
+    locks = locks_of(folder)
+    found = []
+    for number in _numbers(folder):
+        is_alive = locks.is_owned(number)
+        document = _read_document(folder, number)
+        if document is not None:
+            found.append(Found(number, document, is_alive))
+    past = _read_past(folder)  # last: another process may have added a document meanwhile
+    return [each for each in found if each.number not in past.added], past
+
+
+def states_of(
+    folder: Folder,
+    found: Iterable[Found],
+    past: Past,
+    id: str,  # noqa: A002
+) -> Iterator[State]:
+    """Return the states in which the processes of the folder know a task."""
+    keep = [(str(each.number), each.document.keep_done) for each in found]
+    for name, keep_done in [*keep, (_PAST, past.keep_done)]:
+        ended = EndedFile(folder, name).find(id)
+        if ended is not None and time.time() - ended[2] <= keep_done.age:
+            yield from _state(ended[1])
+    for each in found:
+        state = each.document.ids.get(id)
+        if state is not None:
+            yield from _state(state) if each.is_alive else ("lost",)
+
+
+def _state(text: str) -> tuple[State, ...]:
+    """Return a state in a file; an empty tuple for an unknown one."""
+    return tuple(state for state in get_args(State) if state == text)
+
+
+def _add_to_past(folder: Folder, locks: Locks, dead: list[int]) -> None:
+    past = _read_past(folder)
+    past.added = [number for number in past.added if number in dead]
+    ended: list[Ended] = []
+    taken = [number for number in dead if locks.take(number)]
+    try:
+        for number in taken:
+            document = _read_document(folder, number)
+            if document is None or number in past.added:
+                continue
+            ended += EndedFile(folder, str(number)).all()
+            process = document.process
+            if document.was_killed and process is not None:
+                ended += [(id, "lost", process.updated) for id in document.ids]  # noqa: A001
+                past.killed.append(replace(process, is_alive=False))
+                past.lost += document.lost()
+            past.add(document)
+            past.keep_done = document.keep_done
+            past.added.append(number)
+        EndedFile(folder, _PAST).append(ended, past.keep_done.number)
+        past.forget_old(time.time())
+        _write(folder, _PAST, past.dump())
+        for number in taken:
+            EndedFile(folder, str(number)).remove()
+            for suffix in (".status", ".status.new"):
+                with suppress(FileNotFoundError):
+                    os.unlink(os.path.join(folder.path, f"{number}{suffix}"))
+    finally:
+        for number in taken:
+            locks.give(number)
+
+
+def _write(folder: Folder, name: str, document: dict[str, Any]) -> None:
+    path = os.path.join(folder.path, f"{name}.status")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    with open(os.open(path + ".new", flags, 0o600), "w", encoding="utf-8") as file:
+        json.dump(document, file)
+    os.replace(path + ".new", path)
+
+
+def _read_document(folder: Folder, number: int) -> Document | None:
+    """Return the document of a process; None if there is none that this version can read."""
+    return _read(folder, str(number), Document.load)
+
+
+def _read_past(folder: Folder) -> Past:
+    """Return the status of ended processes, which is empty if none has ended."""
+    return _read(folder, _PAST, Past.load) or Past()
+
+
+def _read(folder: Folder, name: str, load: Callable[[dict[str, Any]], T]) -> T | None:
+    with suppress(OSError, ValueError, TypeError, LookupError, AttributeError):
+        with open(os.path.join(folder.path, f"{name}.status"), encoding="utf-8") as file:
+            dumped = json.load(file)
+        if dumped["version"] == VERSION:
+            return load(dumped)
+    return None

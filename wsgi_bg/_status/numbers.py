@@ -1,0 +1,147 @@
+"""Numbers of tasks that do not grow: counts, and histograms with fixed buckets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import log
+from typing import Any
+
+from wsgi_bg._status.model import Minute, NameCounts, Times
+
+_LEAST = 1e-6  # seconds: the upper limit of the first bucket
+_BUCKETS = 320  # the last bucket begins at some months
+_FACTOR = 1.1  # each bucket is wider by this than the bucket before
+_PER_BUCKET = 1 / log(_FACTOR)
+
+OUTCOMES = ("succeeded", "failed", "retried", "discarded", "sent", "lost")
+SUCCEEDED, FAILED, RETRIED, DISCARDED, SENT, LOST = range(len(OUTCOMES))
+
+
+class Histogram:
+    """Numbers of times by length, in buckets of which each is a tenth wider than the last.
+
+    :ivar buckets: the numbers; a bucket without a time has no entry.
+    :ivar longest: the longest time, in seconds.
+    """
+
+    __slots__ = ("buckets", "longest")
+
+    def __init__(self) -> None:
+        self.buckets: dict[int, int] = {}
+        self.longest: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count a time."""
+        bucket = 0
+        if seconds > _LEAST:
+            bucket = min(_BUCKETS, int(log(seconds / _LEAST) * _PER_BUCKET) + 1)
+            if seconds > self.longest:
+                self.longest = seconds
+        self.buckets[bucket] = self.buckets.get(bucket, 0) + 1
+
+    def merge(self, other: Histogram) -> None:
+        """Add the numbers of ``other``."""
+        for bucket, number in list(other.buckets.items()):
+            self.buckets[bucket] = self.buckets.get(bucket, 0) + number
+        self.longest = max(self.longest, other.longest)
+
+    def times(self) -> Times:
+        """Return the percentiles."""
+        buckets = sorted(self.buckets.copy().items())
+        total = sum(number for _, number in buckets)
+        if not total:
+            return Times()
+
+        def percentile(share: float) -> float:
+            left = share * total
+            last = 0
+            for bucket, number in buckets:
+                last = bucket
+                left -= number
+                if left <= 0:
+                    break
+            return min(_LEAST * _FACTOR**last, self.longest)
+
+        return Times(total, percentile(0.5), percentile(0.95), percentile(0.99), self.longest)
+
+    def dump(self) -> list[Any]:
+        """Return the histogram as a list for JSON; see :meth:`load`."""
+        return [self.longest, *(each for pair in self.buckets.copy().items() for each in pair)]
+
+    @classmethod
+    def load(cls, dumped: list[Any]) -> Histogram:
+        """Return the histogram of which ``dumped`` is the :meth:`dump`."""
+        histogram = cls()
+        histogram.longest = float(dumped[0])
+        histogram.buckets = dict(
+            zip(map(int, dumped[1::2]), map(int, dumped[2::2]), strict=True)
+        )
+        return histogram
+
+
+class Tally:
+    """Numbers of the tasks of a function, or of a minute.
+
+    :ivar counts: numbers of tasks by the index in :data:`OUTCOMES`.
+    """
+
+    __slots__ = ("counts", "run", "wait")
+
+    def __init__(self) -> None:
+        self.counts: list[int] = [0] * len(OUTCOMES)
+        self.wait = Histogram()
+        self.run = Histogram()
+
+    def merge(self, other: Tally) -> None:
+        """Add the numbers of ``other``."""
+        self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+        self.wait.merge(other.wait)
+        self.run.merge(other.run)
+
+    def dump(self) -> list[Any]:
+        """Return the tally as a list for JSON; see :meth:`load`."""
+        return [*self.counts, self.wait.dump(), self.run.dump()]
+
+    @classmethod
+    def load(cls, dumped: list[Any]) -> Tally:
+        """Return the tally of which ``dumped`` is the :meth:`dump`."""
+        tally = cls()
+        *counts, wait, run = dumped
+        tally.counts = [int(counts[index]) for index in range(len(OUTCOMES))]
+        tally.wait = Histogram.load(wait)
+        tally.run = Histogram.load(run)
+        return tally
+
+    def of_name(self, name: str, *, running: int, waiting: int, aside: int) -> NameCounts:
+        """Return the numbers of a function."""
+        counts = dict(zip(OUTCOMES, self.counts, strict=True))
+        return NameCounts(
+            name,
+            running=running,
+            waiting=waiting,
+            aside=aside,
+            wait=self.wait.times(),
+            run=self.run.times(),
+            **counts,
+        )
+
+    def of_minute(self, minute: int) -> Minute:
+        """Return the numbers of a minute."""
+        counts = self.counts
+        return Minute(
+            minute * 60.0,
+            succeeded=counts[SUCCEEDED],
+            failed=counts[FAILED],
+            discarded=counts[DISCARDED],
+            sent=counts[SENT],
+            wait=self.wait.times(),
+            run=self.run.times(),
+        )
+
+
+def merged(tallies: Iterable[Tally]) -> Tally:
+    """Return the sum of ``tallies``."""
+    total = Tally()
+    for tally in tallies:
+        total.merge(tally)
+    return total

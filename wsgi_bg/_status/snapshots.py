@@ -1,0 +1,110 @@
+"""The answers of :mod:`wsgi_bg.status`."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+
+from wsgi_bg._durable.folder import Folder
+from wsgi_bg._status import files
+from wsgi_bg._status.combine import Folders, combine
+from wsgi_bg._status.document import Document, Past
+from wsgi_bg._status.files import Found, find_folder
+from wsgi_bg._status.live import look, states_of
+from wsgi_bg._status.model import NameCounts, Snapshot, State
+from wsgi_bg._status.recorder import recorder, status_of_process
+from wsgi_bg.runners.ledger import ledgers_here
+from wsgi_bg.runners.pool import pools_here
+
+_RANK: tuple[State, ...] = (
+    "succeeded",
+    "failed",
+    "running",
+    "retrying",
+    "discarded",
+    "aside",
+    "lost",
+    "sent",
+    "waiting",
+)
+"""If several processes know a task, the first of these states is the task's: a process that has
+sent the task knows less than the worker, and a document may be a second old."""
+
+
+def take_snapshot(path: str | os.PathLike[str] | None) -> Snapshot:
+    """See :func:`wsgi_bg.status.snapshot`."""
+    if path is not None:
+        folder = find_folder(path)
+        found, past = _with_this_process(folder)
+        documents = [each.document for each in found]
+        return combine(found, past, Folders(documents, folder.path))
+    if recorder.is_on:
+        document = recorder.process().document()
+        return combine([Found(0, document, True)], Past(), Folders([document], None))
+    document = _document_of_ledgers()
+    taken = combine([Found(0, document, True)], Past(), Folders([], None))
+    return replace(taken, counts=_counts_of_ledgers(taken.counts), minutes=())
+
+
+def _with_this_process(folder: Folder) -> tuple[list[Found], Past]:
+    found, past = files.read_all(folder)
+    process = recorder.process()
+    number = process.number_in(folder)
+    if number is None:
+        return found, past
+    others = [each for each in found if each.number != number]
+    return [*others, Found(number, process.document(), True)], past
+
+
+def _document_of_ledgers() -> Document:
+    """The document of a process that records nothing."""
+    live = look(None)
+    return Document(
+        process=status_of_process(live, time.time(), None),
+        running=live.running,
+        running_by_name=live.running_by_name,
+        waiting=live.waiting,
+    )
+
+
+def _counts_of_ledgers(counts: NameCounts) -> NameCounts:
+    """Add the sums that the ledgers know.
+
+    A pool also counts the tasks that it runs for other runners, which count them, too.
+    """
+    pools = [pool.ledger for pool in pools_here()]
+    own = [ledger.statistics() for ledger in ledgers_here() if ledger not in pools]
+    of_pools = [ledger.statistics() for ledger in pools]
+
+    def most(name: str) -> int:
+        sums = (sum(getattr(each, name) for each in several) for several in (own, of_pools))
+        return int(max(sums))
+
+    return replace(
+        counts,
+        succeeded=most("succeeded"),
+        failed=most("failed"),
+        discarded=most("discarded"),
+        sent=most("sent"),
+    )
+
+
+def find_state(id: str, path: str | os.PathLike[str] | None) -> State | None:  # noqa: A002
+    """See :func:`wsgi_bg.status.of`."""
+    documents = [Document(durable=recorder.durable, outboxes=recorder.outboxes)]
+    known = [*states_of(id)]
+    if recorder.is_on:
+        known += recorder.process().states_of(id)
+    folder = None if path is None else find_folder(path)
+    if folder is not None:
+        found, past = files.read_all(folder)
+        documents += [each.document for each in found]
+        known += files.states_of(folder, found, past, id)
+    folders = Folders(documents, None if folder is None else folder.path)
+    # A durable task may run again after its end: by an order, for example.
+    stored_state = folders.state_of(id)
+    if stored_state is not None:
+        return stored_state
+    known += folders.states_of_message(id)
+    return min(known, key=_RANK.index, default=None)
