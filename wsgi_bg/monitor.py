@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import resources
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import parse_qs, quote
 
 from wsgi_bg._monitor import token
@@ -20,14 +20,18 @@ from wsgi_bg._monitor.response import Response
 from wsgi_bg._process import log
 from wsgi_bg._process.interrupts import type_name
 from wsgi_bg._process.repeated import RepeatedError, RepeatedWarning
+from wsgi_bg._status.recorder import recorder
+from wsgi_bg._status.snapshots import durable_folders
 from wsgi_bg._tasks.callables import is_plain
-from wsgi_bg.exceptions import OptionTypeError
+from wsgi_bg.exceptions import OptionTypeError, OptionValueError
 from wsgi_bg.status import snapshot
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 __all__ = ["Monitor"]
+
+T = TypeVar("T")
 
 _HTML = "text/html; charset=utf-8"
 _FILES = {"page.css": "text/css; charset=utf-8", "page.js": "text/javascript; charset=utf-8"}
@@ -48,7 +52,9 @@ class Monitor:
     :param show_arguments: True if the page may show the arguments of durable tasks.
     :param show_errors: False if the page must show no more of an error than its class.
     :param path: the ``status_path`` of the processes to show, or the folder of their
-        ``DurableRunner``; None for that of this process.
+        ``DurableRunner``; None for the ``status_path`` of this process, or without that for
+        this process alone.
+    :ivar path: the path that was given.
     :raises TypeError: if ``allowed`` is no plain function, or an option has the wrong type.
     """
 
@@ -74,7 +80,7 @@ class Monitor:
         self._actions = actions
         self._show_arguments = show_arguments
         self._show_errors = show_errors
-        self._path = None if path is None else os.fspath(path)
+        self.path: str | None = None if path is None else os.fspath(path)
         self._refusals = RepeatedWarning(
             "%d requests for the monitor were refused since the last record of this kind: "
             "allowed returned an object of type %s, and not True"
@@ -86,7 +92,7 @@ class Monitor:
         return (
             f"{type(self).__name__}(actions={self._actions}, "
             f"show_arguments={self._show_arguments}, show_errors={self._show_errors}, "
-            f"path={self._path!r})"
+            f"path={self.path!r})"
         )
 
     def __call__(
@@ -158,20 +164,20 @@ class Monitor:
 
     def _overview(self, environ: WSGIEnvironment, name: str) -> Response:
         query = Query.of(environ.get("QUERY_STRING", ""))
-        data = overview(snapshot(self._path), query)
+        data = overview(self._read(snapshot), query)
         data["actions"] = self._actions
         data["shows"] = {"arguments": self._show_arguments, "errors": self._show_errors}
         return Response.of_json(data)
 
     def _error(self, environ: WSGIEnvironment, name: str) -> Response:
-        found = find_error(snapshot(self._path), _field(environ, "key"))
+        found = find_error(self._read(snapshot), _field(environ, "key"))
         if found is None:
             raise RefusedError("404 Not Found", "Newer failures have displaced this one.")
         return Response.of_json(found)
 
     def _task(self, environ: WSGIEnvironment, name: str) -> Response:
         shown = details(
-            self._durable_path(),
+            self._read(durable_folders),
             _field(environ, "id"),
             has_arguments=self._show_arguments,
             has_traceback=self._show_errors,
@@ -183,12 +189,23 @@ class Monitor:
         if reason is not None:
             log.warning("the monitor refused to %s a task: %s", name, reason)
             raise RefusedError("403 Forbidden", f"Refused: {reason}.")
-        task = give_order(self._durable_path(), _field(environ, "id"), name)
+        task = give_order(self._read(durable_folders), _field(environ, "id"), name)
         log.info("the monitor ordered to %s durable task %s", name, task)
         return Response.of_json({"ordered": name}, "202 Accepted")
 
-    def _durable_path(self) -> str | None:
-        return self._path
+    def _read(self, read: Callable[[str | None], T]) -> T:
+        """Return ``read(path)`` for the folder to show, or for this process alone."""
+        if recorder.is_on:
+            recorder.start()  # or this process is not shown before its first request
+        own = [folder.path for folder in recorder.folders]
+        path = next(iter(own), None) if self.path is None else self.path
+        try:
+            return read(path)
+        except OptionValueError as exc:
+            if path is not None and os.path.realpath(path) in own:
+                return read(None)  # this process is about to write for the first time
+            reason = "No process has written its status into the folder yet."
+            raise RefusedError("503 Service Unavailable", reason) from exc
 
 
 @cache

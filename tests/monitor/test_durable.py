@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import inspect
 import itertools
+import os
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tests.support import TIMEOUT
 from tests.test_durable_crash import Shop
 from tests.test_examples import wait_until
 from tests.test_tasks_command import at_gate, forge, id_of, leave_failed
+from wsgi_bg._durable import folder as folders
 from wsgi_bg._messages.codec import encode
 from wsgi_bg._monitor import durable
 
@@ -73,9 +75,41 @@ def test_an_order_that_cannot_be_written_is_refused(
 
 def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     monitor = open_monitor(actions=True, path=tmp_path / "none")
-    assert post(monitor, "/retry?id=1").code == 404
-    assert Answer(monitor, "/task.json?id=1").code == 404
+    answers = [
+        post(monitor, "/retry?id=1"),
+        Answer(monitor, "/task.json?id=1"),
+        Answer(monitor, "/overview.json"),
+        Answer(monitor, "/error.json?key=1"),
+    ]
+    for answer in answers:
+        error = "No process has written its status into the folder yet."
+        assert (answer.code, answer.json) == (503, {"error": error})
     assert not any(tmp_path.iterdir())
+
+
+def test_a_forked_process_leaves_the_files_that_its_parent_has_open(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_failed(shop, 1)
+    monitor = open_monitor(actions=True, path=shop.folder)
+    (path,) = shop.folder.glob("*.sqlite")
+    status = path.stat()
+    monkeypatch.setitem(folders._opened, (status.st_dev, status.st_ino), os.getpid() + 1)
+    answer = post(monitor, "/retry?id=1")
+    assert answer.code == 503
+    assert "wsgi-bg tasks" in answer.json["error"]
+
+
+def test_a_request_waits_not_long_for_another_that_reads(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_failed(shop, 1)
+    monkeypatch.setattr(durable, "_TIMEOUT", 0.01)
+    turn = durable._turns.get().take(TIMEOUT)
+    assert turn is not None
+    with turn:
+        answer = Answer(open_monitor(path=shop.folder), "/task.json?id=1")
+    assert (answer.code, answer.json) == (503, {"error": "The folder is busy: try again."})
 
 
 def test_arguments_and_traceback_are_shown_if_the_options_say_so(shop: Shop) -> None:

@@ -29,7 +29,7 @@ def post(token: str = "", cookie: str = "", **environ: Any) -> str:
 
 
 def passes(*args: str, **environ: Any) -> bool:
-    return post(*args, **environ) == "There is no folder of durable tasks."
+    return post(*args, **environ) == "The task is not there any more."
 
 
 def test_a_token_is_good_for_a_monitor_that_has_not_issued_it() -> None:

@@ -6,17 +6,24 @@ The monitor writes no store: the process that owns a task obeys the order, as wi
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from typing import Any
 
-from wsgi_bg._durable.folder import Folder, check_folder
+from wsgi_bg._durable.folder import Folder, is_of_parent
 from wsgi_bg._durable.inspection import ORDERS, Found, list_tasks, order
+from wsgi_bg._durable.writer import Turns
 from wsgi_bg._messages.codec import decode
+from wsgi_bg._process.per_process import PerProcess
+from wsgi_bg._status.stored import state_of
 from wsgi_bg.exceptions import MessageError, StoreError
 
 _LONGEST = 2_000  # characters of an argument
 _MOST = 100  # arguments
 _LONGEST_TRACEBACK = 20_000  # characters
+
+_TIMEOUT = 5.0  # seconds to wait while another thread reads
+
+_turns = PerProcess(Turns)  # for a fork waits until no thread is inside SQLite
 
 
 class RefusedError(Exception):
@@ -33,7 +40,7 @@ class RefusedError(Exception):
 
 
 def details(
-    path: str | None,
+    folders: Sequence[Folder],
     id: str,  # noqa: A002
     *,
     has_arguments: bool,
@@ -41,10 +48,10 @@ def details(
 ) -> dict[str, Any]:
     """Return the details of a task that the page may show.
 
-    :param path: the folder of the durable tasks, if there is one.
+    :param folders: those of durable tasks.
     :raises RefusedError: if no task has the id.
     """
-    task = _find(_folder(path), id, is_brief=False)[-1]
+    _, task = _find(folders, id, is_brief=False)[-1]
     shown: dict[str, Any] = {}
     if has_arguments:
         shown["arguments"] = _arguments(task.outcome.row.arguments)
@@ -53,36 +60,53 @@ def details(
     return shown
 
 
-def give_order(path: str | None, id: str, what: str) -> str:  # noqa: A002
+def give_order(folders: Sequence[Folder], id: str, what: str) -> str:  # noqa: A002
     """Order the owner of a task to ``"retry"`` or to ``"discard"`` it; return the task's name.
 
-    :param path: the folder of the durable tasks, if there is one.
+    :param folders: those of durable tasks.
     :raises RefusedError: if no task has the id, or the state of the task does not allow that.
     """
-    folder = _folder(path)
-    found = _find(folder, id, is_brief=True)
-    matching = [task for task in found if task.outcome.state in ORDERS[what]]
+    found = _find(folders, id, is_brief=True)
+    matching = [each for each in found if each[1].outcome.state in ORDERS[what]]
     if not matching:
-        state = found[-1].outcome.state
+        state = found[-1][1].outcome.state
         raise RefusedError("409 Conflict", f"The task is {state} now: too late to {what}.")
     try:
-        for task in matching:
+        for folder, task in matching:
             order(folder, task, what)
     except StoreError as exc:
         raise RefusedError("409 Conflict", str(exc)) from exc
-    return matching[-1].outcome.row.name
+    return matching[-1][1].outcome.row.name
 
 
-def _folder(path: str | None) -> Folder:
-    # check_folder() would make the folder.
-    if path is None or not os.path.isdir(path):
-        raise RefusedError("404 Not Found", "There is no folder of durable tasks.")
-    return check_folder(path)
-
-
-def _find(folder: Folder, id: str, *, is_brief: bool) -> list[Found]:  # noqa: A002
-    found = list_tasks(folder, lambda outcome: outcome.row.id == id, is_brief=is_brief)
+def _find(
+    folders: Sequence[Folder],
+    id: str,  # noqa: A002
+    *,
+    is_brief: bool,
+) -> list[tuple[Folder, Found]]:
+    """Return the tasks that have the id, with their folders."""
+    turn = _turns.get().take(_TIMEOUT)
+    if turn is None:
+        raise RefusedError("503 Service Unavailable", "The folder is busy: try again.")
+    found: list[tuple[Folder, Found]] = []
+    with turn:
+        for folder in folders:
+            if any(is_of_parent(folder.file(number)) for number in folder.numbers()):
+                # SQLite would take the locks of the parent for its own.
+                instead = "use the command wsgi-bg tasks, or another worker"
+                raise RefusedError(
+                    "503 Service Unavailable",
+                    f"This process was forked while it had the folder open: {instead}.",
+                )
+            tasks = list_tasks(folder, lambda each: each.row.id == id, is_brief=is_brief)
+            found += [(folder, task) for task in tasks]
     if not found:
+        if any(state_of(folder, id) is not None for folder in folders):
+            # Its owner has noted the end of the task, and writes the details within a second.
+            raise RefusedError(
+                "503 Service Unavailable", "The task is being written: try again."
+            )
         raise RefusedError("404 Not Found", "The task is not there any more.")
     return found
 

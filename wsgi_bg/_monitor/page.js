@@ -157,7 +157,7 @@ class List {
 
   async fill(item, pre) {
     try {
-      setText(pre, this.load.text(await ask(this.load.url(item.row))));
+      setText(pre, this.load.text(await askPatiently(this.load.url(item.row))));
     } catch (error) {
       setText(pre, error.message);
     }
@@ -200,6 +200,18 @@ async function ask(path, options = {}, control = new AbortController()) {
     throw error instanceof Failed ? error : new Failed("The server does not answer.", 0);
   } finally {
     clearTimeout(limit);
+  }
+}
+
+// A task that has just ended is not written yet: ask again.
+async function askPatiently(path, options) {
+  for (let attempt = 1; ; attempt += 1) {
+    try {
+      return await ask(path, options);
+    } catch (error) {
+      if (error.status !== 503 || attempt === 4) throw error;
+      await new Promise((resolve) => setTimeout(resolve, 500));
+    }
   }
 }
 
@@ -336,7 +348,7 @@ async function act(item, row, order) {
   const buttons = [...item.buttons.children];
   for (const button of buttons) button.disabled = true;
   try {
-    await ask(`${order}?id=${encodeURIComponent(row.id)}`, { method: "POST", headers: { "X-WSGI-BG-Token": TOKEN } });
+    await askPatiently(`${order}?id=${encodeURIComponent(row.id)}`, { method: "POST", headers: { "X-WSGI-BG-Token": TOKEN } });
     item.buttons.replaceChildren(said); // until the state of the task changes
   } catch (error) {
     said.className = "bad";

@@ -60,7 +60,8 @@ class Background:
     ``WSGI_BG_RUN_ON``. The configuration overrides the code.
 
     :param app: the application; if omitted, call :meth:`init_app` for each application.
-    :param monitor: a :class:`~wsgi_bg.monitor.Monitor`, a page that shows the tasks.
+    :param monitor: a :class:`~wsgi_bg.monitor.Monitor`, a page that shows the tasks; implies
+        ``status=True``, or ``status_path`` if the monitor has a path.
     :param monitor_at: the path of the page (default ``"/background-tasks"``).
     :raises TypeError: if ``app`` is no Flask application, or an option has the wrong type.
     :raises ValueError: if an option is an unknown word, or a number out of range.
@@ -136,6 +137,10 @@ def _wrap(app: Flask, *, monitor: Any, monitor_at: Any, **options: Any) -> WSGIA
     if not isinstance(monitor, Monitor):
         raise OptionTypeError("monitor", monitor, "a wsgi_bg.monitor.Monitor")
     at = check_path(DEFAULT if monitor_at is None else monitor_at)
+    if options["status_path"] is None:
+        options["status_path"] = monitor.path
+    if options["status"] is None:
+        options["status"] = True
     return Mount(_Middleware(app, **options), monitor, at)
 
 
