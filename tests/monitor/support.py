@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from wsgiref.validate import validator
+
+from werkzeug.serving import make_server
 
 from tests.support import App, Server, make_environ
 from wsgi_bg.monitor import Monitor
@@ -41,6 +46,20 @@ class Answer:
     @property
     def json(self) -> Any:
         return json.loads(self.body)
+
+
+@contextmanager
+def serving(app: App) -> Iterator[int]:
+    """Serve on threads, for a browser: waitress would wait for the connections it keeps."""
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server.port
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def token_of(page: bytes) -> str:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
-from werkzeug.serving import make_server
 
 from tests.monitor.browser import Browser, chromium, processes_of
 from tests.monitor.samples import CHARGE, snapshot
+from tests.monitor.support import serving
 from tests.support import TIMEOUT
 from wsgi_bg.monitor import Monitor
 from wsgi_bg.status import NameCounts, Snapshot
@@ -65,15 +65,9 @@ def url(site: Site) -> Iterator[str]:
         start_response("404 Not Found", [])
         return [b""]
 
-    # waitress would wait for the connections that the browser keeps.
     app = DispatcherMiddleware(nothing, dict.fromkeys(("/tasks", "/clock"), site.app))
-    server = make_server("127.0.0.1", 0, app, threaded=True)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.port}/tasks"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(app) as port:
+        yield f"http://127.0.0.1:{port}/tasks"
 
 
 def test_the_page_shows_the_snapshot_and_breaks_no_policy(browser: Browser, url: str) -> None:

@@ -48,7 +48,7 @@ function length(seconds) {
 
 // How long ago by the server's clock: that of the browser may differ.
 const since = (time, taken) => (time === null ? "–" : length(Math.max(0, taken - time)));
-const ago = (time, taken) => (time === null ? "–" : `${since(time, taken)} ago`);
+const ago = (time, taken) => (time === null ? "–" : `${since(time, taken).split(" ").slice(0, 2).join(" ")} ago`);
 
 // Children of an element, each with a key: an element whose key stays is kept, with the focus
 // and with what is unfolded.
@@ -271,8 +271,8 @@ const processes = new Table(byId("processes"), [
   ["State", (row) => (row.is_alive ? "lives" : "was killed"), short, null, (row) => (row.is_alive ? "good" : "bad")],
   ["For", (row, taken) => since(row.started, taken), "number", (row) => `since ${moment(row.started)}`],
   ["Threads busy", (row) => `${number(row.threads_busy)} of ${number(row.threads)}`, "number"],
-  ["Batches pending", (row) => (row.max_pending === null ? number(row.pending) : `${number(row.pending)} of ${number(row.max_pending)}`), "number"],
-  ["On the server's thread", (row) => number(row.run_here), "number"],
+  ["Batches", (row) => (row.max_pending === null ? number(row.pending) : `${number(row.pending)} of ${number(row.max_pending)}`), "number"],
+  ["Ran on server", (row) => number(row.run_here), "number", () => "tasks that ran on the server's thread, since the pool had no room"],
   ["To send", (row) => number(row.outbox), "number"],
   ["Loop late by", (row) => (row.loop_lag === null ? "–" : length(row.loop_lag)), "number"],
   ["Seen", (row, taken) => ago(row.updated, taken), "number"],
@@ -313,7 +313,7 @@ const durable = new List(byId("durable"), {
     fact(STATE_NAMES[row.state] ?? row.state, `state ${STATES[row.state] ?? "dim"}`),
     fact(row.error, "bad"),
     fact([attempt(row), due(row, taken)].filter(Boolean).join(", "), "dim", row.due === null ? "" : moment(row.due)),
-    fact(`added ${ago(row.since, taken)}`, "dim", moment(row.since)),
+    fact(ago(row.since, taken), "dim", `added at ${moment(row.since)}`),
     fact(row.id, "name dim"),
   ],
   unfolds: (shows) => shows.errors || shows.arguments,
@@ -373,15 +373,18 @@ function showTotals({ counts, processes: { rows } }) {
     ...[["Retried", "retried"], ["Discarded", "discarded"], ["Sent", "sent"]].map(([title, field]) => [title, counts[field]]).filter(([, value]) => value),
     ...[["Put aside", "aside"], ["Lost", "lost"]].map(([title, field]) => [title, counts[field], true]).filter(([, value]) => value),
   ].map(([title, value, isBad]) => ({ title, value: number(value), isAlarm: Boolean(isBad && value) }));
-  for (const [title, value, limit] of [["Busy threads", sum("threads_busy"), sum("threads")], ["Batches pending", sum("pending"), most]]) {
-    tiles.push({ title, value: number(value), limit });
-  }
+  const load = [["Busy threads", sum("threads_busy"), sum("threads")], ["Batches pending", sum("pending"), most]];
+  showTiles(byId("totals"), tiles);
+  showTiles(byId("load"), load.map(([title, value, limit]) => ({ title, value: number(value), amount: value, limit })));
+}
+
+function showTiles(list, tiles) {
   const create = ({ limit }) => {
     const tile = make("div", {}, make("dt"), make("dd", {}, make("span"), make("small")));
     if (limit !== undefined) tile.append(make("meter", { min: 0 }));
     return tile;
   };
-  reconcile(byId("totals"), tiles, (tile) => tile.title, create, (element, { title, value, limit, isAlarm }) => {
+  reconcile(list, tiles, (tile) => tile.title, create, (element, { title, value, amount, limit, isAlarm }) => {
     const [dt, dd, meter] = element.children;
     setText(dt, title);
     setText(dd.children[0], value);
@@ -391,7 +394,7 @@ function showTotals({ counts, processes: { rows } }) {
       meter.hidden = !limit;
       meter.max = limit || 1;
       meter.high = meter.max * 0.8;
-      meter.value = Number(value.replaceAll(",", ""));
+      meter.value = amount;
       meter.setAttribute("aria-label", title);
     }
   });
