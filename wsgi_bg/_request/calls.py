@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsgi_bg._loop.coroutines import AwaitableInStack
 from wsgi_bg._process import per_process
+from wsgi_bg._status.recorder import recorder
 from wsgi_bg._tasks.retry import NotSent
 from wsgi_bg._tasks.successors import observe
 from wsgi_bg._tasks.task import (
@@ -41,6 +42,13 @@ if TYPE_CHECKING:
     from wsgi_bg._tasks.background_tasks import BackgroundTasks
     from wsgi_bg._tasks.batch import Batch
 
+# The recorder is called directly, which halves its time: it adds no task and never raises.
+_ENDS = ("task_finished", "task_failed", "task_retried", "task_discarded", "task_sent")
+_RECORDED = {name: (getattr(recorder, name),) for name in _ENDS}
+_NOT_RECORDED: dict[str, tuple[Callable[[TaskRecord], None], ...]] = dict.fromkeys(_ENDS, ())
+
+_make = Caller.make  # super().make() takes 0.1 us more
+
 Send = Callable[..., bool | Queue]
 MaySend = Callable[..., bool]
 Around = Callable[[], AbstractContextManager[Any]]
@@ -60,7 +68,7 @@ class Calls(Caller):
     :param queues: True if ``send`` does not block.
     """
 
-    __slots__ = ("_may_send", "_queues", "_send", "_told", "_waits", "around", "hooks")
+    __slots__ = ("_ends", "_may_send", "_queues", "_send", "_told", "_waits", "around", "hooks")
 
     def __init__(
         self,
@@ -73,7 +81,10 @@ class Calls(Caller):
         queues: bool = False,
     ) -> None:
         self.hooks: tuple[Hooks, ...] = hooks
-        self._told = {name: overriding(hooks, name) for name in HOOKS}
+        # The recorder is called directly, which takes half as long: it adds no task.
+        others = tuple(each for each in hooks if each is not recorder)
+        self._ends = _RECORDED if len(others) < len(hooks) else _NOT_RECORDED
+        self._told = {name: overriding(others, name) for name in HOOKS}
         self.around: Around | None = around
         self._send = send
         self._may_send = may_send
@@ -85,7 +96,8 @@ class Calls(Caller):
         if self.hooks:
             record = TaskRecord(task, batch)
             task.record = [record]
-            self._tell("task_added", record)
+            if self._told["task_added"]:
+                self._tell("task_added", record)
 
     def without_around(self) -> Caller:
         """See :class:`Caller`."""
@@ -191,7 +203,7 @@ class Calls(Caller):
         if self._told["around"]:
             return self._make_inside(task, done)
         if self.around is None:
-            return super().make(task, done)
+            return _make(self, task, done)
         inside = self._enter(task, self.around)
         if per_process.generation != generation:
             self._exit(inside, task, None)
@@ -276,7 +288,8 @@ class Calls(Caller):
             record.ended_at = record.error = None
             record.thread_id = get_ident()
             record.started_at = time.monotonic()
-            self._tell("task_started", record)
+            if self._told["task_started"]:
+                self._tell("task_started", record)
 
     def finished(self, task: BackgroundTask) -> None:
         """Call the hooks for a task that has returned; an awaitable it returned was awaited."""
@@ -292,6 +305,8 @@ class Calls(Caller):
             record.ended_at = now = time.monotonic()
             record.retry_at = now + seconds
             record.error = exc
+            for record_end in self._ends["task_retried"]:
+                record_end(record)
             self._tell("task_retried", record)
             record.retry_at = None
             record.attempt += 1
@@ -323,7 +338,10 @@ class Calls(Caller):
         record.ended_at = time.monotonic()
         record.error = error
         record.reason = reason
-        self._tell(hook, record)
+        for record_end in self._ends[hook]:
+            record_end(record)
+        for method in self._told[hook]:
+            call_hook(record.task, hook, method, record)
 
     def _tell(self, hook: str, record: TaskRecord) -> None:
         for method in self._told[hook]:

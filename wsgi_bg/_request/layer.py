@@ -86,7 +86,7 @@ def merge_options(
         all_hooks = calls.hooks
         around = calls.around if around is None else around
     if status is None:
-        status = recorder in all_hooks
+        status = recorder in all_hooks or recorder in everywhere
     if hooks is not None:
         all_hooks = _as_tuple(hooks)
     all_hooks = _with_standing(all_hooks, status=status)
@@ -120,8 +120,8 @@ everywhere: list[Hooks] = []
 
 def _with_standing(hooks: tuple[Hooks, ...], *, status: bool) -> tuple[Hooks, ...]:
     """Return ``hooks`` with those that the hooks of an inner layer do not replace."""
-    standing = [recorder] * status + everywhere
-    others = [each for each in hooks if each is not recorder and each not in everywhere]
+    standing = [recorder] * status + [each for each in everywhere if each is not recorder]
+    others = [each for each in hooks if each is not recorder and each not in standing]
     return (*standing, *others)
 
 

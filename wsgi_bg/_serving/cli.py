@@ -1,6 +1,6 @@
 """``wsgi-bg MODULE:APP``: serve an application with waitress and drain at the stop.
 
-``wsgi-bg tasks`` is in ``tasks_command``.
+``wsgi-bg tasks`` is in ``tasks_command``, ``wsgi-bg status`` in ``status_command``.
 
 For a wrong command the program prints a line on standard error and exits with status 2. An
 error inside the user's module keeps the traceback.
@@ -16,8 +16,10 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from wsgi_bg._request.layer import everywhere
 from wsgi_bg._serving import serve as serving
 from wsgi_bg._serving.usage import Parser, UsageError
+from wsgi_bg._status.recorder import recorder
 from wsgi_bg._version import __version__
 from wsgi_bg.exceptions import ExtraMissingError, OptionError, StoreError
 from wsgi_bg.runners import set_default
@@ -48,6 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from wsgi_bg._serving import tasks_command
 
         return tasks_command.main(own[1:])
+    if own[:1] == ["status"]:
+        from wsgi_bg._serving import status_command
+
+        return status_command.main(own[1:])
     end = own.index("--") if "--" in own else len(own)
     try:
         given = _parser().parse_args(own[:end])
@@ -72,10 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="wsgi-bg",
         usage="%(prog)s [OPTIONS] MODULE:APP [-- OPTIONS OF WAITRESS]\n"
-        "       %(prog)s tasks PATH list|show|retry|discard [OPTIONS]",
+        "       %(prog)s tasks PATH list|show|retry|discard [OPTIONS]\n"
+        "       %(prog)s status PATH [--json]",
         description=_DESCRIPTION,
         epilog="Behind -- stand options of waitress, as waitress-serve --help lists them. "
-        "%(prog)s tasks looks at the durable tasks in a folder: see %(prog)s tasks --help.",
+        "%(prog)s tasks looks at the durable tasks in a folder: see %(prog)s tasks --help. "
+        "%(prog)s status prints what the tasks of all processes do.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -107,6 +115,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="how long a stop may take, from the signal (default: what the runners say, 30)",
     )
+    add(
+        "--status-path",
+        metavar="PATH",
+        help="a folder in which all processes write the status of their tasks",
+    )
+    add("--log-tasks", action="store_true", help="write a line for each task that has ended")
     return parser
 
 
@@ -118,6 +132,7 @@ def _prepare(given: argparse.Namespace, behind: list[str]) -> GracefulServer:
         raise UsageError(exc) from exc
     of_waitress, is_factory = _parse_waitress(behind)
     default = _default_runner(given)
+    _watch(given)
     set_default(default)  # before the user's module makes a middleware
     app = _load(given.app, is_factory)
     options = serving.complete({**options, **of_waitress})
@@ -129,6 +144,20 @@ def _prepare(given: argparse.Namespace, behind: list[str]) -> GracefulServer:
         reason = getattr(exc, "strerror", None) or exc
         given_too = f" (with {' '.join(behind)})" if behind else ""
         raise UsageError(f"cannot listen on {where}: {reason}{given_too}") from exc
+
+
+def _watch(given: argparse.Namespace) -> None:
+    """Let each middleware of this process have the hooks that the options ask for."""
+    if given.log_tasks:
+        from wsgi_bg._serving.log_tasks import TaskLog
+
+        everywhere.append(TaskLog())
+    if given.status_path is not None:
+        try:
+            recorder.turn_on(given.status_path)
+        except OptionError as exc:
+            raise UsageError(str(exc).replace("status_path", "--status-path", 1)) from exc
+        everywhere.append(recorder)
 
 
 def _default_runner(given: argparse.Namespace) -> Runner | Literal["inline", "pool"]:

@@ -14,7 +14,6 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -22,6 +21,7 @@ from wsgi_bg._durable.folder import Folder, check_folder
 from wsgi_bg._durable.inspection import ORDERS, Found, is_used, list_tasks, order
 from wsgi_bg._durable.rows import Outcome
 from wsgi_bg._messages.codec import decode
+from wsgi_bg._serving.output import cell, local_time, moment, printable, say, table
 from wsgi_bg._serving.usage import Parser, UsageError
 from wsgi_bg.exceptions import MessageError, StoreError
 
@@ -39,7 +39,6 @@ asked, 1 if no task matched or a task was refused, and 2 for a wrong command or 
 
 _STATES = ("waiting", "running", "failed", "aside", "done")
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
-_WIDEST = 80  # characters of a cell of the table
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -135,7 +134,7 @@ def _list(folder: Folder, given: argparse.Namespace) -> int:
     if given.json:
         _say_json(_as_json(task) for task in found)
     elif found:
-        _say(_table(found))
+        say(_table(found))
     else:
         _complain("no task matches")
     _say_who(folder, [task for task in found if task.outcome.state == "waiting"], "runs")
@@ -147,7 +146,7 @@ def _show(folder: Folder, given: argparse.Namespace) -> int:
     if given.json:
         _say_json({**_as_json(task), **_secrets_as_json(task)} for task in shown)
     elif shown:
-        _say("\n\n".join(_block(task) for task in shown))
+        say("\n\n".join(_block(task) for task in shown))
     _say_who(folder, [task for task in shown if task.outcome.state == "waiting"], "runs")
     return 1 if _complain_about_unknown(given.ids, shown) else 0
 
@@ -190,7 +189,7 @@ def _follow(folder: Folder, what: str, ordered: Sequence[tuple[Found, str]]) -> 
         return True
     if not is_used(folder):
         later = "will run again" if what == "retry" else "will be discarded"
-        _say("\n".join(f"{_title(task)}: {later}" for task, _ in ordered))
+        say("\n".join(f"{_title(task)}: {later}" for task, _ in ordered))
         tasks = [task for task, _ in ordered]
         _say_who(folder, tasks, "runs" if what == "retry" else "discards")
         return True
@@ -211,7 +210,7 @@ def _follow(folder: Folder, what: str, ordered: Sequence[tuple[Found, str]]) -> 
         else:
             lines.append(f"{_title(task)}: {'runs again' if what == 'retry' else 'discarded'}")
     if lines:
-        _say("\n".join(lines))
+        say("\n".join(lines))
     return len(lines) == len(ordered)
 
 
@@ -275,38 +274,26 @@ def _say_who(folder: Folder, tasks: Sequence[Found], does: str) -> None:
 
 def _table(found: Iterable[Found]) -> str:
     titles = ("ID", "NAME", "STATE", "ADDED", "DUE", "ENDED", "ATTEMPTS", "CRASHES", "ERROR")
-    lines: list[Sequence[str]] = [titles]
-    for _, _, outcome in found:
-        row = outcome.row
-        cells = (
-            row.id,
-            row.name,
-            outcome.state,
-            _local_time(row.added),
-            _local_time(_due(outcome)),
-            _local_time(outcome.ended),
-            str(row.attempts),
-            str(row.crashes),
-            outcome.error,
-        )
-        lines.append([_cell(cell) for cell in cells])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
+    return table(titles, map(_cells, found))
+
+
+def _cells(task: Found) -> Sequence[str]:
+    outcome, row = task.outcome, task.outcome.row
+    return (
+        row.id,
+        row.name,
+        outcome.state,
+        local_time(row.added),
+        local_time(_due(outcome)),
+        local_time(outcome.ended),
+        str(row.attempts),
+        str(row.crashes),
+        outcome.error,
     )
 
 
-def _cell(text: str) -> str:
-    # Escaped before cut, so that a huge text of a forged row is not escaped as a whole.
-    cell = _printable(text[:_WIDEST])
-    if len(text) > _WIDEST or len(cell) > _WIDEST:
-        cell = cell[: _WIDEST - 3] + "..."
-    return cell or "-"
-
-
 def _title(task: Found) -> str:
-    return f"{_cell(task.outcome.row.id)} {_cell(task.outcome.row.name)}"
+    return f"{cell(task.outcome.row.id)} {cell(task.outcome.row.name)}"
 
 
 def _block(task: Found) -> str:
@@ -315,10 +302,10 @@ def _block(task: Found) -> str:
     fields = {
         "name": row.name,
         "state": state,
-        "added": _local_time(row.added),
-        "due": _local_time(_due(task.outcome)),
-        "begun": _local_time(begun),
-        "ended": _local_time(ended),
+        "added": local_time(row.added),
+        "due": local_time(_due(task.outcome)),
+        "begun": local_time(begun),
+        "ended": local_time(ended),
         "attempts": str(row.attempts),
         "crashes": str(row.crashes),
         "process": "lives" if task.is_owned else "none",
@@ -326,19 +313,19 @@ def _block(task: Found) -> str:
         "options": row.options,
         "context": row.context,
     }
-    lines = [f"task {_printable(row.id)}"]
+    lines = [f"task {printable(row.id)}"]
     lines += [
-        f"  {name:9} {_printable(text)}"
+        f"  {name:9} {printable(text)}"
         for name, text in fields.items()
         if text not in ("", "{}")
     ]
     if row.arguments:
         lines += [
             "  arguments",
-            *(f"    {_printable(text)}" for text in _arguments(row.arguments)),
+            *(f"    {printable(text)}" for text in _arguments(row.arguments)),
         ]
     if traceback:
-        lines += ["  traceback", *(f"    {_printable(text)}" for text in _lines(traceback))]
+        lines += ["  traceback", *(f"    {printable(text)}" for text in _lines(traceback))]
     return "\n".join(lines)
 
 
@@ -390,48 +377,16 @@ def _due(outcome: Outcome) -> float:
     return outcome.row.due if outcome.state == "waiting" else 0.0
 
 
-def _local_time(seconds: float) -> str:
-    time_of_day = _time(seconds)
-    return "" if time_of_day is None else f"{time_of_day.astimezone():%Y-%m-%d %H:%M:%S}"
-
-
 def _utc(seconds: float) -> str | None:
-    time_of_day = _time(seconds)
+    time_of_day = moment(seconds)
     return None if time_of_day is None else time_of_day.isoformat()
-
-
-def _time(seconds: float) -> datetime | None:
-    """Return a time; None for 0.0, and for a forged time that no calendar has."""
-    try:
-        return datetime.fromtimestamp(seconds, UTC) if seconds > 0.0 else None
-    except (OverflowError, ValueError, OSError):
-        return None
-
-
-def _printable(text: str) -> str:
-    """Escape each character that a terminal could obey."""
-    if text.isprintable():
-        return text
-    return "".join(
-        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
-    )
-
-
-def _say(text: str) -> None:
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    except BrokenPipeError:  # the reader has seen enough, as with "| head"
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
-        os.close(null)
 
 
 def _say_json(objects: Iterable[dict[str, Any]]) -> None:
     """Print a list with a line for each object."""
     lines = ",\n ".join(map(json.dumps, objects))
-    _say(f"[{lines}]")
+    say(f"[{lines}]")
 
 
 def _complain(message: object) -> None:
-    print(f"wsgi-bg tasks: {_printable(str(message))}", file=sys.stderr)
+    print(f"wsgi-bg tasks: {printable(str(message))}", file=sys.stderr)

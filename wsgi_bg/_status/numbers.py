@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from bisect import bisect
+from collections import Counter
 from collections.abc import Iterable
-from math import log
+from itertools import repeat
 from typing import Any
 
 from wsgi_bg._status.model import Minute, NameCounts, Times
 
-_LEAST = 1e-6  # seconds: the upper limit of the first bucket
-_BUCKETS = 320  # the last bucket begins at some months
-_FACTOR = 1.1  # each bucket is wider by this than the bucket before
-_PER_BUCKET = 1 / log(_FACTOR)
+BOUNDS: list[float] = [1e-6 * 1.1**number for number in range(320)]
+"""The upper limits of the buckets but the last, in seconds: from a microsecond to months."""
 
 OUTCOMES = ("succeeded", "failed", "retried", "discarded", "sent", "lost")
 SUCCEEDED, FAILED, RETRIED, DISCARDED, SENT, LOST = range(len(OUTCOMES))
@@ -20,29 +20,23 @@ SUCCEEDED, FAILED, RETRIED, DISCARDED, SENT, LOST = range(len(OUTCOMES))
 class Histogram:
     """Numbers of times by length, in buckets of which each is a tenth wider than the last.
 
+    :param times: in seconds.
     :ivar buckets: the numbers; a bucket without a time has no entry.
     :ivar longest: the longest time, in seconds.
     """
 
     __slots__ = ("buckets", "longest")
 
-    def __init__(self) -> None:
-        self.buckets: dict[int, int] = {}
+    def __init__(self, times: list[float] | None = None) -> None:
+        self.buckets: Counter[int] = Counter()
         self.longest: float = 0.0
-
-    def add(self, seconds: float) -> None:
-        """Count a time."""
-        bucket = 0
-        if seconds > _LEAST:
-            bucket = min(_BUCKETS, int(log(seconds / _LEAST) * _PER_BUCKET) + 1)
-            if seconds > self.longest:
-                self.longest = seconds
-        self.buckets[bucket] = self.buckets.get(bucket, 0) + 1
+        if times:
+            self.buckets.update(map(bisect, repeat(BOUNDS), times))  # a loop in C
+            self.longest = max(times)
 
     def merge(self, other: Histogram) -> None:
         """Add the numbers of ``other``."""
-        for bucket, number in list(other.buckets.items()):
-            self.buckets[bucket] = self.buckets.get(bucket, 0) + number
+        self.buckets.update(other.buckets.copy())
         self.longest = max(self.longest, other.longest)
 
     def times(self) -> Times:
@@ -60,7 +54,7 @@ class Histogram:
                 left -= number
                 if left <= 0:
                     break
-            return min(_LEAST * _FACTOR**last, self.longest)
+            return min(BOUNDS[last], self.longest)
 
         return Times(total, percentile(0.5), percentile(0.95), percentile(0.99), self.longest)
 
@@ -73,8 +67,8 @@ class Histogram:
         """Return the histogram of which ``dumped`` is the :meth:`dump`."""
         histogram = cls()
         histogram.longest = float(dumped[0])
-        histogram.buckets = dict(
-            zip(map(int, dumped[1::2]), map(int, dumped[2::2]), strict=True)
+        histogram.buckets = Counter(
+            dict(zip(map(int, dumped[1::2]), map(int, dumped[2::2]), strict=True))
         )
         return histogram
 

@@ -1,0 +1,1 @@
+"""Tests of wsgi_bg.status and wsgi_bg._status."""

@@ -1,0 +1,59 @@
+"""``wsgi-bg --log-tasks``: a line on standard error for each task that has ended."""
+
+from __future__ import annotations
+
+import logging
+
+from wsgi_bg.hooks import Hooks, TaskRecord
+
+logger: logging.Logger = logging.getLogger("wsgi_bg.tasks")
+"""Not the logger of the package: these lines are at INFO, and are no records of it."""
+
+
+class TaskLog(Hooks):
+    """Logs a line for each task that has ended.
+
+    Lines go to the logger ``wsgi_bg.tasks`` at INFO. If the application does not configure
+    logging at INFO, they go to standard error.
+    """
+
+    def __init__(self) -> None:
+        if not logger.handlers:
+            handler = logging.StreamHandler()
+            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+            logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+    def task_finished(self, record: TaskRecord) -> None:
+        """Log a task that has succeeded."""
+        _log(record, "succeeded")
+
+    def task_failed(self, record: TaskRecord) -> None:
+        """Log a task that has failed."""
+        error = record.error
+        _log(record, "failed" if error is None else f"failed with {type(error).__name__}")
+
+    def task_discarded(self, record: TaskRecord) -> None:
+        """Log a task that will not run."""
+        _log(record, "discarded")
+
+    def task_sent(self, record: TaskRecord) -> None:
+        """Log a task that was sent to another process."""
+        _log(record, "sent")
+
+
+def _log(record: TaskRecord, outcome: str) -> None:
+    logger.disabled = False  # dictConfig() may have disabled the logger
+    logger.info(
+        "task %s %s wait %s run %s %s",
+        record.name,
+        record.id,
+        _seconds(record.wait),
+        _seconds(record.duration),
+        outcome,
+    )
+
+
+def _seconds(length: float | None) -> str:
+    return "-" if length is None else f"{length:.6f}s"

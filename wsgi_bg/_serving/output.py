@@ -1,0 +1,63 @@
+"""Text for a terminal: nothing that a file holds can reach the terminal as a command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+
+_WIDEST = 80  # characters of a cell of a table
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return the rows below their titles, in columns of equal widths."""
+    lines = [titles, *([cell(each) for each in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(each.ljust(width) for each, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def cell(text: str) -> str:
+    """Return ``text`` as the cell of a table: escaped, and cut if it is long."""
+    # Escaped before cut, so that a huge text of a forged row is not escaped as a whole.
+    found = printable(text[:_WIDEST])
+    if len(text) > _WIDEST or len(found) > _WIDEST:
+        found = found[: _WIDEST - 3] + "..."
+    return found or "-"
+
+
+def local_time(seconds: float) -> str:
+    """Return a time as a text; empty for 0.0."""
+    time_of_day = moment(seconds)
+    return "" if time_of_day is None else f"{time_of_day.astimezone():%Y-%m-%d %H:%M:%S}"
+
+
+def moment(seconds: float) -> datetime | None:
+    """Return a time; None for 0.0, and for a forged time that no calendar has."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC) if seconds > 0.0 else None
+    except (OverflowError, ValueError, OSError):
+        return None
+
+
+def printable(text: str) -> str:
+    """Escape each character that a terminal could obey."""
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
+
+
+def say(text: str) -> None:
+    """Print ``text``; ignore that the reader has gone."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:  # the reader has seen enough, as with "| head"
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
