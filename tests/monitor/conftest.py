@@ -7,6 +7,17 @@ from collections.abc import Iterator
 import pytest
 
 from tests.monitor.browser import Browser, chromium
+from wsgi_bg._request.layer import everywhere
+from wsgi_bg._status.recorder import recorder
+
+
+@pytest.fixture(autouse=True)
+def recorder_is_off() -> Iterator[None]:
+    """Let each test begin with a recorder that records nothing."""
+    recorder.turn_off()
+    yield
+    recorder.turn_off()
+    everywhere.clear()
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,6 @@ def take(folder: Path) -> None:
             browser.look(width, is_dark=is_dark)
             height = browser.run("return document.documentElement.scrollHeight")
             browser.look(width, height, is_dark=is_dark)
-            wait_until(lambda: browser.run("return innerHeight") == height)
             browser.driver.save_screenshot(str(folder / f"{name}.png"))
 
 

@@ -100,6 +100,15 @@ def test_a_forked_process_leaves_the_files_that_its_parent_has_open(
     assert "wsgi-bg tasks" in answer.json["error"]
 
 
+def test_a_task_whose_end_is_being_written_may_be_asked_for_again(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_failed(shop, 1)
+    monkeypatch.setattr(durable, "state_of", lambda folder, task: "failed")
+    answer = Answer(open_monitor(path=shop.folder), "/task.json?id=1")
+    assert (answer.code, answer.json["error"]) == (503, "The task is being written: try again.")
+
+
 def test_a_request_waits_not_long_for_another_that_reads(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
