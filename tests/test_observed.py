@@ -28,6 +28,7 @@ from tests.support import (
 from tests.test_examples import wait_until
 from wsgi_bg import (
     BackgroundTask,
+    BackgroundTasks,
     BackgroundTasksMiddleware,
     InlineRunner,
     PoolRunner,
@@ -35,6 +36,8 @@ from wsgi_bg import (
     background_tasks,
     get_background_tasks,
 )
+from wsgi_bg._tasks.task_log import fields as task_fields
+from wsgi_bg._tasks.task_log import fields_of
 from wsgi_bg.exceptions import AsyncContextError, OptionTypeError
 from wsgi_bg.hooks import BatchRecord, Hooks, TaskRecord
 
@@ -550,3 +553,25 @@ def test_a_task_that_is_not_run_has_its_reason(caplog: pytest.LogCaptureFixture)
     found = fields(caplog, logging.WARNING)
     assert found["wsgi_bg_outcome"] == "discarded"
     assert found["wsgi_bg_reason"] == "the request succeeded with 200, and run_on is 'error'"
+
+
+@pytest.mark.parametrize("level", [logging.DEBUG, logging.INFO])
+def test_tasks_that_are_run_by_hand_have_records_of_their_ends_too(
+    level: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(level, "wsgi_bg")
+    tasks = BackgroundTasks()
+    for function in (look, fail, fail_async):
+        tasks.add_task(function)
+    with pytest.raises(ValueError, match="a bug"):
+        tasks()
+    ends = [
+        (vars(each)["wsgi_bg_task"].rpartition(".")[2], vars(each)["wsgi_bg_outcome"])
+        for each in caplog.records
+        if each.levelno == logging.DEBUG
+    ]
+    assert ends == [("look", "succeeded"), ("fail_async", "failed")] * (level == logging.DEBUG)
+
+
+def test_a_record_about_a_task_that_is_no_object_has_all_fields_too() -> None:
+    assert fields_of("name", "id").keys() == task_fields(BackgroundTask(look)).keys()

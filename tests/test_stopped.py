@@ -33,6 +33,7 @@ from tests.support import (
     respond,
     submit,
 )
+from tests.test_examples import wait_until
 from wsgi_bg import (
     BackgroundTask,
     BackgroundTasksMiddleware,
@@ -779,21 +780,9 @@ def test_a_record_is_made_outside_of_a_context_that_is_in_use() -> None:
     assert seen == ["logged", "begun"]
 
 
-class Stopped(logging.Handler):
-    """Tells that a thread of a pool has logged the exception that stopped its job."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.event = threading.Event()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if "was stopped" in record.getMessage():
-            self.event.set()
-
-
 @pytest.mark.parametrize("stops", [False, True])
 def test_a_portal_that_cannot_start_fails_the_task_and_not_the_pool(
-    stops: bool, monkeypatch: pytest.MonkeyPatch
+    stops: bool, monkeypatch: pytest.MonkeyPatch, log: Log
 ) -> None:
     """A policy for event loops may raise whatever it likes."""
 
@@ -807,15 +796,11 @@ def test_a_portal_that_cannot_start_fails_the_task_and_not_the_pool(
     async def task() -> None:
         pass
 
-    runner, stopped = PoolRunner(), Stopped()
-    logging.getLogger("wsgi_bg").addHandler(stopped)
-    try:
-        submit(runner, task)
-        assert stopped.event.wait(TIMEOUT)
-        submit(runner, int)
-        left = runner.drain(0.5 if stops else TIMEOUT)
-    finally:
-        logging.getLogger("wsgi_bg").removeHandler(stopped)
+    runner = PoolRunner()
+    submit(runner, task)
+    assert wait_until(lambda: any("was stopped" in each for each in log.errors))
+    submit(runner, int)
+    left = runner.drain(0.5 if stops else TIMEOUT)
     assert len(left) == int(stops)
     assert runner.statistics().succeeded == 1
     runner.abandon()

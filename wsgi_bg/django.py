@@ -58,6 +58,7 @@ _options: dict[str, Any] = dict.fromkeys(
         "stop_on_error",
         "hooks",
         "request_label",
+        "slow_after",
         "status",
         "status_path",
     )
@@ -73,6 +74,7 @@ def get_wsgi_application(
     stop_on_error: bool | None = None,
     hooks: Hooks | Sequence[Hooks] | None = None,
     request_label: Callable[[WSGIEnvironment], str] | None = None,
+    slow_after: float | None = None,
     status: bool | None = None,
     status_path: str | os.PathLike[str] | None = None,
 ) -> BackgroundTasksMiddleware:
@@ -99,6 +101,7 @@ def get_wsgi_application(
         stop_on_error=stop_on_error,
         hooks=hooks,
         request_label=request_label,
+        slow_after=slow_after,
         status=status,
         status_path=status_path,
     )

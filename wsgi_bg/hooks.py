@@ -64,6 +64,8 @@ class TaskRecord(_Record):
     :ivar ended_at: when the task returned, raised, was sent or was discarded.
     :ivar retry_at: when the next attempt is due; None except in ``task_retried``.
     :ivar thread_id: :func:`threading.get_ident` of the thread of the call.
+    :ivar awaitable: the coroutine, or another awaitable, that the call has returned, as long as
+        it is awaited.
     :ivar error: the exception that the task raised.
     :ivar reason: why the task was discarded.
     """
@@ -71,6 +73,7 @@ class TaskRecord(_Record):
     __slots__ = (
         "added_at",
         "attempt",
+        "awaitable",
         "error",
         "reason",
         "retry_at",
@@ -88,6 +91,7 @@ class TaskRecord(_Record):
         self.ended_at = None
         self.retry_at: float | None = None
         self.thread_id: int | None = None
+        self.awaitable: Any = None
         self.error: BaseException | None = None
         self.reason: str | None = None
 
@@ -263,6 +267,10 @@ class Hooks:
 
     def batch_ended(self, record: BatchRecord) -> None:
         """The last task is done; called on the thread that ran it, or gave it up."""
+
+
+class OptionHooks(Hooks):
+    """Hooks that an option of the middleware adds; ``hooks=`` of an inner layer keeps them."""
 
 
 BATCH_HOOKS: tuple[str, ...] = ("batch_handed_over", "batch_begun", "batch_ended")

@@ -90,7 +90,8 @@ def test_a_process_that_ends_leaves_its_numbers_and_loses_nothing(folder: Path) 
         ids = ended.line().split()
         assert ended.end() == 0
     snapshot = status.snapshot(folder)
-    assert snapshot.processes == snapshot.lost == ()
+    assert snapshot.processes == ()
+    assert snapshot.lost == ()
     assert (snapshot.counts.succeeded, snapshot.counts.failed) == (1, 1)
     assert [status.of(id, folder) for id in ids] == ["succeeded", "failed"]  # noqa: A001
 

@@ -32,7 +32,7 @@ from wsgi_bg._tasks.checks import seconds, whole_number
 from wsgi_bg._tasks.options import Options
 from wsgi_bg._tasks.retry import Plan
 from wsgi_bg._tasks.task import DIRECT, BackgroundTask, fill
-from wsgi_bg._tasks.task_log import notify_discarded
+from wsgi_bg._tasks.task_log import fields, fields_of, notify_discarded
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError, StoreError
 from wsgi_bg.runners import Runner, Statistics, resolve
 from wsgi_bg.runners.attached import Attached
@@ -49,6 +49,7 @@ Synchronous = Literal["normal", "full"]
 _LOOK = 1.0  # seconds between two looks at the folder
 _READ = 500  # rows read from a file at a time
 _BURST, _REST = 10, 0.001  # requests of a dead process, and the seconds between two bursts
+_IN_MEMORY = "%s waits in memory for its next attempt"
 _PAUSE = 0.001  # seconds between two looks at a task that another thread stores
 _LAST_LOOK = 1.0  # seconds for which the exit waits for the last look
 _SHARE = 0.5  # of the pool's max_pending that tasks from files may take
@@ -459,6 +460,7 @@ class Reruns(Attached):
                 "durable task %s was put aside: the process has died %d times while it ran",
                 row.name,
                 row.crashes,
+                extra=fields_of(row.name, row.id, "aside"),
             )
             store.end(Outcome(row, "aside", ended=time.time()))
             return None
@@ -473,7 +475,9 @@ class Reruns(Attached):
             context = copy_context()
             headers.restore(context, json.loads(row.context or "{}").get)
         except Exception as exc:  # a forged row
-            log.error("durable task %s was put aside: it cannot be read", row.name)
+            extra = fields_of(row.name, row.id, "aside", "it cannot be read")
+            message = "durable task %s was put aside: it cannot be read"
+            log.error(message, row.name, extra=extra)
             store.end(Outcome(row, "aside", ended=time.time(), error=type_name(exc)))
             return None
         task = BackgroundTask.__new__(BackgroundTask)
@@ -682,6 +686,7 @@ class _State:
                 "tasks that %s has added are not stored, and run from memory",
                 task.name,
                 exc_info=exc,
+                extra=fields(task),
             )
             return False
         self._hold_all(new, rows, store)
@@ -702,7 +707,7 @@ class _State:
             try:
                 store.postpone([row])
             except StoreError as exc:
-                log.error("%s waits in memory for its next attempt", task.name, exc_info=exc)
+                log.error(_IN_MEMORY, task.name, exc_info=exc, extra=fields(task))
                 self._in_memory[place] = task
                 return False
         kept.store = None
@@ -720,7 +725,7 @@ class _State:
         try:
             store.hold_back(row, rest)
         except StoreError as exc:
-            log.error("%s waits in memory for its next attempt", task.name, exc_info=exc)
+            log.error(_IN_MEMORY, task.name, exc_info=exc, extra=fields(task))
             return
         kept.row, kept.began = row, 0.0
         if store is self._store:

@@ -141,7 +141,8 @@ class Unsent:
             self.stored.leave()
             return []
         if self.was_tried:
-            log.warning("background task %s may have been sent", self.task.name)
+            message = "background task %s may have been sent"
+            log.warning(message, self.task.name, extra=task_log.fields(self.task))
         return [self.task]
 
 
@@ -380,7 +381,9 @@ class Outbox:
         task = unsent.task
         if not unsent.claim():
             log.warning(
-                "background task %s was sent after its time was up: it may run twice", task.name
+                "background task %s was sent after its time was up: it may run twice",
+                task.name,
+                extra=task_log.fields(task),
             )
             return
         unsent.stored.end("done")
@@ -425,7 +428,9 @@ class Outbox:
 
     def _run_here(self, unsent: Unsent, error: PublishError) -> None:
         task = unsent.task
-        log.warning("background task %s runs in this process: %s", task.name, error)
+        extra = unsent.context.run(task_log.fields, task)
+        message = "background task %s runs in this process: %s"
+        log.warning(message, task.name, error, extra=extra)
         queue = Deferring()
         copy = task.successor()
         options: Any = task.options

@@ -15,6 +15,7 @@ from wsgi_bg._process.greenlets import event
 from wsgi_bg._process.repeated import RepeatedError
 from wsgi_bg._process.threads import start_daemon
 from wsgi_bg._tasks.registry import WhenUnsent
+from wsgi_bg._tasks.task_log import fields_of
 from wsgi_bg.exceptions import MessageError, StoreError
 
 if TYPE_CHECKING:
@@ -232,7 +233,8 @@ class StoredMessages:
         try:
             found = self._read_row(row)
         except MessageError as exc:  # a forged row
-            log.error("a message for %s was put aside: %s", row.name, exc)
+            extra = fields_of(row.name, row.id, "aside", str(exc))
+            log.error("a message for %s was put aside: %s", row.name, exc, extra=extra)
             store.end(Outcome(row, "aside", ended=time.time(), error=type(exc).__name__))
             return
         if found is None:

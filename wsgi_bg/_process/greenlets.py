@@ -23,6 +23,14 @@ def are_threads() -> bool:
     return monkey is not None and bool(monkey.is_module_patched("threading"))
 
 
+def is_on_greenlet() -> bool:
+    """True if greenlets share the calling thread, so that its stack may be of any of them."""
+    gevent = sys.modules.get("gevent")
+    return gevent is not None and (
+        are_threads() or isinstance(gevent.getcurrent(), gevent.Greenlet)
+    )
+
+
 def start_real_thread(target: Callable[[], object], name: str) -> None:
     """Call ``target()`` on a real daemon thread, even if gevent has patched threads."""
     if are_threads():

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from wsgi_bg._process import log
 from wsgi_bg._process.interrupts import stops_worker
 from wsgi_bg._tasks.current import background_tasks
+from wsgi_bg._tasks.task_log import fields
 
 if TYPE_CHECKING:
     from wsgi_bg._tasks.task import BackgroundTask
@@ -108,7 +109,10 @@ def _look_closely(task: BackgroundTask) -> None:
     if found:
         _warned.add(name)
         log.warning(
-            "background task %s has an argument of the request: %s", name, "; ".join(found)
+            "background task %s has an argument of the request: %s",
+            name,
+            "; ".join(found),
+            extra=fields(task),
         )
 
 

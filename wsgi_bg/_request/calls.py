@@ -203,7 +203,7 @@ class Calls(Caller):
         if self._told["around"]:
             return self._make_inside(task, done)
         if self.around is None:
-            return _make(self, task, done)
+            return self._noted(task, _make(self, task, done))
         inside = self._enter(task, self.around)
         if per_process.generation != generation:
             self._exit(inside, task, None)
@@ -213,7 +213,7 @@ class Calls(Caller):
         except BaseException as exc:
             self._exit(inside, task, exc)
             raise
-        if result is not None and isawaitable(result):
+        if self._noted(task, result) is not None and isawaitable(result):
             stack = ExitStack()
             stack.push(partial(self._exit_of_stack, inside, task))
             return AwaitableInStack(stack, result)
@@ -235,7 +235,7 @@ class Calls(Caller):
                 _enter(task, stack, make())
                 if per_process.generation != generation:
                     return None
-            result = super().make(task, done)
+            result = self._noted(task, super().make(task, done))
             if result is not None and isawaitable(result):
                 return AwaitableInStack(stack.pop_all(), result)
         return result
@@ -251,7 +251,7 @@ class Calls(Caller):
                     stack.push_async_exit(partial(_leave_async, manager))
                 else:
                     _enter(task, stack, manager)
-            return await super().make(task, None)
+            return await self._noted(task, super().make(task, None))
 
     @staticmethod
     def _enter(task: BackgroundTask, around: Around) -> AbstractContextManager[Any]:
@@ -281,6 +281,13 @@ class Calls(Caller):
     ) -> None:
         self._exit(inside, task, exc)
 
+    @staticmethod
+    def _noted(task: BackgroundTask, result: Any) -> Any:
+        """Return ``result``; the record knows it as long as it is awaited."""
+        if result is not None and task.record and isawaitable(result):
+            task.record[0].awaitable = result
+        return result
+
     def _started(self, task: BackgroundTask) -> None:
         # Not in make(): the error of a call refers to the frame of make(), and the record
         # refers to the error.
@@ -304,6 +311,7 @@ class Calls(Caller):
         for record in task.record:
             record.ended_at = now = time.monotonic()
             record.retry_at = now + seconds
+            record.awaitable = None
             record.error = exc
             for record_end in self._ends["task_retried"]:
                 record_end(record)
@@ -336,6 +344,7 @@ class Calls(Caller):
         except IndexError:
             return
         record.ended_at = time.monotonic()
+        record.awaitable = None
         record.error = error
         record.reason = reason
         for record_end in self._ends[hook]:

@@ -16,6 +16,7 @@ from wsgi_bg._process import log
 from wsgi_bg._process.greenlets import event
 from wsgi_bg._request import servers
 from wsgi_bg._request.unclosed import collectors
+from wsgi_bg._tasks.task_log import fields
 from wsgi_bg.runners.ledger import ledgers_here, tasks_to_send
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class Invocation:
                     "wait of %.3g seconds: it goes on only if this process does",
                     task.name,
                     waited,
+                    extra=fields(task),
                 )
 
     def _end_requests(self, failed: bool) -> None:

@@ -14,7 +14,7 @@ from wsgi_bg._tasks.callables import is_plain
 from wsgi_bg._tasks.options import OnError, Options
 from wsgi_bg._tasks.task import DIRECT, Caller, RunOn
 from wsgi_bg.exceptions import OptionError, OptionTypeError, OptionValueError
-from wsgi_bg.hooks import HOOKS, Hooks
+from wsgi_bg.hooks import HOOKS, Hooks, OptionHooks
 from wsgi_bg.runners.keeping import KeepingCaller, keeps_tasks
 
 if TYPE_CHECKING:
@@ -63,10 +63,11 @@ def merge_options(
     hooks: Hooks | Sequence[Hooks] | None = None,
     around: Around | None = None,
     runner: Runner | None = None,
-    *,
-    status: bool | None = None,
+    option_hooks: Sequence[OptionHooks] = (),
 ) -> Options:
     """Return the options of the outer layer, in which each option that is not None is set.
+
+    :param option_hooks: hooks for options of this layer; each replaces one of its class.
 
     Returns ``outer`` itself if there is none.
 
@@ -76,7 +77,7 @@ def merge_options(
     options = outer
     if overrides and any(value is not None for value in overrides.values()):
         options = outer.override(**overrides)
-    if hooks is None and around is None and runner is None and status is None:
+    if hooks is None and around is None and runner is None and not option_hooks:
         return options
     calls = outer.calls
     if isinstance(calls, KeepingCaller):
@@ -85,14 +86,13 @@ def merge_options(
     if isinstance(calls, Calls):
         all_hooks = calls.hooks
         around = calls.around if around is None else around
-    if status is None:
-        status = recorder in all_hooks or recorder in everywhere
-    if hooks is not None:
-        all_hooks = _as_tuple(hooks)
-    all_hooks = _with_standing(all_hooks, status=status)
+    of_options = {type(each): each for each in all_hooks if isinstance(each, OptionHooks)}
+    of_options |= {type(each): each for each in (*everywhere, *option_hooks)}
+    own = [each for each in all_hooks if not isinstance(each, OptionHooks)]
+    all_hooks = (*of_options.values(), *(own if hooks is None else _as_tuple(hooks)))
     is_default = outer.runner_is_default and runner is None
     runner = outer.runner if runner is None else runner
-    if status:
+    if recorder in all_hooks:
         recorder.note_runner(runner)
     send = getattr(runner, "send", None)
     may_send = getattr(runner, "may_send", None)
@@ -114,33 +114,24 @@ def merge_options(
     )
 
 
-everywhere: list[Hooks] = []
+everywhere: list[OptionHooks] = []
 """Hooks of all layers of this process, for the command line."""
 
 
-def _with_standing(hooks: tuple[Hooks, ...], *, status: bool) -> tuple[Hooks, ...]:
-    """Return ``hooks`` with those that the hooks of an inner layer do not replace."""
-    standing = [recorder] * status + [each for each in everywhere if each is not recorder]
-    others = [each for each in hooks if each is not recorder and each not in standing]
-    return (*standing, *others)
-
-
-def check_status(status: bool | None, path: str | os.PathLike[str] | None) -> bool | None:
-    """Turn the recorder on if a middleware asks for that; return if its layer is recorded.
+def check_status(status: bool | None, path: str | os.PathLike[str] | None) -> bool:
+    """Turn the recorder on if the options of a middleware ask for that; return if they do.
 
     :raises TypeError: if an option is of the wrong type.
     :raises ValueError: if the folder cannot be used, or is given with ``status=False``.
     """
     if status is not None and not isinstance(status, bool):
         raise OptionTypeError("status", status, "True or False")
-    if path is None:
-        if status:
-            recorder.turn_on()
-        return status
-    if status is False:
+    if path is not None and status is False:
         raise OptionValueError("status", status, "True, since status_path is given")
-    recorder.turn_on(path)
-    return True
+    if path is not None or status:
+        recorder.turn_on(path)
+        return True
+    return False
 
 
 def _as_tuple(hooks: Hooks | Sequence[Hooks]) -> tuple[Hooks, ...]:

@@ -26,11 +26,12 @@ from wsgi_bg._request.unclosed import ABANDONED, RAISED, Outcome
 from wsgi_bg._status.recorder import recorder
 from wsgi_bg._tasks.background_tasks import OPEN, BackgroundTasks
 from wsgi_bg._tasks.callables import is_plain
+from wsgi_bg._tasks.checks import seconds
 from wsgi_bg._tasks.current import ENVIRON_KEY
 from wsgi_bg._tasks.options import OnError, Options
 from wsgi_bg._tasks.task import RunOn, current
 from wsgi_bg.exceptions import OptionTypeError
-from wsgi_bg.hooks import Hooks
+from wsgi_bg.hooks import Hooks, OptionHooks
 from wsgi_bg.runners import Runner, resolve
 from wsgi_bg.runners.keeping import keeps_tasks
 from wsgi_bg.runners.ledger import LedgerRunner
@@ -86,6 +87,8 @@ class BackgroundTasksMiddleware:
     :param request_label: called with the environ at the end of a request that has added tasks;
         returns how logs, hooks and the status name the request. Default: method and path,
         without the query.
+    :param slow_after: a task that still runs after so many seconds is logged once an attempt at
+        WARNING, with the stack of its thread or coroutine (not under gevent).
     :param status: True to record the status of the tasks, for :mod:`wsgi_bg.status`.
     :param status_path: the path of a folder on a local disk, made if there is none, in which
         all processes that are given this path write their status; implies ``status=True``.
@@ -110,6 +113,7 @@ class BackgroundTasksMiddleware:
         stop_on_error: bool | None = None,
         hooks: Hooks | Sequence[Hooks] | None = None,
         request_label: Callable[[WSGIEnvironment], str] | None = None,
+        slow_after: float | None = None,
         status: bool | None = None,
         status_path: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -126,7 +130,6 @@ class BackgroundTasksMiddleware:
             stop_on_error=stop_on_error,
         )
         self._hooks = hooks
-        self._status = check_status(status, status_path)
         self._merged: _MergedOptions | None = None
         self._names_runner = runner is not None
         resolved = resolve(runner)
@@ -136,6 +139,11 @@ class BackgroundTasksMiddleware:
             wanted = "a plain function that takes the environ and returns a text"
             raise OptionTypeError("request_label", request_label, wanted)
         self._request_label = request_label
+        self._option_hooks: list[OptionHooks] = []
+        if check_status(status, status_path):
+            self._option_hooks.append(recorder)
+        if slow_after is not None:
+            self._option_hooks.append(_slow_tasks(slow_after))
         options = self._merge(Options(), resolved)
         self._options = replace(
             options,
@@ -211,7 +219,7 @@ class BackgroundTasksMiddleware:
     ) -> Iterable[bytes]:
         """Check the server, then call the application; replaced once the check has passed."""
         refuse_eventlet(environ)
-        if self._status:
+        if recorder.is_on:
             recorder.start()
         self._app = self._inner
         return self._inner(environ, start_response)
@@ -261,16 +269,18 @@ class BackgroundTasksMiddleware:
 
     def _merge(self, outer: Options, runner: Runner | None) -> Options:
         return merge_options(
-            outer,
-            self._overrides,
-            self._hooks,
-            self._around,
-            runner,
-            status=self._status,
+            outer, self._overrides, self._hooks, self._around, runner, self._option_hooks
         )
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self._wrapped!r}, {self._options.runner!r}>"
+
+
+def _slow_tasks(slow_after: float) -> OptionHooks:
+    seconds("slow_after", slow_after)
+    from wsgi_bg._request.slow import SlowTasks
+
+    return SlowTasks(slow_after)
 
 
 def _noting_request(app: WSGIApplication) -> WSGIApplication:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 
-from wsgi_bg.hooks import Hooks, TaskRecord
+from wsgi_bg.hooks import OptionHooks, TaskRecord
 
 logger: logging.Logger = logging.getLogger("wsgi_bg.tasks")
 """Not the logger of the package: these lines are at INFO, and are no records of it."""
 
 
-class TaskLog(Hooks):
+class TaskLog(OptionHooks):
     """Logs a line for each task that has ended.
 
     Lines go to the logger ``wsgi_bg.tasks`` at INFO. If the application does not configure

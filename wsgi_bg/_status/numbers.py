@@ -6,12 +6,13 @@ from bisect import bisect
 from collections import Counter
 from collections.abc import Iterable
 from itertools import repeat
+from math import inf
 from typing import Any
 
 from wsgi_bg._status.model import Minute, NameCounts, Times
 
-BOUNDS: list[float] = [1e-6 * 1.1**number for number in range(320)]
-"""The upper limits of the buckets but the last, in seconds: from a microsecond to months."""
+BOUNDS: list[float] = [*(1e-6 * 1.1**number for number in range(320)), inf]
+"""The upper limits of the buckets, in seconds: from a microsecond to months."""
 
 OUTCOMES = ("succeeded", "failed", "retried", "discarded", "sent", "lost")
 SUCCEEDED, FAILED, RETRIED, DISCARDED, SENT, LOST = range(len(OUTCOMES))
@@ -67,9 +68,10 @@ class Histogram:
         """Return the histogram of which ``dumped`` is the :meth:`dump`."""
         histogram = cls()
         histogram.longest = float(dumped[0])
-        histogram.buckets = Counter(
-            dict(zip(map(int, dumped[1::2]), map(int, dumped[2::2]), strict=True))
-        )
+        for bucket, number in zip(dumped[1::2], dumped[2::2], strict=True):
+            if not 0 <= bucket < len(BOUNDS):
+                raise ValueError
+            histogram.buckets[int(bucket)] = int(number)
         return histogram
 
 

@@ -24,7 +24,7 @@ from wsgi_bg._status.live import Live, command, look
 from wsgi_bg._status.model import Failure, ProcessStatus, State
 from wsgi_bg._status.numbers import DISCARDED, FAILED, RETRIED, SENT
 from wsgi_bg._tasks.task import known_id
-from wsgi_bg.hooks import Hooks, TaskRecord
+from wsgi_bg.hooks import OptionHooks, TaskRecord
 from wsgi_bg.runners.keeping import KeepingRunner
 from wsgi_bg.runners.shutdown import call_after_drain
 
@@ -42,7 +42,7 @@ _MAX_MESSAGE = 1_000  # characters
 _MAX_TRACEBACK = 10_000
 
 
-class Recorder(Hooks):
+class Recorder(OptionHooks):
     """Records the tasks of the processes in which it is used.
 
     Only the end of a task is recorded. The thread that ends the task appends an entry to the

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context, copy_context
 from itertools import takewhile
+from time import monotonic
 from typing import Any, ParamSpec, Protocol
 
 from wsgi_bg._process import log, per_process
@@ -282,6 +283,7 @@ class BackgroundTasks:
         generation = per_process.generation
         while (task := self._claim_next()) is not None:
             context = task.take_context(self if isinstance(self, TaskQueue) else None)
+            began = monotonic() if log.is_debug() else None
             try:
                 task.call_in(context)
             except BaseException as exc:
@@ -290,8 +292,11 @@ class BackgroundTasks:
                 if first is None:
                     first = exc
                 else:
-                    context.run(task_log.log_failure, task, exc)
+                    context.run(task_log.log_failure, task, exc, None, began)
                     context.run(self.notify_failure, task, exc)
+            else:
+                if began is not None:
+                    context.run(task_log.log_end, task, began)
             if per_process.generation != generation:
                 return  # in the child process that the task has forked
             self.remove(task)

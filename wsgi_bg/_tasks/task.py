@@ -332,7 +332,9 @@ class BackgroundTask:
         return 1 if plan is None else plan.attempt
 
     def __call__(self) -> Any:
-        """Make the call now and return its result; blocks until the call is done.
+        """Make an extra call now and return its result; blocks until the call is done.
+
+        The request runs the task all the same.
 
         A plain function runs on the calling thread, an awaitable on the portal's thread. If
         the task was added to a batch, the call runs in the context of that moment. A delay

@@ -27,6 +27,62 @@ UNSENT = "since it was not sent"
 """Why a task is unfinished that another process should run."""
 
 
+def fields(
+    task: BackgroundTask,
+    outcome: str | None = None,
+    *,
+    error: BaseException | None = None,
+    reason: str | None = None,
+    started: float | None = None,
+) -> dict[str, Any]:
+    """The attributes of a log record about ``task``; each has a value, which may be None.
+
+    :param started: when the call began (:func:`time.monotonic`), if the caller knows.
+    """
+    record = task.record[0] if task.record else None
+    root = task.root if record is None else record.batch.root
+    now, clock = time.time(), time.monotonic()
+    found = fields_of(task.name, task.id, outcome, reason)
+    found["wsgi_bg_attempt"] = task.attempt
+    found["wsgi_bg_error"] = None if error is None else _kind_of(error)
+    if root is not None:
+        found["wsgi_bg_request"] = root.request
+        found["wsgi_bg_runner"] = type_name(root.options.runner)
+    if record is not None:
+        found["wsgi_bg_added"] = now - (clock - record.added_at)
+        found["wsgi_bg_wait"] = record.wait
+        started = started or record.started_at
+    if started is not None:
+        found["wsgi_bg_started"] = now - (clock - started)
+        found["wsgi_bg_duration"] = clock - started
+    return found
+
+
+def fields_of(
+    name: str,
+    id: str,  # noqa: A002
+    outcome: str | None = None,
+    reason: str | None = None,
+) -> dict[str, Any]:
+    """The attributes of a log record about a task that is known by its name and id only."""
+    return {
+        "wsgi_bg_task": name,
+        "wsgi_bg_id": id,
+        "wsgi_bg_request": None,
+        "wsgi_bg_runner": None,
+        "wsgi_bg_thread": threading.current_thread().name,
+        "wsgi_bg_attempt": None,
+        "wsgi_bg_outcome": outcome,
+        "wsgi_bg_error": None,
+        "wsgi_bg_reason": reason,
+        "wsgi_bg_added": None,
+        "wsgi_bg_started": None,
+        "wsgi_bg_ended": time.time(),
+        "wsgi_bg_wait": None,
+        "wsgi_bg_duration": None,
+    }
+
+
 def log_failure(
     task: BackgroundTask,
     exc: BaseException,
@@ -40,7 +96,7 @@ def log_failure(
     :param started: when the call began (:func:`time.monotonic`), if DEBUG is logged.
     """
     message, args = _raised(task, exc)
-    extra = _fields(task, "failed", error=exc, started=started)
+    extra = fields(task, "failed", error=exc, started=started)
     observe_log(task, partial(log.error, message, *args, exc_info=exc, said=said, extra=extra))
     if started is not None:
         log_end(task, started, error=exc)
@@ -52,10 +108,17 @@ def log_end(task: BackgroundTask, started: float, error: BaseException | None = 
     :param started: when the call began (:func:`time.monotonic`).
     """
     outcome = "succeeded" if error is None else "failed"
-    extra = _fields(task, outcome, error=error, started=started)
+    extra = fields(task, outcome, error=error, started=started)
     message = "background task %s has %s after %.3g seconds"
     seconds = extra["wsgi_bg_duration"]
     observe_log(task, partial(log.debug, message, task.name, outcome, seconds, extra=extra))
+
+
+def log_slow(task: BackgroundTask, seconds: float, stack: str) -> None:
+    """Log that a call has taken ``seconds`` and goes on, with its stack at this moment."""
+    message = "background task %s still runs after %.3g seconds:\n%s"
+    extra = fields(task, "running")
+    observe_log(task, partial(log.warning, message, task.name, seconds, stack, extra=extra))
 
 
 def log_attempt(task: BackgroundTask, exc: BaseException, seconds: float) -> None:
@@ -65,7 +128,7 @@ def log_attempt(task: BackgroundTask, exc: BaseException, seconds: float) -> Non
     """
     message, args = _raised(task, exc)
     message += ", and is called again in %.3g seconds"
-    extra = _fields(task, "retried", error=exc)
+    extra = fields(task, "retried", error=exc)
     observe_log(task, partial(log.warning, message, *args, seconds, exc_info=exc, extra=extra))
 
 
@@ -73,46 +136,9 @@ def log_dropped(task: BackgroundTask, added_by: BackgroundTask) -> None:
     """Log and discard a task whose adder will be called again, and will add the task again."""
     message = "background task %s was dropped: %s, which has added it, is called again"
     reason = f"{added_by.name}, which has added it, is called again"
-    extra = _fields(task, "discarded", reason=reason)
+    extra = fields(task, "discarded", reason=reason)
     log.debug(message, task.name, added_by.name, extra=extra)
     notify_discarded(task, reason)
-
-
-def _fields(
-    task: BackgroundTask,
-    outcome: str,
-    *,
-    error: BaseException | None = None,
-    reason: str | None = None,
-    started: float | None = None,
-) -> dict[str, Any]:
-    """The attributes of a log record about ``task``; each has a value, which may be None.
-
-    :param started: when the call began (:func:`time.monotonic`), if the caller knows.
-    """
-    root = task.root
-    record = task.record[0] if task.record else None
-    added = None
-    if record is not None:
-        added = record.added_at
-        started = started or record.started_at
-    now, clock = time.time(), time.monotonic()
-    return {
-        "wsgi_bg_task": task.name,
-        "wsgi_bg_id": task.id,
-        "wsgi_bg_request": None if root is None else root.request,
-        "wsgi_bg_runner": None if root is None else type_name(root.options.runner),
-        "wsgi_bg_thread": threading.current_thread().name,
-        "wsgi_bg_attempt": task.attempt,
-        "wsgi_bg_outcome": outcome,
-        "wsgi_bg_error": None if error is None else _kind_of(error),
-        "wsgi_bg_reason": reason,
-        "wsgi_bg_added": None if added is None else now - (clock - added),
-        "wsgi_bg_started": None if started is None else now - (clock - started),
-        "wsgi_bg_ended": now,
-        "wsgi_bg_wait": None if record is None else record.wait,
-        "wsgi_bg_duration": None if started is None else clock - started,
-    }
 
 
 def _raised(task: BackgroundTask, exc: BaseException) -> tuple[str, tuple[Any, ...]]:
@@ -136,7 +162,8 @@ def notify_failure(task: BackgroundTask, exc: BaseException) -> None:
     except BaseException as second:
         if is_from_signal_handler(second) or per_process.generation != generation:
             raise
-        log.error("on_error raised for background task %s", task.name, exc_info=second)
+        message = "on_error raised for background task %s"
+        log.error(message, task.name, exc_info=second, extra=fields(task))
 
 
 def call_hook(
@@ -159,13 +186,14 @@ def call_hook(
             raise
         subject = "a batch" if task is None else f"background task {task.name}"
         hooks = type_name(getattr(method, "__self__", method))
-        log.error("%s.%s raised for %s", hooks, moment, subject, exc_info=exc)
+        extra = None if task is None else fields(task)
+        log.error("%s.%s raised for %s", hooks, moment, subject, exc_info=exc, extra=extra)
 
 
 def log_skipped(task: BackgroundTask, reason: str, said: defaultdict[Any, Any]) -> None:
     """Log a task that will not run."""
     message = "background task %s was not run: %s"
-    extra = _fields(task, "discarded", reason=reason)
+    extra = fields(task, "discarded", reason=reason)
     observe_log(task, partial(log.warning, message, task.name, reason, said=said, extra=extra))
 
 
@@ -173,7 +201,7 @@ def log_interrupted(task: BackgroundTask, exc: BaseException, *, began: bool) ->
     """Log a task that was interrupted or never began because ``exc`` stopped its worker."""
     end = " to its end" if began else ""
     reason = f"{_kind_of(exc)} stopped its worker"
-    extra = _fields(task, "discarded", reason=reason)
+    extra = fields(task, "discarded", reason=reason)
     log.warning("background task %s was not run%s: %s", task.name, end, reason, extra=extra)
     notify_discarded(task, reason)
 
@@ -184,7 +212,7 @@ def log_unfinished(task: BackgroundTask, reason: str) -> None:
         "background task %s was not finished %s: the process ends without it",
         task.name,
         reason,
-        extra=_fields(task, "discarded", reason=f"it was not finished {reason}"),
+        extra=fields(task, "discarded", reason=f"it was not finished {reason}"),
     )
     notify_discarded(task, f"it was not finished {reason}")
 

@@ -1,0 +1,244 @@
+"""The files of a folder: what is read, what is ignored, what is removed."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Log
+from tests.status.support import fail, handle, nothing
+from tests.test_examples import wait_until
+from wsgi_bg import status
+from wsgi_bg._durable.folder import Folder
+from wsgi_bg._durable.owner import locks_of
+from wsgi_bg._status.document import Document, KeepDone, Past
+from wsgi_bg._status.files import EndedFile, ProcessFile, open_folder, read_all
+from wsgi_bg._status.model import Failure, ProcessStatus, RunningTask
+from wsgi_bg._status.numbers import SUCCEEDED
+from wsgi_bg._status.recorder import recorder
+
+PROCESS = ProcessStatus(7, 1.0, 2.0, True, "command", 1, 2, 3, 4, None, 5, None, 6)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return open_folder(tmp_path / "status")
+
+
+def document(**values: Any) -> Document:
+    found = Document(**{"process": PROCESS, **values})
+    found.tally_of("a").counts[SUCCEEDED] = 1
+    return found
+
+
+def write_as_dead(folder: Folder, *documents: Document, ended: Any = ()) -> None:
+    """Write the files of processes that have ended."""
+    for each in documents:
+        file = ProcessFile(folder)
+        file.write(each, ended)
+        locks_of(folder).give(file.number)
+
+
+def test_a_document_is_read_as_it_was_written(folder: Folder) -> None:
+    task = RunningTask("a", "1", None, 3.5, 2, 7, "thread")
+    written = document(
+        failures=[Failure("a", "2", "GET /", 1.0, 1, 7, "Error", "text", "traceback")],
+        running=[(task, True)],
+        running_by_name={"a": 1},
+        waiting={"b": 2},
+        ids={"1": "running"},
+        durable={"/folder": [3]},
+        outboxes=["/other"],
+        keep_done=KeepDone(3, 4.0),
+        has_ended=True,
+    )
+    again = Document.load(json.loads(json.dumps(written.dump())))
+    assert again.dump() == written.dump()
+    past = Past(killed=[PROCESS], lost=[], added=[1])
+    assert Past.load(json.loads(json.dumps(past.dump()))) == past
+
+
+def test_what_is_no_document_of_this_version_is_ignored(folder: Folder) -> None:
+    good = document().dump()
+    bad: list[object] = [
+        [],
+        {},
+        {**good, "version": 2},
+        {**good, "process": good["process"][:-1]},
+        {**good, "process": ["7", *good["process"][1:]]},
+        {**good, "names": {"a": [1, 2]}},
+        {**good, "names": {"a": [0] * 6 + [[0.0, 999, 1], [0.0]]}},
+        {**good, "waiting": {"a": "x"}},
+        {**good, "ids": {"a": 3}},
+    ]
+    for number, each in enumerate(bad):
+        text = json.dumps(each)
+        Path(folder.path, f"{number}.status").write_text(text, encoding="utf-8")
+    Path(folder.path, "98.status").write_text("{", encoding="utf-8")
+    Path(folder.path, "past.status").write_text("{}", encoding="utf-8")
+    locks_of(folder)
+    assert read_all(folder) == ([], Past())
+    assert status.snapshot(folder.path).names == ()
+
+
+def test_dead_documents_that_cannot_be_read_are_removed(folder: Folder) -> None:
+    Path(folder.path, "5.status").write_text("{", encoding="utf-8")
+    ProcessFile(folder).add_ended_processes()
+    assert sorted(os.listdir(folder.path)) == ["owners.lock", "past.status"]
+
+
+def test_the_past_is_written_by_one_process_at_a_time(folder: Folder) -> None:
+    write_as_dead(folder, document())
+    locks = locks_of(folder)
+    assert locks.take(0)
+    ProcessFile(folder).add_ended_processes()
+    assert [each.number for each in read_all(folder)[0]] == [1]
+    locks.give(0)
+    ProcessFile(folder).add_ended_processes()
+    assert read_all(folder)[0] == []
+
+
+def test_a_document_is_added_once_if_the_process_that_adds_dies(folder: Folder) -> None:
+    write_as_dead(folder, document())
+    text = Path(folder.path, "1.status").read_text(encoding="utf-8")
+    file = ProcessFile(folder)
+    file.add_ended_processes()
+    Path(folder.path, "1.status").write_text(text, encoding="utf-8")  # as if it was not removed
+    assert read_all(folder)[0] == []
+    for _ in range(2):
+        file.add_ended_processes()
+        past = read_all(folder)[1]
+        assert past.names["a"].counts[SUCCEEDED] == 1
+    assert not Path(folder.path, "1.status").exists()
+
+
+def test_a_killed_process_is_shown_for_an_hour(folder: Folder) -> None:
+    now = time.time()
+    new = replace(PROCESS, pid=1, updated=now - 1)
+    old = replace(PROCESS, pid=2, updated=now - 3601)
+    write_as_dead(
+        folder,
+        document(process=new, waiting={"a": 200}, ids={"1": "waiting"}),
+        document(process=old, waiting={"a": 1}),
+    )
+    assert status.of("1", folder.path) == "lost"
+    ProcessFile(folder).add_ended_processes()
+    past = read_all(folder)[1]
+    assert past.killed == [replace(new, is_alive=False)]
+    assert len(past.lost) == 100
+    assert status.snapshot(folder.path).counts.lost == 201
+    assert status.of("1", folder.path) == "lost"
+
+
+def test_ended_ids_are_bounded(folder: Folder) -> None:
+    ended = EndedFile(folder, "1")
+    ended.append([], 10)
+    ended.append([("none", "succeeded", 1.0)], 0)
+    assert ended.all() == []
+    for number in range(35):
+        ended.append([(str(number), "succeeded", float(number))], 10)
+    assert [id for id, _, _ in ended.all()] == [str(each) for each in range(20, 35)]  # noqa: A001
+    assert ended.find("34") == ("34", "succeeded", 34.0)
+    assert ended.find("20") == ("20", "succeeded", 20.0)
+    assert ended.find("3") is None
+    again = EndedFile(folder, "1")
+    again.append([(f"x{each}", "failed", 1.0) for each in range(6)], 10)
+    again.append([("y", "failed", 1.0)], 10)
+    assert [id for id, _, _ in again.all()][-2:] == ["x5", "y"]  # noqa: A001
+    assert len(again.all()) < 20
+
+
+def test_a_line_that_was_not_written_to_its_end_is_ignored(folder: Folder) -> None:
+    Path(folder.path, "1.ended").write_text('["1", "succ', encoding="utf-8")
+    ended = EndedFile(folder, "1")
+    assert ended.all() == []
+    assert ended.find("1") is None
+
+
+def test_an_unknown_or_old_state_is_no_state(folder: Folder) -> None:
+    now = time.time()
+    ended = [("1", "odd", now), ("2", "failed", now - 4000.0), ("3", "failed", now - 1.0)]
+    write_as_dead(folder, document(ids={"4": "odd"}), ended=ended)
+    assert [status.of(id, folder.path) for id in "1234"] == [None, None, "failed", None]  # noqa: A001
+
+
+def test_the_files_are_for_their_owner_alone(tmp_path: Path) -> None:
+    path = tmp_path / "status"
+    handle(nothing, status_path=path)
+    assert wait_until((path / "1.status").exists)
+    modes = {each.name: each.stat().st_mode & 0o777 for each in path.iterdir()}
+    assert path.stat().st_mode & 0o777 == 0o700
+    assert set(modes.values()) == {0o600}
+
+
+def test_nothing_is_written_while_nothing_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle(nothing, status_path=tmp_path)
+    process = recorder.process()
+    process.write()
+    written: list[object] = []
+    monkeypatch.setattr(ProcessFile, "write", lambda *given: written.append(given))
+    process.write()
+    assert written == []
+    handle(nothing, status_path=tmp_path)
+    process.write()
+    assert written
+
+
+def test_an_error_of_the_disk_is_logged_once_and_the_next_write_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    handle(nothing, status_path=tmp_path)
+    process = recorder.process()
+    process.write()
+    write: Callable[..., None] = ProcessFile.write
+
+    def is_full(*given: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ProcessFile, "write", is_full)
+    handle(fail, status_path=tmp_path)
+    process.write()
+    process.write()
+    message = f"the status of this process could not be written to {tmp_path}"
+    assert log.errors.count(message) == 1
+    monkeypatch.setattr(ProcessFile, "write", write)
+    process.write()
+    assert status.snapshot(tmp_path).counts.failed == 1
+
+
+def test_the_thread_is_started_again_if_no_thread_could_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*given: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("wsgi_bg._status.recorder.start_daemon", start)
+        handle(nothing, status_path=tmp_path)
+    assert not (tmp_path / "1.status").exists()
+    handle(nothing, status_path=tmp_path)
+    assert wait_until((tmp_path / "1.status").exists)
+
+
+def test_a_thread_that_cannot_have_the_turn_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsgi_bg._status.recorder.INTERVAL", 0.01)
+    handle(nothing, status_path=tmp_path)
+    process = recorder.process()
+    assert wait_until((tmp_path / "1.status").exists)
+    turn = process._turns.take(10.0)
+    assert turn is not None
+    handle(fail, status_path=tmp_path)
+    process.write()
+    turn.give()
+    assert wait_until(lambda: "not today" in (tmp_path / "1.status").read_text())

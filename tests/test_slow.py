@@ -1,0 +1,233 @@
+"""``slow_after``: a WARNING with the stack of a task that still runs."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+import wsgi_bg
+from tests.conftest import Log
+from tests.support import TIMEOUT, Gate, app_that, respond, run_python
+from tests.test_examples import wait_until
+from wsgi_bg import BackgroundTasksMiddleware, background_tasks, portal
+from wsgi_bg.exceptions import OptionError
+from wsgi_bg.hooks import Hooks, TaskRecord
+
+
+def request(*functions: Any, slow_after: float = 0.02, **options: Any) -> None:
+    def add(environ: object) -> None:
+        for function in functions:
+            background_tasks.add_task(function)
+
+    app = app_that(add)
+    respond(BackgroundTasksMiddleware(app, runner="pool", slow_after=slow_after, **options))
+
+
+def warning(log: Log) -> str:
+    assert wait_until(lambda: bool(log.warnings))
+    [message] = log.warnings
+    return message
+
+
+def open_gate(gate: Gate) -> None:
+    gate.open()
+    assert wsgi_bg.wait(TIMEOUT) == []
+
+
+def test_a_plain_task_is_shown_with_the_stack_of_its_thread(gate: Gate, log: Log) -> None:
+    def slow() -> None:
+        gate.task()
+
+    request(slow)
+    message = warning(log)
+    assert "<locals>.slow still runs after 0.02 seconds:\n" in message
+    lines = message.splitlines()
+    assert lines[1].endswith(", in slow")  # and no frame of the package
+    assert lines[2].strip() == "gate.task()"
+    open_gate(gate)
+    assert len(log.warnings) == 1
+
+
+class Waiting:
+    """Async functions that wait until the test goes on."""
+
+    def __init__(self) -> None:
+        self._event: asyncio.Event | None = None
+
+    async def innermost(self) -> None:
+        self._event = asyncio.Event()
+        await self._event.wait()
+
+    async def middle(self) -> None:
+        await self.innermost()
+
+    def go_on(self) -> None:
+        assert wait_until(lambda: self._event is not None)
+        event: Any = self._event
+        portal().call(event.set)
+        assert wsgi_bg.wait(TIMEOUT) == []
+
+
+class Around(Hooks):
+    @contextmanager
+    def around(self, record: TaskRecord) -> Iterator[None]:
+        yield
+
+
+@pytest.mark.parametrize("hooks", [None, Around()])
+def test_a_coroutine_is_shown_with_all_that_it_waits_for(log: Log, hooks: Any) -> None:
+    waiting = Waiting()
+    request(waiting.middle, hooks=hooks)
+    message = warning(log)
+    assert wait_until(lambda: waiting._event is not None)
+    places = [line.partition(", in ")[2] for line in message.splitlines() if ", in " in line]
+    assert places[:2] == ["middle", "innermost"]
+    waiting.go_on()
+
+
+@pytest.mark.parametrize("hooks", [None, Around()])
+def test_a_function_that_returned_a_coroutine_is_shown_as_one(log: Log, hooks: Any) -> None:
+    waiting = Waiting()
+    request(lambda: waiting.middle(), hooks=hooks)
+    assert ", in middle" in warning(log)
+    waiting.go_on()
+
+
+def test_a_coroutine_that_computes_is_shown_with_its_thread(gate: Gate, log: Log) -> None:
+    async def computes() -> None:
+        gate.task()
+
+    request(computes)
+    lines = warning(log).splitlines()
+    assert lines[1].endswith(", in computes")
+    assert any(line.endswith(", in task") for line in lines)
+    open_gate(gate)
+
+
+def test_a_coroutine_of_a_class_of_its_own_has_no_stack(log: Log) -> None:
+    ended = threading.Event()
+    begun = threading.Event()
+
+    class Own:
+        def __await__(self) -> Any:
+            begun.set()
+            while not ended.is_set():
+                yield from asyncio.sleep(0.001).__await__()
+
+    request(lambda: Own())
+    assert begun.wait(TIMEOUT)
+    assert "still runs after 0.02 seconds:" in warning(log)
+    ended.set()
+    assert wsgi_bg.wait(TIMEOUT) == []
+
+
+def test_quick_tasks_are_not_shown(gate: Gate, log: Log) -> None:
+    def fails() -> None:
+        raise ValueError
+
+    request(lambda: None, fails, slow_after=30)
+    request(gate.task)  # a later task, whose time is up earlier
+    assert "Gate.task still runs" in warning(log)
+    open_gate(gate)
+    assert len(log.warnings) == 1
+
+
+def test_each_task_has_a_time_of_its_own(log: Log) -> None:
+    first, second = Gate(), Gate()
+    app = BackgroundTasksMiddleware(
+        app_that(lambda environ: background_tasks.add_task(environ["gate"].task)),
+        runner="pool",
+        slow_after=0.05,
+    )
+    from tests.support import make_environ
+
+    for gate in (first, second):
+        respond(app, make_environ(gate=gate))
+    assert wait_until(lambda: len(log.warnings) == 2)
+    first.open()
+    second.open()
+    assert wsgi_bg.wait(TIMEOUT) == []
+
+
+def test_the_option_of_an_outer_layer_holds_beside_hooks_of_an_inner_layer(
+    gate: Gate, log: Log
+) -> None:
+    inner = BackgroundTasksMiddleware(
+        app_that(lambda _: background_tasks.add_task(gate.task)), hooks=Around()
+    )
+    respond(BackgroundTasksMiddleware(inner, runner="pool", slow_after=0.02))
+    assert "still runs" in warning(log)
+    open_gate(gate)
+
+
+def test_the_record_names_the_request(
+    gate: Gate, log: Log, caplog: pytest.LogCaptureFixture
+) -> None:
+    request(gate.task)
+    warning(log)
+    [record] = [vars(each) for each in caplog.records if each.levelname == "WARNING"]
+    assert record["wsgi_bg_request"] == "GET /"
+    assert record["wsgi_bg_outcome"] == "running"
+    assert record["wsgi_bg_duration"] >= 0.02
+    open_gate(gate)
+
+
+def test_without_memory_for_a_thread_the_next_task_tries_again(
+    monkeypatch: pytest.MonkeyPatch, gate: Gate, log: Log
+) -> None:
+    from wsgi_bg._process.threads import start_daemon
+
+    fails = [True]
+
+    def start_later(*args: Any) -> Any:
+        if fails:
+            fails.clear()
+            raise RuntimeError("can't start new thread")
+        return start_daemon(*args)
+
+    monkeypatch.setattr("wsgi_bg._request.slow.start_daemon", start_later)
+    request(gate.task)
+    assert "still runs" in warning(log)
+    assert "SlowTasks.task_added raised" in log.errors[0]
+    open_gate(gate)
+
+
+@pytest.mark.parametrize("given", [-1, "1", float("nan"), True])
+def test_a_wrong_number_is_refused(given: Any) -> None:
+    with pytest.raises(OptionError, match="slow_after"):
+        BackgroundTasksMiddleware(app_that(print), slow_after=given)
+
+
+GEVENT = """
+from gevent import monkey
+monkey.patch_all()
+import logging, sys, time
+logging.basicConfig(format="%(message)s", stream=sys.stdout)
+from tests.test_slow import *
+
+def slow():
+    time.sleep(0.2)
+
+request(slow)
+assert wsgi_bg.wait(TIMEOUT) == []
+"""
+
+
+def test_under_gevent_the_record_says_that_there_is_no_stack() -> None:
+    pytest.importorskip("gevent")
+    done = run_python(GEVENT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "background task __main__.slow still runs after 0.02 seconds:",
+        "(the stack is not known under gevent)",
+    ]
+
+
+def test_the_module_is_not_imported_without_the_option() -> None:
+    done = run_python("import sys, wsgi_bg; assert 'wsgi_bg._request.slow' not in sys.modules")
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,152 @@
+"""``SlowTasks``: warns of tasks that still run after some time, with their stacks."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import PurePath
+from types import FrameType
+from typing import Any, NamedTuple
+
+from wsgi_bg._process import greenlets
+from wsgi_bg._process.per_process import PerProcess
+from wsgi_bg._process.threads import start_daemon
+from wsgi_bg._tasks.task_log import log_slow
+from wsgi_bg.hooks import OptionHooks, TaskRecord
+
+_PACKAGE = PurePath(__file__).parents[1]
+_NO_STACK = "(the stack is not known under gevent)"
+
+
+class SlowTasks(OptionHooks):
+    """Logs a WARNING for each attempt of a task that takes longer than ``seconds``.
+
+    A daemon thread of the process waits for the next task whose time is up. Under gevent the
+    thread may be a greenlet, which a task that computes holds up.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._watches = PerProcess(lambda: _Watch(seconds))
+
+    def task_added(self, record: TaskRecord) -> None:
+        """Start the thread: on the thread of a request, and not on the event loop's."""
+        self._watches.get().start()
+
+    def task_started(self, record: TaskRecord) -> None:
+        """Begin to watch a call."""
+        self._watches.get().begin(record)
+
+    def task_finished(self, record: TaskRecord) -> None:
+        """Watch the call no longer."""
+        self._watches.get().end(record)
+
+    task_failed = task_retried = task_discarded = task_finished
+
+
+class _Call(NamedTuple):
+    """A call that runs: when its time is up, and if greenlets share its thread."""
+
+    deadline: float
+    is_on_greenlet: bool
+
+
+class _Watch:
+    """The calls of a process that run, and the thread that looks at them."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._calls: dict[TaskRecord, _Call] = {}
+        self._right = {"to start": True}
+        self._is_idle = False
+        self._wake = greenlets.event_for_thread()
+
+    def start(self) -> None:
+        """Start the thread, unless it runs."""
+        if self._right.pop("to start", False):  # one atomic step
+            try:
+                start_daemon(self._work, "wsgi_bg-slow")
+            except BaseException:
+                self._right["to start"] = True
+                raise
+
+    def begin(self, record: TaskRecord) -> None:
+        self.start()
+        self._calls[record] = _Call(
+            time.monotonic() + self._seconds, greenlets.is_on_greenlet()
+        )
+        if self._is_idle:  # else the thread looks again before this call's time is up
+            self._wake.set()
+
+    def end(self, record: TaskRecord) -> None:
+        self._calls.pop(record, None)
+
+    def _work(self) -> None:
+        while True:
+            self._is_idle = True
+            next_deadline = self._look()
+            if next_deadline is None:
+                self._wake.wait(threading.TIMEOUT_MAX)
+            else:
+                self._is_idle = False
+                self._wake.wait(max(0.0, next_deadline - time.monotonic()))
+            self._wake.clear()
+
+    def _look(self) -> float | None:
+        """Warn of calls whose time is up; return the next deadline."""
+        now = time.monotonic()
+        # dict.copy() is a single atomic step.
+        for record, call in self._calls.copy().items():
+            if call.deadline > now:
+                return call.deadline  # the calls are in the order of their deadlines
+            stack = _NO_STACK if call.is_on_greenlet else _stack_of(record)
+            if self._calls.pop(record, None) is call:  # it has not ended meanwhile
+                log_slow(record.task, self._seconds, stack)
+        return None
+
+
+def _stack_of(record: TaskRecord) -> str:
+    """The stack of a call, the innermost frame last, without the frames of this package."""
+    threads = sys._current_frames()  # noqa: SLF001
+    frames: list[FrameType] = []
+    if record.awaitable is None:
+        frames = _walk(threads.get(record.thread_id or 0))
+    else:
+        frames = list(_frames_of(record.awaitable))
+        if frames and _is_running(record.awaitable):
+            stacks = map(_walk, threads.values())
+            frames = next((each for each in stacks if frames[0] in each), frames)
+    inside = [_is_ours(frame) for frame in frames]
+    first = len(inside) - inside[::-1].index(True) if True in inside else 0
+    lines = traceback.StackSummary.extract((each, each.f_lineno) for each in frames[first:])
+    return "".join(lines.format()).rstrip()
+
+
+def _walk(innermost: FrameType | None) -> list[FrameType]:
+    return [frame for frame, _ in traceback.walk_stack(innermost)][::-1]
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return PurePath(frame.f_code.co_filename).is_relative_to(_PACKAGE)
+
+
+def _is_running(awaitable: Any) -> bool:
+    return bool(getattr(awaitable, "cr_running", False))
+
+
+def _frames_of(awaitable: Any) -> Iterator[FrameType]:
+    """The frames of a coroutine, and of the coroutines that it waits for.
+
+    Python does not tell which step an async generator waits for.
+    """
+    while awaitable is not None:
+        for kind, inner in (("cr_frame", "cr_await"), ("gi_frame", "gi_yieldfrom")):
+            frame = getattr(awaitable, kind, None)
+            if frame is not None:
+                yield frame
+                awaitable = getattr(awaitable, inner)
+                break
+        else:
+            return
