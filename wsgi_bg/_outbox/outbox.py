@@ -45,6 +45,7 @@ Firewalls and load balancers drop idle connections, and tell neither side.
 _PAUSES = (0.5, 30.0)  # the first and the longest pause before the next try, in seconds
 _SLACK = 0.001  # seconds: the tasks of a request are sent together, in order
 _AFTER_ERROR = 1.0  # seconds
+_BUSY = 1.0  # seconds after a task in which the manager's thread expects the next one
 
 
 class Connection(Protocol):
@@ -177,6 +178,7 @@ class Outbox:
         # If two threads start the thread, it has a second job, which begins if the first ends.
         self._manager: Workers[None] = Workers(self._manage, 1, "wsgi_bg-outbox")
         self._is_managed = False
+        self._wakers: dict[str, Callable[[], object]] = {}
         self._last_put = 0.0
         self._senders: Workers[_Chunk] = Workers(self._send_chunk, SENDERS, "wsgi_bg-send")
         # Not on the manager's thread: a user's submit() may run the batch.
@@ -215,10 +217,12 @@ class Outbox:
         unsent = Unsent(task, context, stored, wait, self._ledger)
         self._last_put = time.monotonic()  # before the next line: see _is_over()
         self.start()
-        steps = (
+        wakers: Any = map(self._wakers.pop, ("wake",), (int,))
+        steps: Any = (
             partial(self._unsent.setdefault, unsent),
             partial(self._queue.append, unsent),
-            self._changed.set,
+            # Calls the function that wakes the manager's thread, or int() if it does not sleep.
+            partial(deque, map(call, wakers), 0),
         )
         return partial(Queued, map(call, steps), 0)
 
@@ -233,7 +237,7 @@ class Outbox:
         """
         while self._unsent and (left := deadline - time.monotonic()) > 0:
             self._changed.clear()
-            self._changed.wait(min(self._step(), left))
+            self._changed.wait(min(self._step(), left, START_DELAY))
 
     def _manage(self, job: None) -> None:
         """Give tasks to the senders, until no task has come for long."""
@@ -241,12 +245,32 @@ class Outbox:
         self._is_managed = True
         while per_process.generation == generation and not self._is_over():
             self._changed.clear()
+            last = self._last()
             seconds = _AFTER_ERROR
             try:
                 seconds = self._step()
             except BaseException as exc:
                 log.error("the outbox of %s raised", self._runner, exc_info=exc)
-            self._changed.wait(min(seconds, IDLE))
+            self._sleep(min(seconds, IDLE), last)
+
+    def _last(self) -> Unsent | None:
+        return self._queue[-1] if self._queue else None
+
+    def _sleep(self, seconds: float, last: Unsent | None) -> None:
+        """Wait until there is something to do.
+
+        Waking a thread costs the server's thread 30 us. So while tasks come, this thread looks
+        for them itself, as often as it would send them: see START_DELAY.
+
+        :param last: the last task that the latest step has seen in the queue.
+        """
+        if time.monotonic() - self._last_put < _BUSY:
+            self._changed.wait(min(seconds, START_DELAY))
+            return
+        self._wakers["wake"] = self._changed.set
+        if self._last() in (None, last):  # no task has come before the line above
+            self._changed.wait(seconds)
+        self._wakers.pop("wake", None)
 
     def _is_over(self) -> bool:
         """True if the thread is to end, so that a runner that is not used can be freed."""
