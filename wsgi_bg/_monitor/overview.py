@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs
@@ -58,13 +58,13 @@ def overview(snapshot: Snapshot, query: Query) -> dict[str, Any]:
         "taken": snapshot.taken,
         "counts": asdict(snapshot.counts),
         "minutes": [asdict(each) for each in snapshot.minutes[-60:]],
-        "running": _rows(snapshot.running),
-        "waiting": _part([{"name": name, "count": count} for name, count in waiting]),
-        "failures": _part([_failure(each) for each in snapshot.failures]),
-        "lost": _rows(snapshot.lost),
-        "processes": _rows(snapshot.processes),
-        "durable": _rows(snapshot.durable),
-        "names": {**_part([asdict(each) for each in names], NAMES), "all": len(snapshot.names)},
+        "running": _part(snapshot.running),
+        "waiting": _part(waiting, _waiting),
+        "failures": _part(snapshot.failures, _failure),
+        "lost": _part(snapshot.lost),
+        "processes": _part(snapshot.processes),
+        "durable": _part(snapshot.durable),
+        "names": {**_part(names, most=NAMES), "all": len(snapshot.names)},
     }
 
 
@@ -79,20 +79,23 @@ def find_error(snapshot: Snapshot, key: str) -> dict[str, str] | None:
     return None
 
 
-def _rows(rows: Sequence[Any]) -> dict[str, Any]:
-    return _part([asdict(each) for each in rows])
-
-
-def _part(rows: Sequence[Mapping[str, Any]], most: int = ROWS) -> dict[str, Any]:
+def _part(
+    rows: Sequence[Any], convert: Callable[[Any], dict[str, Any]] = asdict, most: int = ROWS
+) -> dict[str, Any]:
     """Return the first rows, and the number of all; long texts are cut."""
     shown = [
         {
             name: value[:_LONGEST] if isinstance(value, str) else value
-            for name, value in row.items()
+            for name, value in convert(row).items()
         }
         for row in rows[:most]
     ]
     return {"total": len(rows), "rows": shown}
+
+
+def _waiting(item: tuple[str, int]) -> dict[str, Any]:
+    name, count = item
+    return {"name": name, "count": count}
 
 
 def _failure(failure: Failure) -> dict[str, Any]:
