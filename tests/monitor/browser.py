@@ -36,7 +36,7 @@ _OPTIONS = (
 )
 
 
-def _why_not() -> str | None:
+def why_not() -> str | None:
     """The reason why no browser can be started; None if all is there."""
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
@@ -124,7 +124,7 @@ class Browser:
 @contextmanager
 def chromium(folder: Path) -> Iterator[Browser]:
     """Start a browser with a new profile; no process of the browser is left at the end."""
-    reason = _why_not()
+    reason = why_not()
     if reason is not None:
         if os.environ.get("WSGI_BG_REQUIRE_BROWSER"):
             pytest.fail(f"{reason}; WSGI_BG_REQUIRE_BROWSER is set")
@@ -140,6 +140,8 @@ def chromium(folder: Path) -> Iterator[Browser]:
         options.add_argument(option)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = None
+    patch = pytest.MonkeyPatch()
+    patch.setenv("no_proxy", "localhost,127.0.0.1")  # or Selenium asks a proxy for the driver
     try:
         driver = webdriver.Chrome(options=options, service=Service(driver_program))
         driver.set_page_load_timeout(2 * TIMEOUT)
@@ -148,6 +150,7 @@ def chromium(folder: Path) -> Iterator[Browser]:
     finally:
         if driver is not None:
             driver.quit()
+        patch.undo()
         for pid in processes_of(profile):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -91,6 +91,18 @@ def test_no_process_of_the_browser_is_left(tmp_path: Path) -> None:
     assert processes_of(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("required", "outcome"), [("", pytest.skip.Exception), ("1", pytest.fail.Exception)]
+)
+def test_tests_that_miss_the_browser_are_skipped_unless_it_is_required(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, required: str, outcome: type[BaseException]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("WSGI_BG_REQUIRE_BROWSER", required)
+    with pytest.raises(outcome, match="apt install chromium"), chromium(tmp_path):
+        pass
+
+
 def test_names_are_text_whatever_is_in_them(site: Site, browser: Browser, url: str) -> None:
     shown = site.snapshot
     site.snapshot = replace(
