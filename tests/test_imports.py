@@ -16,11 +16,11 @@ from wsgi_bg.exceptions import OutsideRequestError
 
 # tests.support imports asyncio.
 REQUEST = """
-import sys, threading
+import os, sys, threading
 import wsgi_bg
 
-def plain(): print("ran")
-async def async_(): print("ran")
+def plain(): os.write(1, b"ran\\n")
+async def async_(): os.write(1, b"ran\\n")
 
 def request(function, runner=None):
     def app(environ, start_response):

@@ -118,8 +118,10 @@ class TaskRecord(_Record):
         The time after a delay, or before a further attempt, is not counted: the runner gets
         the task afterwards.
         """
-        handed_over = self.batch.root.handed_over_at
-        return None if handed_over is None else max(handed_over, self.added_at)
+        handed_over = self.batch.handed_over_at
+        if handed_over is None or handed_over > self.added_at:
+            return handed_over
+        return self.added_at
 
     @property
     def wait(self) -> float | None:

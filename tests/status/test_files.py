@@ -165,8 +165,11 @@ def test_a_line_that_was_not_written_to_its_end_is_ignored(folder: Folder) -> No
 def test_an_unknown_or_old_state_is_no_state(folder: Folder) -> None:
     now = time.time()
     ended = [("1", "odd", now), ("2", "failed", now - 4000.0), ("3", "failed", now - 1.0)]
-    write_as_dead(folder, document(ids={"4": "odd"}), ended=ended)
-    assert [status.of(id, folder.path) for id in "1234"] == [None, None, "failed", None]  # noqa: A001
+    write_as_dead(folder, document(ids={"4": "running"}, has_ended=True), ended=ended)
+    alive = ProcessFile(folder)
+    alive.write(document(ids={"5": "odd", "6": "running"}), ())
+    states = [status.of(id, folder.path) for id in "123456"]  # noqa: A001
+    assert states == [None, None, "failed", None, None, "running"]
 
 
 def test_the_files_are_for_their_owner_alone(tmp_path: Path) -> None:

@@ -18,15 +18,12 @@ from wsgi_bg._status.document import (
     Numbers,
     Past,
 )
-from wsgi_bg._status.files import Found, find_folder
+from wsgi_bg._status.files import OUTBOX, Found, find_folder
 from wsgi_bg._status.live import MAX_RUNNING
 from wsgi_bg._status.model import DurableTask, Minute, RunningTask, Snapshot, State
 from wsgi_bg._status.numbers import Tally, merged
 
 _NO_TALLY = Tally()
-
-_OUTBOX = "outbox"
-"""The folder of messages in the folder that was given to a runner as ``outbox``."""
 
 
 class Folders:
@@ -37,7 +34,7 @@ class Folders:
         outboxes: dict[str, None] = {}
         if path is not None:
             self._pids[path] = {}
-            outboxes[os.path.join(path, _OUTBOX)] = None
+            outboxes[os.path.join(path, OUTBOX)] = None
         for document in documents:
             for folder, numbers in document.durable.items():
                 pids = self._pids.setdefault(folder, {})
@@ -55,7 +52,7 @@ class Folders:
     def states_of_message(self, id: str) -> Iterator[State]:  # noqa: A002
         """Return the state of a message."""
         for folder in self.outboxes:
-            state = stored.state_of(folder, id)
+            state = stored.state_of(folder, id, of_messages=True)
             if state is not None:
                 yield "sent" if state == "succeeded" else state
 
@@ -72,7 +69,7 @@ class Folders:
         """Count the tasks and messages that wait, or were put aside, by name."""
         total = stored.Numbers(Counter(), Counter())
         for folder in [*self.durable, *self.outboxes]:
-            numbers = stored.numbers(folder)
+            numbers = stored.numbers(folder, of_messages=folder in self.outboxes)
             total.waiting.update(numbers.waiting)
             total.aside.update(numbers.aside)
         return total

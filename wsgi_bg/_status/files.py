@@ -24,8 +24,12 @@ from wsgi_bg.exceptions import OptionTypeError, OptionValueError, StoreError
 
 T = TypeVar("T")
 
+OUTBOX = "outbox"
+"""The folder of messages in the folder that was given to a runner as ``outbox``."""
+
 _TURN = 0  # the number of the lock of the process that adds files to the past
 _PAST = "past"
+_MARKS = ("owners.lock", os.path.join(OUTBOX, "owners.lock"))
 
 Ended = tuple[str, str, float]
 """The id of a task, its state and the time of its end."""
@@ -54,7 +58,7 @@ def find_folder(path: str | os.PathLike[str]) -> Folder:
     """
     if not isinstance(path, (str, os.PathLike)):
         raise OptionTypeError("path", path, "the path of a folder")
-    if not os.path.exists(os.path.join(path, "owners.lock")):
+    if not any(os.path.exists(os.path.join(path, name)) for name in _MARKS):
         wanted = "a folder that was given as status_path, or as the path of a DurableRunner"
         raise OptionValueError("path", os.fspath(path), wanted)
     full = os.path.realpath(path)
@@ -177,10 +181,9 @@ def _numbers(folder: Folder) -> list[int]:
 
 def read_all(folder: Folder) -> tuple[list[Found], Past]:
     """Return the documents of the processes that have not been added to the past; the past."""
-    locks = locks_of(folder)
     found = []
     for number in _numbers(folder):
-        is_alive = locks.is_owned(number)
+        is_alive = locks_of(folder).is_owned(number)
         document = _read_document(folder, number)
         if document is not None:
             found.append(Found(number, document, is_alive))
@@ -202,8 +205,12 @@ def states_of(
             yield from _state(ended[1])
     for each in found:
         state = each.document.ids.get(id)
-        if state is not None:
-            yield from _state(state) if each.is_alive else ("lost",)
+        if state is None:
+            continue
+        if each.is_alive:
+            yield from _state(state)
+        elif not each.document.has_ended:
+            yield "lost"
 
 
 def _state(text: str) -> tuple[State, ...]:
@@ -223,8 +230,10 @@ def _add_to_past(folder: Folder, locks: Locks, dead: list[int]) -> None:
                 continue
             ended += EndedFile(folder, str(number)).all()
             process = document.process
-            if document.was_killed and process is not None:
+            assert process is not None
+            if not document.has_ended:
                 ended += [(id, "lost", process.updated) for id in document.ids]  # noqa: A001
+            if document.was_killed:
                 past.killed.append(replace(process, is_alive=False))
                 past.lost += document.lost()
             past.add(document)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from wsgi_bg._status.model import OTHER_NAMES, RunningTask, State
 from wsgi_bg._tasks.task import tasks_with_ids
 from wsgi_bg.runners.ledger import batches_under_way, calls_on_worker, ledgers_here
-from wsgi_bg.runners.pool import pools_here
+from wsgi_bg.runners.pool import pools_here, shared_pool
 
 if TYPE_CHECKING:
     from wsgi_bg._tasks.task import BackgroundTask
@@ -137,14 +137,15 @@ def _ids() -> dict[str, State]:
 
 def state_of(task: BackgroundTask) -> State | None:
     """Return the state of a task; None if the task has ended, or another object is its copy."""
+    record: TaskRecord | None = next(iter(task.record), None)
+    if record is not None and record.started_at is not None and record.ended_at is None:
+        return "running"
     if task.unclaimed:
         return "retrying" if task.attempt > 1 else "waiting"
-    record: TaskRecord | None = next(iter(task.record), None)
     if record is None:
         return None
-    if record.started_at is None:  # claimed in order to be sent, for example
-        return "waiting"
-    return "running" if record.ended_at is None else "retrying"
+    # Claimed in order to be sent, for example.
+    return "waiting" if record.started_at is None else "retrying"
 
 
 def states_of(id: str) -> Iterator[State]:  # noqa: A002
@@ -161,11 +162,15 @@ def _load() -> Load:
     ledgers = ledgers_here()
     alive = sum(pool.threads_alive for pool in pools)
     idle = sum(pool.threads_idle for pool in pools)
-    limits = [pool.max_pending for pool in pools]
+    # The shared pool stands for those that no batch has come to yet.
+    sizes = [(pool.threads, pool.max_pending) for pool in pools] or [
+        (shared_pool.threads, shared_pool.max_pending)
+    ]
+    limits = [limit for _, limit in sizes]
     return Load(
         threads_busy=max(0, alive - idle),
         threads_idle=idle,
-        threads=sum(pool.threads for pool in pools),
+        threads=sum(threads for threads, _ in sizes),
         pending=sum(pool.ledger.length for pool in pools),
         max_pending=None if None in limits else sum(each or 0 for each in limits),
         run_here=sum(pool.ledger.run_here for pool in pools),

@@ -51,15 +51,23 @@ class Numbers(NamedTuple):
     aside: Counter[str]
 
 
-def state_of(folder: Folder, id: str) -> State | None:  # noqa: A002
-    """Return the state of the task with the id; None if no file has the task."""
+def state_of(
+    folder: Folder,
+    id: str,  # noqa: A002
+    *,
+    of_messages: bool = False,
+) -> State | None:
+    """Return the state of the task with the id; None if no file has the task.
+
+    :param of_messages: True for a folder of messages: one that has begun is about to be sent.
+    """
 
     def find(file: _File) -> list[DurableTask]:
         where = "WHERE id = ? LIMIT 1"
         return file.tasks(where, id) or file.kept(where, id) or file.done(where, id)
 
     for number in folder.numbers():
-        for task in _read(folder, number, find) or ():
+        for task in _read(folder, number, find, of_messages=of_messages) or ():
             return task.state
     return None
 
@@ -83,11 +91,15 @@ def newest(folder: Folder, pids: Mapping[int, int]) -> list[DurableTask]:
     return sorted(found, key=lambda task: task.since, reverse=True)[:MAX_SHOWN]
 
 
-def numbers(folder: Folder) -> Numbers:
-    """Count the tasks that wait and that were put aside."""
+def numbers(folder: Folder, *, of_messages: bool = False) -> Numbers:
+    """Count the tasks that wait and that were put aside; see :func:`state_of`."""
+
+    def count(file: _File) -> Numbers:
+        return Numbers(file.waiting(), file.aside())
+
     found = Numbers(Counter(), Counter())
     for number in folder.numbers():
-        of_file = _read(folder, number, lambda file: Numbers(file.waiting(), file.aside()))
+        of_file = _read(folder, number, count, of_messages=of_messages)
         if of_file is not None:
             found.waiting.update(of_file.waiting)
             found.aside.update(of_file.aside)
@@ -95,7 +107,10 @@ def numbers(folder: Folder) -> Numbers:
 
 
 class _File:
-    """A file of tasks, and the notes of its owner."""
+    """A file of tasks, and the notes of its owner.
+
+    :param runs: True if a task that has begun runs now.
+    """
 
     def __init__(
         self,
@@ -103,12 +118,12 @@ class _File:
         known: Mapping[int, int],
         pid: int | None,
         *,
-        is_owned: bool,
+        runs: bool,
     ) -> None:
         self.connection = connection
         self._known = known
         self._pid = pid
-        self._is_owned = is_owned
+        self._runs = runs
 
     def tasks(self, where: str, *values: object) -> list[DurableTask]:
         """Return tasks that have not ended, or whose end is only noted."""
@@ -127,7 +142,7 @@ class _File:
 
     def _state(self, key: object, attempt: int) -> State:
         note = self._known.get(key) if isinstance(key, int) else None
-        if note == notes.BEGUN and self._is_owned:
+        if note == notes.BEGUN and self._runs:
             return "running"
         return _NOTED.get(note) or ("retrying" if attempt > 1 else "waiting")
 
@@ -166,7 +181,7 @@ class _File:
         if total > MAX_COUNTED:
             found[OTHER_NAMES] += total - MAX_COUNTED
         for key, note in self._known.items():
-            if note != notes.BEGUN or self._is_owned:
+            if note != notes.BEGUN or self._runs:
                 select = "SELECT name FROM tasks WHERE key = ?"
                 for (name,) in self.connection.execute(select, (key,)):
                     found[_text(name)] -= 1
@@ -186,7 +201,12 @@ class _File:
 
 
 def _read(
-    folder: Folder, number: int, read: Callable[[_File], T], pid: int | None = None
+    folder: Folder,
+    number: int,
+    read: Callable[[_File], T],
+    pid: int | None = None,
+    *,
+    of_messages: bool = False,
 ) -> T | None:
     """Return ``read(file)``; None if the file cannot be read, for example since it is gone."""
     path = folder.file(number)
@@ -199,12 +219,12 @@ def _read(
                 connection.text_factory = _decode
                 if not check_version(connection, path):
                     return None
-                is_owned = locks_of(folder).is_owned(number)
+                runs = not of_messages and locks_of(folder).is_owned(number)
                 connection.execute("BEGIN")  # no task may move between tables meanwhile
                 epoch, known = read_notes(folder.file(number, ".notes"))
                 ((of_file,),) = connection.execute("SELECT epoch FROM meta")
                 known = known if epoch >= of_file else {}
-                return read(_File(connection, known, pid, is_owned=is_owned))
+                return read(_File(connection, known, pid, runs=runs))
         except (sqlite3.Error, StoreError, OSError):
             return None
 

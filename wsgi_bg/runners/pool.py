@@ -127,13 +127,18 @@ class PoolRunner(LedgerRunner):
         batch.run()
 
     @property
-    def state(self) -> _PoolState:
-        """The threads and the batches of this pool in this process."""
-        return self._states.get()
+    def threads(self) -> int:
+        """The most worker threads."""
+        return self._threads
+
+    @property
+    def max_pending(self) -> int | None:
+        """How many batches may be handed over and not finished; None for no limit."""
+        return self._max_pending
 
     @property
     def ledger(self) -> Ledger:
-        return self.state.ledger
+        return self._states.get().ledger
 
     def __repr__(self) -> str:
         return (
@@ -230,11 +235,10 @@ _states: WeakValueDictionary[int, _PoolState] = WeakValueDictionary()
 
 
 def pools_here() -> list[_PoolState]:
-    """The pools of this process that have got a batch, or the shared pool if none has."""
+    """The pools of this process that have got a batch."""
     states = [reference() for reference in _states.valuerefs()]
     pid = os.getpid()
-    found = [each for each in states if each is not None and each.ledger.pid == pid]
-    return found or [shared_pool.state]
+    return [each for each in states if each is not None and each.ledger.pid == pid]
 
 
 async def _run_late(batch: Batch) -> None:

@@ -1,0 +1,248 @@
+"""Tasks and messages in files: any process knows their states at once."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.durable_shop import gate, wait_at, write
+from tests.status.support import process, visit
+from tests.support import TIMEOUT
+from tests.test_examples import wait_until
+from wsgi_bg import DurableRunner, background_tasks, status, wait
+from wsgi_bg._durable.folder import check_folder
+from wsgi_bg._durable.rows import Outcome, Row, Settings
+from wsgi_bg._durable.store import Store
+from wsgi_bg._messages.codec import encode
+from wsgi_bg._status import stored
+from wsgi_bg._status.recorder import recorder
+from wsgi_bg.outbox import Connection, OutboxRunner, run_call
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "tasks"
+
+
+def store_of(folder: Path, *rows: Row) -> Store:
+    """A store of this process with these rows."""
+    store = Store.own(check_folder(folder), Settings())
+    store.add(list(rows))
+    return store
+
+
+def add(runner: Any, function: Any, *args: Any, delay: float = 0.0, **options: Any) -> str:
+    """Handle a request that adds a task; return the id of the task."""
+    ids: list[str] = []
+
+    def view() -> None:
+        ids.append(background_tasks.using(delay=delay).add_task(function, *args).id)
+
+    visit(view, runner=runner, **options)
+    return ids[0]
+
+
+def test_another_process_knows_the_states_of_durable_tasks_at_once(folder: Path) -> None:
+    code = """
+        from tests.durable_shop import fail, hang, write
+        runner = DurableRunner(PATH, keep_done=(5, 60.0))
+        ids = []
+        def view():
+            add = background_tasks.add_task
+            ids.extend([add(write, 1).id, add(fail, 2).id, add(hang, 3).id, add(write, 4).id])
+        visit(view, status_path=PATH, runner=runner)
+        input()
+        say(" ".join(ids))
+        input()
+        """
+    with process(code, folder) as other:
+        assert other.line() == "hangs"
+        other.tell()
+        ids = other.line().split()
+        states = [status.of(id, folder) for id in ids]  # noqa: A001
+        assert states == ["succeeded", "failed", "running", "waiting"]
+        assert wait_until(lambda: len(status.snapshot(folder).running) == 1)
+        snapshot = status.snapshot(folder)
+        assert {task.id: task.state for task in snapshot.durable} == dict(
+            zip(ids, states, strict=True)
+        )
+        assert {task.pid for task in snapshot.durable} == {other.pid}
+        assert [task.error for task in snapshot.durable if task.state == "failed"] == [
+            "ValueError"
+        ]
+        assert snapshot.waiting == {"durable.write": 1}
+        other.kill()
+    snapshot = status.snapshot(folder)
+    assert snapshot.lost == ()
+    assert [status.of(id, folder) for id in ids[2:]] == ["waiting", "waiting"]  # noqa: A001
+    assert snapshot.waiting == {"durable.hang": 1, "durable.write": 1}
+
+
+def test_the_recorder_finds_the_folder_of_the_runner(folder: Path) -> None:
+    runner = DurableRunner(folder, keep_done=(7, 8.0))
+    name = add(runner, wait_at, "recorder", status=True)
+    assert wait_until(lambda: status.of(name) == "running")
+    later = add(runner, write, 1, delay=600.0)
+    assert status.of(later) == "waiting"
+    snapshot = status.snapshot()
+    assert [task.id for task in snapshot.durable] == [later, name]
+    assert [task.pid for task in snapshot.durable] == [os.getpid()] * 2
+    assert snapshot.durable[0].due is not None
+    assert snapshot.durable[1].due is None
+    assert recorder.process().journal.keep_done == (7, 8.0)
+    gate("recorder").set()
+    assert wait(TIMEOUT) == []
+    assert status.of(name) == "succeeded"
+
+
+def test_a_durable_task_that_waits_for_its_next_attempt_is_retrying(folder: Path) -> None:
+    store = store_of(folder, Row("a", "", id="1", due=9e9, attempts=2))
+    assert stored.state_of(check_folder(folder), "1") == "retrying"
+    (task,) = stored.newest(check_folder(folder), {store.number: 7})
+    assert (task.attempt, task.due, task.pid) == (3, 9e9, 7)
+
+
+def test_a_task_that_was_put_aside_is_aside(folder: Path) -> None:
+    store = store_of(folder)
+    rows: list[Row] = []
+    store.add([Row("a", "", id="1")], rows)
+    (row,) = rows
+    assert store.begin(row)
+    store.end(Outcome(row, "aside", ended=time.time()))
+    found = check_folder(folder)
+    assert stored.state_of(found, "1") == "aside"  # the end is only noted
+    assert stored.numbers(found).waiting == {}
+    store.tidy()
+    assert stored.state_of(found, "1") == "aside"
+    assert stored.numbers(found).aside == {"a": 1}
+    counts = status.snapshot(folder).counts
+    assert (counts.aside, counts.waiting) == (1, 0)
+
+
+def test_an_unknown_id_is_in_no_file(folder: Path) -> None:
+    store_of(folder, Row("a", "", id="1"))
+    assert stored.state_of(check_folder(folder), "2") is None
+
+
+def test_only_some_rows_are_counted_by_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored, "MAX_COUNTED", 2)
+    store_of(folder, *(Row("a", "", id=str(number)) for number in range(5)))
+    assert stored.numbers(check_folder(folder)).waiting == {"a": 2, "(other names)": 3}
+
+
+def test_a_damaged_file_is_passed_over(folder: Path) -> None:
+    store_of(folder, Row("a", "", id="1"))
+    found = check_folder(folder)
+    Path(found.file(99)).write_bytes(b"x" * 5000)
+    Path(found.file(98)).write_bytes(b"")  # its process has died at once
+    assert stored.state_of(found, "1") == "waiting"
+    assert stored.numbers(found).waiting == {"a": 1}
+    assert [task.id for task in stored.newest(found, {})] == ["1"]
+
+
+def test_rows_with_wrong_types_are_shown_without_them(folder: Path) -> None:
+    store = store_of(folder, Row("a", "", id="1"))
+    store._writer.execute([("UPDATE tasks SET name = x'00ff', attempts = 'many'", ())])
+    (task,) = stored.newest(check_folder(folder), {})
+    assert (task.name, task.attempt) == ("", 1)
+
+
+def test_a_file_that_the_parent_has_opened_is_not_read_in_a_fork(folder: Path) -> None:
+    code = """
+        from wsgi_bg._durable.folder import check_folder
+        from wsgi_bg._durable.rows import Row, Settings
+        from wsgi_bg._durable.store import Store
+        from wsgi_bg._status import stored
+        store = Store.own(check_folder(PATH), Settings())
+        store.add([Row("a", "", id="1")])
+        if os.fork() == 0:
+            say(str(stored.state_of(check_folder(PATH), "1")))
+            os._exit(0)
+        os.wait()
+        say(str(stored.state_of(check_folder(PATH), "1")))
+        """
+    with process(code, folder) as other:
+        assert [other.line(), other.line()] == ["None", "waiting"]
+
+
+class Broker(Connection):
+    """Confirms all messages, or none."""
+
+    is_away = False
+
+    def send(self, messages: Sequence[Any], confirmed: Any) -> None:
+        if Broker.is_away:
+            raise ConnectionError
+        for index in range(len(messages)):
+            confirmed(index)
+
+
+class Sends(OutboxRunner):
+    def connect(self) -> Connection:
+        return Broker()
+
+
+@pytest.fixture
+def broker(monkeypatch: pytest.MonkeyPatch) -> type[Broker]:
+    monkeypatch.setattr(Broker, "is_away", False)
+    return Broker
+
+
+def test_sent_messages_of_a_folder_are_known_at_once(
+    folder: Path, broker: type[Broker]
+) -> None:
+    runner = Sends(outbox=folder)
+    sent = add(runner, write, 1)
+    assert wait(TIMEOUT) == []
+    broker.is_away = True
+    unsent = add(runner, write, 2)
+    assert status.of(unsent) == "waiting"
+    assert wait_until(lambda: status.of(sent) == "sent")
+    assert status.snapshot().waiting == {"durable.write": 1}
+    assert status.snapshot().counts.sent == 1
+    (process,) = status.snapshot().processes
+    assert process.outbox == 1
+    recorder.turn_off()  # as another process, which has only the files
+    assert status.of(sent, folder) == "sent"
+    assert status.of(unsent, folder) == "waiting"
+    assert status.snapshot(folder).waiting == {"durable.write": 1}
+    runner.prepare_drain()
+
+
+def test_the_call_of_a_worker_is_shown(tmp_path: Path) -> None:
+    runner = Sends()
+    visit(int, runner=runner, status_path=tmp_path)
+    held = gate("worker")
+    arguments = encode("durable.wait_at", signature(wait_at), ["worker"], {})
+    call = threading.Thread(
+        target=run_call, args=(runner, "durable.wait_at", arguments, {}, 1, "an-id")
+    )
+    call.start()
+    assert wait_until(lambda: status.of("an-id") == "running")
+    (running,) = status.snapshot().running
+    assert (running.name, running.request) == ("tests.durable_shop.wait_at", None)
+    held.set()
+    call.join(TIMEOUT)
+    assert status.of("an-id") == "succeeded"
+    assert status.snapshot().running == ()
+
+
+def test_messages_in_memory_are_known_to_their_process(broker: type[Broker]) -> None:
+    broker.is_away = True
+    runner = Sends()
+    unsent = add(runner, write, 1)
+    assert status.of(unsent) == "waiting"
+    snapshot = status.snapshot()
+    assert snapshot.waiting == {"tests.durable_shop.write": 1}
+    assert snapshot.processes[0].outbox == 1
+    broker.is_away = False
+    assert wait_until(lambda: status.of(unsent) == "sent")
