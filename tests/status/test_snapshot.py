@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,17 @@ from typing import Any
 import pytest
 
 from tests.status.support import fail, handle, nothing, process, visit
-from tests.support import TIMEOUT, Gate
-from wsgi_bg import BackgroundTask, PoolRunner, Retry, background_tasks, portal, status, wait
+from tests.support import TIMEOUT, Gate, app_that
+from wsgi_bg import (
+    BackgroundTask,
+    BackgroundTasksMiddleware,
+    PoolRunner,
+    Retry,
+    background_tasks,
+    portal,
+    status,
+    wait,
+)
 from wsgi_bg._status.recorder import recorder
 from wsgi_bg.runners.ledger import ledgers_here
 from wsgi_bg.status import Snapshot
@@ -239,6 +249,16 @@ def test_a_snapshot_of_an_unknown_folder_is_refused(tmp_path: Path) -> None:
         status.of("x", 3)  # type: ignore[arg-type]
 
 
+def test_a_folder_is_known_to_its_process_before_the_first_write(tmp_path: Path) -> None:
+    folder = tmp_path / "status"
+    BackgroundTasksMiddleware(app_that(lambda environ: None), status_path=folder)
+    assert status.of("x", folder) is None
+    (process,) = status.snapshot(folder).processes
+    assert process.pid == os.getpid()
+    folder.rmdir()
+    assert len(status.snapshot(folder).processes) == 1
+
+
 def test_the_last_hour_has_sixty_minutes() -> None:
     handle(nothing, fail)
     snapshot = status.snapshot()
@@ -260,7 +280,7 @@ def test_a_snapshot_is_json() -> None:
 
 def test_without_the_option_the_ledgers_have_the_sums(tmp_path: Path) -> None:
     code = """
-        pool = PoolRunner(threads=1)
+        pool = PoolRunner(threads=1, drain_timeout=0.0)
         handle(nothing, nothing, fail, status=None, runner=pool)
         assert wait(10) == []
         handle(hang, nothing, status=None, runner=pool)
@@ -275,3 +295,4 @@ def test_without_the_option_the_ledgers_have_the_sums(tmp_path: Path) -> None:
         other.tell()
         assert other.line() == "2 1 {'tests.status.support.nothing': 1}"
         assert other.line() == "tests.status.support.hang None None ()"
+        assert other.end() == 0

@@ -174,9 +174,12 @@ def _ended(line: bytes) -> Ended | None:
 
 
 def _numbers(folder: Folder) -> list[int]:
-    names = [name.removesuffix(".status") for name in os.listdir(folder.path)
-             if name.endswith(".status")]  # fmt: skip
-    return sorted(int(name) for name in names if name.isdecimal())
+    try:
+        names = os.listdir(folder.path)
+    except FileNotFoundError:  # removed meanwhile
+        return []
+    stems = [name.removesuffix(".status") for name in names if name.endswith(".status")]
+    return sorted(int(stem) for stem in stems if stem.isdecimal())
 
 
 def read_all(folder: Folder) -> tuple[list[Found], Past]:

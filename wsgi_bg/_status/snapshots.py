@@ -35,7 +35,7 @@ sent the task knows less than the worker, and a document may be a second old."""
 def take_snapshot(path: str | os.PathLike[str] | None) -> Snapshot:
     """See :func:`wsgi_bg.status.snapshot`."""
     if path is not None:
-        folder = find_folder(path)
+        folder = _folder(path)
         found, past = _with_this_process(folder)
         documents = [each.document for each in found]
         return combine(found, past, Folders(documents, folder.path))
@@ -47,14 +47,24 @@ def take_snapshot(path: str | os.PathLike[str] | None) -> Snapshot:
     return replace(taken, counts=_counts_of_ledgers(taken.counts), minutes=())
 
 
+def _folder(path: str | os.PathLike[str]) -> Folder:
+    """Return the folder of ``path``, in which this process may not have written yet."""
+    if isinstance(path, (str, os.PathLike)):
+        full = os.path.realpath(path)
+        for folder in recorder.folders:
+            if folder.path == full:
+                return folder
+    return find_folder(path)
+
+
 def _with_this_process(folder: Folder) -> tuple[list[Found], Past]:
     found, past = files.read_all(folder)
     process = recorder.process()
-    number = process.number_in(folder)
-    if number is None:
+    if folder not in recorder.folders:
         return found, past
+    number = process.number_in(folder)
     others = [each for each in found if each.number != number]
-    return [*others, Found(number, process.document(), True)], past
+    return [*others, Found(0, process.document(), True)], past
 
 
 def _document_of_ledgers() -> Document:
@@ -96,7 +106,7 @@ def find_state(id: str, path: str | os.PathLike[str] | None) -> State | None:  #
     known = [*states_of(id)]
     if recorder.is_on:
         known += recorder.process().states_of(id)
-    folder = None if path is None else find_folder(path)
+    folder = None if path is None else _folder(path)
     if folder is not None:
         found, past = files.read_all(folder)
         documents += [each.document for each in found]
