@@ -73,7 +73,9 @@ def process(code: str, folder: Path) -> Iterator[Process]:
     head = f"""
 import os
 from tests.status.support import fail, handle, hang, nothing, say, visit
-from wsgi_bg import DurableRunner, PoolRunner, background_tasks, status, wait
+from tests.support import app_that, respond
+from wsgi_bg import BackgroundTasksMiddleware, DurableRunner, PoolRunner, background_tasks
+from wsgi_bg import status, wait
 PATH = {str(folder)!r}
 """
     with subprocess.Popen(

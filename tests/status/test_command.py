@@ -146,24 +146,26 @@ def test_log_tasks_writes_a_line_for_each_task(tmp_path: Path) -> None:
 
 
 def test_the_lines_name_each_outcome(
-    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from wsgi_bg._serving.log_tasks import TaskLog, logger
 
     logger.handlers.clear()
     hooks = TaskLog()
+    (task,) = handle(nothing, status=None)
     TaskLog()
     assert len(logger.handlers) == 1
     logger.disabled = True
     handle(nothing, fail, hooks=hooks)
     handle(nothing, run_on="error", hooks=hooks)
-    lines = [
-        line.split()[9:] for line in capsys.readouterr().err.splitlines() if "task " in line
-    ]
-    assert [line for line in lines if line] == [
+    hooks.task_sent(TaskRecord(task, BackgroundTasks()))
+    written = [line.split() for line in capsys.readouterr().err.splitlines()]
+    lines = [line[9:] for line in written if line[2:3] == ["task"]]
+    assert lines == [
         ["succeeded"],
         ["failed", "with", "ValueError"],
         ["discarded"],
+        ["sent"],
     ]
     logger.handlers.clear()
 

@@ -121,11 +121,15 @@ def test_a_document_is_added_once_if_the_process_that_adds_dies(folder: Folder) 
 
 def test_a_killed_process_is_shown_for_an_hour(folder: Folder) -> None:
     now = time.time()
+    running = [
+        (RunningTask("a", None, None, None, 1, 1, None), is_stored)
+        for is_stored in (True, False)
+    ]
     new = replace(PROCESS, pid=1, updated=now - 1)
     old = replace(PROCESS, pid=2, updated=now - 3601)
     write_as_dead(
         folder,
-        document(process=new, waiting={"a": 200}, ids={"1": "waiting"}),
+        document(process=new, running=running, waiting={"a": 200}, ids={"1": "waiting"}),
         document(process=old, waiting={"a": 1}),
     )
     assert status.of("1", folder.path) == "lost"
@@ -133,7 +137,7 @@ def test_a_killed_process_is_shown_for_an_hour(folder: Folder) -> None:
     past = read_all(folder)[1]
     assert past.killed == [replace(new, is_alive=False)]
     assert len(past.lost) == 100
-    assert status.snapshot(folder.path).counts.lost == 201
+    assert status.snapshot(folder.path).counts.lost == 202
     assert status.of("1", folder.path) == "lost"
 
 

@@ -146,15 +146,17 @@ def test_a_task_that_the_exit_names_is_discarded_and_not_lost(folder: Path) -> N
 
 def test_a_forked_child_begins_a_status_of_its_own(folder: Path) -> None:
     code = """
-        handle(nothing, nothing, status_path=PATH)
+        app = BackgroundTasksMiddleware(
+            app_that(lambda environ: background_tasks.add_task(nothing)), status_path=PATH
+        )
+        for _ in range(2):
+            respond(app)
         assert status.snapshot().counts.succeeded == 2
-        if os.fork() == 0:
-            handle(nothing, status_path=PATH)
-            print(os.getpid(), status.snapshot().counts.succeeded)
-        else:
+        is_child = os.fork() == 0
+        if not is_child:
             os.wait()
-            handle(nothing, status_path=PATH)
-            print(os.getpid(), status.snapshot().counts.succeeded)
+        respond(app)
+        say(f"{os.getpid()} {status.snapshot().counts.succeeded}")
         """
     with process(code, folder) as parent:
         child, count = parent.line().split()
@@ -170,6 +172,15 @@ def test_a_process_is_shown_from_its_first_request_on(folder: Path) -> None:
     with process("visit(int, status_path=PATH)\nprint('visited')\ninput()", folder) as other:
         assert other.line() == "visited"
         assert wait_until(lambda: len(has(folder).processes) == 1)
+
+
+def test_a_process_may_look_at_the_folder_of_others(folder: Path, tmp_path: Path) -> None:
+    with process(ENDS, folder) as other:
+        other.line()
+        assert other.end() == 0
+    handle(nothing, status_path=tmp_path / "own")
+    snapshot = status.snapshot(folder)
+    assert (snapshot.counts.succeeded, snapshot.processes) == (1, ())
 
 
 def test_a_removed_folder_is_made_again(folder: Path, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_an_error_without_a_text_and_with_a_long_traceback_is_recorded() -> None
 
     handle(raise_odd, raise_long)
     long, odd = status.snapshot().failures
-    assert odd.message == "OddError()"
+    assert odd.message.endswith("OddError")
     assert len(long.message) == 1_000
     assert len(long.traceback) == 10_003
     assert long.traceback.endswith("xxx\n")
@@ -125,6 +125,25 @@ def test_waiting_tasks_are_counted_by_name(gate: Gate) -> None:
         snapshot.counts.running == counts_of(snapshot, "tests.support.Gate.task").running == 1
     )
     assert status.of(tasks[1].id) == "waiting"
+
+
+def test_a_batch_that_waits_for_a_thread_is_counted(gate: Gate) -> None:
+    pool = PoolRunner(threads=1)
+    handle(gate.task, runner=pool)
+    assert gate.begun.wait(TIMEOUT)
+    handle(nothing, nothing, runner=pool)
+    assert status.snapshot().waiting == {NOTHING: 2}
+
+
+def test_a_long_batch_is_counted_without_names(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsgi_bg._status.live.MAX_WAITING", 2)
+    pool = PoolRunner(threads=1)
+    handle(gate.task, runner=pool)
+    assert gate.begun.wait(TIMEOUT)
+    handle(*[nothing] * 5, runner=pool)
+    assert status.snapshot().waiting == {"(other names)": 5}
 
 
 def test_the_load_of_the_pool_is_shown(gate: Gate) -> None:

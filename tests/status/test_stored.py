@@ -97,6 +97,15 @@ def test_the_recorder_finds_the_folder_of_the_runner(folder: Path) -> None:
     assert snapshot.durable[0].due is not None
     assert snapshot.durable[1].due is None
     assert recorder.process().journal.keep_done == (7, 8.0)
+    ids: list[str] = []
+
+    def view() -> None:
+        ids.extend(background_tasks.add_task(each, "second").id for each in (wait_at, write))
+
+    visit(view, runner=runner)
+    assert wait_until(lambda: status.of(ids[0]) == "running")
+    assert status.snapshot().waiting == {"durable.write": 2}
+    gate("second").set()
     gate("recorder").set()
     assert wait(TIMEOUT) == []
     assert status.of(name) == "succeeded"
@@ -207,6 +216,7 @@ def test_sent_messages_of_a_folder_are_known_at_once(
     unsent = add(runner, write, 2)
     assert status.of(unsent) == "waiting"
     assert wait_until(lambda: status.of(sent) == "sent")
+    assert status.of("unknown") is None
     assert status.snapshot().waiting == {"durable.write": 1}
     assert status.snapshot().counts.sent == 1
     (process,) = status.snapshot().processes

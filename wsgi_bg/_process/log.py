@@ -93,7 +93,7 @@ def _log(  # %r of a str adds quotes: placeholders are %s, %d and %g
         logger.disabled = False
         if not logger.isEnabledFor(level):
             return
-        args = tuple(map(_shown, args))
+        args = tuple(map(shown, args))
         if exc_info is not None and not format_error(exc_info):
             message += " (%s, whose traceback cannot be formatted)"
             args = (*args, safe_repr(exc_info))
@@ -129,7 +129,8 @@ def _print_instead(
             raise
 
 
-def _shown(given: object) -> object:
+def shown(given: object) -> object:
+    """Return an argument of a message: the text of an error, or of any other object."""
     if isinstance(given, (str, float, int)):
         return given
     if not isinstance(given, BaseException):

@@ -188,12 +188,10 @@ class Document(Numbers):
         return bool(lost) and not self.has_ended
 
     def lost(self) -> list[LostTask]:
-        """Return the tasks that were lost with the process, which has ended.
+        """Return the tasks that were lost with the process, which was killed.
 
-        Count them by name, too.
+        Counts them by name, too.
         """
-        if not self.was_killed:
-            return []
         assert self.process is not None
         pid = self.process.pid
         shown: list[LostTask] = []

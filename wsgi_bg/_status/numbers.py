@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from bisect import bisect
+from bisect import bisect, bisect_left
 from collections import Counter
 from collections.abc import Iterable
-from itertools import repeat
+from itertools import accumulate, repeat
 from math import inf
 from typing import Any
 
@@ -43,19 +43,14 @@ class Histogram:
     def times(self) -> Times:
         """Return the percentiles."""
         buckets = sorted(self.buckets.copy().items())
-        total = sum(number for _, number in buckets)
-        if not total:
+        if not buckets:
             return Times()
+        sums = list(accumulate(number for _, number in buckets))
+        total = sums[-1]
 
         def percentile(share: float) -> float:
-            left = share * total
-            last = 0
-            for bucket, number in buckets:
-                last = bucket
-                left -= number
-                if left <= 0:
-                    break
-            return min(BOUNDS[last], self.longest)
+            bucket, _ = buckets[bisect_left(sums, share * total)]
+            return min(BOUNDS[bucket], self.longest)
 
         return Times(total, percentile(0.5), percentile(0.95), percentile(0.99), self.longest)
 
@@ -69,7 +64,7 @@ class Histogram:
         histogram = cls()
         histogram.longest = float(dumped[0])
         for bucket, number in zip(dumped[1::2], dumped[2::2], strict=True):
-            if not 0 <= bucket < len(BOUNDS):
+            if not 0 <= bucket < len(BOUNDS) or number <= 0:
                 raise ValueError
             histogram.buckets[int(bucket)] = int(number)
         return histogram

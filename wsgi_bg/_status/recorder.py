@@ -13,7 +13,7 @@ from wsgi_bg._durable.writer import Turns
 from wsgi_bg._loop import portal
 from wsgi_bg._process import log, per_process
 from wsgi_bg._process.greenlets import event, event_for_thread
-from wsgi_bg._process.interrupts import is_from_signal_handler, safe_repr, type_name
+from wsgi_bg._process.interrupts import type_name
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._process.repeated import RepeatedError
 from wsgi_bg._process.threads import start_daemon
@@ -218,18 +218,9 @@ def _failure(record: TaskRecord) -> Failure:
         record.attempt,
         getpid(),
         type_name(error),
-        _message_of(error),
+        str(log.shown(error))[:_MAX_MESSAGE],
         traceback,
     )
-
-
-def _message_of(error: BaseException) -> str:
-    try:
-        return str(error)[:_MAX_MESSAGE]
-    except BaseException as exc:  # raised by the code of the error's class
-        if is_from_signal_handler(exc):
-            raise
-        return safe_repr(error)[:_MAX_MESSAGE]
 
 
 class Process:

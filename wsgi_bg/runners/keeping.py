@@ -37,7 +37,7 @@ class KeepingRunner(LedgerRunner):
 
     def file_numbers(self) -> list[int]:
         """The numbers of the files of tasks that this process owns."""
-        return []
+        raise NotImplementedError
 
     def keep(self, tasks: Iterable[BackgroundTask]) -> None:
         """Store the tasks that are not stored yet; blocks until they are stored.
