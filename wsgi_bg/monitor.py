@@ -197,13 +197,10 @@ class Monitor:
         """Return ``read(path)`` for the folder to show, or for this process alone."""
         if recorder.is_on:
             recorder.start()  # or this process is not shown before its first request
-        own = [folder.path for folder in recorder.folders]
-        path = next(iter(own), None) if self.path is None else self.path
+        own = next((folder.path for folder in recorder.folders), None)
         try:
-            return read(path)
+            return read(own if self.path is None else self.path)
         except OptionValueError as exc:
-            if path is not None and os.path.realpath(path) in own:
-                return read(None)  # this process is about to write for the first time
             reason = "No process has written its status into the folder yet."
             raise RefusedError("503 Service Unavailable", reason) from exc
 

@@ -126,7 +126,7 @@ def durable_folders(path: str | os.PathLike[str] | None) -> list[Folder]:
     :raises ValueError: if no process has ever used the folder ``path``.
     """
     documents = [Document(durable=recorder.durable)]
-    folder = None if path is None else find_folder(path)
+    folder = None if path is None else _folder(path)
     if folder is not None:
         documents += [each.document for each in files.read_all(folder)[0]]
     return Folders(documents, None if folder is None else folder.path).durable
