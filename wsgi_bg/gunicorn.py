@@ -2,10 +2,11 @@
 
 .. code-block:: python
 
-    from wsgi_bg.gunicorn import post_fork, worker_exit
+    from wsgi_bg.gunicorn import child_exit, post_fork, worker_exit
 
-Without these hooks gunicorn kills a worker that drains for longer than ``timeout``, and a
-``UvicornWorker`` ends at SIGTERM without draining. The hooks need gunicorn 23 or newer, whose
+``child_exit`` is for prometheus_client's multiprocess mode and does nothing without that mode.
+Without the others gunicorn kills a worker that drains for longer than ``timeout``, and a
+``UvicornWorker`` ends at SIGTERM without draining. They need gunicorn 23 or newer, whose
 arbiter reads the time that a worker writes.
 """
 
@@ -20,10 +21,11 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
+from wsgi_bg._process import log
 from wsgi_bg.runners import shutdown
 from wsgi_bg.runners.waiting import Notice
 
-__all__ = ["post_fork", "worker_exit"]
+__all__ = ["child_exit", "post_fork", "worker_exit"]
 
 # How long before gunicorn's SIGKILL a drain ends, in seconds, to log unfinished tasks.
 _MARGIN = 1.0
@@ -63,6 +65,27 @@ def worker_exit(server: Any, worker: Any) -> None:
     # The arbiter also calls this hook in its own process, for a worker that has vanished.
     if exit_ is not None:
         exit_.drain()
+
+
+def child_exit(server: Any, worker: Any) -> None:
+    """Let prometheus_client drop the gauges of ``worker``; gunicorn calls this in its arbiter.
+
+    Does nothing unless the environment has ``PROMETHEUS_MULTIPROC_DIR``, and imports
+    prometheus_client only then. An error is logged, and does not end the arbiter.
+
+    :param server: gunicorn's arbiter.
+    :param worker: the worker that has ended, in whatever way.
+    """
+    if not os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        return
+    try:
+        from prometheus_client.multiprocess import mark_process_dead
+
+        mark_process_dead(worker.pid)
+    except ModuleNotFoundError:  # the variable is that of another program
+        pass
+    except Exception as exc:
+        log.error("the gauges of worker %d could not be dropped", worker.pid, exc_info=exc)
 
 
 def _init_signals(init_signals: Callable[[], None], exit_: _Exit) -> None:

@@ -88,7 +88,7 @@ class TaskRecord(_Record):
         self.attempt: int = 1
         self.added_at: float = time.monotonic()
         self.started_at: float | None = None
-        self.ended_at = None
+        self.ended_at: float | None = None
         self.retry_at: float | None = None
         self.thread_id: int | None = None
         self.awaitable: Any = None
@@ -181,7 +181,7 @@ class BatchRecord(_Record):
         self.in_front: int = in_front
         self.handed_over_at: float = handed_over_at
         self.begun_at: float | None = None
-        self.ended_at = None
+        self.ended_at: float | None = None
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.length} tasks, {self.in_front} in front>"

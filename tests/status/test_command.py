@@ -13,10 +13,11 @@ from tests.command import ROOT, serving
 from tests.status.support import fail, handle, nothing, process
 from tests.support import TIMEOUT
 from tests.test_examples import wait_until
-from wsgi_bg import status
+from wsgi_bg import BackgroundTasks, status
 from wsgi_bg._serving.cli import main
 from wsgi_bg._status.files import ProcessFile, open_folder
 from wsgi_bg._status.recorder import recorder
+from wsgi_bg.hooks import TaskRecord
 
 Result = subprocess.CompletedProcess[str]
 

@@ -316,7 +316,7 @@ class Calls(Caller):
             for record_end in self._ends["task_retried"]:
                 record_end(record)
             self._tell("task_retried", record)
-            record.retry_at = None
+            record.retry_at = record.started_at = None
             record.attempt += 1
 
     def moved(self, task: BackgroundTask, copy: BackgroundTask, batch: BackgroundTasks) -> None:

@@ -223,6 +223,11 @@ class Batch:
         return None if task is None else task.is_async
 
     @property
+    def next_task(self) -> BackgroundTask | None:
+        """The first task that has not begun; any thread may look."""
+        return self._queue.next_unclaimed()
+
+    @property
     def has_messages(self) -> bool:
         """True if the runner's ``check`` returned a message for a task that is left."""
         return any(task.message is not None for task in self.tasks)

@@ -174,12 +174,16 @@ class _PoolState:
         self._waiting = Workers(Batch.run, inf, "wsgi_bg-wait")
         self._job = LoopJob(Batch.run_async, Batch.goes_on_async, self._pass_on)
         self._late_job = self._job._replace(work=_run_late)
-        self.full = RepeatedWarning(_RAN_HERE + "max_pending of %s is reached; the last was %s")
-        self.too_full = RepeatedWarning(
+        self.full: RepeatedWarning = RepeatedWarning(
+            _RAN_HERE + "max_pending of %s is reached; the last was %s"
+        )
+        self.too_full: RepeatedWarning = RepeatedWarning(
             _RAN_HERE + "ten times max_pending of %s is reached, the responses are incomplete "
             "and their clients wait; the last was %s"
         )
-        self.no_thread = RepeatedWarning(_RAN_HERE + "%s can start no thread; the last was %s")
+        self.no_thread: RepeatedWarning = RepeatedWarning(
+            _RAN_HERE + "%s can start no thread; the last was %s"
+        )
 
     @property
     def threads_alive(self) -> int:
