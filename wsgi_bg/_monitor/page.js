@@ -157,7 +157,7 @@ class List {
 
   async fill(item, pre) {
     try {
-      setText(pre, this.load.text(await askPatiently(this.load.url(item.row))));
+      setText(pre, this.load.text(await askPatiently(this.load.url(item.row)), item.row));
     } catch (error) {
       setText(pre, error.message);
     }
@@ -294,7 +294,7 @@ const failures = new List(byId("failures"), {
   unfolds: (shows) => shows.errors,
   load: {
     url: (row) => `error.json?key=${encodeURIComponent(row.key)}`,
-    text: (found) => found.traceback || found.message || "There is no traceback.",
+    text: (found, row) => `${row.id ? `Task ${row.id}\n` : ""}${found.traceback || found.message || "There is no traceback."}`,
   },
   nothing: "No task has failed.",
 });
@@ -485,8 +485,9 @@ class Chart {
             return;
           }
           const x = (this.slotOf(index) + 0.5) * step, y = HEIGHT - value * scale;
-          // A minute alone is a dot, since a line of no length has round ends.
-          path += isOn ? `L${x} ${y}` : `M${x} ${y}h0`;
+          // A line fills the slots of its first and last minute, so that a minute alone is seen.
+          path += isOn ? `L${x} ${y}` : `M${x - step / 2} ${y}H${x}`;
+          if (!minutes[index + 1]?.[this.read.field].count) path += `h${step / 2}`;
           isOn = true;
         });
         if (path) parts.push(draw("path", { class: `line ${className}`, d: path }));
