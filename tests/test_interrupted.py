@@ -496,7 +496,10 @@ def check(
         app = flask_app(view, own)
     else:
         hooks = Watch() if layer == "hooks" else None
-        app = BackgroundTasksMiddleware(view.traced(view), runner=own, hooks=hooks)
+        status = layer == "status"
+        app = BackgroundTasksMiddleware(
+            view.traced(view), runner=own, hooks=hooks, status=status
+        )
     case = Case(view, app, names, close=response != "unclosed")
     with redirect_stderr(StandardError(names)):  # here: pytest replaces stderr for each phase
         case.interrupt_everywhere(kinds)
@@ -529,13 +532,14 @@ USUAL = {
     "middleware-shared pool-stream-mixed-second",
     "hooks-inline-generator-mixed-third",
     "flask-inline-list-mixed-first",
+    "status-inline-list-mixed-second",
     "middleware-outbox-list-plain-first",
 }
 """The cases that are not slow together; they have each value of each parameter."""
 
 
 def cases() -> Iterator[Any]:
-    own, layers = ("inline", "pool"), ("hooks", "flask")
+    own, layers = ("inline", "pool"), ("hooks", "flask", "status")
     every = itertools.product(("middleware",), own, RESPONSES, KINDS, ORDERS)
     shared = itertools.product(("middleware",), ("shared pool",), RESPONSES, ("mixed",), ORDERS)
     others = itertools.product(layers, own, RESPONSES, ("mixed",), ORDERS)

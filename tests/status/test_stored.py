@@ -74,9 +74,11 @@ def test_another_process_knows_the_states_of_durable_tasks_at_once(folder: Path)
             zip(ids, states, strict=True)
         )
         assert {task.pid for task in snapshot.durable} == {other.pid}
-        assert [task.error for task in snapshot.durable if task.state == "failed"] == [
-            "ValueError"
-        ]
+
+        def errors() -> list[str]:
+            return [task.error for task in status.snapshot(folder).durable if task.error]
+
+        assert wait_until(lambda: errors() == ["ValueError"])  # the row is written later
         assert snapshot.waiting == {"durable.write": 1}
         other.kill()
     snapshot = status.snapshot(folder)

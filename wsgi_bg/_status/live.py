@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from wsgi_bg._status.model import OTHER_NAMES, RunningTask, State
 from wsgi_bg._tasks.task import tasks_with_ids
 from wsgi_bg.runners.ledger import batches_under_way, calls_on_worker, ledgers_here
-from wsgi_bg.runners.pool import pools_here, shared_pool
+from wsgi_bg.runners.pool import pools_here
 
 if TYPE_CHECKING:
     from wsgi_bg._tasks.task import BackgroundTask
@@ -162,15 +162,11 @@ def _load() -> Load:
     ledgers = ledgers_here()
     alive = sum(pool.threads_alive for pool in pools)
     idle = sum(pool.threads_idle for pool in pools)
-    # The shared pool stands for those that no batch has come to yet.
-    sizes = [(pool.threads, pool.max_pending) for pool in pools] or [
-        (shared_pool.threads, shared_pool.max_pending)
-    ]
-    limits = [limit for _, limit in sizes]
+    limits = [pool.max_pending for pool in pools]
     return Load(
         threads_busy=max(0, alive - idle),
         threads_idle=idle,
-        threads=sum(threads for threads, _ in sizes),
+        threads=sum(pool.threads for pool in pools),
         pending=sum(pool.ledger.length for pool in pools),
         max_pending=None if None in limits else sum(each or 0 for each in limits),
         run_here=sum(pool.ledger.run_here for pool in pools),

@@ -140,6 +140,11 @@ class Ledger:
             waiter.set()
 
     @property
+    def is_used(self) -> bool:
+        """True if a batch has come."""
+        return bool(self._counts or self._handed_over or self._run_here)
+
+    @property
     def run_here(self) -> int:
         """Number of tasks that a pool ran on the server's thread."""
         ended = sum(counts[3] for counts in list(self._counts.values()))

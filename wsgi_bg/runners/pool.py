@@ -127,18 +127,13 @@ class PoolRunner(LedgerRunner):
         batch.run()
 
     @property
-    def threads(self) -> int:
-        """The most worker threads."""
-        return self._threads
-
-    @property
-    def max_pending(self) -> int | None:
-        """How many batches may be handed over and not finished; None for no limit."""
-        return self._max_pending
+    def state(self) -> _PoolState:
+        """The threads and the batches of this pool in this process."""
+        return self._states.get()
 
     @property
     def ledger(self) -> Ledger:
-        return self._states.get().ledger
+        return self.state.ledger
 
     def __repr__(self) -> str:
         return (
@@ -239,10 +234,11 @@ _states: WeakValueDictionary[int, _PoolState] = WeakValueDictionary()
 
 
 def pools_here() -> list[_PoolState]:
-    """The pools of this process that have got a batch."""
+    """The pools of this process that have got a batch, or the shared pool if none has."""
     states = [reference() for reference in _states.valuerefs()]
     pid = os.getpid()
-    return [each for each in states if each is not None and each.ledger.pid == pid]
+    here = [each for each in states if each is not None and each.ledger.pid == pid]
+    return [each for each in here if each.ledger.is_used] or [shared_pool.state]
 
 
 async def _run_late(batch: Batch) -> None:
