@@ -31,7 +31,7 @@ def fail() -> None:
     raise LookupError("secret 4711")
 
 
-@registered_task(name="shop.charge")
+@registered_task(name="monitor_shop.charge")
 def charge(card: str) -> None:
     if not gate.is_set():
         raise ValueError(card)
