@@ -161,10 +161,14 @@ class Document(Numbers):
         }
 
     @classmethod
-    def load(cls, dumped: dict[str, Any]) -> Document:
-        """Return the document of which ``dumped`` is the :meth:`dump`."""
+    def load(cls, dumped: dict[str, Any], *, is_brief: bool = False) -> Document:
+        """Return the document of which ``dumped`` is the :meth:`dump`.
+
+        :param is_brief: leave out the numbers, which take the longest.
+        """
         document = cls()
-        document.read(dumped)
+        if not is_brief:
+            document.read(dumped)
         document.process = _load(ProcessStatus, dumped["process"])
         document.running = [
             (_load(RunningTask, task), bool(is_stored)) for task, is_stored in dumped["running"]

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar, get_args
 
 from wsgi_bg._durable.folder import Folder, check_folder
@@ -182,12 +183,15 @@ def _numbers(folder: Folder) -> list[int]:
     return sorted(int(stem) for stem in stems if stem.isdecimal())
 
 
-def read_all(folder: Folder) -> tuple[list[Found], Past]:
-    """Return the documents of the processes that have not been added to the past; the past."""
+def read_all(folder: Folder, *, is_brief: bool = False) -> tuple[list[Found], Past]:
+    """Return the documents of the processes that have not been added to the past; the past.
+
+    :param is_brief: leave out the numbers of the processes.
+    """
     found = []
     for number in _numbers(folder):
         is_alive = locks_of(folder).is_owned(number)
-        document = _read_document(folder, number)
+        document = _read_document(folder, number, is_brief=is_brief)
         if document is not None:
             found.append(Found(number, document, is_alive))
     past = _read_past(folder)  # last: another process may have added a document meanwhile
@@ -263,9 +267,9 @@ def _write(folder: Folder, name: str, document: dict[str, Any]) -> None:
     os.replace(path + ".new", path)
 
 
-def _read_document(folder: Folder, number: int) -> Document | None:
+def _read_document(folder: Folder, number: int, *, is_brief: bool = False) -> Document | None:
     """Return the document of a process; None if there is none that this version can read."""
-    return _read(folder, str(number), Document.load)
+    return _read(folder, str(number), partial(Document.load, is_brief=is_brief))
 
 
 def _read_past(folder: Folder) -> Past:

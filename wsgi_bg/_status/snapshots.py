@@ -108,7 +108,7 @@ def find_state(id: str, path: str | os.PathLike[str] | None) -> State | None:  #
         known += recorder.process().states_of(id)
     folder = None if path is None else _folder(path)
     if folder is not None:
-        found, past = files.read_all(folder)
+        found, past = files.read_all(folder, is_brief=True)
         documents += [each.document for each in found]
         known += files.states_of(folder, found, past, id)
     folders = Folders(documents, None if folder is None else folder.path)
