@@ -19,7 +19,9 @@ from wsgi_bg._loop import portal
 from wsgi_bg._loop.portal import PortalThread
 from wsgi_bg._outbox.stored import StoredMessages
 from wsgi_bg._process.per_process import PerProcess
+from wsgi_bg._request.layer import everywhere
 from wsgi_bg._request.unclosed import Collector, collectors
+from wsgi_bg._status.recorder import recorder
 from wsgi_bg._tasks.task import current
 from wsgi_bg.runners import shutdown, timer
 from wsgi_bg.runners.ledger import ledgers_here
@@ -30,6 +32,15 @@ pytest_plugins = ["pytester", "tests.django_fixtures"]
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     # Not in tests/servers/conftest.py, which only the workers of pytest -n load.
     table.write(terminalreporter)
+
+
+@pytest.fixture(autouse=True)
+def recorder_is_off() -> Iterator[None]:
+    """Let each test begin with a recorder that records nothing."""
+    recorder.turn_off()
+    yield
+    recorder.turn_off()
+    everywhere.clear()
 
 
 class Log:

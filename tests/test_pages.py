@@ -16,7 +16,9 @@ from wsgi_bg._status.recorder import recorder
 WITH_TESTS_OF_THEIR_OWN = {
     "docs/how-to/django.md": "tests/test_django_docs.py",
     "docs/how-to/servers.md": "tests/servers/test_stop.py",
+    "docs/how-to/logging.md": "tests/test_tracing_docs.py",
     "docs/how-to/serverless.md": "tests/test_serverless.py",
+    "docs/how-to/tracing.md": "tests/test_tracing_docs.py",
 }
 """Pages whose blocks do not run alone, each with the test that runs them."""
 

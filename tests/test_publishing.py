@@ -179,7 +179,7 @@ def test_a_result_that_is_ignored_is_nothing_to_celery(broker: Broker) -> None:
 def test_a_forged_header_that_is_no_text_sets_nothing() -> None:
     context = copy_context()
     forged: dict[str, Any] = {"x-correlation-id": 7, "traceparent": ["a"]}
-    headers.restore(context, forged.get)
+    headers.restore(context, forged)
     assert context[correlation_id] is None
     assert context[traceparent] is None
 

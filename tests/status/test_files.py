@@ -200,6 +200,23 @@ def test_nothing_is_written_while_nothing_changes(
     assert written
 
 
+def test_a_process_that_goes_on_after_a_drain_may_lose_tasks_again(tmp_path: Path) -> None:
+    handle(nothing, status_path=tmp_path)
+    process = recorder.process()
+
+    def has_ended() -> list[bool]:
+        return [each.document.has_ended for each in read_all(open_folder(tmp_path))[0]]
+
+    process.write()
+    assert has_ended() == [False]
+    process.end()
+    process.write()
+    assert has_ended() == [True]
+    handle(nothing, status_path=tmp_path)
+    process.write()
+    assert has_ended() == [False]
+
+
 def test_an_error_of_the_disk_is_logged_once_and_the_next_write_is_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: Log
 ) -> None:
@@ -220,6 +237,21 @@ def test_an_error_of_the_disk_is_logged_once_and_the_next_write_is_tried(
     monkeypatch.setattr(ProcessFile, "write", write)
     process.write()
     assert status.snapshot(tmp_path).counts.failed == 1
+
+
+def test_a_fault_of_the_package_does_not_end_the_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    def look(*given: object) -> None:
+        raise LookupError
+
+    handle(nothing, status_path=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("wsgi_bg._status.recorder.look", look)
+        recorder.process().write()
+    assert "the status of this process could not be written to its folder" in log.errors
+    recorder.process().write()
+    assert status.snapshot(tmp_path).counts.succeeded == 1
 
 
 def test_the_thread_is_started_again_if_no_thread_could_start(

@@ -473,7 +473,7 @@ class Reruns(Attached):
                 run_on="always", stop_on_error=stops, delay=0.0
             )
             context = copy_context()
-            headers.restore(context, json.loads(row.context or "{}").get)
+            headers.restore(context, json.loads(row.context or "{}"))
         except Exception as exc:  # a forged row
             extra = fields_of(row.name, row.id, "aside", "it cannot be read")
             message = "durable task %s was put aside: it cannot be read"

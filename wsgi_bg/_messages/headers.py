@@ -1,15 +1,16 @@
 """The headers of a task's message: a correlation id and the trace context.
 
-No other context variable is sent to a worker.
+No other context variable is sent to a worker. Hooks for a tracer add the tracer's headers.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import Context, ContextVar
 from types import NoneType
 
+from wsgi_bg._process import log
 from wsgi_bg.exceptions import OptionTypeError
 
 correlation_id: ContextVar[str | None] = ContextVar("wsgi_bg.correlation_id", default=None)
@@ -20,6 +21,12 @@ traceparent: ContextVar[str | None] = ContextVar("wsgi_bg.traceparent", default=
 """The trace context in W3C's format. If OpenTelemetry is imported and has a current span,
 the message carries the span's context; else the value of this variable."""
 
+carriers: dict[str, Callable[[dict[str, str]], object]] = {}
+"""Functions that add the headers of a tracer to those of a message, by the tracer's name."""
+
+carried: ContextVar[Mapping[str, str] | None] = ContextVar("wsgi_bg.carried", default=None)
+"""The headers of the message or the row, in a task that was sent or read from a file."""
+
 _HEADERS = {"x-correlation-id": correlation_id, "traceparent": traceparent}
 
 
@@ -28,22 +35,32 @@ def current() -> dict[str, str]:
 
     :raises TypeError: if a variable's value is neither a ``str`` nor None.
     """
-    found = {name: variable.get() for name, variable in _HEADERS.items()}
-    found.update(_from_opentelemetry())
-    for name, value in found.items():
+    found: dict[str, str] = {}
+    for name, variable in _HEADERS.items():
+        value = variable.get()
         if not isinstance(value, (str, NoneType)):
-            raise OptionTypeError(_HEADERS[name].name, value, "a str or None")
-    return {name: value for name, value in found.items() if value is not None}
+            raise OptionTypeError(variable.name, value, "a str or None")
+        if value is not None:
+            found[name] = value
+    if "opentelemetry" not in carriers:
+        found.update(_from_opentelemetry())
+    for name, carrier in list(carriers.items()):
+        try:
+            carrier(found)
+        except Exception as exc:
+            log.error("the trace of %s could not be added to a message", name, exc_info=exc)
+    return found
 
 
-def restore(context: Context, header: Callable[[str], object]) -> None:
+def restore(context: Context, given: Mapping[str, object]) -> None:
     """Give the variables in ``context`` the values that they had in ``add_task``.
 
-    :param header: returns the message's header of a name, or None.
+    :param given: the headers of the message, which may be forged.
     """
+    texts = {name: value for name, value in given.items() if isinstance(value, str)}
+    context.run(carried.set, texts)
     for name, variable in _HEADERS.items():
-        value = header(name)
-        context.run(variable.set, value if isinstance(value, str) else None)
+        context.run(variable.set, texts.get(name))
 
 
 def _from_opentelemetry() -> dict[str, str]:

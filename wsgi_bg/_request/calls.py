@@ -68,7 +68,17 @@ class Calls(Caller):
     :param queues: True if ``send`` does not block.
     """
 
-    __slots__ = ("_ends", "_may_send", "_queues", "_send", "_told", "_waits", "around", "hooks")
+    __slots__ = (
+        "_ends",
+        "_may_send",
+        "_queues",
+        "_send",
+        "_told",
+        "_told_of_batches",
+        "_waits",
+        "around",
+        "hooks",
+    )
 
     def __init__(
         self,
@@ -81,10 +91,10 @@ class Calls(Caller):
         queues: bool = False,
     ) -> None:
         self.hooks: tuple[Hooks, ...] = hooks
-        # The recorder is called directly, which takes half as long: it adds no task.
         others = tuple(each for each in hooks if each is not recorder)
         self._ends = _RECORDED if len(others) < len(hooks) else _NOT_RECORDED
         self._told = {name: overriding(others, name) for name in HOOKS}
+        self._told_of_batches = _of_batches(others)
         self.around: Around | None = around
         self._send = send
         self._may_send = may_send
@@ -107,8 +117,8 @@ class Calls(Caller):
         self, batch: Batch, tasks: BackgroundTasks, hooks: Sequence[Hooks], in_front: int
     ) -> None:
         """Call the hooks for a batch that is about to be handed over, and later."""
-        told = {name: overriding(hooks, name) for name in BATCH_HOOKS}
-        if any(told.values()):
+        told = self._told_of_batches if hooks == self.hooks else _of_batches(hooks)
+        if told is not None:
             assert tasks.handed_over_at is not None
             record = BatchRecord(
                 tasks,
@@ -395,6 +405,14 @@ class _Watch:
     def _tell(self, moment: str) -> None:
         for method in self._told[moment]:
             call_hook(None, moment, method, self._record)
+
+
+def _of_batches(
+    hooks: Sequence[Hooks],
+) -> dict[str, tuple[Callable[..., Any], ...]] | None:
+    """The methods about batches that the hooks override, by name; None if there are none."""
+    told = {name: overriding(hooks, name) for name in BATCH_HOOKS}
+    return told if any(told.values()) else None
 
 
 def overriding(hooks: Sequence[Hooks], name: str) -> tuple[Callable[..., Any], ...]:

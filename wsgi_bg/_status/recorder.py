@@ -236,6 +236,7 @@ class Process:
         self.lag: LoopLag = LoopLag()
         self._files: dict[str, ProcessFile] = {}
         self._written: tuple[object, ...] = ()
+        self._last_work: tuple[object, ...] = ()  # at the last drain
         self._ended: list[tuple[str, str, float]] = []
         self._right = {"to start": True}
         self._turns = Turns(delays_forks=False)
@@ -272,25 +273,35 @@ class Process:
         self.write(has_ended=True)
 
     def write(self, *, has_ended: bool = False) -> None:
-        """Write the status if it has changed."""
+        """Write the status if it has changed; an error is logged."""
         turn = self._turns.take(INTERVAL)
         if turn is None or self._is_stopped:
             return
         with turn:
-            recorder = self._recorder
-            self.journal.count()
-            live = look(self.journal.wall)
-            seen = self.journal.counted, live, recorder.durable, has_ended, recorder.folders
-            if seen != self._written:
-                ended = self.journal.new_ended
-                self._ended += [ended.popleft() for _ in range(len(ended))]
-                document = self._document(live, has_ended=has_ended)
-                are_written = [self._write_to(each, document) for each in recorder.folders]
-                if all(are_written):
-                    self._written, self._ended = seen, []
-                del self._ended[: -document.keep_done.number or None]
-            for folder in recorder.folders:
-                self._try(folder, lambda file: file.add_ended_processes())
+            try:
+                self._write(has_ended=has_ended)
+            except Exception as exc:  # a fault of this package must not end the thread
+                self._failed.log(exc, "its folder")
+
+    def _write(self, *, has_ended: bool) -> None:
+        recorder = self._recorder
+        self.journal.count()
+        live = look(self.journal.wall)
+        work = self.journal.counted, live.running_by_name, live.waiting
+        if has_ended:
+            self._last_work = work
+        has_ended = self._last_work == work  # else the process goes on after a drain
+        seen = self.journal.counted, live, recorder.durable, has_ended, recorder.folders
+        if seen != self._written:
+            ended = self.journal.new_ended
+            self._ended += [ended.popleft() for _ in range(len(ended))]
+            document = self._document(live, has_ended=has_ended)
+            are_written = [self._write_to(each, document) for each in recorder.folders]
+            if all(are_written):
+                self._written, self._ended = seen, []
+            del self._ended[: -document.keep_done.number or None]
+        for folder in recorder.folders:
+            self._try(folder, lambda file: file.add_ended_processes())
 
     def _write_to(self, folder: Folder, document: Document) -> bool:
         return self._try(folder, lambda file: file.write(document, self._ended))

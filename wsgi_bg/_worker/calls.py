@@ -71,7 +71,7 @@ def run_call(
     registration, task = _read(name, text)
     carried: Mapping[str, object] = given if isinstance(given, dict) else {}
     context = detached(copy_context())
-    headers.restore(context, carried.get)
+    headers.restore(context, carried)
     options = runner.options
     if options.calls is DIRECT:  # no middleware has the runner
         options = merge_options(options, runner=runner)

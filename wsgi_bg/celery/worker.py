@@ -129,7 +129,7 @@ def _run(self: Any, *args: Any, **kwargs: Any) -> Any:
     registration = call.registration
     task = BackgroundTask(registration.func, *call.args, **call.kwargs)
     context = detached(copy_context())
-    headers.restore(context, messages.headers_of(request).get)
+    headers.restore(context, messages.headers_of(request))
     calls = served.options.calls
     if _is_entered(calls):
         calls = calls.without_around()
