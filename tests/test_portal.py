@@ -14,6 +14,7 @@ from typing import Any
 
 import anyio
 import anyio.from_thread
+import anyio.lowlevel
 import anyio.to_thread
 import pytest
 
@@ -519,3 +520,16 @@ def test_a_call_that_is_cancelled_before_its_begin_does_not_begin() -> None:
     portal.portal().call(nothing)  # queued behind the first call
     assert futures.wait([future], TIMEOUT).done == {future}
     assert begun == []
+
+
+def test_async_tasks_run_if_sniffio_is_installed() -> None:
+    # anyio asks sniffio, which finds no task in a callback of the loop.
+    pytest.importorskip("sniffio")
+    libraries: list[str] = []
+
+    async def note_library() -> None:
+        await anyio.lowlevel.checkpoint()
+        libraries.append(anyio.get_cancelled_exc_class().__module__)
+
+    run(note_library)
+    assert libraries == ["asyncio.exceptions"]

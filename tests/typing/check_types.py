@@ -6,6 +6,7 @@ from typing import Any, Literal, assert_type
 from unittest.mock import ANY
 
 from flask import Flask
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
 from wsgi_bg import (
     BackgroundTask,
@@ -17,6 +18,7 @@ from wsgi_bg import (
     background_tasks,
     get_background_tasks,
     inject,
+    monitor,
     registered_task,
 )
 from wsgi_bg.flask import Background
@@ -119,6 +121,19 @@ Background(flask_app, failed_from=4.5)  # type: ignore[arg-type]
 Background("shop")  # type: ignore[arg-type]
 Background(flask_app, runner="threads")  # type: ignore[arg-type]
 Background(flask_app, run_on="sometimes")  # type: ignore[arg-type]
+
+
+def is_admin(environ: dict[str, Any]) -> bool:
+    return True
+
+
+page = monitor.Monitor(allowed=is_admin, actions=True, path="status")
+assert_type(page.path, str | None)
+Background(flask_app, monitor=page, monitor_at="/tasks")
+Background(flask_app, monitor=is_admin)  # type: ignore[arg-type]
+monitor.Monitor()  # type: ignore[call-arg]
+monitor.Monitor(allowed=True)  # type: ignore[arg-type]
+DispatcherMiddleware(flask_app, {"/tasks": page})
 
 
 @flask_app.get("/")

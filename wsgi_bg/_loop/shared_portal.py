@@ -6,6 +6,7 @@ Imports anyio: this module is imported on the portal's thread.
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
@@ -20,6 +21,13 @@ from anyio.from_thread import BlockingPortal
 from wsgi_bg._loop.coroutines import current_task, is_cancelled, separately
 from wsgi_bg._loop.portal_call import PortalCall
 from wsgi_bg.exceptions import SharedPortalError
+
+# anyio asks sniffio for the library if sniffio is installed. In a callback of the loop sniffio
+# sees no task, and so needs the name in the context, which anyio's own portal sets, too.
+_sniffio = sys.modules.get("sniffio")
+_name_library: Callable[[str], object] = (
+    str if _sniffio is None else _sniffio.current_async_library_cvar.set
+)
 
 
 class SharedPortal(BlockingPortal):
@@ -111,6 +119,7 @@ class SharedPortal(BlockingPortal):
     ) -> None:
         # anyio's method waits for the loop, which may be busy.
         def begin() -> None:
+            _name_library("asyncio")
             factory = self._loop.get_task_factory()
             self._loop.set_task_factory(self._make_task)  # that of a task may raise
             try:

@@ -118,3 +118,15 @@ def find_state(id: str, path: str | os.PathLike[str] | None) -> State | None:  #
         return stored_state
     known += folders.states_of_message(id)
     return min(known, key=_RANK.index, default=None)
+
+
+def durable_folders(path: str | os.PathLike[str] | None) -> list[Folder]:
+    """Return the folders whose tasks :attr:`~wsgi_bg.status.Snapshot.durable` shows.
+
+    :raises ValueError: if no process has ever used the folder ``path``.
+    """
+    documents = [Document(durable=recorder.durable)]
+    folder = None if path is None else _folder(path)
+    if folder is not None:
+        documents += [each.document for each in files.read_all(folder)[0]]
+    return Folders(documents, None if folder is None else folder.path).durable

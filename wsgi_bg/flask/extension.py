@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from wsgi_bg._request.layer import make_configured
 from wsgi_bg._request.middleware import BackgroundTasksMiddleware
-from wsgi_bg.exceptions import ExtraMissingError, InstalledTwiceError, OptionTypeError
+from wsgi_bg.exceptions import (
+    ExtraMissingError,
+    InstalledTwiceError,
+    OptionTypeError,
+    OptionValueError,
+)
 
 try:
     from flask import Flask, has_app_context
@@ -28,12 +33,13 @@ from wsgi_bg.flask.views import inject_views
 if TYPE_CHECKING:
     from contextvars import Context
 
-    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
     from flask.ctx import AppContext
 
     from wsgi_bg._tasks.options import OnError
     from wsgi_bg._tasks.task import RunOn
     from wsgi_bg.hooks import Hooks
+    from wsgi_bg.monitor import Monitor
     from wsgi_bg.runners import Runner
 
 # The extension's key in app.extensions.
@@ -48,12 +54,15 @@ class Background:
     ``g`` is the task's own, and ``teardown_appcontext`` functions are called when the task
     ends, on the thread that runs the task.
 
-    The options are those of :class:`~wsgi_bg.BackgroundTasksMiddleware`. :meth:`init_app`
-    also reads each option from ``app.config``, under the option's name in capitals with the
-    prefix ``WSGI_BG_``: ``WSGI_BG_RUNNER``, ``WSGI_BG_RUN_ON``. The configuration overrides
-    the code.
+    The options are those of :class:`~wsgi_bg.BackgroundTasksMiddleware`, and ``monitor`` and
+    ``monitor_at``. :meth:`init_app` also reads each option from ``app.config``, under the
+    option's name in capitals with the prefix ``WSGI_BG_``: ``WSGI_BG_RUNNER``,
+    ``WSGI_BG_RUN_ON``. The configuration overrides the code.
 
     :param app: the application; if omitted, call :meth:`init_app` for each application.
+    :param monitor: a :class:`~wsgi_bg.monitor.Monitor`, a page that shows the tasks; implies
+        ``status=True``, or ``status_path`` if the monitor has a path.
+    :param monitor_at: the path of the page (default ``"/background-tasks"``).
     :raises TypeError: if ``app`` is no Flask application, or an option has the wrong type.
     :raises ValueError: if an option is an unknown word, or a number out of range.
     :raises RuntimeError: if ``app`` has the extension already.
@@ -73,6 +82,8 @@ class Background:
         slow_after: float | None = None,
         status: bool | None = None,
         status_path: str | os.PathLike[str] | None = None,
+        monitor: Monitor | None = None,
+        monitor_at: str | None = None,
     ) -> None:
         self._options: dict[str, Any] = {
             "runner": runner,
@@ -85,6 +96,8 @@ class Background:
             "slow_after": slow_after,
             "status": status,
             "status_path": status_path,
+            "monitor": monitor,
+            "monitor_at": monitor_at,
         }
         if app is not None:
             self.init_app(app)
@@ -102,8 +115,8 @@ class Background:
             raise OptionTypeError("app", app, "a Flask application")
         if _NAME in app.extensions:
             raise InstalledTwiceError(app.name)
-        middleware = make_configured(partial(_Middleware, app), self._options, app.config.get)
-        app.wsgi_app = middleware  # type: ignore[method-assign]
+        wrapped: Any = make_configured(partial(_wrap, app), self._options, app.config.get)
+        app.wsgi_app = wrapped  # type: ignore[method-assign]
         app.extensions[_NAME] = self
 
     def __repr__(self) -> str:
@@ -111,6 +124,26 @@ class Background:
             f"{name}={value!r}" for name, value in self._options.items() if value is not None
         )
         return f"{type(self).__name__}({', '.join(given)})"
+
+
+def _wrap(app: Flask, *, monitor: Any, monitor_at: Any, **options: Any) -> WSGIApplication:
+    """Return the application in its middleware, with the monitor if there is one."""
+    if monitor is None:
+        if monitor_at is not None:
+            wanted = "given together with monitor, a wsgi_bg.monitor.Monitor"
+            raise OptionValueError("monitor_at", monitor_at, wanted)
+        return _Middleware(app, **options)
+    from wsgi_bg._monitor.mount import DEFAULT, Mount, check_path
+    from wsgi_bg.monitor import Monitor
+
+    if not isinstance(monitor, Monitor):
+        raise OptionTypeError("monitor", monitor, "a wsgi_bg.monitor.Monitor")
+    at = check_path(DEFAULT if monitor_at is None else monitor_at)
+    if options["status_path"] is None:
+        options["status_path"] = monitor.path
+    if options["status"] is None:
+        options["status"] = True
+    return Mount(_Middleware(app, **options), monitor, at)
 
 
 class _AppContexts:

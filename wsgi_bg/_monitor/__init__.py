@@ -1,0 +1,1 @@
+"""The status page: a WSGI application, its HTML page, script and style."""

@@ -1,0 +1,123 @@
+"""Durable tasks on the page: details of a task, and orders to retry and discard.
+
+The monitor writes no store: the process that owns a task obeys the order, as with
+``wsgi-bg tasks``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from wsgi_bg._durable.folder import Folder, is_of_parent
+from wsgi_bg._durable.inspection import ORDERS, Found, list_tasks, order
+from wsgi_bg._durable.writer import Turns
+from wsgi_bg._messages.codec import decode
+from wsgi_bg._process.per_process import PerProcess
+from wsgi_bg._status.stored import state_of
+from wsgi_bg.exceptions import MessageError, StoreError
+
+_LONGEST = 2_000  # characters of an argument
+_MOST = 100  # arguments
+_LONGEST_TRACEBACK = 20_000  # characters
+
+_TIMEOUT = 5.0  # seconds to wait while another thread reads
+
+_turns = PerProcess(Turns)  # for a fork waits until no thread is inside SQLite
+
+
+class RefusedError(Exception):
+    """The request cannot be answered, for a reason that the page shows.
+
+    :ivar status: the status of the response.
+    :ivar reason: the text for the page.
+    """
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.reason = reason
+
+
+def details(
+    folders: Sequence[Folder],
+    id: str,  # noqa: A002
+    *,
+    has_arguments: bool,
+    has_traceback: bool,
+) -> dict[str, Any]:
+    """Return the details of a task that the page may show.
+
+    :param folders: those of durable tasks.
+    :raises RefusedError: if no task has the id.
+    """
+    _, task = _find(folders, id, is_brief=False)[-1]
+    shown: dict[str, Any] = {}
+    if has_arguments:
+        shown["arguments"] = _arguments(task.outcome.row.arguments)
+    if has_traceback:
+        shown["traceback"] = task.outcome.traceback[-_LONGEST_TRACEBACK:]
+    return shown
+
+
+def give_order(folders: Sequence[Folder], id: str, what: str) -> str:  # noqa: A002
+    """Order the owner of a task to ``"retry"`` or to ``"discard"`` it; return the task's name.
+
+    :param folders: those of durable tasks.
+    :raises RefusedError: if no task has the id, or the state of the task does not allow that.
+    """
+    found = _find(folders, id, is_brief=True)
+    matching = [each for each in found if each[1].outcome.state in ORDERS[what]]
+    if not matching:
+        state = found[-1][1].outcome.state
+        raise RefusedError("409 Conflict", f"The task is {state} now: too late to {what}.")
+    try:
+        for folder, task in matching:
+            order(folder, task, what)
+    except StoreError as exc:
+        raise RefusedError("409 Conflict", str(exc)) from exc
+    return matching[-1][1].outcome.row.name
+
+
+def _find(
+    folders: Sequence[Folder],
+    id: str,  # noqa: A002
+    *,
+    is_brief: bool,
+) -> list[tuple[Folder, Found]]:
+    """Return the tasks that have the id, with their folders."""
+    turn = _turns.get().take(_TIMEOUT)
+    if turn is None:
+        raise RefusedError("503 Service Unavailable", "The folder is busy: try again.")
+    found: list[tuple[Folder, Found]] = []
+    with turn:
+        for folder in folders:
+            if any(is_of_parent(folder.file(number)) for number in folder.numbers()):
+                # SQLite would take the locks of the parent for its own.
+                instead = "use the command wsgi-bg tasks, or another worker"
+                raise RefusedError(
+                    "503 Service Unavailable",
+                    f"This process was forked while it had the folder open: {instead}.",
+                )
+            tasks = list_tasks(folder, lambda each: each.row.id == id, is_brief=is_brief)
+            found += [(folder, task) for task in tasks]
+    if not found:
+        if any(state_of(folder, id) is not None for folder in folders):
+            # Its owner has noted the end of the task, and writes the details within a second.
+            raise RefusedError(
+                "503 Service Unavailable", "The task is being written: try again."
+            )
+        raise RefusedError("404 Not Found", "The task is not there any more.")
+    return found
+
+
+def _arguments(text: str) -> list[str]:
+    """Return a text for each argument; rows may be forged."""
+    if not text:
+        return []
+    try:
+        args, kwargs = decode(text)
+    except MessageError:
+        return ["(cannot be read)"]
+    shown = [*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())]
+    return [each[:_LONGEST] for each in shown[:_MOST]]
