@@ -280,10 +280,13 @@ class Outbox:
         self._is_managed = False
         if self._is_used():  # a thread may have put a task meanwhile
             self._is_managed = True
-        return not self._is_managed
+            return False
+        self._close_idle(inf)
+        return True
 
     def _is_used(self) -> bool:
-        return bool(self._unsent) or time.monotonic() - self._last_put < IDLE_TIMEOUT
+        is_busy = bool(self._unsent or self._busy)  # a busy sender gives its connection back
+        return is_busy or time.monotonic() - self._last_put < IDLE_TIMEOUT
 
     def _close_idle(self, before: float) -> None:
         """Close connections that have not been used since ``before``."""
