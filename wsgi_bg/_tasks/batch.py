@@ -156,7 +156,7 @@ class Batch:
         """
         batch = Batch(self._queue, response_complete=False, status=self._status)
         batch._passed_over = self._passed_over
-        batch._watch = self._watch
+        batch.watch(self._watch)
         batch.on_done((self._end_with,))
         return batch
 
