@@ -9,6 +9,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -496,9 +498,20 @@ def fail(subject: Subject) -> None:
     raise ValueError
 
 
+class Entering(Hooks):
+    """Gives a context manager that refers to the record."""
+
+    def around(self, record: TaskRecord) -> Any:
+        @contextmanager
+        def manager() -> Iterator[None]:
+            yield record.data.setdefault("entered")
+
+        return manager()
+
+
 @pytest.mark.usefixtures("no_collection")
 @pytest.mark.parametrize("function", [fail, fail_later])
-@pytest.mark.parametrize("hooks", [None, Hooks()])
+@pytest.mark.parametrize("hooks", [None, Hooks(), Entering()])
 def test_the_arguments_of_a_task_that_failed_are_freed_without_a_collection(
     function: Any, hooks: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

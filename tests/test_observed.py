@@ -575,3 +575,16 @@ def test_tasks_that_are_run_by_hand_have_records_of_their_ends_too(
 
 def test_a_record_about_a_task_that_is_no_object_has_all_fields_too() -> None:
     assert fields_of("name", "id").keys() == task_fields(BackgroundTask(look)).keys()
+
+
+def test_each_context_is_left_if_leaving_another_raises() -> None:
+    class Broken(Hooks):
+        @contextmanager
+        def around(self, record: TaskRecord) -> Iterator[None]:
+            yield
+            raise OSError("not saved")
+
+    errors: list[BaseException] = []
+    request(look, hooks=[Sync(), Broken()], on_error=lambda task, exc: errors.append(exc))
+    assert seen == ["attempt 1", "left"]
+    assert [str(exc) for exc in errors] == ["not saved"]

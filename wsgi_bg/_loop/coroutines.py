@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Generator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from contextvars import Context
 from typing import TYPE_CHECKING, Any
 
@@ -129,7 +129,7 @@ class AwaitableInStack(Coroutine[Any, Any, Any]):
 
     __slots__ = ("_awaitable", "_stack", "has_begun")
 
-    def __init__(self, stack: ExitStack, awaitable: Awaitable[Any]) -> None:
+    def __init__(self, stack: AbstractContextManager[Any], awaitable: Awaitable[Any]) -> None:
         self._stack = stack
         self._awaitable = awaitable
         self.has_begun: bool = False

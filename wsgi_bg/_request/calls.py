@@ -6,17 +6,16 @@ Most layers have none of these: their tasks are called directly, and this module
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
     AsyncExitStack,
-    ExitStack,
 )
 from functools import partial
 from inspect import isawaitable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from wsgi_bg._loop.coroutines import AwaitableInStack
 from wsgi_bg._process import per_process
@@ -63,6 +62,7 @@ class Calls(Caller):
 
     __slots__ = (
         "_arounds",
+        "_has_contexts",
         "_is_simple",
         "_may_send",
         "_queues",
@@ -88,7 +88,8 @@ class Calls(Caller):
         self._told = {name: _functions(hooks, name) for name in HOOKS}
         self._told_of_batches = _of_batches(hooks)
         self._arounds = overriding(hooks, "around")
-        self._is_simple = not (self._arounds or around or self._told["task_started"])
+        self._has_contexts = bool(self._arounds or around)
+        self._is_simple = not (self._has_contexts or self._told["task_started"])
         self.around: Around | None = around
         self._send = send
         self._may_send = may_send
@@ -208,86 +209,51 @@ class Calls(Caller):
         self._tell_start(task)
         if per_process.generation != generation:  # a hook has forked: the parent makes the call
             return None
-        if self._arounds:
-            return self._make_inside(task, done)
-        if self.around is None:
+        if not self._has_contexts:
             return self._noted(task, _make(self, task, done))
-        inside = self._enter(task, self.around)
-        if per_process.generation != generation:
-            self._exit(inside, task, None)
-            return None
-        try:
-            result = super().make(task, done)
-        except BaseException as exc:
-            self._exit(inside, task, exc)
-            raise
-        if self._noted(task, result) is not None and isawaitable(result):
-            stack = ExitStack()
-            stack.push(partial(self._exit_of_stack, inside, task))
-            return AwaitableInStack(stack, result)
-        self._exit(inside, task, None)
-        return result
+        if self._arounds and task.is_async:
+            return self._make_inside_async(task)
+        # Not an ExitStack, which costs as much again as Flask's context.
+        with _Inside(task) as inside:
+            if not self._enter_all(task, inside):
+                return None
+            result = self._noted(task, _make(self, task, done))
+            if result is None or not isawaitable(result):
+                return result
+            return AwaitableInStack(inside.pop_all(), result)
 
-    def _make_inside(self, task: BackgroundTask, done: Done) -> Any:
-        """Make the call inside of the context managers of hooks: see :meth:`make`."""
-        makers: list[Callable[[], Any]] = [
-            partial(make, record) for record in task.record for make in self._arounds
-        ]
-        if self.around is not None:
-            makers.insert(0, self.around)
-        if task.is_async:
-            return self._make_inside_async(task, makers)
-        generation = per_process.generation
-        with ExitStack() as stack:
-            for make in makers:
-                _enter(task, stack, make())
-                if per_process.generation != generation:
-                    return None
-            result = self._noted(task, super().make(task, done))
-            if result is not None and isawaitable(result):
-                return AwaitableInStack(stack.pop_all(), result)
-        return result
-
-    async def _make_inside_async(
-        self, task: BackgroundTask, makers: list[Callable[[], Any]]
-    ) -> Any:
+    async def _make_inside_async(self, task: BackgroundTask) -> Any:
         async with AsyncExitStack() as stack:
-            for make in makers:
-                manager = make()
-                if hasattr(manager, "__aenter__"):
-                    await manager.__aenter__()
-                    stack.push_async_exit(partial(_leave_async, manager))
-                else:
-                    _enter(task, stack, manager)
-            return await self._noted(task, super().make(task, None))
+            await self._enter_all_async(task, stack)
+            return await self._noted(task, _make(self, task, None))
 
-    @staticmethod
-    def _enter(task: BackgroundTask, around: Around) -> AbstractContextManager[Any]:
-        # An ExitStack for each task costs as much again as Flask's context.
-        inside = around()
-        observe(task, inside.__enter__)
-        return inside
+    def _enter_all(self, task: BackgroundTask, inside: _Inside) -> bool:
+        """Enter the context managers of a call; False in a child that one has forked."""
+        # Not in make(), whose frame an error of the call refers to: no name there refers to the
+        # record, which refers to the error.
+        generation = per_process.generation
+        for make in self._makers(task):
+            inside.enter(make())
+            if per_process.generation != generation:
+                return False
+        return True
 
-    def _exit(
-        self,
-        inside: AbstractContextManager[Any],
-        task: BackgroundTask,
-        exc: BaseException | None,
-    ) -> None:
-        if exc is None:
-            observe(task, inside.__exit__, None, None, None)
-        else:
-            observe(task, inside.__exit__, type(exc), exc, exc.__traceback__)
+    async def _enter_all_async(self, task: BackgroundTask, stack: AsyncExitStack) -> None:
+        for make in self._makers(task):
+            manager = make()
+            if hasattr(manager, "__aenter__"):
+                await manager.__aenter__()
+                stack.push_async_exit(partial(_leave_async, manager))
+            else:
+                stack.enter_context(_Inside(task)).enter(manager)
 
-    def _exit_of_stack(
-        self,
-        inside: AbstractContextManager[Any],
-        task: BackgroundTask,
-        kind: object,
-        exc: BaseException | None,
-        traceback: object,
-    ) -> None:
-        self._exit(inside, task, exc)
+    def _makers(self, task: BackgroundTask) -> Iterator[Callable[[], Any]]:
+        """Functions that make the context managers of a call, the outermost first."""
+        if self.around is not None:
+            yield self.around
+        for record in task.record:
+            for around in self._arounds:
+                yield partial(around, record)
 
     @staticmethod
     def _noted(task: BackgroundTask, result: Any) -> Any:
@@ -429,27 +395,56 @@ def overriding(hooks: Sequence[Hooks], name: str) -> tuple[Callable[..., Any], .
     return tuple(each for each in methods if getattr(each, "__func__", None) is not base)
 
 
-def _enter(task: BackgroundTask, stack: ExitStack | AsyncExitStack, manager: Any) -> None:
-    """Enter a context manager of a hook, or of an application.
+class _Inside:
+    """The context managers in which a call is made; they cannot suppress its error."""
 
-    :raises TypeError: if the context manager is async only: nothing would await it here.
-    """
-    if manager is None:
-        return
-    if not hasattr(manager, "__enter__"):
-        raise AsyncContextError(task.name, manager)
-    observe(task, manager.__enter__)
-    stack.push(partial(_leave, task, manager))
+    __slots__ = ("_entered", "_task")
 
+    def __init__(self, task: BackgroundTask) -> None:
+        self._task = task
+        self._entered: list[AbstractContextManager[Any]] = []
 
-def _leave(
-    task: BackgroundTask,
-    manager: AbstractContextManager[Any],
-    kind: type[BaseException] | None,
-    exc: BaseException | None,
-    traceback: TracebackType | None,
-) -> None:  # and not what __exit__() returns: the error is not suppressed
-    observe(task, manager.__exit__, kind, exc, traceback)
+    def enter(self, manager: Any) -> None:
+        """Enter a context manager of an application or of a hook; None is ignored.
+
+        :raises TypeError: if the context manager is async only: nothing would await it here.
+        """
+        if manager is None:
+            return
+        if not hasattr(manager, "__enter__"):
+            raise AsyncContextError(self._task.name, manager)
+        observe(self._task, manager.__enter__)
+        self._entered.append(manager)
+
+    def pop_all(self) -> _Inside:
+        """Return an object that leaves the context managers in place of this object."""
+        other = _Inside(self._task)
+        other._entered, self._entered = self._entered, []
+        return other
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        error = exc
+        while self._entered:
+            manager = self._entered.pop()
+            try:
+                if error is None:
+                    observe(self._task, manager.__exit__, None, None, None)
+                else:
+                    observe(
+                        self._task, manager.__exit__, type(error), error, error.__traceback__
+                    )
+            except BaseException as new:
+                error = new
+        if error is not None and error is not exc:
+            raise error
 
 
 async def _leave_async(
