@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from celery import current_task
 from celery.exceptions import Ignore, Reject
 
 from tests.celery_support import filesystem
+from tests.conftest import Log
 from tests.support import TIMEOUT, Server, app_that, make_server_environ
 from tests.test_examples import wait_until
 from tests.test_outbox_seam import ListRunner
@@ -223,3 +225,24 @@ def test_a_call_by_hand_on_a_worker_has_no_hooks(tmp_path: Path) -> None:
     diary = attached(CeleryRunner(app, plain_calls=True))
     app.tasks["observed.works"]()
     assert diary.notes == []
+
+
+@pytest.mark.parametrize("engine", ["run_call", "celery"])
+@pytest.mark.parametrize(("name", "outcome"), [("works", "succeeded"), ("breaks", "failed")])
+def test_a_worker_logs_the_end_of_each_task(
+    engine: str, name: str, outcome: str, tmp_path: Path, log: Log
+) -> None:
+    if engine == "celery":
+        app = filesystem(tmp_path).app()
+        CeleryRunner(app)
+        app.tasks[f"observed.{name}"].apply(args=(TEXT,))
+    else:
+        with suppress(ValueError):
+            run_call(ListRunner(), f"observed.{name}", TEXT, {})
+    [record] = log.at(logging.DEBUG)
+    assert record.startswith(f"background task {__name__}.{name} has {outcome} after ")
+
+
+@registered_task(name="observed.breaks")
+def breaks() -> None:
+    raise ValueError

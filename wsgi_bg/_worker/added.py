@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-from wsgi_bg._status.recorder import recorder
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg._tasks.options import Options
 from wsgi_bg._tasks.task import BackgroundTask
 from wsgi_bg._tasks.task_log import log_dropped
 from wsgi_bg.exceptions import PublishError
-from wsgi_bg.runners.ledger import calls_on_worker, ledger_of
+from wsgi_bg.runners.ledger import ledger_of
 from wsgi_bg.runners.timer import Deferring
-
-
-@contextmanager
-def under_way(task: BackgroundTask) -> Iterator[None]:
-    """Let the status of this process have ``task`` while a worker makes the call."""
-    if recorder.is_on:
-        recorder.start()
-    calls_on_worker[task] = os.getpid()
-    try:
-        yield
-    finally:
-        calls_on_worker.pop(task, None)
 
 
 class AddedTasks:

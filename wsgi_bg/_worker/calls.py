@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from contextvars import copy_context
 from inspect import isawaitable
@@ -12,15 +11,13 @@ from wsgi_bg._loop import portal
 from wsgi_bg._loop.asgiref_state import detached
 from wsgi_bg._messages import headers, retries
 from wsgi_bg._messages.codec import decode
-from wsgi_bg._process import log
-from wsgi_bg._process.interrupts import type_name
 from wsgi_bg._request.layer import merge_options
 from wsgi_bg._tasks import registry
 from wsgi_bg._tasks.registry import Registration
 from wsgi_bg._tasks.retry import Plan
 from wsgi_bg._tasks.task import DIRECT, BackgroundTask, current
-from wsgi_bg._tasks.task_log import log_attempt, log_end
-from wsgi_bg._worker.added import AddedTasks, under_way
+from wsgi_bg._worker.added import AddedTasks
+from wsgi_bg._worker.observed import ObservedCall
 from wsgi_bg.exceptions import MessageError
 
 if TYPE_CHECKING:
@@ -83,9 +80,9 @@ def run_call(
         task.keep_id(id)
     calls = options.calls
     calls.received(task, added.tasks)
-    began = time.monotonic() if log.is_debug() else None
+    call = ObservedCall(task, calls, context)
     try:
-        with under_way(task):
+        with call:
             result = context.run(calls.make, task, None)
             if result is not None and isawaitable(result):
                 result, error = portal.wait_for(context, result)
@@ -93,21 +90,18 @@ def run_call(
                     raise error
     except Exception as exc:
         if retry is None or not retry.allows(attempt, exc):
-            context.run(calls.failed, task, exc)
+            call.failed(exc)
             added.hand_over()
             raise
         added.drop()
         seconds = retry.wait_before(attempt + 1)
-        context.run(log_attempt, task, exc, seconds)
-        context.run(calls.retried, task, exc, seconds)
+        call.retried(exc, seconds)
         raise RetryLater(seconds) from exc
-    except BaseException as exc:  # the worker is being stopped
-        context.run(calls.discarded, task, f"{type_name(exc)} stopped its worker")
+    except BaseException as exc:
+        call.stopped(exc)
         added.drop()
         raise
-    if began is not None:
-        context.run(log_end, task, began)
-    context.run(calls.finished, task)
+    call.finished()
     added.hand_over()
     return result
 

@@ -20,8 +20,8 @@ from wsgi_bg._tasks.options import Options
 from wsgi_bg._tasks.registry import Registration
 from wsgi_bg._tasks.retry import Plan
 from wsgi_bg._tasks.task import BackgroundTask, Caller, current
-from wsgi_bg._tasks.task_log import log_attempt
-from wsgi_bg._worker.added import AddedTasks, under_way
+from wsgi_bg._worker.added import AddedTasks
+from wsgi_bg._worker.observed import ObservedCall
 from wsgi_bg.celery import messages
 from wsgi_bg.celery.options import NO_OPTIONS
 from wsgi_bg.exceptions import (
@@ -142,29 +142,29 @@ def _run(self: Any, *args: Any, **kwargs: Any) -> Any:
         context.run(current.set, added.tasks)
         task.keep_id(request.id)
         calls.received(task, added.tasks)
+    observed = ObservedCall(task, calls, context)
     try:
-        with under_way(task):
+        with observed:
             result = _call(self, task, calls, context)
     except TaskPredicate as exc:  # raised by Celery's own functions: a retry, for example
         # Celery calls neither on_retry() nor after_return() for Ignore and Reject.
         if isinstance(exc, Retry):
-            context.run(calls.retried, task, exc.exc or exc, _seconds_to(exc))
+            observed.retried(exc.exc or exc, _seconds_to(exc), is_logged=False)
         else:
-            calls.discarded(task, f"it has raised Celery's {type(exc).__name__}")
+            observed.discarded(f"it has raised Celery's {type(exc).__name__}")
             _leave(request, again=getattr(exc, "requeue", False))
         raise
     except Exception as exc:
         if retry is None or not retry.allows(attempt, exc):
-            context.run(calls.failed, task, exc)
+            observed.failed(exc)
             raise
         seconds = retry.wait_before(attempt + 1)
-        context.run(log_attempt, task, exc, seconds)
-        context.run(calls.retried, task, exc, seconds)
+        observed.retried(exc, seconds)
         raise self.retry(exc=exc, countdown=seconds, max_retries=retry.attempts - 1) from exc
     except BaseException as exc:
-        calls.discarded(task, f"{type(exc).__name__} stopped its worker")
+        observed.stopped(exc)
         raise
-    context.run(calls.finished, task)
+    observed.finished()
     # Celery logs the result. The next task of a chain needs it, although none is stored.
     return result if call.is_plain or not self.ignore_result else None
 

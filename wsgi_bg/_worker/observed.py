@@ -1,0 +1,72 @@
+"""``ObservedCall``: a call on a worker, for the worker's hooks, log and status."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextvars import Context
+from typing import TYPE_CHECKING, Any
+
+from wsgi_bg._process import log
+from wsgi_bg._process.interrupts import type_name
+from wsgi_bg._status.recorder import recorder
+from wsgi_bg._tasks.task_log import log_attempt, log_end
+from wsgi_bg.runners.ledger import calls_on_worker
+
+if TYPE_CHECKING:
+    from wsgi_bg._tasks.task import BackgroundTask, Caller
+
+
+class ObservedCall:
+    """Tells the hooks and the log how a call ends; the status has it inside of ``with``.
+
+    :param task: the task, which this process has not added.
+    :param calls: calls the hooks; the hooks have a record if ``calls.received`` was called.
+    :param context: the context of the call.
+    """
+
+    def __init__(self, task: BackgroundTask, calls: Caller, context: Context) -> None:
+        self._task = task
+        self._calls = calls
+        self._run_in: Any = context.run
+        self._began = 0.0
+
+    def __enter__(self) -> None:
+        if recorder.is_on:
+            recorder.start()
+        calls_on_worker[self._task] = os.getpid()
+        self._began = time.monotonic()
+
+    def __exit__(self, *exc_info: object) -> None:
+        calls_on_worker.pop(self._task, None)
+
+    def finished(self) -> None:
+        """The call has returned."""
+        self._log_end()
+        self._run_in(self._calls.finished, self._task)
+
+    def failed(self, exc: BaseException) -> None:
+        """The call has raised, and the engine logs the error."""
+        self._log_end(exc)
+        self._run_in(self._calls.failed, self._task, exc)
+
+    def retried(self, exc: BaseException, seconds: float, *, is_logged: bool = True) -> None:
+        """The call has raised, and will be made again in ``seconds``.
+
+        :param is_logged: False if the engine logs the attempt.
+        """
+        if is_logged:
+            self._run_in(log_attempt, self._task, exc, seconds)
+        self._run_in(self._calls.retried, self._task, exc, seconds)
+
+    def discarded(self, reason: str) -> None:
+        """The call has ended in a way that is neither success nor failure."""
+        self._calls.discarded(self._task, reason)
+
+    def stopped(self, exc: BaseException) -> None:
+        """``exc`` stops the worker."""
+        self.discarded(f"{type_name(exc)} stopped its worker")
+
+    def _log_end(self, error: BaseException | None = None) -> None:
+        if log.is_debug():
+            self._run_in(log_end, self._task, self._began, error)
