@@ -15,6 +15,7 @@ import pytest
 
 import wsgi_bg
 from tests.conftest import Log
+from tests.post import Post, send
 from tests.support import (
     TIMEOUT,
     Environ,
@@ -219,6 +220,16 @@ def test_the_hooks_context_is_inside_of_the_applications() -> None:
     assert seen == ["shop", "outside", "shop"] * 2
 
 
+def test_the_base_class_gives_no_context_manager() -> None:
+    class Logged(Sync):
+        def around(self, record: TaskRecord) -> Any:
+            seen.append("around")
+            return Hooks.around(self, record)
+
+    request(look, hooks=Logged())
+    assert seen == ["around", "outside"]
+
+
 # Batches
 
 
@@ -311,6 +322,20 @@ def test_a_hook_of_a_batch_that_raises_harms_nothing(log: Log) -> None:
     assert seen == ["outside"]
     [error] = log.errors
     assert error.endswith("Broken.batch_begun raised for a batch")
+
+
+def test_a_batch_of_which_a_part_is_sent_has_each_moment_once() -> None:
+    hooks = Batches()
+    post = Post(local="inline")
+
+    def add(environ: Environ) -> None:
+        background_tasks.add_task(send, 1)
+        background_tasks.add_task(look)
+
+    respond(BackgroundTasksMiddleware(app_that(add), runner=post, hooks=hooks))
+    assert wsgi_bg.wait(TIMEOUT) == []
+    assert (post.got, seen) == ([1], ["outside"])
+    assert hooks.moments == ["handed over", "begun", "ended"]
 
 
 # Records
@@ -434,6 +459,7 @@ def labels(make: Any = None, **environ: Any) -> list[str | None]:
         app, request_label=make, on_error=lambda task, exc: found.append(task.request)
     )
     Server().run(app, make_server_environ(**environ))
+    assert wsgi_bg.wait(TIMEOUT) == []
     return found
 
 
@@ -473,6 +499,15 @@ def test_the_label_of_the_inner_layer_holds() -> None:
     )
     respond(BackgroundTasksMiddleware(inner, request_label=lambda environ: "outer"))
     assert found == ["inner"]
+
+
+@pytest.mark.usefixtures("no_request_left")
+def test_a_signal_in_the_function_for_the_label_goes_through() -> None:
+    def make(environ: Environ) -> str:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        labels(make)
 
 
 @pytest.mark.parametrize("make", ["GET", fail_async])

@@ -851,6 +851,12 @@ def test_the_outbox_goes_on_after_an_error_of_its_own(
     assert "the outbox of <" in log.errors[0]
 
 
+def test_a_task_that_comes_as_the_thread_begins_to_sleep_is_seen() -> None:
+    outbox: Any = Post()._states.get().outbox
+    outbox._queue.append("new")
+    outbox._sleep(10 * TIMEOUT, None)  # and the test would fail by its timeout
+
+
 def test_a_thread_that_is_about_to_end_sends_what_was_put_meanwhile(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -274,10 +274,26 @@ def raising_hook(name: str, error: type[BaseException]) -> Any:
     return hook
 
 
+@contextmanager
+def raising_logger() -> Iterator[dict[str, Any]]:
+    """A logger class of the user, of which no method works."""
+    logger = logging.getLogger("wsgi_bg")
+
+    def fail(*args: Any) -> Any:
+        raise ValueError("the logger is broken")
+
+    logger.isEnabledFor = fail  # type: ignore[assignment,method-assign]
+    try:
+        yield {}
+    finally:
+        del logger.isEnabledFor
+
+
 BREAKERS: dict[str, Any] = {
     "a handler's filter": raising_handler_filter,
     "the logger's filter": raising_logger_filter,
     "a handler": raising_handler,
+    "the logger": raising_logger,
     "on_error": raising_on_error,
     **{f"{name} with an error": raising_hook(name, ValueError) for name in MOMENTS},
     **{f"{name} with an exit": raising_hook(name, SystemExit) for name in MOMENTS},

@@ -203,6 +203,27 @@ def test_a_wrong_number_is_refused(given: Any) -> None:
         BackgroundTasksMiddleware(app_that(print), slow_after=given)
 
 
+def test_a_task_that_ends_while_its_stack_is_read_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, gate: Gate, log: Log
+) -> None:
+    read = threading.Event()
+
+    def stack_of(record: TaskRecord) -> str:
+        open_gate(gate)
+        read.set()
+        return "too late"
+
+    monkeypatch.setattr("wsgi_bg._request.slow._stack_of", stack_of)
+    request(gate.task)
+    assert read.wait(TIMEOUT)
+    monkeypatch.undo()
+    late = Gate()
+    request(late.task)  # the same thread has looked again
+    assert wait_until(lambda: bool(log.warnings))
+    open_gate(late)
+    assert "too late" not in log.warnings[0]
+
+
 GEVENT = """
 from gevent import monkey
 monkey.patch_all()

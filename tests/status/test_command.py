@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.status.support import fail, handle, nothing, process
 from tests.support import TIMEOUT
 from tests.test_examples import wait_until
 from wsgi_bg import BackgroundTasks, status
+from wsgi_bg._serving import cli
 from wsgi_bg._serving.cli import main
 from wsgi_bg._status.files import ProcessFile, open_folder
 from wsgi_bg._status.recorder import recorder
@@ -188,3 +190,17 @@ def test_a_wrong_status_path_is_one_line(
         "wsgi-bg: --status-path must be the path of a folder on a local disk"
     )
     assert error.count("\n") == 1
+
+
+def test_the_options_are_for_each_middleware_of_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wsgi_bg._serving.log_tasks import TaskLog
+
+    everywhere: list[object] = []
+    monkeypatch.setattr(cli, "everywhere", everywhere)
+    cli._watch(Namespace(log_tasks=False, status_path=None))
+    assert everywhere == []
+    cli._watch(Namespace(log_tasks=True, status_path=str(tmp_path)))
+    assert [type(each) for each in everywhere] == [TaskLog, type(recorder)]
+    assert [folder.path for folder in recorder.folders] == [str(tmp_path)]

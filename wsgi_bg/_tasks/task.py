@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context, ContextVar, copy_context
 from functools import partial
 from inspect import CO_COROUTINE
@@ -82,12 +82,15 @@ def known_id(task: BackgroundTask) -> str | None:
     return _ids.get(task) if _ids.data else None  # type: ignore[attr-defined]
 
 
-def tasks_with_ids() -> Iterator[tuple[BackgroundTask, str]]:
+def tasks_with_ids() -> list[tuple[BackgroundTask, str]]:
     """The tasks whose id was read, with their ids."""
-    for reference, id in list(_ids.data.items()):  # type: ignore[attr-defined]  # noqa: A001
-        task = reference()
-        if task is not None:
-            yield task, id
+    # items() of the weak dictionary may raise while other threads add ids.
+    known: Any = _ids.data  # type: ignore[attr-defined]
+    return [
+        (task, id)
+        for reference, id in list(known.items())  # noqa: A001
+        if (task := reference()) is not None
+    ]
 
 
 class Caller:
@@ -99,8 +102,8 @@ class Caller:
     hooks: Any = ()  # a tuple of wsgi_bg.hooks.Hooks objects
 
     def without_around(self) -> Caller:
-        """The same caller for calls that are made in the application's context already."""
-        return DIRECT
+        """The same caller without :attr:`around`; called only if there is one."""
+        raise NotImplementedError
 
     def received(self, task: BackgroundTask, batch: Any) -> None:
         """``task`` of another process is in ``batch``, a ``BackgroundTasks``."""

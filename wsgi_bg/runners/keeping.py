@@ -131,6 +131,10 @@ class KeepingCaller(Caller):
         """See :class:`Caller`."""
         return self.inner.around
 
+    def without_around(self) -> Caller:
+        """See :class:`Caller`; on a worker, the runner's file has no row of the task."""
+        return self.inner.without_around()
+
     @property
     def hooks(self) -> Any:
         """See :class:`Caller`."""
