@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from celery import current_task
+from celery import Celery, Task, current_task
 from celery.exceptions import Ignore, Reject
+from flask import Flask
 
 from tests.celery_support import filesystem
 from tests.conftest import Log
@@ -29,6 +30,7 @@ from wsgi_bg import (
     registered_task,
 )
 from wsgi_bg.celery import CeleryRunner
+from wsgi_bg.flask import Background
 from wsgi_bg.hooks import Hooks, TaskRecord
 from wsgi_bg.outbox import RetryLater, run_call
 
@@ -185,6 +187,25 @@ def test_hooks_see_how_a_task_leaves_by_celerys_own_means(
     diary = attached(CeleryRunner(app))
     app.tasks["observed.leaves"].apply(args=(json.dumps([1, [how], {}]),))
     assert diary.notes == notes
+
+
+@pytest.mark.parametrize("has_folder", [False, True])
+def test_hooks_see_a_call_in_the_context_of_the_applications_own_task_class(
+    tmp_path: Path, *, has_folder: bool
+) -> None:
+    flask = Flask("shop")
+
+    class FlaskTask(Task):  # type: ignore[misc]  # as Flask's documentation has it
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            with flask.app_context():
+                return self.run(*args, **kwargs)
+
+    app = Celery("shop", task_cls=FlaskTask, set_as_current=False)
+    diary = Diary()
+    outbox = tmp_path / "tasks" if has_folder else None
+    Background(flask, CeleryRunner(app, outbox=outbox), hooks=diary)
+    assert app.tasks["observed.works"].apply(args=(TEXT,)).state == "SUCCESS"
+    assert diary.notes == moments("finished")
 
 
 KILLED = """

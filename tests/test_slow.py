@@ -12,7 +12,7 @@ import pytest
 
 import wsgi_bg
 from tests.conftest import Log
-from tests.support import TIMEOUT, Gate, app_that, respond, run_python
+from tests.support import TIMEOUT, Gate, app_that, make_environ, respond, run_python
 from tests.test_examples import wait_until
 from wsgi_bg import BackgroundTasksMiddleware, background_tasks, portal
 from wsgi_bg.exceptions import OptionError
@@ -142,12 +142,13 @@ def test_each_task_has_a_time_of_its_own(log: Log) -> None:
     app = BackgroundTasksMiddleware(
         app_that(lambda environ: background_tasks.add_task(environ["gate"].task)),
         runner="pool",
-        slow_after=0.05,
+        slow_after=0.3,
     )
-    from tests.support import make_environ
-
-    for gate in (first, second):
-        respond(app, make_environ(gate=gate))
+    slow_tasks: Any = app._options.calls.hooks[0]
+    respond(app, make_environ(gate=first))
+    # The thread waits for the first to be slow, and needs no wake for the second.
+    assert wait_until(lambda: not slow_tasks._watches.get()._is_idle)
+    respond(app, make_environ(gate=second))
     assert wait_until(lambda: len(log.warnings) == 2)
     first.open()
     second.open()
