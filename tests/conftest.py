@@ -90,10 +90,11 @@ def no_request_left() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_message_left() -> Iterator[None]:
-    """Give up the messages that a test has left: ``wait()`` of the next test waits for all."""
+    """Give up the messages and waits that a test has left: the next test would see them."""
     yield
     for ledger in ledgers_here():
         ledger.abandon_unsent()
+        ledger.abandon_waiting()
     close_stores()
 
 
