@@ -273,7 +273,8 @@ def test_a_child_of_a_pools_task_is_not_seen_by_a_real_servers_clients(end: str)
             *["parent saw status 0"] * 2,
         ]
     )
-    assert [line for line in done.logged if "fork" not in line] == []
+    # waitress warns if its two threads are busy for a moment.
+    assert [line for line in done.logged if "fork" not in line and "queue" not in line] == []
 
 
 WATCHERS = {
