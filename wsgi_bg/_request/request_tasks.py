@@ -157,8 +157,8 @@ class RequestTasks(Deferring):
                 return  # in a forked child: the tasks belong to the parent
             if invocation.freezes and self._invocation is None:
                 invocation.warn_of_freezing(environ)
-            self.note_request(environ)
             batch = self._make_batch(environ, outcome, closed)
+            self.note_request(environ)
             if not batch.discard_excluded(list(self._list or ())):
                 return
             self._submit(batch)
