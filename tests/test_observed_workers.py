@@ -260,7 +260,7 @@ def test_a_worker_logs_the_end_of_each_task(
     else:
         with suppress(ValueError):
             run_call(ListRunner(), f"observed.{name}", TEXT, {})
-    [record] = log.at(logging.DEBUG)
+    [record] = [each for each in log.at(logging.DEBUG) if __name__ in each]
     assert record.startswith(f"background task {__name__}.{name} has {outcome} after ")
 
 
