@@ -7,6 +7,7 @@ import time
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from wsgi_bg._process.clock import on_the_wall
 from wsgi_bg._process.interrupts import type_name
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class _Record:
-    """What the records of tasks and of batches have in common."""
+    """Base class of the records of tasks and of batches."""
 
     __slots__ = ("__weakref__", "_data", "batch", "ended_at")
 
@@ -147,17 +148,17 @@ class TaskRecord(_Record):
     @property
     def added_time(self) -> float:
         """:attr:`added_at` by the clock on the wall."""
-        return time.time() - (time.monotonic() - self.added_at)
+        return on_the_wall(self.added_at)
 
     @property
     def started_time(self) -> float | None:
         """:attr:`started_at` by the clock on the wall."""
-        return _on_the_wall(self.started_at)
+        return None if self.started_at is None else on_the_wall(self.started_at)
 
     @property
     def ended_time(self) -> float | None:
         """:attr:`ended_at` by the clock on the wall."""
-        return _on_the_wall(self.ended_at)
+        return None if self.ended_at is None else on_the_wall(self.ended_at)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.task.name}>"
@@ -191,10 +192,6 @@ class BatchRecord(_Record):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.length} tasks, {self.in_front} in front>"
-
-
-def _on_the_wall(moment: float | None) -> float | None:
-    return None if moment is None else time.time() - (time.monotonic() - moment)
 
 
 class Hooks:

@@ -17,14 +17,15 @@ from typing import Literal
 from weakref import WeakKeyDictionary
 
 from wsgi_bg._process import greenlets, per_process
+from wsgi_bg._process.clock import on_the_wall
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._process.repeated import RepeatedError
 from wsgi_bg._process.workers import Workers
+from wsgi_bg._status.live import load
 from wsgi_bg._tasks.checks import whole_number
 from wsgi_bg.exceptions import ExtraMissingError, OptionTypeError, OptionValueError
 from wsgi_bg.hooks import Hooks, TaskRecord
 from wsgi_bg.runners.ledger import batches_under_way, ledgers_here
-from wsgi_bg.runners.pool import pools_here
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, values
@@ -321,22 +322,18 @@ def _look() -> dict[str, float]:
         task = batch.next_task if left else None
         for record in [] if task is None else list(task.record):
             oldest = min(oldest, record.handed_over_at or oldest)
-    ledgers = ledgers_here()
-    pools = pools_here()
-    alive = sum(pool.threads_alive for pool in pools)
-    idle = sum(pool.threads_idle for pool in pools)
-    limits = (pool.max_pending for pool in pools)
+    now = load()
     found = (
-        sum(pool.ledger.length for pool in pools),
-        sum(float("inf") if limit is None else limit for limit in limits),
+        now.pending,
+        float("inf") if now.max_pending is None else now.max_pending,
         waiting,
         running,
-        sum(later.length() for ledger in ledgers for later in list(ledger.waiting)),
-        sum(len(ledger.unsent) for ledger in ledgers),
-        max(0, alive - idle),
-        idle,
-        sum(pool.threads for pool in pools),
-        0.0 if oldest == float("inf") else time.time() - (time.monotonic() - oldest),
+        sum(later.length() for ledger in ledgers_here() for later in list(ledger.waiting)),
+        now.outbox,
+        now.threads_busy,
+        now.threads_idle,
+        now.threads,
+        0.0 if oldest == float("inf") else on_the_wall(oldest),
     )
     return dict(zip(_GAUGES, found, strict=True))
 

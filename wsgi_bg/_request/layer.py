@@ -67,10 +67,9 @@ def merge_options(
 ) -> Options:
     """Return the options of the outer layer, in which each option that is not None is set.
 
-    :param option_hooks: hooks for options of this layer; each replaces one of its class.
-
     Returns ``outer`` itself if there is none.
 
+    :param option_hooks: hooks for options of this layer; each replaces one of its class.
     :raises ValueError: if ``run_on`` or ``failed_from`` is out of range.
     :raises TypeError: if an option is of the wrong type.
     """

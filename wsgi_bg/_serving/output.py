@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 
+from wsgi_bg._process.printable import printable
+
 _WIDEST = 80  # characters of a cell of a table
 
 
@@ -41,15 +43,6 @@ def moment(seconds: float) -> datetime | None:
         return datetime.fromtimestamp(seconds, UTC) if seconds > 0.0 else None
     except (OverflowError, ValueError, OSError):
         return None
-
-
-def printable(text: str) -> str:
-    """Escape each character that a terminal could obey."""
-    if text.isprintable():
-        return text
-    return "".join(
-        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
-    )
 
 
 def say(text: str) -> None:

@@ -9,7 +9,8 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 
-from wsgi_bg._serving.output import local_time, printable, say, table
+from wsgi_bg._process.printable import printable
+from wsgi_bg._serving.output import local_time, say, table
 from wsgi_bg._serving.usage import Parser, UsageError
 from wsgi_bg._status.model import NameCounts, ProcessStatus, Snapshot, Times
 from wsgi_bg._status.snapshots import take_snapshot

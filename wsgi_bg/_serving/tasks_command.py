@@ -21,7 +21,8 @@ from wsgi_bg._durable.folder import Folder, check_folder
 from wsgi_bg._durable.inspection import ORDERS, Found, is_used, list_tasks, order
 from wsgi_bg._durable.rows import Outcome
 from wsgi_bg._messages.codec import decode
-from wsgi_bg._serving.output import cell, local_time, moment, printable, say, table
+from wsgi_bg._process.printable import printable
+from wsgi_bg._serving.output import cell, local_time, moment, say, table
 from wsgi_bg._serving.usage import Parser, UsageError
 from wsgi_bg.exceptions import MessageError, StoreError
 

@@ -98,7 +98,7 @@ def look(wall: Callable[[float], float] | None) -> Live:
         dict(Counter(task.name for task in running)),
         dict(waiting),
         _ids() if wall is not None else {},
-        _load(),
+        load(),
     )
 
 
@@ -157,7 +157,8 @@ def states_of(id: str) -> Iterator[State]:  # noqa: A002
                 yield state
 
 
-def _load() -> Load:
+def load() -> Load:
+    """Return the load of this process."""
     pools = pools_here()
     ledgers = ledgers_here()
     alive = sum(pool.threads_alive for pool in pools)

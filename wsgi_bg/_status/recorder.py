@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from wsgi_bg._durable.writer import Turns
 from wsgi_bg._loop import portal
 from wsgi_bg._process import log, per_process
+from wsgi_bg._process.clock import on_the_wall
 from wsgi_bg._process.greenlets import event, event_for_thread
 from wsgi_bg._process.interrupts import type_name
 from wsgi_bg._process.per_process import PerProcess
@@ -214,7 +215,7 @@ def _failure(record: TaskRecord) -> Failure:
         record.task.name,
         record.task.id,  # the log record of the failure has the id, too
         record.request,
-        time.time() - (time.monotonic() - ended_at),
+        on_the_wall(ended_at),
         record.attempt,
         getpid(),
         type_name(error),

@@ -13,7 +13,7 @@ from wsgi_bg._process.interrupts import is_from_signal_handler, safe_repr, stops
 from wsgi_bg._tasks import successors, task_log
 from wsgi_bg._tasks.options import DEFAULTS, OnError, Options
 from wsgi_bg._tasks.registry import WhenUnsent
-from wsgi_bg._tasks.request_label import printable, request_label
+from wsgi_bg._tasks.request_label import request_label, shortened
 from wsgi_bg._tasks.retry import Retry
 from wsgi_bg._tasks.task import BackgroundTask, RunOn, current, fill, plan_of
 from wsgi_bg.exceptions import BatchEndedError, TaskTypeError
@@ -112,7 +112,7 @@ class BackgroundTasks:
                 raise
             log.error("request_label raised", exc_info=exc)
         else:
-            self._request = printable(label)
+            self._request = shortened(label)
 
     @property
     def handed_over_at(self) -> float | None:

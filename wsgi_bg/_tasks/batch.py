@@ -219,7 +219,7 @@ class Batch:
     @property
     def next_is_async(self) -> bool | None:
         """True if the next task runs on the portal; None if no task is left."""
-        task = self._queue.next_unclaimed()
+        task = self.next_task
         return None if task is None else task.is_async
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from wsgi_bg._process.printable import printable
+
 _LONGEST = 500  # characters
 
 
@@ -13,13 +15,9 @@ def request_label(method: str, script_name: str | None, path_info: str | None) -
     path = (script_name or "") + (path_info or "")
     if not path.isascii():
         path = path.encode("latin-1", "replace").decode("utf-8", "replace")
-    return printable(f"{method} {path}")
+    return shortened(f"{method} {path}")
 
 
-def printable(label: str) -> str:
+def shortened(label: str) -> str:
     """Return ``label``, at most 500 characters, with escapes for line breaks and controls."""
-    label = label[:_LONGEST]
-    if label.isprintable():
-        return label
-    escaped = (each if each.isprintable() else ascii(each)[1:-1] for each in label)
-    return "".join(escaped)[:_LONGEST]
+    return printable(label[:_LONGEST])[:_LONGEST]

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from wsgi_bg._process import log, per_process
+from wsgi_bg._process.clock import on_the_wall
 from wsgi_bg._process.interrupts import is_from_signal_handler, type_name
 from wsgi_bg._tasks.successors import observe, observe_log
 
@@ -41,7 +42,6 @@ def fields(
     """
     record = task.record[0] if task.record else None
     root = task.root if record is None else record.batch.root
-    now, clock = time.time(), time.monotonic()
     found = fields_of(task.name, task.id, outcome, reason)
     found["wsgi_bg_attempt"] = task.attempt
     found["wsgi_bg_error"] = None if error is None else _kind_of(error)
@@ -49,12 +49,12 @@ def fields(
         found["wsgi_bg_request"] = root.request
         found["wsgi_bg_runner"] = type_name(root.options.runner)
     if record is not None:
-        found["wsgi_bg_added"] = now - (clock - record.added_at)
+        found["wsgi_bg_added"] = record.added_time
         found["wsgi_bg_wait"] = record.wait
         started = started or record.started_at
     if started is not None:
-        found["wsgi_bg_started"] = now - (clock - started)
-        found["wsgi_bg_duration"] = clock - started
+        found["wsgi_bg_started"] = on_the_wall(started)
+        found["wsgi_bg_duration"] = time.monotonic() - started
     return found
 
 
