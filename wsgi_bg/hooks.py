@@ -275,10 +275,10 @@ class Hooks:
 
 
 class OptionHooks(Hooks):
-    """Hooks that an option of the middleware adds; ``hooks=`` of an inner layer keeps them.
+    """Hooks that an option of the middleware adds; ``hooks=`` of an inner layer keeps them."""
 
-    The methods do not raise, and add no task.
-    """
+    is_direct: bool = False
+    """True if no method raises or adds a task: they are called directly, in half the time."""
 
 
 BATCH_HOOKS: tuple[str, ...] = ("batch_handed_over", "batch_begun", "batch_ended")

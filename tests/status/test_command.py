@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -204,3 +205,20 @@ def test_the_options_are_for_each_middleware_of_the_process(
     cli._watch(Namespace(log_tasks=True, status_path=str(tmp_path)))
     assert [type(each) for each in everywhere] == [TaskLog, type(recorder)]
     assert [folder.path for folder in recorder.folders] == [str(tmp_path)]
+
+
+def test_a_filter_that_raises_for_a_line_stops_no_task(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from wsgi_bg._serving.log_tasks import TaskLog, logger
+
+    def refuse(record: object) -> bool:
+        raise ValueError("a filter of the application")
+
+    tasks = TaskLog()
+    monkeypatch.setattr(logger, "filters", [refuse])
+    done: list[int] = []
+    handle(partial(done.append, 1), partial(done.append, 2), hooks=tasks, status=None)
+    assert done == [1, 2]
+    assert "TaskLog.task_finished raised for background task" in caplog.text
+    logger.handlers.clear()

@@ -374,14 +374,14 @@ def _of_batches(
 def _functions(hooks: Sequence[Hooks], name: str) -> tuple[Callable[[TaskRecord], object], ...]:
     """Functions that call the method ``name`` of ``hooks``, and log their errors."""
     return tuple(
-        # OptionHooks add no task and do not raise: they are called directly, in half the time.
-        method if _is_of_option(method) else partial(_call, name, method)
+        method if _is_direct(method) else partial(_call, name, method)
         for method in overriding(hooks, name)
     )
 
 
-def _is_of_option(method: object) -> bool:
-    return isinstance(getattr(method, "__self__", None), OptionHooks)
+def _is_direct(method: object) -> bool:
+    hooks = getattr(method, "__self__", None)
+    return isinstance(hooks, OptionHooks) and hooks.is_direct
 
 
 def _call(name: str, method: Callable[..., object], record: TaskRecord) -> None:

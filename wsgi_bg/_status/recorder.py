@@ -50,6 +50,8 @@ class Recorder(OptionHooks):
     journal, and does not wait for any other thread.
     """
 
+    is_direct = True
+
     def __init__(self) -> None:
         self.is_on: bool = False
         self._folders: dict[str, Folder] = {}
