@@ -51,7 +51,7 @@ from tests.test_encoding import CARRIED
 from tests.test_examples import text_of, wait_until
 from wsgi_bg import Retry, background_tasks
 from wsgi_bg._messages.codec import encode
-from wsgi_bg._tasks.registry import find
+from wsgi_bg._tasks.registry import Registration, find
 from wsgi_bg.celery import correlation_id, traceparent
 
 QUEUES = ("-Q", "celery,other")
@@ -223,7 +223,7 @@ def test_a_time_limit_ends_an_async_task_on_the_loop(shop: Shop, tmp_path: Path)
 def text(func: Any, *args: Any) -> str:
     registration = find(func)
     assert registration is not None
-    return encode(registration.name, registration.signature, args, {})
+    return encode(registration, args, {})
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,8 @@ def test_a_message_with_a_name_that_is_not_registered_is_refused_and_logged(
         "builtins.eval": [f"open({str(forged)!r}, 'w')"],
     }.get(name, [str(forged)])
     shop.forge(name, args, task_id=marker)
-    ours = encode(name, inspect.signature(not_registered), [str(forged)], {})
+    signature = inspect.signature(not_registered)
+    ours = encode(Registration(name, not_registered, signature, None), [str(forged)], {})
     shop.forge(name, [ours], task_id=f"{marker}-2")
     shop.works(tmp_path / "after")
     assert wait_until(lambda: f"{marker}-2" in shop.worker.log)

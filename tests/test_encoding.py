@@ -9,6 +9,7 @@ import math
 import sys
 import uuid
 from collections import OrderedDict, defaultdict
+from collections.abc import Callable
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from typing import Any
@@ -17,6 +18,7 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from wsgi_bg._messages.codec import MAX_DEPTH, decode, encode
+from wsgi_bg._tasks.registry import Registration
 from wsgi_bg.exceptions import ArgumentError, MessageError, WsgiBgError
 
 
@@ -24,13 +26,13 @@ def order(order: Any, count: int = 1, *rest: Any, note: Any = None, **more: Any)
     pass
 
 
-SIGNATURE = inspect.signature(order)
+ORDER = Registration("shop.order", order, inspect.signature(order), None)
 BERLIN = ZoneInfo("Europe/Berlin")
 EAST = timezone(timedelta(hours=5, minutes=45, seconds=1, microseconds=7))
 
 
 def written(*args: Any, **kwargs: Any) -> str:
-    return encode("shop.order", SIGNATURE, args, kwargs)
+    return encode(ORDER, args, kwargs)
 
 
 def carried(value: Any) -> Any:
@@ -230,8 +232,38 @@ def test_a_long_key_is_shown_in_part() -> None:
     assert len(caught.value.argument) < 50
 
 
+FUNCTIONS: list[Callable[..., object]] = [
+    lambda: None,
+    lambda first, second: None,
+    lambda first, second=1, /, third=2: None,
+    lambda first, *rest: None,
+    lambda *rest, note=None, **more: None,
+    lambda first=1, *, note: None,
+    lambda first, **more: None,
+]
+
+
+@pytest.mark.parametrize("count", range(5))
+@pytest.mark.parametrize("number", range(len(FUNCTIONS)))
+def test_as_many_positional_arguments_are_taken_as_the_function_takes(
+    number: int, count: int
+) -> None:
+    function, args = FUNCTIONS[number], list(range(count))
+    registration = Registration("shop.any", function, inspect.signature(function), None)
+    try:
+        function(*args)
+    except TypeError:
+        with pytest.raises(TypeError, match="was not added"):
+            encode(registration, args, {})
+    else:
+        assert decode(encode(registration, args, {})) == (args, {})
+
+
 def strict(first: int, *, second: int) -> None:
     pass
+
+
+STRICT = Registration("shop.strict", strict, inspect.signature(strict), None)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +278,7 @@ def test_arguments_that_the_function_does_not_take_are_refused(
     args: tuple[Any, ...], kwargs: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(TypeError) as caught:
-        encode("shop.strict", inspect.signature(strict), args, kwargs)
+        encode(STRICT, args, kwargs)
     assert str(caught.value) == f"shop.strict was not added, it would not run: {reason}"
 
 

@@ -158,7 +158,7 @@ def test_a_function_that_is_not_registered_runs_in_this_process(shop: Shop) -> N
 def text_for(func: Any, *args: Any) -> str:
     registration = find(func)
     assert registration is not None
-    return encode(registration.name, registration.signature, args, {})
+    return encode(registration, args, {})
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from tests.test_tasks_command import at_gate, forge, id_of, leave_failed
 from wsgi_bg._durable import folder as folders
 from wsgi_bg._messages.codec import encode
 from wsgi_bg._monitor import durable
+from wsgi_bg._tasks.registry import Registration
 
 
 @pytest.fixture
@@ -144,8 +145,9 @@ def test_arguments_that_are_forged_or_gone_are_shown_as_such(shop: Shop) -> None
 
 
 def test_long_arguments_are_cut() -> None:
-    signature = inspect.signature(lambda *args, key: None)
-    text = encode("name", signature, ("x" * 10_000, *range(500)), {"key": 5})
+    called = lambda *args, key: None  # noqa: E731
+    registration = Registration("name", called, inspect.signature(called), None)
+    text = encode(registration, ("x" * 10_000, *range(500)), {"key": 5})
     shown = durable._arguments(text)
     assert (len(shown), len(shown[0]), shown[1]) == (100, 2_000, "0")
 

@@ -6,7 +6,6 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from wsgi_bg._durable.store import Store
 from wsgi_bg._messages.codec import encode
 from wsgi_bg._status import stored
 from wsgi_bg._status.recorder import recorder
+from wsgi_bg._tasks.registry import find
 from wsgi_bg.outbox import Connection, OutboxRunner, run_call
 
 
@@ -234,7 +234,9 @@ def test_the_call_of_a_worker_is_shown(tmp_path: Path) -> None:
     runner = Sends()
     visit(int, runner=runner, status_path=tmp_path)
     held = gate("worker")
-    arguments = encode("durable.wait_at", signature(wait_at), ["worker"], {})
+    registration = find(wait_at)
+    assert registration is not None
+    arguments = encode(registration, ["worker"], {})
     call = threading.Thread(
         target=run_call, args=(runner, "durable.wait_at", arguments, {}, 1, "an-id")
     )

@@ -179,7 +179,7 @@ class DurableRunner(KeepingRunner):
         registration = registry.find(task.func)
         if registration is None:
             return None
-        text = encode(registration.name, registration.signature, task.args, task.kwargs)
+        text = encode(registration, task.args, task.kwargs)
         options = ""
         if task.options.stop_on_error or task.options.retry is not None:
             options = _options_of(task)

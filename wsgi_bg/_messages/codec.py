@@ -24,6 +24,7 @@ from typing import Any
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
+from wsgi_bg._tasks.registry import POSITIONAL, Registration
 from wsgi_bg.exceptions import ArgumentError, MessageError
 
 VERSION = 1
@@ -34,7 +35,6 @@ MAX_DEPTH = 100
 
 _MARK = "$"  # the first character of keys that name a type that JSON lacks
 _MICROSECOND = timedelta(microseconds=1)
-_POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 _SMALL = 2**63  # larger numbers are sent in hexadecimal: Python limits decimal digits
 _dumps = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
@@ -58,18 +58,18 @@ class _RefusedError(Exception):
         self.path: list[Any] = []
 
 
-def encode(
-    name: str, signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> str:
-    """Encode the arguments of one call as ASCII text.
+def encode(registration: Registration, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """Encode the arguments of a call of a registered function as ASCII text.
 
     :raises TypeError: if the function does not accept the arguments, or an argument cannot
         be sent. The message names the argument and the reason, never the value.
     """
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError as exc:
-        raise ArgumentError(name, "", str(exc)) from None
+    name, signature = registration.name, registration.signature
+    if kwargs or len(args) not in registration.positional:  # bind() takes as long as the rest
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as exc:
+            raise ArgumentError(name, "", str(exc)) from None
     # A name may be of a subclass of str.
     named = {str.__str__(argument): value for argument, value in kwargs.items()}
     try:
@@ -106,7 +106,7 @@ def decode(text: object) -> tuple[list[Any], dict[str, Any]]:
 def _positional(signature: Signature, index: int) -> str:
     """Name the parameter of a positional argument; bind() has checked that it exists."""
     parameters = signature.parameters.values()
-    names = [each.name for each in parameters if each.kind in _POSITIONAL]
+    names = [each.name for each in parameters if each.kind in POSITIONAL]
     if index < len(names):
         return names[index]
     rest = next(each.name for each in parameters if each.kind is Parameter.VAR_POSITIONAL)

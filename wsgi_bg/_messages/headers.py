@@ -8,7 +8,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from contextvars import Context, ContextVar
+from functools import cache
 from types import NoneType
+from typing import Any
 
 from wsgi_bg._process import log
 from wsgi_bg.exceptions import OptionTypeError
@@ -63,11 +65,16 @@ def restore(context: Context, given: Mapping[str, object]) -> None:
         context.run(variable.set, texts.get(name))
 
 
+@cache
+def _propagator() -> Any:
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    return TraceContextTextMapPropagator()
+
+
 def _from_opentelemetry() -> dict[str, str]:
     if "opentelemetry.trace" not in sys.modules:
         return {}
-    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
     carrier: dict[str, str] = {}
-    TraceContextTextMapPropagator().inject(carrier)
+    _propagator().inject(carrier)
     return {name: value for name, value in carrier.items() if name in _HEADERS}

@@ -60,7 +60,7 @@ def encode_call(task: BackgroundTask, known: EngineOptions | None = None) -> Enc
         return None
     options = {**(registration.engine or {}), **given}
     entries("engine", options, known or {})
-    text = encode(registration.name, registration.signature, task.args, task.kwargs)
+    text = encode(registration, task.args, task.kwargs)
     carried = headers_of_call(task.options.retry)
     delay = task.options.delay
     due = time.time() + delay if delay else 0.0

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 import reprlib
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import Parameter
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, overload
 
@@ -24,6 +26,9 @@ from wsgi_bg.exceptions import (
 
 if TYPE_CHECKING:
     from wsgi_bg._tasks.retry import Retry
+
+POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+"""The kinds of parameters that take one positional argument."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -53,6 +58,18 @@ class Registration:
     retry: Retry | None = None
     when_unsent: WhenUnsent | None = None
     engine: Mapping[str, Any] | None = None
+
+    @functools.cached_property
+    def positional(self) -> range:
+        """The numbers of arguments that the function accepts if all of them are positional."""
+        parameters = self.signature.parameters.values()
+        places = [each for each in parameters if each.kind in POSITIONAL]
+        needed = [each for each in parameters if each.default is Parameter.empty]
+        if any(each.kind is Parameter.KEYWORD_ONLY for each in needed):
+            return range(0)
+        is_open = any(each.kind is Parameter.VAR_POSITIONAL for each in parameters)
+        most = sys.maxsize - 1 if is_open else len(places)
+        return range(sum(each in places for each in needed), most + 1)
 
 
 # Guards the three collections below. Reentrant, because a listener may import a module that

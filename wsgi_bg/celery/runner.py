@@ -153,7 +153,7 @@ class CeleryRunner(OutboxRunner):
         celery_task = self._app.tasks.get(name)
         if not celery_worker.is_served(celery_task):
             raise NameTakenError(name, f"a task of {self._app!r}")
-        text = encode(name, registration.signature, task.args, task.kwargs)
+        text = encode(registration, task.args, task.kwargs)
         carried = headers_of_call(task.options.retry)
         of_function = (registration.celery or NO_OPTIONS).message
         engine = for_one_call(registration.engine or {})
