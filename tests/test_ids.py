@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import threading
+import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import durable_shop as shop
-from tests.support import TIMEOUT, Server, app_that, make_server_environ
+from tests.support import TIMEOUT, Server, app_that, make_server_environ, run_python
 from tests.test_examples import wait_until
 from wsgi_bg import (
     BackgroundTask,
@@ -45,6 +46,43 @@ def test_add_task_returns_the_task_and_each_task_has_an_id() -> None:
     assert isinstance(first.id, str)
     assert first.id == first.id
     assert first.id != second.id
+
+
+def test_many_tasks_on_many_threads_have_as_many_ids() -> None:
+    found: list[str] = []
+    barrier = threading.Barrier(4)
+
+    def read() -> None:
+        barrier.wait(TIMEOUT)
+        found.extend(BackgroundTask(print).id for _ in range(5_000))
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT)
+    assert len(set(found)) == 20_000
+    assert {uuid.UUID(each).version for each in found} == {4}
+
+
+def test_a_forked_process_has_other_ids_than_its_parent() -> None:
+    process = run_python(
+        """
+        import os
+        from wsgi_bg import BackgroundTask
+
+        BackgroundTask(print).id  # the parent has made ids, of which the child knows
+        pid = os.fork()
+        ids = [BackgroundTask(print).id for _ in range(5)]
+        if pid:
+            os.waitpid(pid, 0)
+        os.write(1, ("\\n".join(ids) + "\\n").encode())
+        if not pid:
+            os._exit(0)
+        """
+    )
+    ids = process.stdout.split()
+    assert len(set(ids)) == len(ids) == 10, process.stderr
 
 
 def test_threads_that_read_the_id_at_once_get_the_same() -> None:
