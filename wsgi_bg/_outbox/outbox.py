@@ -107,10 +107,10 @@ class Unsent:
         task: BackgroundTask,
         context: Context,
         stored: Stored,
+        now: float,
         wait: float,
         ledger: Ledger,
     ) -> None:
-        now = time.monotonic()
         self.task: BackgroundTask = task
         self.context: Context = context
         self.stored: Stored = stored
@@ -214,17 +214,15 @@ class Outbox:
         is_held = stored.message.when_unsent == "hold"
         wait = limits.hold_for if is_held else limits.publish_timeout
         context = task.context or task.new_context()
-        unsent = Unsent(task, context, stored, wait, self._ledger)
-        self._last_put = time.monotonic()  # before the next line: see _is_over()
-        self.start()
-        wakers: Any = map(self._wakers.pop, ("wake",), (int,))
-        steps: Any = (
-            partial(self._unsent.setdefault, unsent),
-            partial(self._queue.append, unsent),
-            # Calls the function that wakes the manager's thread, or int() if it does not sleep.
-            partial(deque, map(call, wakers), 0),
-        )
-        return partial(Queued, map(call, steps), 0)
+        now = time.monotonic()
+        unsent = Unsent(task, context, stored, now, wait, self._ledger)
+        self._last_put = now  # before the next line: see _is_over()
+        if not self._is_managed:
+            self.start()
+        # Calls the function that wakes the manager's thread, or int() if it does not sleep.
+        waking: Any = map(call, map(self._wakers.pop, ("wake",), (int,)))
+        steps: Any = (self._unsent.setdefault, self._queue.append, deque)
+        return partial(Queued, map(call, steps, (unsent, unsent, waking)), 0)
 
     def start(self) -> bool:
         """Start the thread that gives tasks to the senders; False if no thread can start."""
