@@ -247,7 +247,7 @@ def test_a_fault_of_the_package_does_not_end_the_thread(
 
     handle(nothing, status_path=tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("wsgi_bg._status.recorder.look", look)
+        patch.setattr("wsgi_bg._status.process.look", look)
         recorder.process().write()
     assert "the status of this process could not be written to its folder" in log.errors
     recorder.process().write()
@@ -261,7 +261,7 @@ def test_the_thread_is_started_again_if_no_thread_could_start(
         raise RuntimeError("can't start new thread")
 
     with monkeypatch.context() as patch:
-        patch.setattr("wsgi_bg._status.recorder.start_daemon", start)
+        patch.setattr("wsgi_bg._status.process.start_daemon", start)
         handle(nothing, status_path=tmp_path)
     assert not (tmp_path / "1.status").exists()
     handle(nothing, status_path=tmp_path)
@@ -271,7 +271,7 @@ def test_the_thread_is_started_again_if_no_thread_could_start(
 def test_a_thread_that_cannot_have_the_turn_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wsgi_bg._status.recorder.INTERVAL", 0.01)
+    monkeypatch.setattr("wsgi_bg._status.process.INTERVAL", 0.01)
     handle(nothing, status_path=tmp_path)
     process = recorder.process()
     assert wait_until((tmp_path / "1.status").exists)

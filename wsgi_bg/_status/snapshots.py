@@ -13,7 +13,8 @@ from wsgi_bg._status.document import Document, Past
 from wsgi_bg._status.files import Found, find_folder
 from wsgi_bg._status.live import look, states_of
 from wsgi_bg._status.model import NameCounts, Snapshot, State
-from wsgi_bg._status.recorder import recorder, status_of_process
+from wsgi_bg._status.process import status_of_process
+from wsgi_bg._status.recorder import recorder
 from wsgi_bg.runners.ledger import ledgers_here
 from wsgi_bg.runners.pool import pools_here
 
