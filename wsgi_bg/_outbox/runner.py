@@ -20,9 +20,8 @@ from wsgi_bg._process.interrupts import type_name
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._process.repeated import RepeatedWarning
 from wsgi_bg._tasks import registry
-from wsgi_bg._tasks.checks import seconds, whole_number
+from wsgi_bg._tasks.checks import WhenUnsent, check_when_unsent, seconds, whole_number
 from wsgi_bg._tasks.options import Options
-from wsgi_bg._tasks.registry import WhenUnsent, check_when_unsent
 from wsgi_bg._tasks.task import BackgroundTask, Queue, Queued, fill, plan_of
 from wsgi_bg.exceptions import MessageError, OptionTypeError
 from wsgi_bg.runners import Runner, resolve

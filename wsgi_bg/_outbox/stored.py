@@ -14,7 +14,7 @@ from wsgi_bg._process import log
 from wsgi_bg._process.greenlets import event
 from wsgi_bg._process.repeated import RepeatedError
 from wsgi_bg._process.threads import start_daemon
-from wsgi_bg._tasks.registry import WhenUnsent
+from wsgi_bg._tasks.checks import WhenUnsent
 from wsgi_bg._tasks.task_log import fields_of
 from wsgi_bg.exceptions import MessageError, StoreError
 

@@ -11,8 +11,8 @@ from typing import Any, ParamSpec, Protocol
 from wsgi_bg._process import log, per_process
 from wsgi_bg._process.interrupts import is_from_signal_handler, safe_repr, stops_worker
 from wsgi_bg._tasks import successors, task_log
+from wsgi_bg._tasks.checks import WhenUnsent
 from wsgi_bg._tasks.options import DEFAULTS, OnError, Options
-from wsgi_bg._tasks.registry import WhenUnsent
 from wsgi_bg._tasks.request_label import request_label, shortened
 from wsgi_bg._tasks.retry import Retry
 from wsgi_bg._tasks.task import BackgroundTask, RunOn, current, fill, plan_of

@@ -1,14 +1,18 @@
-"""Checks of options that are numbers, and of dictionaries of options."""
+"""Checks of options that several modules have: numbers, dictionaries, ``when_unsent``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from math import inf, isfinite
+from typing import Literal, get_args
 
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError
 
 Kind = tuple[tuple[type, ...], str]
 """The types of an option, and the words for them in an error message."""
+
+WhenUnsent = Literal["hold", "local", "discard"]
+"""For a task that cannot be sent: keep it, run it in this process, or give it up."""
 
 
 def whole_number(
@@ -73,3 +77,9 @@ def entries(option: str, given: Mapping[str, object], known: Mapping[str, Kind])
             raise OptionTypeError(f"{option}[{name!r}]", value, words)
         if isinstance(value, float) and not isfinite(value):
             raise OptionValueError(f"{option}[{name!r}]", value, "a finite number")
+
+
+def check_when_unsent(given: object) -> None:
+    """Raise ``ValueError`` unless ``given`` is a value of ``when_unsent`` or None."""
+    if given is not None and given not in get_args(WhenUnsent):
+        raise OptionValueError("when_unsent", given, "'hold', 'local' or 'discard'")

@@ -8,10 +8,8 @@ from typing import Any, get_args
 
 from wsgi_bg._tasks import successors
 from wsgi_bg._tasks.callables import is_plain
-from wsgi_bg._tasks.checks import whole_number
+from wsgi_bg._tasks.checks import WhenUnsent, check_when_unsent, whole_number
 from wsgi_bg._tasks.registry import (
-    WhenUnsent,
-    check_when_unsent,
     copy_engine_options,
     has_retries,
     options_of,

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from importlib import import_module
 from inspect import Parameter
 from types import FunctionType, MethodType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from wsgi_bg._process.interrupts import type_name
 from wsgi_bg._tasks import successors
 from wsgi_bg._tasks.callables import is_async_callable, name_of
+from wsgi_bg._tasks.checks import WhenUnsent, check_when_unsent
 from wsgi_bg.exceptions import (
     NameTakenError,
     OptionTypeError,
@@ -33,9 +34,6 @@ POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 F = TypeVar("F", bound=Callable[..., Any])
 
 _NOT_GIVEN: Any = object()
-
-WhenUnsent = Literal["hold", "local", "discard"]
-"""For a task that cannot be sent: keep it, run it in this process, or give it up."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,12 +149,6 @@ def registered_task(
     if func is not _NOT_GIVEN:
         return _register(func, name, options, retry, when_unsent, engine)
     return lambda func: _register(func, name, options, retry, when_unsent, engine)
-
-
-def check_when_unsent(given: object) -> None:
-    """Raise ``ValueError`` unless ``given`` is a value of ``when_unsent`` or None."""
-    if given is not None and given not in get_args(WhenUnsent):
-        raise OptionValueError("when_unsent", given, "'hold', 'local' or 'discard'")
 
 
 def copy_engine_options(given: object) -> dict[str, Any]:

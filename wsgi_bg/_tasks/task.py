@@ -21,7 +21,7 @@ from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._tasks.callables import NOT_PLAIN, is_async_callable, name_of
 
 if TYPE_CHECKING:
-    from wsgi_bg._tasks.registry import WhenUnsent
+    from wsgi_bg._tasks.checks import WhenUnsent
     from wsgi_bg._tasks.retry import Plan, Retry
 
 P = ParamSpec("P")

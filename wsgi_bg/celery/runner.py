@@ -15,8 +15,9 @@ from wsgi_bg._outbox.stored import Message
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._request.layer import merge_options
 from wsgi_bg._tasks import registry
+from wsgi_bg._tasks.checks import WhenUnsent
 from wsgi_bg._tasks.options import Options
-from wsgi_bg._tasks.registry import Registration, WhenUnsent
+from wsgi_bg._tasks.registry import Registration
 from wsgi_bg.celery.options import NO_OPTIONS, TIMES, for_one_call, refuse_time
 from wsgi_bg.exceptions import (
     ExtraMissingError,

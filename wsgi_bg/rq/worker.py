@@ -11,12 +11,12 @@ from wsgi_bg._worker.calls import RetryLater, run_call
 from wsgi_bg.exceptions import MessageError
 
 if TYPE_CHECKING:
-    from wsgi_bg.rq.runner import RQRunner
+    from wsgi_bg.outbox import OutboxRunner
 
 ENTRY = f"{__name__}.run"
 
-runners: dict[str, RQRunner] = {}
-"""The runners of this process by the names of their queues, in the order of their making."""
+runners: dict[str, OutboxRunner] = {}
+"""Each ``RQRunner`` of this process by the name of its queue, in the order of their making."""
 
 
 def run(name: str, text: str, headers: dict[str, str]) -> Retry | None:
