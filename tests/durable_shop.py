@@ -159,6 +159,7 @@ def add_on_a_thread(value: Any) -> None:
     def add() -> None:
         assert opened.wait(10)
         tasks.add_task(write, value)
+        gate("added").set()
 
     threading.Thread(target=context.run, args=[add]).start()
 

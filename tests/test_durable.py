@@ -724,7 +724,8 @@ def test_a_task_that_a_thread_adds_when_its_task_has_ended_is_stored(
     shop.gate("gate")
     assert shop.begun["gate"].wait(TIMEOUT)
     shop.gate("thread").set()
-    assert wait_until(lambda: waiting(runner) == ["durable.wait_at", "durable.write"])
+    assert shop.gate("added").wait(TIMEOUT)
+    assert waiting(runner) == ["durable.wait_at", "durable.write"]
     shop.gate("gate").set()
     assert shop.wait_for(2) == ["gate", "a"]
 

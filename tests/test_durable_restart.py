@@ -318,9 +318,9 @@ def test_a_thread_adds_a_task_that_is_stored_after_the_attempt_that_started_the_
     shop.gate("gate")
     assert shop.begun["gate"].wait(TIMEOUT)
     shop.gate("thread").set()
-    path = Path(runner.path)
-    assert wait_until(lambda: len(left(path)) == 3)
-    assert left(path)[-1].row.name == "durable.write"
+    assert shop.gate("added").wait(TIMEOUT)  # the row is stored before the batch has the task
+    found = left(Path(runner.path))
+    assert [each.row.name for each in found][2:] == ["durable.write"]
     shop.gate("gate").set()
     assert shop.wait_for(2) == ["gate", "a"]
 
