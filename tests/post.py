@@ -42,6 +42,7 @@ class Post(OutboxRunner):
         self.is_up = True
         self.got: list[Any] = []
         self.connections: list[Connection] = []
+        self.not_connected: list[AwayError] = []
         self.before: Callable[[Any], object] = lambda value: None
 
     def message(self, task: BackgroundTask) -> Message | None:
@@ -55,7 +56,8 @@ class Post(OutboxRunner):
 
     def connect(self) -> Connection:
         if not self.is_up:
-            raise AwayError
+            self.not_connected.append(AwayError())
+            raise self.not_connected[-1]
         self.connections.append(Connection(self))
         return self.connections[-1]
 
