@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from os import getpid
-from types import FunctionType
 from typing import TYPE_CHECKING
 
 from wsgi_bg._process import log
@@ -16,6 +15,7 @@ from wsgi_bg._status.files import open_folder
 from wsgi_bg._status.journal import MAX_ENTRIES, Entry, Journal
 from wsgi_bg._status.model import Failure, State
 from wsgi_bg._status.numbers import DISCARDED, FAILED, RETRIED, SENT
+from wsgi_bg._tasks.callables import name_of
 from wsgi_bg._tasks.task import known_id
 from wsgi_bg.hooks import OptionHooks, TaskRecord
 from wsgi_bg.runners.keeping import KeepingRunner
@@ -125,15 +125,10 @@ class Recorder(OptionHooks):
         """Record a task that has succeeded."""
         journal = self._journal or self._begin()
         task = record.task
-        func = task.func
-        if type(func) is FunctionType and func.__module__:
-            name = f"{func.__module__}.{func.__qualname__}"  # task.name, in a fifth of the time
-        else:
-            name = task.name
         successes = journal.successes
         successes.append(
             (
-                name,
+                name_of(task.func),
                 record.handed_over_at,
                 record.started_at,  # type: ignore[arg-type]  # not None, as the next
                 record.ended_at,
