@@ -6,7 +6,7 @@ Most layers have none of these: their tasks are called directly, and this module
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
@@ -64,7 +64,9 @@ class Calls(Caller):
         "_arounds",
         "_has_contexts",
         "_is_simple",
+        "_makers",
         "_may_send",
+        "_outer",
         "_queues",
         "_send",
         "_told",
@@ -88,7 +90,10 @@ class Calls(Caller):
         self._told = {name: _functions(hooks, name) for name in HOOKS}
         self._told_of_batches = _of_batches(hooks)
         self._arounds = overriding(hooks, "around")
-        self._has_contexts = bool(self._arounds or around)
+        # Functions that make the context managers of a call, the outermost first.
+        self._outer = () if around is None else (lambda *record: around(),)
+        self._makers = (*self._outer, *self._arounds)
+        self._has_contexts = bool(self._makers)
         self._is_simple = not (self._has_contexts or self._told["task_started"])
         self.around: Around | None = around
         self._send = send
@@ -232,28 +237,22 @@ class Calls(Caller):
         # Not in make(), whose frame an error of the call refers to: no name there refers to the
         # record, which refers to the error.
         generation = per_process.generation
-        for make in self._makers(task):
-            inside.enter(make())
+        record = [*task.record]  # empty if the end of the task was reported meanwhile
+        for make in self._makers if record else self._outer:
+            inside.enter(make(*record))
             if per_process.generation != generation:
                 return False
         return True
 
     async def _enter_all_async(self, task: BackgroundTask, stack: AsyncExitStack) -> None:
-        for make in self._makers(task):
-            manager = make()
+        record = [*task.record]
+        for make in self._makers if record else self._outer:
+            manager = make(*record)
             if hasattr(manager, "__aenter__"):
                 await manager.__aenter__()
                 stack.push_async_exit(partial(_leave_async, manager))
             else:
                 stack.enter_context(_Inside(task)).enter(manager)
-
-    def _makers(self, task: BackgroundTask) -> Iterator[Callable[[], Any]]:
-        """Functions that make the context managers of a call, the outermost first."""
-        if self.around is not None:
-            yield self.around
-        for record in task.record:
-            for around in self._arounds:
-                yield partial(around, record)
 
     @staticmethod
     def _noted(task: BackgroundTask, result: Any) -> Any:
