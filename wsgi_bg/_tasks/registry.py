@@ -61,13 +61,13 @@ class Registration:
     def positional(self) -> range:
         """The numbers of arguments that the function accepts if all of them are positional."""
         parameters = self.signature.parameters.values()
-        places = [each for each in parameters if each.kind in POSITIONAL]
-        needed = [each for each in parameters if each.default is Parameter.empty]
-        if any(each.kind is Parameter.KEYWORD_ONLY for each in needed):
+        needed = [each.kind for each in parameters if each.default is Parameter.empty]
+        if Parameter.KEYWORD_ONLY in needed:
             return range(0)
-        is_open = any(each.kind is Parameter.VAR_POSITIONAL for each in parameters)
-        most = sys.maxsize - 1 if is_open else len(places)
-        return range(sum(each in places for each in needed), most + 1)
+        fewest = sum(kind in POSITIONAL for kind in needed)
+        if Parameter.VAR_POSITIONAL in needed:
+            return range(fewest, sys.maxsize)
+        return range(fewest, sum(each.kind in POSITIONAL for each in parameters) + 1)
 
 
 # Guards the three collections below. Reentrant, because a listener may import a module that

@@ -74,8 +74,8 @@ _ids: WeakKeyDictionary[BackgroundTask, str] = WeakKeyDictionary()
 _IDS_AT_ONCE = 64
 
 _random: PerProcess[list[bytes]] = PerProcess(list)
-"""Random bytes for the next ids, by ids. ``os.urandom()`` releases the GIL, and while other
-threads run tasks a request would wait 30 us to get the GIL back."""
+"""The random bytes of the next ids. ``os.urandom()`` releases the GIL: with tasks on other
+threads, a request would wait 30 us for each id to get the GIL back."""
 
 
 def _new_id() -> str:
@@ -83,7 +83,7 @@ def _new_id() -> str:
     ready = _random.get()
     if not ready:
         block = os.urandom(16 * _IDS_AT_ONCE)
-        ready.extend(block[start : start + 16] for start in range(0, len(block), 16))
+        ready.extend([block[start : start + 16] for start in range(0, len(block), 16)])
     try:
         text = ready.pop().hex()
     except IndexError:  # other threads have taken all of them
