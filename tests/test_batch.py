@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from inspect import CORO_CLOSED, getcoroutinestate
@@ -182,6 +183,26 @@ def test_an_abandoned_task_is_not_logged_again_for_want_of_a_loop(
     assert [task.func for task in left] == [make]
     assert log.errors == []
     assert getcoroutinestate(made[0]) == CORO_CLOSED
+
+
+def test_a_task_that_no_loop_can_be_had_for_is_logged_without_a_duration(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def never() -> None:
+        pytest.fail("there is no loop")
+
+    def fail() -> None:
+        raise OSError
+
+    monkeypatch.setattr(portal, "_thread", fail)
+    caplog.set_level(logging.DEBUG, logger="wsgi_bg")
+    tasks = [BackgroundTask(list), BackgroundTask(never)]
+    Batch(TaskQueue(tasks), response_complete=True).run()
+    ended = [
+        (record.levelname, record.wsgi_bg_outcome, record.wsgi_bg_duration is not None)  # type: ignore[attr-defined]
+        for record in caplog.records
+    ]
+    assert ended == [("DEBUG", "succeeded", True), ("ERROR", "failed", False)]
 
 
 def test_batches_outlive_a_loop_that_a_stray_task_has_ended(log: Log, gate: Gate) -> None:

@@ -496,6 +496,7 @@ class Batch:
             return
         if context is None:
             context = task.take_context(self._queue)
+            self._call_began = None  # the task has not been called
         self._fail(task, context, exc)
         self._queue.drop(task)
 
