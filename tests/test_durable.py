@@ -52,7 +52,7 @@ from wsgi_bg._durable.store import Store
 from wsgi_bg._process.workers import Workers
 from wsgi_bg.exceptions import StoreError, WaitingLimitError
 from wsgi_bg.flask import Background
-from wsgi_bg.hooks import Hooks, TaskRecord
+from wsgi_bg.hooks import BatchRecord, Hooks, TaskRecord
 from wsgi_bg.runners import Statistics, shutdown
 
 ROOT = Path(__file__).parents[1]
@@ -349,6 +349,35 @@ def test_tasks_beyond_max_pending_stay_in_the_file_until_there_is_room(tmp_path:
     shop.gate("gate").set()
     assert shop.wait_for(6)[0] == "gate"
     assert sorted(shop.calls[1:]) == [0, 1, 2, 3, 4]
+
+
+def test_hooks_are_told_of_a_batch_of_the_file_when_there_is_room(tmp_path: Path) -> None:
+    told: list[int] = []
+    looks: list[bool] = []
+
+    class Told(Hooks):
+        def batch_handed_over(self, record: BatchRecord) -> None:
+            told.append(record.length)
+
+    class Pool(PoolRunner):
+        def has_room(self, share: float = 1.0) -> bool:
+            looks.append(super().has_room(share))
+            return looks[-1]
+
+    def view(environ: object) -> None:
+        background_tasks.add_task(wait_at, "gate")
+
+    runner = DurableRunner(tmp_path, local=Pool(max_pending=2))
+    app = BackgroundTasksMiddleware(app_that(view), runner=runner, hooks=Told())
+    shop.gate("gate")
+    Server().run(app, make_server_environ())
+    left_by_a_dead_process(tmp_path, Row("durable.write", "[1,[1],{}]"))
+    assert wait_until(lambda: looks.count(False) >= 2)
+    assert told == [1]
+    shop.gate("gate").set()
+    assert sorted(map(str, shop.wait_for(2))) == ["1", "gate"]
+    assert told == [1, 1]
+    assert runner.drain(TIMEOUT) == []
 
 
 def test_a_drain_leaves_the_tasks_that_wait_in_the_file(tmp_path: Path, log: Log) -> None:
@@ -954,13 +983,13 @@ def test_a_task_that_waited_has_the_context_and_the_options_of_its_layer(
 
 
 def test_a_task_that_is_read_in_vain_has_the_options_of_its_layer(tmp_path: Path) -> None:
-    refused: list[Any] = []
+    refused: list[float] = []
 
     class Pool(PoolRunner):
-        def offer(self, batch: Any, *, share: float = 1.0) -> bool:
-            is_taken = super().offer(batch, share=share)
-            refused.extend([batch] * (not is_taken and share < 1.0))  # offered from the file
-            return is_taken
+        def has_room(self, share: float = 1.0) -> bool:
+            has_room = super().has_room(share)
+            refused.extend([share] * (not has_room and share < 1.0))  # for tasks of a file
+            return has_room
 
     runner = DurableRunner(tmp_path, local=Pool(threads=1, max_pending=1))
     failed: list[str] = []

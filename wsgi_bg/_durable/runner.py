@@ -898,11 +898,13 @@ class _State:
         batch = Batch(queue, response_complete=True)
         for task in tasks:
             task.options.calls.received(task, queue)
-        batch.hand_over(self.ledger.length)
+        has_room = not self._is_stopping and self._pool.has_room(_SHARE)
+        if has_room:  # else the rows are offered again, and the hooks told then
+            batch.hand_over(self.ledger.length)
         if suspect is not None:
             self._suspect = store.number, suspect
         self.ledger.add(batch)
-        if not self._is_stopping and self._pool.offer(batch, share=_SHARE):
+        if has_room and self._pool.offer(batch, share=_SHARE):
             return True
         self._options.update(added_under)
         for kept in [task.message for task in batch.tasks if task.claim()]:

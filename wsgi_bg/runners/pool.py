@@ -108,10 +108,9 @@ class PoolRunner(LedgerRunner):
         :param share: the part of ``max_pending`` that may be taken before this batch.
         :return: False if the batch was not handed over.
         """
-        state = self._states.get()
-        has_room = state.ledger.length < max(self._limits[True], 1) * share
-        if is_exiting() or state.ledger.is_draining or not has_room:
+        if not self.has_room(share):
             return False
+        state = self._states.get()
         state.ledger.add(batch)
         if not batch.response_complete:
             batch.not_before = time.monotonic() + START_DELAY
@@ -119,6 +118,12 @@ class PoolRunner(LedgerRunner):
             return True
         state.ledger.forget(batch)
         return False
+
+    def has_room(self, share: float = 1.0) -> bool:
+        """True if :meth:`offer` would take a batch now."""
+        ledger = self._states.get().ledger
+        has_room = ledger.length < max(self._limits[True], 1) * share
+        return has_room and not (is_exiting() or ledger.is_draining)
 
     def _run_here(self, batch: Batch, warning: RepeatedWarning) -> None:
         if batch.tasks:  # else the batch has no task left and only has to end
