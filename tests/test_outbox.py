@@ -192,6 +192,24 @@ def test_a_runner_that_is_not_used_closes_its_connections_and_is_freed(
     assert wait_until(lambda: gc.collect() >= 0 and freed() is None)
 
 
+def test_a_thread_that_ends_while_a_task_is_put_into_the_outbox_is_started_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sending, "IDLE_TIMEOUT", 0.02)
+    put = sending.Outbox.put
+
+    def put_late(outbox: Any, *given: Any) -> Any:
+        queue = put(outbox, *given)
+        assert ends(outbox)
+        return queue
+
+    monkeypatch.setattr(sending.Outbox, "put", put_late)
+    runner = Post()
+    request(runner, add(send, 1))
+    assert settled(runner)
+    assert runner.got == [1]
+
+
 # An engine that is away, or refuses a message
 
 

@@ -329,9 +329,11 @@ class OutboxRunner(KeepingRunner):
 
         :raises KeyboardInterrupt: or another exception that stops the server's worker.
         """
-        self._states.get().ledger.add(batch)
+        state = self._states.get()
+        state.ledger.add(batch)
         if batch.has_messages:
             batch.send()
+            state.outbox.start()  # the thread may have ended after put() had looked for it
             if batch.end_if_empty():
                 return
         self.local.submit(batch)
