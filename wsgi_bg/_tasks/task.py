@@ -81,13 +81,13 @@ threads, a request would wait 30 us for each id to get the GIL back."""
 def _new_id() -> str:
     """A random UUID of version 4; ``str(uuid4())`` takes 3.2 us, and this 0.8 us."""
     ready = _random.get()
-    if not ready:
-        block = os.urandom(16 * _IDS_AT_ONCE)
-        ready.extend([block[start : start + 16] for start in range(0, len(block), 16)])
     try:
-        text = ready.pop().hex()
-    except IndexError:  # other threads have taken all of them
-        text = os.urandom(16).hex()
+        random = ready.pop()
+    except IndexError:
+        block = os.urandom(16 * _IDS_AT_ONCE)
+        random, *others = [block[start : start + 16] for start in range(0, len(block), 16)]
+        ready.extend(others)
+    text = random.hex()
     return f"{text[:8]}-{text[8:12]}-4{text[13:16]}-a{text[17:20]}-{text[20:]}"
 
 
