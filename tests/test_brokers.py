@@ -217,6 +217,32 @@ def test_tasks_arrive_by_a_long_wire_and_after_the_network_has_cut_it(
     assert numbers(path) == [*range(10)]
 
 
+@pytest.mark.slow
+def test_no_task_is_lost_while_the_network_cuts_all_connections_again_and_again(
+    server: BrokerServer, tmp_path: Path
+) -> None:
+    """A message whose confirm was cut off is sent once more, and runs twice."""
+    broker, path, orders = server.fresh(), tmp_path / "numbers", range(1_000)
+    is_over = threading.Event()
+    with proxy_to(server) as wire, site(wire.broker(broker), noting(path)) as order:
+
+        def cut() -> None:
+            while not is_over.wait(0.05):
+                wire.cut()
+
+        thread = threading.Thread(target=cut)
+        thread.start()
+        order(orders)
+        is_over.set()
+        thread.join(TIMEOUT)
+        assert wait(TIMEOUT) == []
+        assert wire.accepted > 1
+    with worker(broker, tmp_path, *pool_of("threads")) as started:
+        assert wait_until(has_all(path, orders), TIMEOUT), started.log
+        started.kill()
+    assert {*numbers(path)} == {*orders}
+
+
 def test_a_task_is_not_lost_in_a_connection_that_the_network_has_dropped(
     server: BrokerServer, tmp_path: Path
 ) -> None:
