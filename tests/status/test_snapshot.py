@@ -59,6 +59,21 @@ def test_a_callable_that_is_no_function_is_counted_by_its_name() -> None:
     assert [each.name for each in status.snapshot().names] == ["list.clear"]
 
 
+def test_a_function_whose_module_cannot_be_written_is_counted() -> None:
+    class Odd:
+        def __format__(self, form: str) -> str:
+            raise ValueError
+
+    def odd() -> None:
+        pass
+
+    odd.__module__ = Odd()  # type: ignore[assignment]
+    handle(odd, nothing)
+    snapshot = status.snapshot()
+    assert {each.name for each in snapshot.names} == {NOTHING, "function"}
+    assert counts_of(snapshot, NOTHING).succeeded == 1
+
+
 def test_wait_and_run_have_percentiles() -> None:
     handle(nothing, nothing, nothing)
     counts = counts_of(status.snapshot(), NOTHING)
