@@ -1,8 +1,6 @@
 # Runs the stages of a script, each in a process group that ends with the script, and prints
 # their minutes at the end. To be sourced.
 folder=$(mktemp -d)
-# For "pytest -n auto": most tests wait for processes, servers and brokers.
-export PYTEST_XDIST_AUTO_NUM_WORKERS=$((2 * $(getconf _NPROCESSORS_ONLN)))
 group=""
 running=""
 began=0
