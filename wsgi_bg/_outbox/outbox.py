@@ -217,8 +217,7 @@ class Outbox:
         now = time.monotonic()
         unsent = Unsent(task, context, stored, now, wait, self._ledger)
         self._last_put = now  # before the next line: see _is_over()
-        if not self._is_managed:
-            self.start()
+        self.start()
         # Calls the function that wakes the manager's thread, or int() if it does not sleep.
         waking: Any = map(call, map(self._wakers.pop, ("wake",), (int,)))
         steps: Any = (self._unsent.setdefault, self._queue.append, deque)

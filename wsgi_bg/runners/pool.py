@@ -108,9 +108,9 @@ class PoolRunner(LedgerRunner):
         :param share: the part of ``max_pending`` that may be taken before this batch.
         :return: False if the batch was not handed over.
         """
-        if not self.has_room(share):
-            return False
         state = self._states.get()
+        if not self._has_room(state.ledger, share):
+            return False
         state.ledger.add(batch)
         if not batch.response_complete:
             batch.not_before = time.monotonic() + START_DELAY
@@ -121,7 +121,9 @@ class PoolRunner(LedgerRunner):
 
     def has_room(self, share: float = 1.0) -> bool:
         """True if :meth:`offer` would take a batch now."""
-        ledger = self._states.get().ledger
+        return self._has_room(self.ledger, share)
+
+    def _has_room(self, ledger: Ledger, share: float) -> bool:
         has_room = ledger.length < max(self._limits[True], 1) * share
         return has_room and not (is_exiting() or ledger.is_draining)
 
