@@ -56,8 +56,9 @@ class Post(OutboxRunner):
 
     def connect(self) -> Connection:
         if not self.is_up:
-            self.not_connected.append(AwayError())
-            raise self.not_connected[-1]
+            error = AwayError()
+            self.not_connected.append(error)
+            raise error
         self.connections.append(Connection(self))
         return self.connections[-1]
 

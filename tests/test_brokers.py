@@ -232,9 +232,11 @@ def test_no_task_is_lost_while_the_network_cuts_all_connections_again_and_again(
 
         thread = threading.Thread(target=cut)
         thread.start()
-        order(orders)
-        is_over.set()
-        thread.join(TIMEOUT)
+        try:
+            order(orders)
+        finally:
+            is_over.set()
+            thread.join(TIMEOUT)
         assert wait(TIMEOUT) == []
         assert wire.accepted > 1
     with worker(broker, tmp_path, *pool_of("threads")) as started:

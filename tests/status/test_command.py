@@ -18,6 +18,7 @@ from tests.test_examples import wait_until
 from wsgi_bg import BackgroundTasks, status
 from wsgi_bg._serving import cli
 from wsgi_bg._serving.cli import main
+from wsgi_bg._serving.log_tasks import TaskLog, logger
 from wsgi_bg._status.files import ProcessFile, open_folder
 from wsgi_bg._status.recorder import recorder
 from wsgi_bg.hooks import TaskRecord
@@ -152,8 +153,6 @@ def test_log_tasks_writes_a_line_for_each_task(tmp_path: Path) -> None:
 def test_the_lines_name_each_outcome(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from wsgi_bg._serving.log_tasks import TaskLog, logger
-
     logger.handlers.clear()
     hooks = TaskLog()
     (task,) = handle(nothing, status=None)
@@ -196,8 +195,6 @@ def test_a_wrong_status_path_is_one_line(
 def test_the_options_are_for_each_middleware_of_the_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from wsgi_bg._serving.log_tasks import TaskLog
-
     everywhere: list[object] = []
     monkeypatch.setattr(cli, "everywhere", everywhere)
     cli._watch(Namespace(log_tasks=False, status_path=None))
@@ -210,15 +207,12 @@ def test_the_options_are_for_each_middleware_of_the_process(
 def test_a_filter_that_raises_for_a_line_stops_no_task(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from wsgi_bg._serving.log_tasks import TaskLog, logger
-
     def refuse(record: object) -> bool:
         raise ValueError("a filter of the application")
 
-    tasks = TaskLog()
+    monkeypatch.setattr(logger, "handlers", [])
     monkeypatch.setattr(logger, "filters", [refuse])
     done: list[int] = []
-    handle(partial(done.append, 1), partial(done.append, 2), hooks=tasks, status=None)
+    handle(partial(done.append, 1), partial(done.append, 2), hooks=TaskLog(), status=None)
     assert done == [1, 2]
     assert "TaskLog.task_finished raised for background task" in caplog.text
-    logger.handlers.clear()

@@ -64,10 +64,11 @@ def test_a_function_whose_module_cannot_be_written_is_counted() -> None:
         def __format__(self, form: str) -> str:
             raise ValueError
 
-    def odd() -> None:
+    def function() -> None:
         pass
 
-    odd.__module__ = Odd()  # type: ignore[assignment]
+    odd: Any = function
+    odd.__module__ = Odd()
     handle(odd, nothing)
     snapshot = status.snapshot()
     assert {each.name for each in snapshot.names} == {NOTHING, "function"}
