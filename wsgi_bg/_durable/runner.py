@@ -282,7 +282,7 @@ class DurableRunner(KeepingRunner):
         return self._states.get().postpone(task, wait)
 
     def hold_back(self, task: BackgroundTask, wait: float, tasks: TaskQueue) -> None:
-        """Note in the file that a task waits for its next attempt, and its request with it."""
+        """Note in the file that a task and the rest of its request wait for a retry."""
         self._states.get().hold_back(task, wait, tasks)
 
     def leave(self, task: BackgroundTask) -> None:

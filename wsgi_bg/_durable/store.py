@@ -599,7 +599,7 @@ _own: dict[tuple[int, int], PerProcess[Store]] = {}
 
 
 def _unlink(folder: Folder, number: int) -> None:
-    # The file goes first: without its WAL, it would have its old tasks again.
+    # The file goes first: a file without its WAL would have tasks that have ended.
     for suffix in (".sqlite", *SIBLINGS, ".notes"):
         with suppress(FileNotFoundError):
             os.unlink(folder.file(number, suffix))

@@ -322,7 +322,7 @@ class BackgroundTask:
         return _ids.setdefault(self, _new_id()) if known is None else known
 
     def keep_id(self, id: str) -> None:  # noqa: A002
-        """Give the task the id of the task that it repeats, before any other thread has it."""
+        """Take the id of the repeated task, before another thread can read an id here."""
         _ids[self] = id
 
     @property
