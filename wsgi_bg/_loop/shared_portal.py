@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -55,6 +55,7 @@ class SharedPortal(BlockingPortal):
         self.end: asyncio.Future[None] = self._loop.create_future()
         # The calls that have not ended, each with its asyncio task, or None before the begin.
         self._calls: dict[Future[Any], asyncio.Task[Any] | None] = {}
+        self._not_begun: dict[Future[Any], Coroutine[Any, Any, None]] = {}
 
     async def __aenter__(self) -> Self:
         if self._is_entered:
@@ -108,6 +109,8 @@ class SharedPortal(BlockingPortal):
         """Cancel the calls that the loop has not begun; called when the loop is closed."""
         for call in list(self._calls):
             call.cancel()
+        for coroutine in self._not_begun.values():
+            coroutine.close()  # or Python warns that the coroutine was never awaited
 
     def _spawn_task_from_thread(
         self,
@@ -119,17 +122,18 @@ class SharedPortal(BlockingPortal):
     ) -> None:
         # anyio's method waits for the loop, which may be busy.
         def begin() -> None:
+            if self.end.done():  # the loop is ending
+                del self._calls[future]
+                future.cancel()
+                future.set_running_or_notify_cancel()
+                return
             _name_library("asyncio")
             factory = self._loop.get_task_factory()
             self._loop.set_task_factory(self._make_task)  # that of a task may raise
+            coroutine = self._call_func(func, args, kwargs, future)
+            self._not_begun[future] = coroutine
             try:
-                self._task_group.start_soon(
-                    self._call_func, func, args, kwargs, future, name=name
-                )
-            except Exception as exc:  # the loop is ending
-                del self._calls[future]
-                if future.set_running_or_notify_cancel():
-                    future.set_exception(exc)
+                self._task_group.start_soon(lambda: coroutine, name=name)
             finally:
                 self._loop.set_task_factory(factory)
 
@@ -147,6 +151,7 @@ class SharedPortal(BlockingPortal):
         future: Future[Any],
     ) -> None:
         try:
+            self._not_begun.pop(future, None)  # call_async() of anyio 4.16 begins by itself
             if self.end.done():
                 future.cancel()
             if future.cancelled():
