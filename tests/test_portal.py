@@ -533,3 +533,43 @@ def test_async_tasks_run_if_sniffio_is_installed() -> None:
 
     run(note_library)
     assert libraries == ["asyncio.exceptions"]
+
+
+def test_the_exit_waits_for_the_clean_up_of_calls_whose_loop_was_ended() -> None:
+    done = run_python(
+        """
+import asyncio, logging, threading, wsgi_bg
+from wsgi_bg import BackgroundTasksMiddleware, background_tasks
+from tests.support import Server, app_that, make_server_environ
+
+logging.disable()
+begun = threading.Event()
+
+async def clean_up():
+    begun.set()
+    try:
+        await asyncio.Event().wait()
+    finally:
+        while not (successor and successor[0].end.done()):  # until the exit stops it
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)
+        print("cleaned up")
+
+def stray():
+    raise SystemExit
+
+successor = []
+app = BackgroundTasksMiddleware(
+    app_that(lambda environ: background_tasks.add_task(int)), runner="pool"
+)
+Server().run(app, make_server_environ())
+first = wsgi_bg.portal()
+first.start_task_soon(clean_up)
+assert begun.wait(10)
+first._loop.call_soon_threadsafe(stray)
+while wsgi_bg.portal() is first:
+    pass
+successor.append(wsgi_bg.portal())
+"""
+    )
+    assert (done.stdout, done.stderr) == ("cleaned up\n", "")

@@ -15,6 +15,7 @@ asyncio half imported, and the next import would fail.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import CancelledError, Future
@@ -75,6 +76,7 @@ class PortalThread:
         # greenlets, asyncio.run() would fail in all greenlets.
         start_real_thread(partial(self._run, ready), "wsgi_bg-portal")
         self.portal: SharedPortal = ready.result(threading.TIMEOUT_MAX)  # as in make_call()
+        _alive.get().add(self)
 
     @property
     def has_ended(self) -> bool:
@@ -114,6 +116,7 @@ class PortalThread:
         finally:
             if ready.done() and not ready.exception():
                 ready.result().cancel_not_begun()
+            _alive.get().discard(self)
             self._thread_has_ended.set()
 
     async def _serve(self, ready: Future[SharedPortal]) -> None:
@@ -185,15 +188,17 @@ class PortalThread:
 
     def stop(self, timeout: float) -> None:
         """Cancel all that runs; wait at most ``timeout`` seconds until the thread has ended."""
-        if self.has_ended:
-            return
-        self._was_stopped = True
-        # Not start_task_soon, which waits for the loop: a task may be blocking the loop.
-        self._loop.call_soon_threadsafe(self.portal.end.cancel)
+        if not self.has_ended:
+            self._was_stopped = True
+            # Not start_task_soon, which waits for the loop: a task may be blocking the loop.
+            self._loop.call_soon_threadsafe(self.portal.end.cancel)
         self._thread_has_ended.wait(timeout)
 
 
 _threads = PerProcess(PortalThread)
+
+_alive: PerProcess[set[PortalThread]] = PerProcess(set)
+"""The threads that run; one whose loop was ended lives on while its tasks clean up."""
 
 
 def portal() -> BlockingPortal:
@@ -307,6 +312,9 @@ def stop(timeout: float) -> None:
 
     :param timeout: the longest wait for the end of the portal's thread, in seconds.
     """
-    running = _threads.peek()
-    if running is not None:
-        running.stop(timeout)
+    deadline = time.monotonic() + timeout
+    running = list(_alive.get())
+    for thread in running:
+        thread.stop(0.0)
+    for thread in running:
+        thread.stop(max(0.0, deadline - time.monotonic()))
