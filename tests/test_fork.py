@@ -6,12 +6,14 @@ test would go on as pytest.
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from typing import NamedTuple
 
 import pytest
 
 from tests.support import run_python
+from wsgi_bg._process import per_process
 
 SETUP = """
 import asyncio, logging, os, signal, sys, threading, warnings
@@ -447,3 +449,36 @@ def test_a_child_that_a_handlers_view_forks_waits_for_nothing() -> None:
         "parent saw status 0",
     ]
     assert done.logged == []
+
+
+@pytest.mark.parametrize("has_mark", [True, False])
+def test_a_fork_of_c_code_is_noticed(has_mark: bool) -> None:
+    without_mark = "per_process._mark, per_process._MARKED = bytearray(1), 0"
+    done = run_python(
+        f"""
+import ctypes, os
+from wsgi_bg._process import per_process
+
+{"" if has_mark else without_mark}
+held = per_process.PerProcess(object)
+of_parent = held.get()
+assert per_process.pid() == os.getpid()
+child = ctypes.PyDLL(None).fork()  # runs no hook of os.register_at_fork()
+is_noticed = per_process.pid() == os.getpid() and held.get() is not of_parent
+if child == 0:
+    os._exit(is_noticed)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), is_noticed, held.get() is of_parent)
+"""
+    )
+    assert (done.stdout, done.stderr) == ("1 False True\n", "")  # False: the parent is the same
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value"),
+    [(sys, "platform", "darwin"), (per_process, "_MADV_WIPEONFORK", 10_000)],
+)
+def test_a_kernel_that_marks_no_process_is_asked_for_its_id(
+    monkeypatch: pytest.MonkeyPatch, module: object, name: str, value: object
+) -> None:
+    monkeypatch.setattr(module, name, value)
+    assert per_process._make_mark() == (bytearray(1), 0)

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
-from os import getpid
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -207,7 +206,7 @@ class _Metrics:
         self.options = max_names, buckets
         is_single = values.ValueClass is values.MutexValue
         self._max_names = max_names
-        self._pid = getpid()
+        self._pid = per_process.pid()
         self._series: dict[str, _Series] = {}
         self._writers: PerProcess[_Writer] | None = None
         if is_single:
@@ -228,7 +227,7 @@ class _Metrics:
 
     def of(self, record: TaskRecord) -> _Series:
         """Return the metrics of the task."""
-        if self._pid != getpid():
+        if self._pid != per_process.pid():
             self.look_at_process()
         if self._writers is not None:
             self._writers.get().wake()
@@ -258,7 +257,7 @@ class _Metrics:
 
     def look_at_process(self) -> None:
         """Count from 0 in a forked child. In multiprocess mode the library does this."""
-        pid = getpid()
+        pid = per_process.pid()
         if pid == self._pid:
             return
         self._pid = pid

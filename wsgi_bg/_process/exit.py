@@ -23,13 +23,15 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
+from wsgi_bg._process import per_process
+
 # Ids of the processes whose drain at exit is still to come.
 _armed: set[int] = set()
 
 
 def is_exiting() -> bool:
     """True if the main thread has ended and no further drain will come."""
-    return os.getpid() not in _armed and not threading.main_thread().is_alive()
+    return per_process.pid() not in _armed and not threading.main_thread().is_alive()
 
 
 def call_before_exit(drain: Callable[[bool], object], wait: Callable[[], object]) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
-from wsgi_bg._process import log
+from wsgi_bg._process import log, per_process
 from wsgi_bg._process.interrupts import is_from_signal_handler, stops_worker
 from wsgi_bg._request import arguments, invocation, servers
 from wsgi_bg._request.unclosed import (
@@ -117,7 +116,9 @@ class RequestTasks(Deferring):
 
     def expected(self) -> list[BackgroundTask]:
         """The tasks that run if the request ends with the status known so far."""
-        if self._list is None or self._collector.pid != os.getpid():  # or in a forked child
+        if (
+            self._list is None or self._collector.pid != per_process.pid()
+        ):  # or in a forked child
             return []
         status = _code_of(self.status)
         return [task for task in self._list if task.options.lets_run(status)]
@@ -153,7 +154,7 @@ class RequestTasks(Deferring):
         try:
             if self._is_handed_over:
                 return
-            if self._collector.pid != os.getpid():
+            if self._collector.pid != per_process.pid():
                 return  # in a forked child: the tasks belong to the parent
             if invocation.freezes and self._invocation is None:
                 invocation.warn_of_freezing(environ)
@@ -164,7 +165,7 @@ class RequestTasks(Deferring):
             self._submit(batch)
             self._is_handed_over = True
         except BaseException as exc:
-            if batch is not None and self._collector.pid == os.getpid():
+            if batch is not None and self._collector.pid == per_process.pid():
                 self._stop(batch, exc)
             raise
 
@@ -208,7 +209,7 @@ class RequestTasks(Deferring):
             else:
                 self.observer.submit(batch, runner)
         except BaseException as exc:
-            if is_from_signal_handler(exc) or self._collector.pid != os.getpid():
+            if is_from_signal_handler(exc) or self._collector.pid != per_process.pid():
                 raise
             if id(self) not in self._collector.unfinished:  # the batch has begun all the same
                 log.error("%s raised in submit()", runner, exc_info=exc)
