@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -479,10 +477,9 @@ def test_two_threads_that_add_the_first_task_at_once_add_to_the_same_list(
     seen: list[int] = []
     both = threading.Barrier(2)
 
-    def getpid() -> int:
+    def begin_request() -> None:
         with suppress(threading.BrokenBarrierError):
             both.wait(0.3)
-        return os.getpid()
 
     def add(environ: Environ) -> None:
         tasks = get_background_tasks(environ)
@@ -494,7 +491,7 @@ def test_two_threads_that_add_the_first_task_at_once_add_to_the_same_list(
         for thread in threads:
             thread.join(TIMEOUT)
 
-    monkeypatch.setattr("wsgi_bg._request.request_tasks.os", SimpleNamespace(getpid=getpid))
+    monkeypatch.setattr("wsgi_bg._tasks.successors.begin_request", begin_request)
     Server().run(BackgroundTasksMiddleware(app_that(add)), make_environ())
     assert sorted(seen) == [0, 1]
 
