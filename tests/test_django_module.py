@@ -298,7 +298,7 @@ def test_a_connection_that_cannot_be_closed_fails_no_task(
     def close() -> None:
         raise DatabaseError("the server is away")
 
-    monkeypatch.setattr("wsgi_bg.django.close_old_connections", close)
+    monkeypatch.setattr("wsgi_bg.django.application.close_old_connections", close)
     # asgiref's thread, if there is one, closes its connections too.
     monkeypatch.setattr(SyncToAsync, "single_thread_executor", ThreadPoolExecutor(1))
     pool, seen = PoolRunner(), SimpleQueue[str]()

@@ -301,7 +301,7 @@ def test_a_metric_is_freed_with_its_registry() -> None:
         """
         import gc
         from prometheus_client import CollectorRegistry
-        from wsgi_bg import prometheus
+        from wsgi_bg.prometheus import hooks as prometheus
         for _ in range(3):
             prometheus.PrometheusHooks(CollectorRegistry())
         gc.collect()
@@ -315,7 +315,8 @@ def test_without_the_library_the_package_to_install_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
-    monkeypatch.delitem(sys.modules, "wsgi_bg.prometheus")
+    for name in ("wsgi_bg.prometheus", "wsgi_bg.prometheus.hooks"):
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(
         ImportError, match=re.escape("pip install 'wsgi_bg[prometheus]'")
     ) as info:
@@ -488,7 +489,7 @@ def test_in_multiprocess_mode_a_thread_writes_the_gauges_of_each_process(
 ) -> None:
     code = """
 from tests.support import Gate
-from wsgi_bg import prometheus
+from wsgi_bg.prometheus import hooks as prometheus
 prometheus.INTERVAL = 0.01
 
 def hold(registry):
@@ -540,7 +541,7 @@ def test_gauges_that_cannot_be_written_are_logged_and_tried_again(
 ) -> None:
     code = """
 import logging
-from wsgi_bg import prometheus
+from wsgi_bg.prometheus import hooks as prometheus
 prometheus.INTERVAL = 0.01
 logged = threading.Event()
 
@@ -656,8 +657,8 @@ def test_exemplars_are_of_slow_and_failed_tasks_and_now_and_then_of_others(
     task: Callable[[], None],
     found: list[str],
 ) -> None:
-    monkeypatch.setattr("wsgi_bg.prometheus.SLOW", limit)
-    monkeypatch.setattr("wsgi_bg.prometheus.EXEMPLAR_INTERVAL", 1e9)
+    monkeypatch.setattr("wsgi_bg.prometheus.hooks.SLOW", limit)
+    monkeypatch.setattr("wsgi_bg.prometheus.hooks.EXEMPLAR_INTERVAL", 1e9)
     assert exemplars_of_two(registry, task) == found
 
 

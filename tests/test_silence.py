@@ -31,7 +31,7 @@ from wsgi_bg import (
 from wsgi_bg._process import log as logs
 from wsgi_bg.exceptions import RegistrationError
 from wsgi_bg.flask import Background
-from wsgi_bg.hooks import HOOKS, Hooks
+from wsgi_bg.hooks.base import HOOKS, Hooks
 
 SETUP = """
 import logging, logging.config, sys, threading

@@ -191,7 +191,7 @@ def test_without_memory_for_a_thread_the_next_task_tries_again(
             raise RuntimeError("can't start new thread")
         return start_daemon(*args)
 
-    monkeypatch.setattr("wsgi_bg._request.slow.start_daemon", start_later)
+    monkeypatch.setattr("wsgi_bg.hooks.slow.start_daemon", start_later)
     request(gate.task)
     assert "still runs" in warning(log)
     assert log.errors == []
@@ -214,7 +214,7 @@ def test_a_task_that_ends_while_its_stack_is_read_is_not_shown(
         read.set()
         return "too late"
 
-    monkeypatch.setattr("wsgi_bg._request.slow._stack_of", stack_of)
+    monkeypatch.setattr("wsgi_bg.hooks.slow._stack_of", stack_of)
     request(gate.task)
     assert read.wait(TIMEOUT)
     monkeypatch.undo()
@@ -251,5 +251,5 @@ def test_under_gevent_the_record_says_that_there_is_no_stack() -> None:
 
 
 def test_the_module_is_not_imported_without_the_option() -> None:
-    done = run_python("import sys, wsgi_bg; assert 'wsgi_bg._request.slow' not in sys.modules")
+    done = run_python("import sys, wsgi_bg; assert 'wsgi_bg.hooks.slow' not in sys.modules")
     assert done.returncode == 0, done.stderr

@@ -25,7 +25,7 @@ def take(folder: Path) -> None:
         chromium(Path(profile)) as browser,
     ):
         shown = samples.snapshot()
-        patch.setattr("wsgi_bg.monitor.snapshot", lambda path: shown)
+        patch.setattr("wsgi_bg.monitor.application.snapshot", lambda path: shown)
         browser.look(1280)
         browser.open(f"http://127.0.0.1:{port}")
         assert wait_until(lambda: browser.text("#state") == "Live")

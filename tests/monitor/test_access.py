@@ -165,7 +165,7 @@ def test_a_status_that_cannot_be_read_is_an_answer_and_logged_once(
     def broken(path: object) -> None:
         raise OSError("disk")
 
-    monkeypatch.setattr("wsgi_bg.monitor.snapshot", broken)
+    monkeypatch.setattr("wsgi_bg.monitor.application.snapshot", broken)
     monitor = open_monitor()
     answers = [Answer(monitor, path) for path in ("/overview.json", "/error.json?key=1")]
     assert [answer.code for answer in answers] == [500, 500]

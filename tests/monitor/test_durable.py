@@ -20,8 +20,8 @@ from tests.test_examples import wait_until
 from tests.test_tasks_command import at_gate, forge, id_of, leave_failed
 from wsgi_bg._durable import folder as folders
 from wsgi_bg._messages.codec import encode
-from wsgi_bg._monitor import durable
 from wsgi_bg._tasks.registry import Registration
+from wsgi_bg.monitor import durable
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from wsgi_bg._monitor.overview import Query, find_error, overview
+from wsgi_bg.monitor.overview import Query, find_error, overview
 from wsgi_bg.status import Failure, NameCounts, ProcessStatus, RunningTask, Snapshot, Times
 
 EMPTY = Snapshot(

@@ -55,7 +55,7 @@ class Site:
 @pytest.fixture
 def site(monkeypatch: pytest.MonkeyPatch) -> Site:
     site = Site()
-    monkeypatch.setattr("wsgi_bg.monitor.snapshot", site.take)
+    monkeypatch.setattr("wsgi_bg.monitor.application.snapshot", site.take)
     return site
 
 

@@ -33,7 +33,7 @@ from wsgi_bg._tasks.task import (
 )
 from wsgi_bg._tasks.task_log import call_hook
 from wsgi_bg.exceptions import AsyncContextError
-from wsgi_bg.hooks import BATCH_HOOKS, HOOKS, BatchRecord, Hooks, OptionHooks, TaskRecord
+from wsgi_bg.hooks.base import BATCH_HOOKS, HOOKS, BatchRecord, Hooks, OptionHooks, TaskRecord
 
 if TYPE_CHECKING:
     from wsgi_bg._tasks.background_tasks import BackgroundTasks

@@ -14,7 +14,7 @@ from wsgi_bg._tasks.callables import is_plain
 from wsgi_bg._tasks.options import OnError, Options
 from wsgi_bg._tasks.task import DIRECT, Caller, RunOn
 from wsgi_bg.exceptions import OptionError, OptionTypeError, OptionValueError
-from wsgi_bg.hooks import HOOKS, Hooks, OptionHooks
+from wsgi_bg.hooks.base import HOOKS, Hooks, OptionHooks
 from wsgi_bg.runners.keeping import KeepingCaller, keeps_tasks
 
 if TYPE_CHECKING:

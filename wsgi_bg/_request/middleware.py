@@ -31,7 +31,7 @@ from wsgi_bg._tasks.current import ENVIRON_KEY
 from wsgi_bg._tasks.options import OnError, Options
 from wsgi_bg._tasks.task import RunOn, current
 from wsgi_bg.exceptions import OptionTypeError
-from wsgi_bg.hooks import Hooks, OptionHooks
+from wsgi_bg.hooks.base import Hooks, OptionHooks
 from wsgi_bg.runners import Runner, resolve
 from wsgi_bg.runners.keeping import keeps_tasks
 from wsgi_bg.runners.ledger import LedgerRunner
@@ -278,7 +278,7 @@ class BackgroundTasksMiddleware:
 
 def _slow_tasks(slow_after: float) -> OptionHooks:
     seconds("slow_after", slow_after)
-    from wsgi_bg._request.slow import SlowTasks
+    from wsgi_bg.hooks.slow import SlowTasks
 
     return SlowTasks(slow_after)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from wsgi_bg.hooks import OptionHooks, TaskRecord
+from wsgi_bg.hooks.base import OptionHooks, TaskRecord
 
 logger: logging.Logger = logging.getLogger("wsgi_bg.tasks")
 """Not the logger of the package: these lines are at INFO, and are no records of it."""

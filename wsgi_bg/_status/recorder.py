@@ -17,7 +17,7 @@ from wsgi_bg._status.model import Failure, State
 from wsgi_bg._status.numbers import DISCARDED, FAILED, RETRIED, SENT
 from wsgi_bg._tasks.callables import name_of
 from wsgi_bg._tasks.task import known_id
-from wsgi_bg.hooks import OptionHooks, TaskRecord
+from wsgi_bg.hooks.base import OptionHooks, TaskRecord
 from wsgi_bg.runners.keeping import KeepingRunner
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from typing import Any, ParamSpec, Protocol
 
 from wsgi_bg._process import log, per_process
 from wsgi_bg._process.interrupts import is_from_signal_handler, safe_repr, stops_worker
+from wsgi_bg._process.printable import printable
 from wsgi_bg._tasks import successors, task_log
 from wsgi_bg._tasks.checks import WhenUnsent
 from wsgi_bg._tasks.options import DEFAULTS, OnError, Options
-from wsgi_bg._tasks.request_label import request_label, shortened
 from wsgi_bg._tasks.retry import Retry
 from wsgi_bg._tasks.task import BackgroundTask, RunOn, current, fill, plan_of
 from wsgi_bg.exceptions import BatchEndedError, TaskTypeError
@@ -30,6 +30,8 @@ threads sees the other's change, and :meth:`BackgroundTask.claim` decides. All t
 rule are here: :meth:`BackgroundTasks.add_task`, and the methods of :class:`TaskQueue`."""
 
 _LONG = 50  # tasks
+
+_LONGEST_LABEL = 500  # characters
 
 _new_task = BackgroundTask.__new__
 
@@ -88,7 +90,7 @@ class BackgroundTasks:
         """The label of the request; None before its end, and without a request."""
         found = getattr(self, "_request", None)
         if type(found) is tuple:  # formatted only if someone asks
-            self._request = found = request_label(*found)
+            self._request = found = _request_label(*found)
         return found
 
     @request.setter
@@ -112,7 +114,7 @@ class BackgroundTasks:
                 raise
             log.error("request_label raised", exc_info=exc)
         else:
-            self._request = shortened(label)
+            self._request = _shortened(label)
 
     @property
     def handed_over_at(self) -> float | None:
@@ -522,3 +524,19 @@ class View(BackgroundTasks):
 
     def __repr__(self) -> str:
         return f"<view of {self._root!r}>"
+
+
+def _request_label(method: str, script_name: str | None, path_info: str | None) -> str:
+    """Return method and path, without the query: ``"GET /orders/7"``.
+
+    The path is that of the environ, which has bytes as Latin-1 text (PEP 3333).
+    """
+    path = (script_name or "") + (path_info or "")
+    if not path.isascii():
+        path = path.encode("latin-1", "replace").decode("utf-8", "replace")
+    return _shortened(f"{method} {path}")
+
+
+def _shortened(label: str) -> str:
+    """Return ``label``, at most 500 characters, with escapes for line breaks and controls."""
+    return printable(label[:_LONGEST_LABEL])[:_LONGEST_LABEL]

@@ -133,8 +133,8 @@ def _wrap(app: Flask, *, monitor: Any, monitor_at: Any, **options: Any) -> WSGIA
             wanted = "given together with monitor, a wsgi_bg.monitor.Monitor"
             raise OptionValueError("monitor_at", monitor_at, wanted)
         return _Middleware(app, **options)
-    from wsgi_bg._monitor.mount import DEFAULT, Mount, check_path
     from wsgi_bg.monitor import Monitor
+    from wsgi_bg.monitor.mount import DEFAULT, Mount, check_path
 
     if not isinstance(monitor, Monitor):
         raise OptionTypeError("monitor", monitor, "a wsgi_bg.monitor.Monitor")

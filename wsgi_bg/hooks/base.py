@@ -1,4 +1,4 @@
-"""``Hooks``: methods called when a task or a batch changes state, for monitors and tracers."""
+"""The base class of hooks, and the records that the hooks get."""
 
 from __future__ import annotations
 

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
     from opentelemetry.trace import Span, Tracer, TracerProvider
 
-__all__ = ["OpenTelemetryHooks"]
-
 Parent = Literal["link", "child"]
 
 _LONGEST = 250  # characters of the name of a function

@@ -13,10 +13,6 @@ from importlib import resources
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import parse_qs, quote
 
-from wsgi_bg._monitor import token
-from wsgi_bg._monitor.durable import RefusedError, details, give_order
-from wsgi_bg._monitor.overview import Query, find_error, overview
-from wsgi_bg._monitor.response import Response
 from wsgi_bg._process import log
 from wsgi_bg._process.interrupts import type_name
 from wsgi_bg._process.repeated import RepeatedError, RepeatedWarning
@@ -24,12 +20,14 @@ from wsgi_bg._status.recorder import recorder
 from wsgi_bg._status.snapshots import durable_folders
 from wsgi_bg._tasks.callables import is_plain
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError
+from wsgi_bg.monitor import token
+from wsgi_bg.monitor.durable import RefusedError, details, give_order
+from wsgi_bg.monitor.overview import Query, find_error, overview
+from wsgi_bg.monitor.response import Response
 from wsgi_bg.status import snapshot
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
-
-__all__ = ["Monitor"]
 
 T = TypeVar("T")
 
@@ -57,6 +55,8 @@ class Monitor:
     :ivar path: the path that was given.
     :raises TypeError: if ``allowed`` is no plain function, or an option has the wrong type.
     """
+
+    __module__ = "wsgi_bg.monitor"  # the name that users import it by
 
     def __init__(
         self,
@@ -207,7 +207,7 @@ class Monitor:
 
 @cache
 def _content(name: str) -> bytes:
-    return resources.files("wsgi_bg._monitor").joinpath(name).read_bytes()
+    return resources.files("wsgi_bg.monitor").joinpath(name).read_bytes()
 
 
 def _field(environ: WSGIEnvironment, name: str) -> str:

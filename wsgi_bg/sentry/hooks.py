@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from sentry_sdk.types import Event, Hint
 
-__all__ = ["SentryHooks"]
-
 _LONGEST = 250  # characters of the name of a function
 
 _OP = "queue.task.wsgi_bg"

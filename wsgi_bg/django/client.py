@@ -1,182 +1,51 @@
-"""``get_wsgi_application()``: Django's application, with background tasks.
+"""The requests of Django's test client, which calls no WSGI application.
 
-The function replaces Django's function of the same name in ``wsgi.py``. Django's test client
-calls no WSGI application. To give its requests background tasks too, import this module or
-put ``"wsgi_bg.django"`` into ``INSTALLED_APPS``.
+The test client makes an environ, sends ``request_started`` and ``request_finished`` as a server
+would, and calls Django's handler itself. Between the two signals a ``_Visit`` is open.
 """
 
 from __future__ import annotations
 
-import asyncio
 import inspect
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from contextvars import Token, copy_context
+from contextvars import Token
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
-from wsgi_bg._loop.asgiref_state import detached
-from wsgi_bg._process import log
-from wsgi_bg._request.layer import make_configured
+from django.conf import settings
+from django.core import signals
+from django.db import close_old_connections, connections
+from django.http.response import HttpResponseBase
+
 from wsgi_bg._request.middleware import BackgroundTasksMiddleware
 from wsgi_bg._tasks.background_tasks import BackgroundTasks, View
-from wsgi_bg._tasks.callables import name_of
 from wsgi_bg._tasks.current import ENVIRON_KEY
 from wsgi_bg._tasks.task import current
-from wsgi_bg.exceptions import ExtraMissingError
-
-try:
-    from asgiref.sync import SyncToAsync
-    from django.conf import settings
-    from django.core import signals, wsgi
-    from django.core.cache import caches
-    from django.db import close_old_connections, connections
-    from django.http.response import HttpResponseBase
-except ModuleNotFoundError as _exc:
-    raise ExtraMissingError("django", "wsgi_bg.django") from _exc
+from wsgi_bg.django.application import (
+    Around,
+    call_on_asgirefs_thread,
+    configured,
+    is_on_a_loop,
+)
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-    from wsgi_bg._tasks.options import OnError, Options
-    from wsgi_bg._tasks.task import BackgroundTask, RunOn
-    from wsgi_bg.hooks import Hooks
-    from wsgi_bg.runners import Runner
+    from wsgi_bg._tasks.options import Options
+    from wsgi_bg._tasks.task import BackgroundTask
 
 P = ParamSpec("P")
 
-# The options of the latest application; requests of the test client have the same options.
-_options: dict[str, Any] = dict.fromkeys(
-    (
-        "runner",
-        "run_on",
-        "failed_from",
-        "on_error",
-        "stop_on_error",
-        "hooks",
-        "request_label",
-        "slow_after",
-        "status",
-        "status_path",
-    )
-)
 
-
-def get_wsgi_application(
-    runner: Runner | Literal["inline", "pool"] | None = None,
-    *,
-    run_on: RunOn | None = None,
-    failed_from: int | None = None,
-    on_error: OnError | None = None,
-    stop_on_error: bool | None = None,
-    hooks: Hooks | Sequence[Hooks] | None = None,
-    request_label: Callable[[WSGIEnvironment], str] | None = None,
-    slow_after: float | None = None,
-    status: bool | None = None,
-    status_path: str | os.PathLike[str] | None = None,
-) -> BackgroundTasksMiddleware:
-    """Call ``django.setup()``; return Django's WSGI application inside the middleware.
-
-    A task has the language and the time zone of the code that added the task. Django's
-    ``close_old_connections()`` is called before and after each task, on the thread that runs
-    the task, and for an ``async def`` task on the thread of ``sync_to_async``. A thread keeps
-    a connection only for ``CONN_MAX_AGE`` seconds, by default not at all.
-
-    The options are those of :class:`~wsgi_bg.BackgroundTasksMiddleware`. Django's settings
-    override them: ``WSGI_BG_RUNNER``, ``WSGI_BG_RUN_ON``, ``WSGI_BG_FAILED_FROM`` and so on,
-    each option's name in capitals with the prefix ``WSGI_BG_``.
-
-    :raises TypeError: if an option has the wrong type.
-    :raises ValueError: if an option is an unknown word, or a number out of range.
-    """
-    application = wsgi.get_wsgi_application()
-    _options.update(
-        runner=runner,
-        run_on=run_on,
-        failed_from=failed_from,
-        on_error=on_error,
-        stop_on_error=stop_on_error,
-        hooks=hooks,
-        request_label=request_label,
-        slow_after=slow_after,
-        status=status,
-        status_path=status_path,
-    )
-    return _configured(partial(_Middleware, application))
-
-
-def _configured(make: Callable[..., BackgroundTasksMiddleware]) -> BackgroundTasksMiddleware:
-    return make_configured(make, _options, lambda key: getattr(settings, key, None))
-
-
-class _Around:
-    """Closes database connections before and after each task, on the task's thread."""
-
-    @staticmethod
-    def added(task: BackgroundTask) -> None:
-        """Separate the task's language from the view's, which asgiref 3.8 shares."""
-        task.context = detached(copy_context())
-
-    def __enter__(self) -> None:
-        self._close_connections()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._close_connections()
-        _call_safely(caches.close_all)  # the task's own caches
-
-    def _close_connections(self) -> None:
-        if _is_on_a_loop():
-            _call_on_asgirefs_thread(close_old_connections)
-        else:
-            _call_safely(close_old_connections)
-            # A plain task may use asyncio.run(). Without a thread there is no connection.
-            if SyncToAsync.single_thread_executor._threads:  # noqa: SLF001
-                _call_on_asgirefs_thread(close_old_connections)
-
-
-class _AroundInTests(_Around):
+class _AroundInTests(Around):
     """For the test client: the test's thread keeps its connections and transaction."""
 
-    def _close_connections(self) -> None:
-        if _is_on_a_loop():
-            _call_on_asgirefs_thread(connections.close_all)
-
-
-def _is_on_a_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
-
-
-def _call_on_asgirefs_thread(close: Callable[[], object]) -> None:
-    """Queue ``close`` before or after the queries of an async task; does not block.
-
-    ``sync_to_async`` makes the queries on asgiref's thread, which makes its calls in order.
-    """
-    with suppress(RuntimeError):  # the interpreter exits, and the thread has ended
-        SyncToAsync.single_thread_executor.submit(_call_safely, close)
-
-
-def _call_safely(close: Callable[[], object]) -> None:
-    try:
-        close()
-    except Exception as exc:
-        log.error("%s raised", name_of(close), exc_info=exc)
-
-
-class _Middleware(BackgroundTasksMiddleware):
-    """The middleware around Django's application."""
-
-    _around = _Around
-
-
-# The test client makes an environ, sends request_started and request_finished as a server
-# would, and calls Django's handler itself. Between the two signals a _Visit is open.
+    def close_connections(self) -> None:
+        if is_on_a_loop():
+            call_on_asgirefs_thread(connections.close_all)
 
 
 class _MiddlewareInTests(BackgroundTasksMiddleware):
@@ -242,7 +111,7 @@ class _ClientRequest:
             enter(environ[ENVIRON_KEY])
             return self._respond(start_response)
 
-        middleware = _configured(partial(_MiddlewareInTests, app))
+        middleware = configured(partial(_MiddlewareInTests, app))
         self._body = middleware(self.environ, lambda *args: lambda data: None)
 
     def _respond(self, start_response: StartResponse) -> Iterator[bytes]:
@@ -360,6 +229,8 @@ def _finish(request: Any, status: str) -> None:
         raise
 
 
-signals.request_started.connect(_on_started)
-signals.request_finished.connect(_on_finished)
-signals.got_request_exception.connect(_on_exception)
+def follow_test_clients() -> None:
+    """Give the requests of Django's test client background tasks, by Django's signals."""
+    signals.request_started.connect(_on_started)
+    signals.request_finished.connect(_on_finished)
+    signals.got_request_exception.connect(_on_exception)

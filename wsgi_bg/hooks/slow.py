@@ -15,7 +15,7 @@ from wsgi_bg._process import greenlets
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._process.threads import start_daemon
 from wsgi_bg._tasks.task_log import log_slow
-from wsgi_bg.hooks import OptionHooks, TaskRecord
+from wsgi_bg.hooks.base import OptionHooks, TaskRecord
 
 _PACKAGE = PurePath(__file__).parents[1]
 _NO_STACK = "(the stack is not known under gevent)"

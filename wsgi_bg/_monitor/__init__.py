@@ -1,1 +1,0 @@
-"""The status page: a WSGI application, its HTML page, script and style."""
