@@ -51,7 +51,7 @@ def test_the_extras_that_a_command_installs_exist(title: str) -> None:
 def test_the_test_command_stands_alone_under_its_heading() -> None:
     assert len(README.blocks("sh", "Run the tests")) == 1
     assert command("Run the tests") == (
-        "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/pytest"
+        "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/pytest -n auto"
     )
 
 
@@ -60,6 +60,7 @@ def test_the_test_extra_installs_the_program_of_the_test_command() -> None:
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
     wanted = setup["options.extras_require"]["test"].split()
     assert any(requirement.startswith("pytest>") for requirement in wanted)
+    assert "pytest-xdist" in wanted  # for -n
 
 
 def test_the_first_command_serves_the_example_that_the_curl_line_asks() -> None:
