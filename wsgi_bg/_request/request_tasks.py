@@ -116,9 +116,7 @@ class RequestTasks(Deferring):
 
     def expected(self) -> list[BackgroundTask]:
         """The tasks that run if the request ends with the status known so far."""
-        if (
-            self._list is None or self._collector.pid != per_process.pid()
-        ):  # or in a forked child
+        if self._list is None or self._collector.pid != per_process.pid():  # a forked child
             return []
         status = _code_of(self.status)
         return [task for task in self._list if task.options.lets_run(status)]
