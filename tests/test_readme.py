@@ -51,7 +51,8 @@ def test_the_extras_that_a_command_installs_exist(title: str) -> None:
 def test_the_test_command_stands_alone_under_its_heading() -> None:
     assert len(README.blocks("sh", "Run the tests")) == 1
     assert command("Run the tests") == (
-        "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/pytest -n auto"
+        "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' "
+        "&& .venv/bin/pytest -n auto"
     )
 
 
