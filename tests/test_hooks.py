@@ -28,12 +28,14 @@ from tests.support import (
     submit,
 )
 from wsgi_bg import (
+    BackgroundTask,
     BackgroundTasks,
     BackgroundTasksMiddleware,
     InlineRunner,
     PoolRunner,
     background_tasks,
     get_background_tasks,
+    status,
 )
 from wsgi_bg._tasks.options import DEFAULTS
 from wsgi_bg._tasks.task import DIRECT
@@ -210,7 +212,7 @@ def test_tasks_left_at_the_exit_are_discarded() -> None:
     ], result.stderr
 
 
-def test_hooks_see_tasks_called_by_hand_once() -> None:
+def test_hooks_see_tasks_called_by_hand_and_an_extra_call_besides() -> None:
     diary = Diary()
 
     def add(environ: Environ) -> None:
@@ -231,9 +233,32 @@ def test_hooks_see_tasks_called_by_hand_once() -> None:
         "failed failing_later",
         "started later",
         "finished later",
-        "started plain",
-        "finished plain",
+        *["started plain", "finished plain"] * 2,  # the extra call, and the request's
     ]
+
+
+def test_an_extra_call_leaves_hooks_and_status_to_the_run_by_the_request() -> None:
+    class Session(Hooks):
+        @contextmanager
+        def around(self, record: TaskRecord) -> Iterator[None]:
+            sessions.append(record.id)
+            yield
+
+    def fail_later() -> None:
+        if len(sessions) == 2:
+            raise ValueError("a bug")
+
+    def add(environ: Environ) -> None:
+        added.append(background_tasks.add_task(fail_later))
+        added[0]()
+
+    sessions: list[str] = []
+    added: list[BackgroundTask] = []
+    respond(BackgroundTasksMiddleware(app_that(add), hooks=Session(), status=True))
+    assert len(set(sessions)) == 2
+    assert sessions[1] == added[0].id
+    assert status.of(sessions[0]) == "succeeded"
+    assert status.of(sessions[1]) == "failed"
 
 
 def test_a_task_that_a_task_adds_has_its_moments_too() -> None:

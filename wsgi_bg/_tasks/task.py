@@ -362,13 +362,24 @@ class BackgroundTask:
 
         A plain function runs on the calling thread, an awaitable on the portal's thread. If
         the task was added to a batch, the call runs in the context of that moment. A delay
-        and a ``Retry`` do not hold for this call.
+        and a ``Retry`` do not hold for this call. Hooks and the status see the call as a task
+        of its own, with another id.
 
         :raises BaseException: the error of the call.
         :raises RuntimeError: for an async call from the portal's own thread.
         """
         context = self.new_context() if self.context is None else self.context
-        return self.call_in(detached(context))
+        task = self if self.options.calls is DIRECT else self._extra()
+        return task.call_in(detached(context))
+
+    def _extra(self) -> BackgroundTask:
+        """A task for an extra call: the run by the request needs the record of this one."""
+        task = BackgroundTask.__new__(BackgroundTask)
+        fill(task, self.func, self.args, self.kwargs, None, self.options)
+        root = self.root
+        if root is not None:
+            self.options.calls.received(task, root)
+        return task
 
     def call_in(self, context: Context) -> Any:
         """Make the call in ``context``: see :meth:`__call__`."""
