@@ -419,7 +419,9 @@ def test_a_retry_under_stop_on_error_holds_the_rest_of_the_request(
     assert wait_until(lambda: waiting(runner) == [])
 
 
-def test_the_last_failure_is_the_tasks_error(runner: DurableRunner, log: Log) -> None:
+def test_the_last_failure_is_the_tasks_error(
+    runner: DurableRunner, log: Log, caplog: pytest.LogCaptureFixture
+) -> None:
     def add(environ: object) -> None:
         background_tasks.using(retry=Retry(2, first=0.0)).add_task(fail, 1)
 
@@ -429,6 +431,8 @@ def test_the_last_failure_is_the_tasks_error(runner: DurableRunner, log: Log) ->
     [failed] = list_tasks(check_folder(runner.path))
     assert failed.outcome.row.attempts == 2
     assert len(log.errors) == 1
+    [logged] = [each.created for each in caplog.records if each.levelno == logging.ERROR]
+    assert failed.outcome.ended <= logged  # a log handler may take long
 
 
 def test_a_delay_waits_in_the_file(runner: DurableRunner) -> None:

@@ -598,6 +598,62 @@ def test_a_task_that_is_not_run_has_its_reason(caplog: pytest.LogCaptureFixture)
     assert found["wsgi_bg_reason"] == "the request succeeded with 200, and run_on is 'error'"
 
 
+class Times(Hooks):
+    """Notes when the attempts have ended, and their waits."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+        self.waits: list[float | None] = []
+
+    def task_retried(self, record: TaskRecord) -> None:
+        assert record.ended_at is not None
+        self.ends.append(record.ended_at)
+        self.waits.append(record.wait)
+
+    task_failed = task_retried
+
+
+class Moments(logging.Handler):
+    """Notes when a record comes; a handler that sends a mail takes seconds then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_level: dict[int, list[float]] = {}
+        self.durations: list[float] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.of_level.setdefault(record.levelno, []).append(time.monotonic())
+        self.durations.append(vars(record).get("wsgi_bg_duration", 0.0))
+
+
+@pytest.mark.parametrize("function", [fail, fail_async])
+@pytest.mark.parametrize("runner", ["inline", "pool"])
+def test_the_times_of_an_attempt_are_those_of_its_call_whatever_the_log_takes(
+    function: Any, runner: Any
+) -> None:
+    moments, times = Moments(), Times()
+    logger = logging.getLogger("wsgi_bg")
+    logger.addHandler(moments)
+    level = logger.level
+    logger.setLevel(logging.DEBUG)
+
+    def add(environ: Environ) -> None:
+        background_tasks.using(retry=Retry(2, first=0.0)).add_task(function)
+
+    try:
+        app = BackgroundTasksMiddleware(app_that(add), hooks=times, runner=runner)
+        respond(app)
+        assert wait_until(lambda: len(times.ends) == 2)
+    finally:
+        logger.removeHandler(moments)
+        logger.setLevel(level)
+    assert times.ends[0] <= moments.of_level[logging.WARNING][0]
+    assert times.ends[1] <= moments.of_level[logging.ERROR][0]
+    *_, of_error, of_end = moments.durations
+    assert of_end == of_error
+    assert all(wait is not None for wait in times.waits)
+
+
 @pytest.mark.parametrize("level", [logging.DEBUG, logging.INFO])
 def test_tasks_that_are_run_by_hand_have_records_of_their_ends_too(
     level: int, caplog: pytest.LogCaptureFixture

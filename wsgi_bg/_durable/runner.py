@@ -266,6 +266,11 @@ class DurableRunner(KeepingRunner):
         """Note the end of a task."""
         self._states.get().note_end(task, "done", None)
 
+    def raised(self, task: BackgroundTask) -> None:
+        """Note when the call of a task has ended."""
+        if isinstance(task.message, Kept):
+            task.message.ended = time.time()
+
     def failed(self, task: BackgroundTask, exc: BaseException) -> None:
         """Note the error of a task, whose row is kept."""
         self._states.get().note_end(task, "failed", exc)
@@ -364,16 +369,27 @@ class Kept:
     :ivar store: the file that holds the row; None if the row is not stored.
     :ivar children: the durable tasks that the running task has added; None unless it runs.
     :ivar began: when the call began, by :func:`time.time`.
+    :ivar ended: when the last call ended that has raised.
     :ivar has_parent: True if the row will be stored with the end of the task that has added it.
     """
 
-    __slots__ = ("_is_settled", "_right", "began", "children", "has_parent", "row", "store")
+    __slots__ = (
+        "_is_settled",
+        "_right",
+        "began",
+        "children",
+        "ended",
+        "has_parent",
+        "row",
+        "store",
+    )
 
     def __init__(self, row: Row, store: Store | None = None) -> None:
         self.row: Row = row
         self.store: Store | None = store
         self.children: list[BackgroundTask] | None = None
         self.began: float = 0.0
+        self.ended: float = 0.0
         self.has_parent: bool = False
         self._right = {"to store": True}
         self._is_settled = store is not None
@@ -664,7 +680,8 @@ class _State:
         row = kept.row
         if state == "failed":
             row = row._replace(attempts=task.attempt)
-        outcome = Outcome(row, state, kept.began, time.time(), error, text)
+        ended = (exc is not None and kept.ended) or time.time()
+        outcome = Outcome(row, state, kept.began, ended, error, text)
         new = [child for child in children or () if child.unclaimed and child.message.claim()]
         if not (new and self._end_with(task, store, outcome, new)):
             store.end(outcome)

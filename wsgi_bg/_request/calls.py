@@ -272,6 +272,11 @@ class Calls(Caller):
         """Call the hooks for a task that has returned; an awaitable it returned was awaited."""
         self._end(task, "task_finished")
 
+    def raised(self, task: BackgroundTask) -> None:
+        """Note the end of a call, before a slow log handler or the like delays the hooks."""
+        for record in task.record:
+            record.ended_at = time.monotonic()
+
     def failed(self, task: BackgroundTask, exc: BaseException) -> None:
         """Call the hooks for a task that has raised ``exc``."""
         self._end(task, "task_failed", error=exc)
@@ -279,20 +284,19 @@ class Calls(Caller):
     def retried(self, task: BackgroundTask, exc: BaseException, seconds: float) -> None:
         """Call the hooks for a task that has raised ``exc`` and will be called again."""
         for record in task.record:
-            record.ended_at = now = time.monotonic()
+            now = time.monotonic()
+            record.ended_at = record.ended_at or now
             record.retry_at = now + seconds
             record.awaitable = None
             record.error = exc
             self._tell("task_retried", record)
-            record.retry_at = record.started_at = None
-            record.attempt += 1
+            record.wait_for_attempt()
 
     def moved(self, task: BackgroundTask, copy: BackgroundTask, batch: BackgroundTasks) -> None:
         """Let the record be the one of ``copy``, too; a single thread pops the record."""
         copy.record = task.record
         for record in task.record:
-            record.task = copy
-            record.batch = batch
+            record.move(copy, batch)
 
     def discarded(self, task: BackgroundTask, reason: str) -> None:
         """Call the hooks for a task that will not run, or that was interrupted."""
@@ -311,7 +315,7 @@ class Calls(Caller):
             record = task.record.pop()
         except IndexError:
             return
-        record.ended_at = time.monotonic()
+        record.ended_at = record.ended_at or time.monotonic()
         record.awaitable = None
         record.error = error
         record.reason = reason

@@ -721,6 +721,7 @@ class Batch:
             _run_in(context, task_log.log_end, task, self._call_began)
 
     def _fail(self, task: BackgroundTask, context: Context, exc: BaseException) -> None:
+        task.options.calls.raised(task)
         if self._repeats(task, context, exc):
             return
         self.failed += 1

@@ -171,6 +171,9 @@ class Caller:
     def finished(self, task: BackgroundTask) -> None:
         """``task`` has returned; an awaitable that its function returned was awaited."""
 
+    def raised(self, task: BackgroundTask) -> None:
+        """The call has raised, a moment ago: whatever is logged now takes time."""
+
     def failed(self, task: BackgroundTask, exc: BaseException) -> None:
         """``task`` has raised ``exc``."""
 

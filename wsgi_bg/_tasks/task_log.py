@@ -99,7 +99,7 @@ def log_failure(
     extra = fields(task, "failed", error=exc, started=started)
     observe_log(task, partial(log.error, message, *args, exc_info=exc, said=said, extra=extra))
     if started is not None:
-        log_end(task, started, error=exc)
+        _log_end(task, extra)
 
 
 def log_end(task: BackgroundTask, started: float, error: BaseException | None = None) -> None:
@@ -108,10 +108,13 @@ def log_end(task: BackgroundTask, started: float, error: BaseException | None = 
     :param started: when the call began (:func:`time.monotonic`).
     """
     outcome = "succeeded" if error is None else "failed"
-    extra = fields(task, outcome, error=error, started=started)
+    _log_end(task, fields(task, outcome, error=error, started=started))
+
+
+def _log_end(task: BackgroundTask, extra: dict[str, Any]) -> None:
     message = "background task %s has %s after %.3g seconds"
-    seconds = extra["wsgi_bg_duration"]
-    observe_log(task, partial(log.debug, message, task.name, outcome, seconds, extra=extra))
+    args = task.name, extra["wsgi_bg_outcome"], extra["wsgi_bg_duration"]
+    observe_log(task, partial(log.debug, message, *args, extra=extra))
 
 
 def log_slow(task: BackgroundTask, seconds: float, stack: str) -> None:

@@ -72,6 +72,7 @@ class TaskRecord(_Record):
     """
 
     __slots__ = (
+        "_handed_over_at",
         "added_at",
         "attempt",
         "awaitable",
@@ -86,6 +87,7 @@ class TaskRecord(_Record):
     def __init__(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
         self.task: BackgroundTask = task
         self.batch = batch
+        self._handed_over_at: float | None = None  # of the attempt that has ended before move()
         self.attempt: int = 1
         self.added_at: float = time.monotonic()
         self.started_at: float | None = None
@@ -101,6 +103,17 @@ class TaskRecord(_Record):
         self.thread_id = threading.get_ident()
         self.ended_at = self.error = None
         self.started_at = time.monotonic()
+
+    def move(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
+        """``task`` in ``batch`` will run in place of the task; called by the package."""
+        if self.started_at is not None:
+            self._handed_over_at = self.handed_over_at
+        self.task, self.batch = task, batch
+
+    def wait_for_attempt(self) -> None:
+        """The next attempt will be made later; called by the package."""
+        self._handed_over_at = self.started_at = self.ended_at = self.retry_at = None
+        self.attempt += 1
 
     @property
     def id(self) -> str:
@@ -125,7 +138,7 @@ class TaskRecord(_Record):
         The time after a delay, or before a further attempt, is not counted: the runner gets
         the task afterwards.
         """
-        handed_over = self.batch.handed_over_at
+        handed_over = self._handed_over_at or self.batch.handed_over_at
         if handed_over is None or handed_over > self.added_at:
             return handed_over
         return self.added_at

@@ -90,8 +90,11 @@ class KeepingRunner(LedgerRunner):
         """The call has returned. Must not raise."""
         raise NotImplementedError
 
+    def raised(self, task: BackgroundTask) -> None:
+        """The call has raised, a moment ago. Must not raise."""
+
     def failed(self, task: BackgroundTask, exc: BaseException) -> None:
-        """The call has raised ``exc``. Must not raise."""
+        """The call has raised ``exc``, and was logged. Must not raise."""
         raise NotImplementedError
 
     def forget(self, task: BackgroundTask) -> None:
@@ -192,6 +195,11 @@ class KeepingCaller(Caller):
         """See :class:`Caller`."""
         self._runner.finished(task)
         self.inner.finished(task)
+
+    def raised(self, task: BackgroundTask) -> None:
+        """See :class:`Caller`."""
+        self._runner.raised(task)
+        self.inner.raised(task)
 
     def failed(self, task: BackgroundTask, exc: BaseException) -> None:
         """See :class:`Caller`."""
