@@ -613,6 +613,34 @@ def test_the_exit_names_what_only_memory_holds(runner: str) -> None:
         )
 
 
+def test_a_wait_that_begins_while_the_process_ends_is_not_lost() -> None:
+    """Python 3.12 starts no thread then."""
+    done = run_python(
+        """
+        import threading, time
+        from tests.support import Server, app_that, make_server_environ
+        from wsgi_bg import BackgroundTasksMiddleware, Retry, background_tasks
+
+        def fail_as_the_process_ends():
+            while not threading._SHUTTING_DOWN:
+                time.sleep(0.001)
+            calls.append(None)
+            if len(calls) == 1:
+                raise ValueError
+            print("called again", flush=True)
+
+        def add(environ):
+            again = background_tasks.using(retry=Retry(2, first=0.01))
+            again.add_task(fail_as_the_process_ends)
+
+        calls = []
+        app = BackgroundTasksMiddleware(app_that(add), runner="pool")
+        Server().run(app, make_server_environ())
+        """
+    )
+    assert done.stdout == "called again\n", done.stderr
+
+
 def test_a_child_of_a_fork_runs_no_wait_of_its_parent() -> None:
     done = run_python(
         """

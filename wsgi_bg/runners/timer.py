@@ -65,9 +65,9 @@ class Deferring(TaskQueue):
     def admit_wait(self, task: BackgroundTask) -> None:
         if not self._waits:
             return
-        timer = timers.get()
-        if greenlets.are_threads():
-            timer.start()  # on a greenlet of the application, and not on the loop's thread
+        # Now, since Python 3.12 starts no thread once the interpreter exits. And here, on a
+        # greenlet of the application, and not on the loop's thread.
+        timers.get().start()
         if not task.options.delay:
             return
         ledger = ledger_of(self.runner)
@@ -302,7 +302,7 @@ class _Submission(NamedTuple):
 
 
 class Timer:
-    """The heap of a process and its daemon thread, which starts with the first wait.
+    """The heap of a process and its daemon thread, which starts with the first task to wait.
 
     No lock is held: the exception of a signal handler could leave the lock locked. A thread
     that begins a wait appends, then sets an event; the timer's thread clears the event, then
