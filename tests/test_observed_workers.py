@@ -20,6 +20,7 @@ from flask import Flask
 
 from tests.celery_support import filesystem
 from tests.conftest import Log
+from tests.status.support import handle, hang, nothing, process
 from tests.support import TIMEOUT, Server, app_that, make_server_environ
 from tests.test_examples import wait_until
 from tests.test_outbox_seam import ListRunner
@@ -28,7 +29,9 @@ from wsgi_bg import (
     DurableRunner,
     Retry,
     registered_task,
+    status,
 )
+from wsgi_bg._status.recorder import recorder
 from wsgi_bg.celery import CeleryRunner
 from wsgi_bg.flask import Background
 from wsgi_bg.hooks import Hooks, TaskRecord
@@ -267,3 +270,73 @@ def test_a_worker_logs_the_end_of_each_task(
 @registered_task(name="observed.breaks")
 def breaks() -> None:
     raise ValueError
+
+
+@registered_task(name="observed.breaks_async")
+async def breaks_async() -> None:
+    raise ValueError
+
+
+registered_task(name="observed.hangs")(hang)
+
+ENDS = [
+    ("works", "succeeded"),
+    ("works_async", "succeeded"),
+    ("breaks", "failed"),
+    ("breaks_async", "failed"),
+    ("stops", "discarded"),
+]
+
+
+def call(
+    engine: str, name: str, folder: Path, path: Path | None = None
+) -> BaseException | None:
+    """Make a call on a worker that records its status; return the error, which has the task."""
+    app = filesystem(folder).app()
+    runner = CeleryRunner(app) if engine == "celery" else ListRunner()
+    where: Any = {"status": True} if path is None else {"status_path": path}
+    BackgroundTasksMiddleware(app_that(print), runner=runner, **where)
+    try:
+        if engine == "celery":
+            app.tasks[f"observed.{name}"].apply(args=(TEXT,), task_id="the id", throw=True)
+        else:
+            run_call(runner, f"observed.{name}", TEXT, {}, 1, "the id")
+    except BaseException as exc:
+        return exc
+    return None
+
+
+@pytest.mark.parametrize("engine", ["run_call", "celery"])
+@pytest.mark.parametrize(("name", "state"), ENDS)
+def test_a_task_has_ended_for_a_worker_whose_error_has_the_task(
+    engine: str, name: str, state: str, tmp_path: Path
+) -> None:
+    error = call(engine, name, tmp_path)
+    assert status.of("the id") == state
+    assert "the id" not in recorder.process().document().ids
+    del error
+
+
+@pytest.mark.parametrize(("name", "state"), [*ENDS, ("hangs", "lost")])
+def test_the_state_of_a_task_outlives_its_killed_worker(
+    name: str, state: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "status"
+    code = f"""
+        from tests.test_observed_workers import *
+        error = call("run_call", {name!r}, Path({str(tmp_path)!r}), Path(PATH))
+        recorder.process().write()
+        say("has ended")
+        input()
+        """
+    with process(code, folder) as worker:
+        assert worker.line() == ("hangs" if name == "hangs" else "has ended")
+        if name == "hangs":
+            assert wait_until((folder / "owners.lock").exists)
+            assert wait_until(lambda: status.of("the id", folder) == "running")
+        worker.kill()
+    assert status.of("the id", folder) == state
+    handle(nothing, status_path=folder)
+    assert wait_until(lambda: not (folder / "1.status").exists())
+    assert status.of("the id", folder) == state
+    assert status.snapshot(folder).counts.lost == (state == "lost")

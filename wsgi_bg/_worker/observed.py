@@ -34,6 +34,8 @@ class ObservedCall:
     def __enter__(self) -> None:
         if recorder.is_on:
             recorder.start()
+        # An error may keep the task alive: the status would go on showing it as waiting.
+        self._task.claim()
         calls_on_worker[self._task] = os.getpid()
         self._began = time.monotonic()
 
@@ -58,6 +60,7 @@ class ObservedCall:
         if is_logged:
             self._run_in(log_attempt, self._task, exc, seconds)
         self._run_in(self._calls.retried, self._task, exc, seconds)
+        self._task.record.clear()  # the engine has the task: this process has none to lose
 
     def discarded(self, reason: str) -> None:
         """The call has ended in a way that is neither success nor failure."""
