@@ -141,6 +141,26 @@ def test_a_killed_process_is_shown_for_an_hour(folder: Folder) -> None:
     assert status.of("1", folder.path) == "lost"
 
 
+@pytest.mark.parametrize("worker_is_first", [False, True])
+@pytest.mark.parametrize("state", ["succeeded", "failed", "discarded"])
+def test_a_process_that_knows_less_does_not_replace_the_end_of_a_task(
+    state: str, folder: Folder, *, worker_is_first: bool
+) -> None:
+    now = time.time()
+    worker, *others = [("1", state, now - 3.0)], [("1", "sent", now - 2.0)], []
+    ends = [worker, *others] if worker_is_first else [*others, worker]
+    states = []
+    for ended in ends:
+        ids: Any = {} if ended else {"1": "waiting"}
+        write_as_dead(
+            folder, document(process=replace(PROCESS, updated=now), ids=ids), ended=ended
+        )
+    states.append(status.of("1", folder.path))
+    ProcessFile(folder).add_ended_processes()
+    states.append(status.of("1", folder.path))
+    assert states == [state, state]
+
+
 def test_ended_ids_are_bounded(folder: Folder) -> None:
     ended = EndedFile(folder, "1")
     ended.append([], 10)
@@ -149,9 +169,9 @@ def test_ended_ids_are_bounded(folder: Folder) -> None:
     for number in range(35):
         ended.append([(str(number), "succeeded", float(number))], 10)
     assert [id for id, _, _ in ended.all()] == [str(each) for each in range(20, 35)]  # noqa: A001
-    assert ended.find("34") == ("34", "succeeded", 34.0)
-    assert ended.find("20") == ("20", "succeeded", 20.0)
-    assert ended.find("3") is None
+    assert ended.find("34") == [("34", "succeeded", 34.0)]
+    assert ended.find("20") == [("20", "succeeded", 20.0)]
+    assert ended.find("3") == []
     again = EndedFile(folder, "1")
     again.append([(f"x{each}", "failed", 1.0) for each in range(6)], 10)
     again.append([("y", "failed", 1.0)], 10)
@@ -163,7 +183,7 @@ def test_a_line_that_was_not_written_to_its_end_is_ignored(folder: Folder) -> No
     Path(folder.path, "1.ended").write_text('["1", "succ', encoding="utf-8")
     ended = EndedFile(folder, "1")
     assert ended.all() == []
-    assert ended.find("1") is None
+    assert ended.find("1") == []
 
 
 def test_an_unknown_or_old_state_is_no_state(folder: Folder) -> None:

@@ -151,14 +151,21 @@ class EndedFile:
             if (ended := _ended(line)) is not None
         ]
 
-    def find(self, id: str) -> Ended | None:  # noqa: A002
-        """Return the last end of a task."""
+    def find(self, id: str) -> list[Ended]:  # noqa: A002
+        """Return all ends of a task.
+
+        The past may have several, of the process that has sent the task and of the worker, in
+        the order in which these processes were added.
+        """
         start = b"[" + json.dumps(id).encode() + b","
-        for text in self._read():
-            at = text.rfind(b"\n" + start) + 1
-            if at or text.startswith(start):
-                return _ended(text[at:].partition(b"\n")[0])
-        return None
+        lines = (
+            line
+            for text in self._read()
+            if start in text  # much faster than to split the text
+            for line in text.splitlines()
+            if line.startswith(start)
+        )
+        return [ended for line in lines if (ended := _ended(line)) is not None]
 
     def remove(self) -> None:
         """Remove the files."""
@@ -207,15 +214,15 @@ def states_of(
     """Return the states in which the processes of the folder know a task."""
     keep = [(str(each.number), each.document.keep_done) for each in found]
     for name, keep_done in [*keep, (_PAST, past.keep_done)]:
-        ended = EndedFile(folder, name).find(id)
-        if ended is not None and time.time() - ended[2] <= keep_done.age:
-            yield from _state(ended[1])
+        for _, state, ended in EndedFile(folder, name).find(id):
+            if time.time() - ended <= keep_done.age:
+                yield from _state(state)
     for each in found:
-        state = each.document.ids.get(id)
-        if state is None:
+        known = each.document.ids.get(id)
+        if known is None:
             continue
         if each.is_alive:
-            yield from _state(state)
+            yield from _state(known)
         elif not each.document.has_ended:
             yield "lost"
 
