@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from celery import Celery, Task, current_task
 from celery.exceptions import Ignore, Reject
+from celery.signals import task_prerun
 from flask import Flask
 
 from tests.celery_support import filesystem
@@ -317,7 +318,7 @@ def test_a_task_has_ended_for_a_worker_whose_error_has_the_task(
     del error
 
 
-@pytest.mark.parametrize(("name", "state"), [*ENDS, ("hangs", "lost")])
+@pytest.mark.parametrize(("name", "state"), [*ENDS, ("fails", "retrying"), ("hangs", "lost")])
 def test_the_state_of_a_task_outlives_its_killed_worker(
     name: str, state: str, tmp_path: Path
 ) -> None:
@@ -340,3 +341,33 @@ def test_the_state_of_a_task_outlives_its_killed_worker(
     assert wait_until(lambda: not (folder / "1.status").exists())
     assert status.of("the id", folder) == state
     assert status.snapshot(folder).counts.lost == (state == "lost")
+
+
+def test_a_task_that_an_engine_will_call_again_is_retrying(tmp_path: Path) -> None:
+    error = call("run_call", "fails", tmp_path)
+    assert isinstance(error, RetryLater)
+    assert status.of("the id") == "retrying"
+    assert "the id" not in recorder.process().document().ids
+    counts = status.snapshot().counts
+    assert (counts.retried, counts.failed) == (1, 0)
+
+
+@pytest.mark.parametrize("name", ["fails", "leaves"])
+def test_a_task_that_celery_will_call_again_is_retrying(name: str, tmp_path: Path) -> None:
+    app = filesystem(tmp_path).app()
+    BackgroundTasksMiddleware(app_that(print), runner=CeleryRunner(app), status=True)
+    states: list[str | None] = []
+
+    def note(task_id: str, **_: object) -> None:
+        states.append(status.of(task_id))
+
+    task_prerun.connect(note)
+    try:
+        text = TEXT if name == "fails" else json.dumps([1, ["countdown"], {}])
+        app.tasks[f"observed.{name}"].apply(args=(text,), task_id="the id")
+    finally:
+        task_prerun.disconnect(note)
+    end = "failed" if name == "fails" else "succeeded"
+    assert [*states, status.of("the id")] == [None, "retrying", end]
+    counts = status.snapshot().counts
+    assert (counts.retried, counts.failed + counts.succeeded) == (1, 1)

@@ -161,6 +161,38 @@ def test_a_process_that_knows_less_does_not_replace_the_end_of_a_task(
     assert states == [state, state]
 
 
+@pytest.mark.parametrize("first", ["retrying", "other"])
+@pytest.mark.parametrize(
+    ("other", "seconds", "state"),
+    [
+        ("failed", 1.0, "failed"),
+        ("discarded", 1.0, "discarded"),
+        ("retrying", 1.0, "retrying"),
+        ("sent", 1.0, "retrying"),
+        ("sent", -1.0, "retrying"),
+        ("lost", 1.0, "lost"),  # the next attempt was lost
+        ("lost", -1.0, "retrying"),  # the attempt before was lost
+    ],
+)
+def test_a_task_is_retrying_until_its_next_attempt_has_ended(
+    other: str, seconds: float, state: str, first: str, folder: Folder
+) -> None:
+    moment = time.time() - 10.0
+    documents: dict[str, tuple[Any, Any]] = {
+        "retrying": ({}, [("1", "retrying", moment)]),
+        "other": ({}, [("1", other, moment + seconds)]),
+    }
+    if other == "lost":
+        documents["other"] = ({"1": "running"}, [])
+    for name in sorted(documents, key=lambda name: name != first):
+        ids, ended = documents[name]
+        process = replace(PROCESS, updated=moment + seconds)
+        write_as_dead(folder, document(process=process, ids=ids), ended=ended)
+    before = status.of("1", folder.path)
+    ProcessFile(folder).add_ended_processes()
+    assert [before, status.of("1", folder.path)] == [state, state]
+
+
 def test_ended_ids_are_bounded(folder: Folder) -> None:
     ended = EndedFile(folder, "1")
     ended.append([], 10)

@@ -110,11 +110,12 @@ def test_ended_ids_are_kept_as_keep_done_says(monkeypatch: pytest.MonkeyPatch) -
     for number in range(50):
         succeed(journal, "a", now, id=str(number))
     journal.count()
-    states = [journal.state_of(str(number)) for number in range(50)]
+    ends = [journal.end_of(str(number)) for number in range(50)]
+    states = [end and end[0] for end in ends]
     assert states == [None] * 30 + ["succeeded"] * 20
     today = time.time()
     monkeypatch.setattr(time, "time", lambda: today + 101.0)
-    assert journal.state_of("49") is None
+    assert journal.end_of("49") is None
 
 
 def test_no_ended_id_is_kept_if_keep_done_is_zero() -> None:
@@ -122,7 +123,7 @@ def test_no_ended_id_is_kept_if_keep_done_is_zero() -> None:
     journal.keep_done = KeepDone(0, 100.0)
     succeed(journal, "a", time.monotonic(), id="1")
     journal.count()
-    assert journal.state_of("1") is None
+    assert journal.end_of("1") is None
 
 
 def test_a_retried_attempt_is_no_end() -> None:
@@ -130,7 +131,7 @@ def test_a_retried_attempt_is_no_end() -> None:
     now = time.monotonic()
     journal.entries.append(Entry("a", RETRIED, None, now, now, "1", None, None))
     journal.count()
-    assert journal.state_of("1") is None
+    assert journal.end_of("1") is None
     assert journal.numbers.names["a"].counts[RETRIED] == 1
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar, get_args
 from wsgi_bg._durable.folder import Folder, check_folder
 from wsgi_bg._durable.owner import Locks, locks_of
 from wsgi_bg._status.document import VERSION, Document, Past
-from wsgi_bg._status.model import State
+from wsgi_bg._status.model import End, State
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError, StoreError
 
 T = TypeVar("T")
@@ -205,26 +205,31 @@ def read_all(folder: Folder, *, is_brief: bool = False) -> tuple[list[Found], Pa
     return [each for each in found if each.number not in past.added], past
 
 
-def states_of(
+def states_of(found: Iterable[Found], id: str) -> Iterator[State]:  # noqa: A002
+    """Return the states of a task that waits or runs in a process of the folder."""
+    for each in found:
+        state = each.document.ids.get(id)
+        if state is not None and each.is_alive:
+            yield from _state(state)
+
+
+def ends_of(
     folder: Folder,
     found: Iterable[Found],
     past: Past,
     id: str,  # noqa: A002
-) -> Iterator[State]:
-    """Return the states in which the processes of the folder know a task."""
+) -> Iterator[End]:
+    """Return the ends of a task in the processes of the folder, in any order."""
     keep = [(str(each.number), each.document.keep_done) for each in found]
     for name, keep_done in [*keep, (_PAST, past.keep_done)]:
         for _, state, ended in EndedFile(folder, name).find(id):
             if time.time() - ended <= keep_done.age:
-                yield from _state(state)
+                yield from ((known, ended) for known in _state(state))
     for each in found:
-        known = each.document.ids.get(id)
-        if known is None:
-            continue
-        if each.is_alive:
-            yield from _state(known)
-        elif not each.document.has_ended:
-            yield "lost"
+        document = each.document
+        if id in document.ids and not (each.is_alive or document.has_ended):
+            assert document.process is not None
+            yield "lost", document.process.updated
 
 
 def _state(text: str) -> tuple[State, ...]:

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 
 from wsgi_bg._durable.writer import Turn, Turns
 from wsgi_bg._status.document import KEEP_DONE, MAX_FAILURES, MINUTES, KeepDone, Numbers
-from wsgi_bg._status.model import Failure, State
+from wsgi_bg._status.model import End, Failure, State
 from wsgi_bg._status.numbers import SUCCEEDED, Histogram, Tally
 
 T = TypeVar("T")
@@ -69,8 +69,8 @@ class Journal:
         self._clock = clock
         self._offset = self.started - clock()
         # Two generations: the older goes when the younger is full.
-        self._ended: dict[str, tuple[State, float]] = {}
-        self._ended_before: dict[str, tuple[State, float]] = {}
+        self._ended: dict[str, End] = {}
+        self._ended_before: dict[str, End] = {}
         self._turns = Turns(delays_forks=False)
 
     def wall(self, moment: float) -> float:
@@ -182,12 +182,12 @@ class Journal:
         if self.keeps_ended:
             self.new_ended.append((id, state, ended))
 
-    def state_of(self, id: str) -> State | None:  # noqa: A002
+    def end_of(self, id: str) -> End | None:  # noqa: A002
         """Return how the task with the id has ended; None if that is not known."""
         found = self._ended.get(id) or self._ended_before.get(id)
         if found is None or time.time() - found[1] > self.keep_done.age:
             return None
-        return found[0]
+        return found
 
 
 def _pop_all(entries: deque[T]) -> list[T]:

@@ -22,6 +22,12 @@ State = Literal[
 ]
 """The state of a task, as :func:`wsgi_bg.status.of` returns the state."""
 
+End = tuple[State, float]
+"""The state of a task whose call has ended in a process, and the moment of the end.
+
+The state is "retrying" if an engine waits for the next attempt, and no process has the task.
+"""
+
 OTHER_NAMES = "(other names)"
 """The name under which the tasks of further functions are counted."""
 

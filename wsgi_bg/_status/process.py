@@ -17,7 +17,7 @@ from wsgi_bg._status.document import Document, KeepDone
 from wsgi_bg._status.files import ProcessFile, open_folder
 from wsgi_bg._status.journal import Journal
 from wsgi_bg._status.live import Live, command, look
-from wsgi_bg._status.model import ProcessStatus, State
+from wsgi_bg._status.model import End, ProcessStatus
 from wsgi_bg.runners.shutdown import call_after_drain
 
 if TYPE_CHECKING:
@@ -150,11 +150,11 @@ class Process:
         file = self._files.get(folder.path)
         return None if file is None else file.number
 
-    def states_of(self, id: str) -> list[State]:  # noqa: A002
-        """Return the state of a task that has ended in this process."""
+    def ends_of(self, id: str) -> list[End]:  # noqa: A002
+        """Return the end of a task that has ended in this process."""
         self.journal.count()
-        state = self.journal.state_of(id)
-        return [] if state is None else [state]
+        end = self.journal.end_of(id)
+        return [] if end is None else [end]
 
     def document(self) -> Document:
         """Return the status of this process as it is now."""

@@ -16,7 +16,7 @@ from wsgi_bg._status.journal import MAX_ENTRIES, Entry, Journal
 from wsgi_bg._status.model import Failure, State
 from wsgi_bg._status.numbers import DISCARDED, FAILED, RETRIED, SENT
 from wsgi_bg._tasks.callables import name_of
-from wsgi_bg._tasks.task import known_id
+from wsgi_bg._tasks.task import known_id, plan_of
 from wsgi_bg.hooks.base import OptionHooks, TaskRecord
 from wsgi_bg.runners.keeping import KeepingRunner
 
@@ -143,8 +143,13 @@ class Recorder(OptionHooks):
         self._record(record, FAILED, "failed", _failure(record))
 
     def task_retried(self, record: TaskRecord) -> None:
-        """Record an attempt that has raised."""
-        self._record(record, RETRIED)
+        """Record an attempt that has raised.
+
+        The state is recorded on a worker only: no process has the task until its next attempt.
+        """
+        plan = plan_of(record.task)
+        waits_elsewhere = plan is not None and plan.on_worker
+        self._record(record, RETRIED, "retrying" if waits_elsewhere else None)
 
     def task_discarded(self, record: TaskRecord) -> None:
         """Record a task that was discarded."""

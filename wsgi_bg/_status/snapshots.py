@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 from wsgi_bg._durable.folder import Folder
@@ -12,7 +13,7 @@ from wsgi_bg._status.combine import Folders, combine
 from wsgi_bg._status.document import Document, Past
 from wsgi_bg._status.files import Found, find_folder
 from wsgi_bg._status.live import look, states_of
-from wsgi_bg._status.model import NameCounts, Snapshot, State
+from wsgi_bg._status.model import End, NameCounts, Snapshot, State
 from wsgi_bg._status.process import status_of_process
 from wsgi_bg._status.recorder import recorder
 from wsgi_bg.runners.ledger import ledgers_here
@@ -105,20 +106,32 @@ def find_state(id: str, path: str | os.PathLike[str] | None) -> State | None:  #
     """See :func:`wsgi_bg.status.of`."""
     documents = [Document(durable=recorder.durable, outboxes=recorder.outboxes)]
     known = [*states_of(id)]
-    if recorder.is_on:
-        known += recorder.process().states_of(id)
+    ends = recorder.process().ends_of(id) if recorder.is_on else []
     folder = None if path is None else _folder(path)
     if folder is not None:
         found, past = files.read_all(folder, is_brief=True)
         documents += [each.document for each in found]
-        known += files.states_of(folder, found, past, id)
+        known += files.states_of(found, id)
+        ends += files.ends_of(folder, found, past, id)
     folders = Folders(documents, None if folder is None else folder.path)
     # A durable task may run again after its end: by an order, for example.
     stored_state = folders.state_of(id)
     if stored_state is not None:
         return stored_state
+    known += _without_old_attempts(ends)
     known += folders.states_of_message(id)
     return min(known, key=_RANK.index, default=None)
+
+
+def _without_old_attempts(ends: list[End]) -> Iterator[State]:
+    """Return the states, without "retrying" if a later attempt has ended.
+
+    "sent" ends no attempt: the broker's confirm may come after the worker's first attempt.
+    """
+    last = max((moment for state, moment in ends if state != "sent"), default=0.0)
+    for state, moment in ends:
+        if state != "retrying" or moment >= last:
+            yield state
 
 
 def durable_folders(path: str | os.PathLike[str] | None) -> list[Folder]:

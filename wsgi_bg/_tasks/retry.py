@@ -118,17 +118,21 @@ class Plan:
     :ivar calls: how many contexts :meth:`begin` has made: the calls so far.
     :ivar due: when the delay is over, by the clock of the timer; None before the delay begins.
     :ivar is_due: True once the task waits for no time any more.
+    :ivar on_worker: True if an engine makes the further attempts, on any of its workers.
     """
 
-    __slots__ = ("_mark", "attempt", "calls", "context", "due", "is_due", "retry")
+    __slots__ = ("_mark", "attempt", "calls", "context", "due", "is_due", "on_worker", "retry")
 
-    def __init__(self, retry: Retry | None, attempt: int = 1) -> None:
+    def __init__(
+        self, retry: Retry | None, attempt: int = 1, *, on_worker: bool = False
+    ) -> None:
         self.retry: Retry | None = retry
         self.context: Context | None = None
         self.attempt: int = attempt
         self.calls: int = 0
         self.due: float | None = None
         self.is_due: bool = False
+        self.on_worker: bool = on_worker
         self._mark: object = None
 
     def begin(self) -> Context:

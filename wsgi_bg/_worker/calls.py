@@ -75,7 +75,7 @@ def run_call(
     added = AddedTasks(task, options)
     context.run(current.set, added.tasks)
     retry = retries.find(carried.get(retries.RETRY), registration.retry)
-    task.plan = Plan(retry, attempt)
+    task.plan = Plan(retry, attempt, on_worker=True)
     if id is not None:
         task.keep_id(id)
     calls = options.calls

@@ -135,7 +135,7 @@ def _run(self: Any, *args: Any, **kwargs: Any) -> Any:
         calls = calls.without_around()
     retry = retries.find(messages.headers_of(request).get(retries.RETRY), registration.retry)
     attempt = request.retries + 1
-    task.plan = Plan(retry, attempt)
+    task.plan = Plan(retry, attempt, on_worker=True)
     if not request.called_directly:  # else no one would run the tasks that the task adds
         added = AddedTasks(task, served.options)
         setattr(request, _ADDED, added)
