@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -138,22 +139,26 @@ def run_flask(runner: Any = "pool", **options: Any) -> None:
     sentry_sdk.flush()
 
 
-def request(runner: Any, *functions: Any, **options: Any) -> None:
+def request(runner: Any, *functions: Any) -> None:
     """Handle a request that adds tasks inside of the transaction "request"."""
 
     def view(environ: object) -> None:
         with sentry_sdk.start_transaction(name="request", op="http.server"):
             for function in functions:
-                background_tasks.using(**options).add_task(function, SECRET)
+                background_tasks.add_task(function, SECRET)
 
     app = BackgroundTasksMiddleware(app_that(view), runner=runner, hooks=SentryHooks())
     Server().run(app, make_server_environ())
 
 
+def hold(value: str) -> None:
+    threading.Event().wait()
+
+
 def store_and_die(path: str) -> None:
-    """Store a task whose delay is not over when the process is killed."""
+    """Store a task that waits for another task when the process is killed."""
     start()
-    request(DurableRunner(path), work, delay=0.01)
+    request(DurableRunner(path), hold, work)
     sentry_sdk.flush()
     os.kill(os.getpid(), signal.SIGKILL)
 

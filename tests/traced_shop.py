@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,13 +126,17 @@ if "SHOP_BROKER" in os.environ:
     )
 
 
-def request_in_span(runner: Any, **options: Any) -> None:
-    """Handle a request that adds a task inside of the span "request"."""
+def request_in_span(runner: Any, *before: Callable[[], object]) -> None:
+    """Handle a request that adds tasks inside of the span "request".
+
+    :param before: functions that are called before ``work``.
+    """
 
     def view(environ: object) -> None:
         tracer = trace.get_tracer("web", tracer_provider=provider)
         with tracer.start_as_current_span("request"):
-            background_tasks.using(**options).add_task(work)
+            for function in (*before, work):
+                background_tasks.add_task(function)
 
     hooks = OpenTelemetryHooks(provider, PARENT)
     Server().run(
@@ -147,6 +152,6 @@ def send() -> None:
 
 
 def store_and_die(path: str) -> None:
-    """Store a task whose delay is not over when the process is killed."""
-    request_in_span(DurableRunner(path), delay=0.01)
+    """Store a task that waits for another task when the process is killed."""
+    request_in_span(DurableRunner(path), threading.Event().wait)
     os.kill(os.getpid(), signal.SIGKILL)
