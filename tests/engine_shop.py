@@ -153,4 +153,4 @@ if "ENGINE_SHOP" in os.environ:
         broker = make_broker(url, **options)
         dramatiq.set_broker(broker)
         runner = DramatiqRunner(broker)
-    Background(make_site(), runner=runner)
+    Background(make_site(), runner=runner, status_path=os.environ.get("ENGINE_STATUS"))

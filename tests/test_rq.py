@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,19 @@ from rq import Queue
 from rq.serializers import JSONSerializer
 
 from tests.brokers import RedisServer
-from tests.engine_shop import block, look, make_queue, note_call, note_slowly, spread_and_leave
+from tests.engine_shop import (
+    block,
+    fail_always,
+    look,
+    make_queue,
+    note_call,
+    note_slowly,
+    spread_and_fail,
+    spread_and_leave,
+)
 from tests.engine_support import RQ, TIMEOUT, Worker, send, worker
 from tests.test_examples import text_of, wait_until
-from wsgi_bg import registered_task, wait
+from wsgi_bg import Retry, registered_task, status, wait
 from wsgi_bg.exceptions import MessageError, OptionTypeError, OptionValueError, PublishError
 from wsgi_bg.rq import RQRunner
 from wsgi_bg.rq import worker as rq_worker
@@ -163,6 +174,47 @@ def test_a_job_whose_process_was_killed_begins_again(
     os.kill(int(started.wait_for_lines(other, 1)[0]), signal.SIGKILL)
     job = engine.job(task.id)
     assert wait_until(lambda: job.get_status() == "failed", TIMEOUT)
+
+
+@pytest.mark.parametrize("kind", ["Worker", "SimpleWorker"])
+def test_the_status_has_all_jobs_of_a_worker_that_has_ended(
+    engine: RQ, tmp_path: Path, kind: str
+) -> None:
+    runner, folder = engine.runner(), tmp_path / "status"
+    path, retry = str(tmp_path / "path"), Retry(2, first=0, jitter=False)
+    tasks = [
+        send(runner, note_call, path),
+        send(runner, fail_always, path, using={"retry": retry}),
+        send(runner, spread_and_fail, path),
+    ]
+    assert wait(TIMEOUT) == []
+    shop = json.dumps([engine.name, engine.url, {}])
+    command = [each for each in engine.command() if each != "--with-scheduler"]  # ends at once
+    subprocess.run(
+        [*command, "--burst", "--worker-class", f"rq.worker.{kind}"],
+        env={**os.environ, "ENGINE_SHOP": shop, "ENGINE_STATUS": str(folder)},
+        timeout=2 * TIMEOUT,
+        check=True,
+    )
+    states = [status.of(task.id, folder) for task in tasks]
+    assert states == ["succeeded", "failed", "failed"]
+    counts = status.snapshot(folder).counts
+    ended = counts.succeeded, counts.failed, counts.retried, counts.lost
+    assert ended == (2, 2, 1, 0)  # with the task that spread_and_fail() adds
+
+
+def test_the_job_of_a_work_horse_that_was_killed_shows_as_lost(
+    engine: RQ, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, path = tmp_path / "status", tmp_path / "path"
+    monkeypatch.setenv("ENGINE_STATUS", str(folder))
+    with worker(engine, tmp_path) as started:
+        task = send(engine.runner(), block, str(path))
+        pid = int(started.wait_for_lines(path, 1)[0])
+        assert wait_until(lambda: list(folder.glob("*.status")), TIMEOUT)
+        assert wait_until(lambda: status.of(task.id, folder) == "running", TIMEOUT)
+        os.kill(pid, signal.SIGKILL)
+        assert wait_until(lambda: status.of(task.id, folder) == "lost", TIMEOUT)
 
 
 def test_the_entry_function_is_for_jobs() -> None:

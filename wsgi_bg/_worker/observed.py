@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsgi_bg._process import log
 from wsgi_bg._process.interrupts import type_name
+from wsgi_bg._request.unclosed import collectors
 from wsgi_bg._status.recorder import recorder
 from wsgi_bg._tasks.task_log import log_attempt, log_end
 from wsgi_bg.runners.ledger import calls_on_worker
@@ -32,6 +33,7 @@ class ObservedCall:
         self._began = 0.0
 
     def __enter__(self) -> None:
+        collectors.get()  # drains at the exit, and the status is written after the drain
         if recorder.is_on:
             recorder.start()
         # An error may keep the task alive: the status would go on showing it as waiting.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from rq import Retry, get_current_job
 
 from wsgi_bg._worker.calls import RetryLater, run_call
 from wsgi_bg.exceptions import MessageError
+from wsgi_bg.runners.shutdown import finish
 
 if TYPE_CHECKING:
     from wsgi_bg.outbox import OutboxRunner
@@ -33,7 +35,11 @@ def run(name: str, text: str, headers: dict[str, str]) -> Retry | None:
     runner = runners.get(job.origin) or next(iter(runners.values()))
     attempt = (job.number_of_retries or 0) + 1
     try:
-        run_call(runner, name, text, headers, attempt, job.id)
+        try:
+            run_call(runner, name, text, headers, attempt, job.id)
+        finally:
+            if os.environ.get("RQ_JOB_ID") == job.id:  # of a work horse, which calls os._exit()
+                finish()
     except RetryLater as exc:
         return Retry(attempt, [ceil(exc.seconds)])
     except BaseException:
