@@ -18,6 +18,7 @@ import sentry_sdk
 from sentry_sdk.envelope import Envelope
 from sentry_sdk.integrations.celery import CeleryIntegration
 from sentry_sdk.integrations.flask import FlaskIntegration
+from sentry_sdk.integrations.rq import RqIntegration
 from sentry_sdk.transport import Transport
 
 import wsgi_bg
@@ -30,6 +31,7 @@ from wsgi_bg import (
     registered_task,
 )
 from wsgi_bg.flask import Background
+from wsgi_bg.outbox import OutboxRunner
 from wsgi_bg.sentry import SentryHooks
 
 MODULE = "tests.sentry_shop"
@@ -105,7 +107,7 @@ def start(**options: Any) -> None:
         transport=Recorder,
         traces_sample_rate=1.0,
         auto_enabling_integrations=False,  # there are many packages to find here
-        integrations=[FlaskIntegration(), CeleryIntegration()],
+        integrations=[FlaskIntegration(), CeleryIntegration(), RqIntegration()],
         **options,
     )
 
@@ -164,7 +166,7 @@ def store_and_die(path: str) -> None:
 
 
 def send() -> None:
-    """Send tasks to Celery."""
+    """Send tasks to Celery or RQ."""
     request(runner, work, fail_there)
     assert wsgi_bg.drain(20) == []
     sentry_sdk.flush()
@@ -176,5 +178,13 @@ if "SHOP_BROKER" in os.environ:
 
     start()
     app = make_app(*json.loads(os.environ["SHOP_BROKER"]))
-    runner = CeleryRunner(app)
+    runner: OutboxRunner = CeleryRunner(app)
+    BackgroundTasksMiddleware(app_that(print), runner=runner, hooks=SentryHooks())
+
+if "SHOP_REDIS" in os.environ:
+    from tests.engine_shop import make_queue
+    from wsgi_bg.rq import RQRunner
+
+    start()
+    runner = RQRunner(make_queue(os.environ["SHOP_REDIS"]))
     BackgroundTasksMiddleware(app_that(print), runner=runner, hooks=SentryHooks())

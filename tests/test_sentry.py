@@ -18,6 +18,7 @@ import pytest
 import sentry_sdk
 
 from tests import sentry_shop
+from tests.brokers import RedisServer
 from tests.celery_support import filesystem, worker
 from tests.conftest import Log
 from tests.sentry_shop import DSN, Recorder, items_in
@@ -167,6 +168,34 @@ def test_a_worker_with_sentrys_own_integration_keeps_to_it(tmp_path: Path) -> No
         assert trace_of(task)["op"] == "queue.task.celery"
     [event] = of_type("event", items)
     assert event["exception"]["values"][0]["mechanism"]["type"] == "celery"
+
+
+def test_a_worker_of_rq_with_sentrys_integration_continues_the_trace(
+    redis: RedisServer, tmp_path: Path
+) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+    environ = {"SHOP_REDIS": redis.fresh_url()}
+    web = in_process("send()", SENTRY_ITEMS=str(here), **environ)
+    assert web.returncode == 0, web.stderr
+    worker = [sys.executable, "-m", "rq.cli", "worker", "--burst", "-c", sentry_shop.MODULE]
+    serializer = ["--serializer", "rq.serializers.JSONSerializer"]
+    done = subprocess.run(
+        [*worker, *serializer, "--url", environ["SHOP_REDIS"], "shop"],
+        env={**os.environ, **environ, "SENTRY_ITEMS": str(there)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    items = items_in(there)
+    [event] = of_type("event", items)
+    assert event["exception"]["values"][0]["mechanism"]["type"] == "rq", done.stderr
+    [request] = of_type("transaction", items_in(here))
+    tasks = of_type("transaction", items)
+    assert all(continues(task, request) for task in tasks)
+    assert {trace_of(task)["op"] for task in tasks} == {"queue.task.rq"}
+    names = sorted(item["transaction"].rpartition(".")[2] for item in items)
+    assert names == ["fail_there", "fail_there", "work"]
 
 
 # A client without integrations
@@ -329,6 +358,20 @@ def test_a_streamed_span_of_the_engines_integration_is_kept(
         with pytest.raises(ValueError, match="a bug"):
             run_call(runner, call.name, call.text, call.headers, 1, call.id)
     assert len(of_type("event", items)) == (not is_of_engine)
+
+
+@pytest.mark.parametrize("options", [{"trace_lifecycle": "stream"}])
+def test_a_streamed_span_with_the_name_of_the_packages_function_gets_the_tasks(
+    items: list[Item],
+) -> None:
+    runner = ListRunner()
+    BackgroundTasksMiddleware(app_that(print), runner=runner, hooks=SentryHooks())
+    attributes: dict[str, Any] = {"sentry.op": "queue.task.rq"}
+    entry = "wsgi_bg.rq.worker.run"
+    span = sentry_sdk.traces.start_span(entry, attributes, parent_span=None)
+    with span, pytest.raises(ValueError, match="a bug"):
+        run_call(runner, "sentry.fail", '[1,["x"],{}]', {})
+    assert span.name == "tests.sentry_shop.fail_there"
 
 
 def test_a_stored_task_of_a_process_that_was_killed_continues_the_trace(

@@ -9,14 +9,7 @@ from math import ceil
 from typing import Any, ClassVar, Unpack
 
 from wsgi_bg.exceptions import ExtraMissingError, OptionTypeError, OptionValueError
-from wsgi_bg.outbox import (
-    Connection,
-    EncodedCall,
-    EngineOptions,
-    Message,
-    OutboxOptions,
-    OutboxRunner,
-)
+from wsgi_bg.outbox import Connection, EngineOptions, Message, OutboxOptions, OutboxRunner
 
 try:
     from redis import ConnectionPool, Redis
@@ -30,6 +23,7 @@ except ImportError as _exc:
 from wsgi_bg.rq import worker
 
 _SECONDS = (int,), "a whole number of seconds"
+_SENTRY = "_sentry_trace_headers"
 
 
 class RQRunner(OutboxRunner):
@@ -89,12 +83,13 @@ class _Connection(Connection):
         """Enqueue the jobs of all messages in one transaction; blocks."""
         with self._redis.pipeline() as pipeline:
             for message in messages:
-                self._enqueue(message.data, pipeline)
+                self._enqueue(message, pipeline)
             pipeline.execute()
         list(map(confirmed, range(len(messages))))
 
-    def _enqueue(self, call: EncodedCall, pipeline: Any) -> None:
-        options, queue = dict(call.options), copy(self._queue)
+    def _enqueue(self, message: Message, pipeline: Any) -> None:
+        call, queue = message.data, copy(self._queue)
+        options = dict(call.options)
         crashes, at_front = options.pop("max_crashes", 0), options.pop("at_front", False)
         name, timeout = options.pop("queue", queue.name), options.pop("job_timeout", None)
         job = queue.create_job(
@@ -104,6 +99,8 @@ class _Connection(Connection):
             description=call.name,  # RQ's own would show the arguments
             timeout=timeout,
             retry=Retry(crashes) if crashes > 0 else None,
+            # Sentry's integration would take the trace from this thread, which has none.
+            meta={_SENTRY: call.headers} if "sentry-trace" in call.headers else None,
             **options,
         )
         if name != queue.name:
@@ -113,7 +110,7 @@ class _Connection(Connection):
             due = datetime.fromtimestamp(ceil(call.due), UTC)  # RQ keeps whole seconds
             queue.schedule_job(job, due, pipeline)
         else:
-            queue.enqueue_job(job, pipeline, at_front=at_front)
+            queue.enqueue_job(job, pipeline=pipeline, at_front=at_front)
 
     def close(self) -> None:
         """Close the client; does not wait for Redis."""

@@ -82,6 +82,7 @@ class SentryHooks(Hooks):
         elif before is not None:
             given = before
         elif _is_of_engine():
+            _rename(record.name[:_LONGEST])
             return None
         else:
             given = headers.carried.get() or {}
@@ -205,6 +206,14 @@ def _is_of_engine() -> bool:
     else:
         op = None if scope.span is None else scope.span.op
     return str(op).startswith(("queue.task.", "queue.process"))
+
+
+def _rename(name: str) -> None:
+    """Name the engine's transaction after the task, if RQ calls all tasks by one function."""
+    scope = sentry_sdk.get_current_scope()
+    transaction: Any = scope.streamed_span if _is_streamed() else scope.transaction
+    if transaction.name.startswith("wsgi_bg."):
+        scope.set_transaction_name(name, source="task")
 
 
 def _add_headers(carrier: dict[str, str]) -> None:
