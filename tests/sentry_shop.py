@@ -13,8 +13,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import dramatiq
 import flask
 import sentry_sdk
+from dramatiq.brokers.stub import StubBroker
 from sentry_sdk.envelope import Envelope
 from sentry_sdk.integrations.celery import CeleryIntegration
 from sentry_sdk.integrations.flask import FlaskIntegration
@@ -30,6 +32,7 @@ from wsgi_bg import (
     background_tasks,
     registered_task,
 )
+from wsgi_bg.dramatiq import DramatiqRunner
 from wsgi_bg.flask import Background
 from wsgi_bg.outbox import OutboxRunner
 from wsgi_bg.sentry import SentryHooks
@@ -163,6 +166,19 @@ def store_and_die(path: str) -> None:
     request(DurableRunner(path), hold, work)
     sentry_sdk.flush()
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_dramatiq() -> None:
+    """Let a worker of Dramatiq, which logs errors, run a task that fails."""
+    start()
+    broker = StubBroker()
+    request(DramatiqRunner(broker), fail_there)
+    assert wsgi_bg.wait(20) == []
+    worker = dramatiq.Worker(broker, worker_timeout=100)
+    worker.start()
+    broker.join("default", fail_fast=False, timeout=20_000)
+    worker.stop()
+    sentry_sdk.flush()
 
 
 def send() -> None:

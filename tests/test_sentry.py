@@ -198,6 +198,15 @@ def test_a_worker_of_rq_with_sentrys_integration_continues_the_trace(
     assert names == ["fail_there", "fail_there", "work"]
 
 
+def test_an_error_that_an_engine_logs_is_one_event(tmp_path: Path) -> None:
+    path = tmp_path / "items"
+    done = in_process("run_dramatiq()", SENTRY_ITEMS=str(path))
+    assert done.returncode == 0, done.stderr
+    assert "with unhandled exception" in done.stderr
+    [event] = of_type("event", items_in(path))
+    assert event["exception"]["values"][0]["mechanism"]["type"] == "wsgi_bg"
+
+
 # A client without integrations
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,9 @@ _LONGEST = 250  # characters of the name of a function
 _OP = "queue.task.wsgi_bg"
 _ORIGIN = "auto.queue.wsgi_bg"
 
+_IS_SENT = "_wsgi_bg_is_sent"
+"""The attribute of an exception that the hooks have sent."""
+
 _running: ContextVar[str | None] = ContextVar("wsgi_bg.sentry", default=None)
 """The id of the task of this context, or of the task that has added it."""
 
@@ -44,7 +48,8 @@ class SentryHooks(Hooks):
     has made a transaction on the worker, the hooks leave the task to it.
 
     A task that has failed is one event, with ``handled`` False, and not a second one by the
-    ``LoggingIntegration``. An attempt after which the task is called again is no event.
+    ``LoggingIntegration``, also if the engine logs the exception on a worker. An attempt after
+    which the task is called again is no event.
     Without a client (``sentry_sdk.init``) the hooks do nothing.
 
     The methods are called on the threads of the tasks and on the event loop's thread, and do
@@ -163,6 +168,8 @@ class _Attempt:
         """Send ``exc`` with the scope of the attempt, unless the attempt has none."""
         if self._scope is None:
             return
+        with suppress(Exception):  # a class of the user may refuse attributes
+            setattr(exc, _IS_SENT, True)
         options = sentry_sdk.get_client().options
         if not show_arguments:
             options = {**options, "include_local_variables": False}
@@ -224,11 +231,16 @@ def _add_headers(carrier: dict[str, str]) -> None:
 
 
 def _drop_logged(event: Event, hint: Hint) -> Event | None:
-    """Drop the event that ``LoggingIntegration`` makes of the package's log record.
+    """Drop the event that ``LoggingIntegration`` makes of a log record about a failed task.
 
-    :meth:`SentryHooks.task_failed` sends the error.
+    :meth:`SentryHooks.task_failed` sends the error. The log record is the package's, or one of
+    the engine, which logs the same exception on a worker.
     """
     logged = hint.get("log_record") if hint else None
+    if logged is None:
+        return event
     outcome = getattr(logged, "wsgi_bg_outcome", None)
     is_sent = outcome == "failed" and getattr(logged, "wsgi_bg_id", None) == _running.get()
+    if logged.exc_info:
+        is_sent = is_sent or hasattr(logged.exc_info[1], _IS_SENT)
     return None if is_sent else event
