@@ -17,8 +17,9 @@ from typing import Any
 from celery import Celery, current_task
 
 from tests.celery_filesystem import install
+from tests.support import app_that
 from tests.test_examples import text_of
-from wsgi_bg import Retry, registered_task
+from wsgi_bg import BackgroundTasksMiddleware, Retry, registered_task
 from wsgi_bg.celery import CeleryRunner, correlation_id, traceparent
 
 MODULE = "tests.celery_shop"
@@ -161,4 +162,8 @@ def make_app(url: str, options: dict[str, Any]) -> Celery:
 
 if "SHOP_BROKER" in os.environ:
     app = make_app(*json.loads(os.environ["SHOP_BROKER"]))
-    CeleryRunner(app)  # not kept: the worker needs no variable for the runner
+    runner = CeleryRunner(app)
+    if "SHOP_STATUS" in os.environ:
+        folder = os.environ["SHOP_STATUS"]
+        BackgroundTasksMiddleware(app_that(print), runner=runner, status_path=folder)
+    del runner  # the worker needs no variable for the runner

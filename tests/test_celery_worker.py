@@ -49,7 +49,7 @@ from tests.celery_support import (
 from tests.test_celery import PARENT
 from tests.test_encoding import CARRIED
 from tests.test_examples import text_of, wait_until
-from wsgi_bg import Retry, background_tasks
+from wsgi_bg import BackgroundTask, Retry, background_tasks, status
 from wsgi_bg._messages.codec import encode
 from wsgi_bg._tasks.registry import Registration, find
 from wsgi_bg.celery import correlation_id, traceparent
@@ -400,3 +400,21 @@ def test_on_redis_a_lower_priority_comes_first(redis: RedisServer, tmp_path: Pat
         assert wait_until(lambda: has_lines(path, 3)), started.log
         started.kill()
     assert text_of(path).split() == ["None", "3", "9"]
+
+
+def test_the_status_has_the_tasks_of_pool_processes_that_have_ended(tmp_path: Path) -> None:
+    broker, folder, added = filesystem(tmp_path), tmp_path / "status", list[BackgroundTask]()
+
+    def do() -> None:
+        added.append(background_tasks.add_task(note, str(tmp_path / "noted")))
+        added.append(background_tasks.add_task(note, str(tmp_path / "no folder" / "noted")))
+
+    options = ("--pool=prefork", "--concurrency=1", "--max-tasks-per-child=1")
+    environ = {"SHOP_STATUS": str(folder)}
+    with worker(broker, tmp_path, *options, environ=environ) as started:
+        request(broker.runner(), do)
+        wait_for(tmp_path / "noted", started)
+        assert wait_until(lambda: "FileNotFoundError" in started.log, TIMEOUT)
+    assert [status.of(task.id, folder) for task in added] == ["succeeded", "failed"]
+    counts = status.snapshot(folder).counts
+    assert (counts.succeeded, counts.failed, counts.lost) == (1, 1, 0)

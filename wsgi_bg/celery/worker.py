@@ -8,7 +8,7 @@ from functools import partial
 from inspect import isawaitable
 from typing import Any
 
-from celery import Celery, Task
+from celery import Celery, Task, signals
 from celery._state import pop_current_task, push_current_task
 from celery.exceptions import MaxRetriesExceededError, Retry, TaskPredicate
 
@@ -31,6 +31,7 @@ from wsgi_bg.exceptions import (
     UnsafeCeleryError,
 )
 from wsgi_bg.runners.attached import Attached
+from wsgi_bg.runners.shutdown import finish
 
 HIDDEN = messages.HIDDEN
 
@@ -89,7 +90,13 @@ def serve(app: Celery, options: Options, *, plain_calls: bool) -> None:
         served = _served[app] = _Served(options)
         messages.hide_arguments_in_log()
         registry.subscribe(partial(_add, app))
+        # A process of the pool ends by os._exit().
+        signals.worker_process_shutdown.connect(_end_process)
     served.plain_calls = served.plain_calls or plain_calls
+
+
+def _end_process(**_: Any) -> None:
+    finish()
 
 
 def attach(app: Celery, options: Options) -> None:
