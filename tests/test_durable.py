@@ -607,13 +607,45 @@ def test_a_task_that_waits_in_memory_can_be_discarded(
     handle(runner, (wait_at, "gate"), (func, 1), (write, 2))
     shop.gate("gate")
     assert shop.begun["gate"].wait(TIMEOUT)
-    folder = check_folder(tmp_path)
-    [found] = list_tasks(folder, lambda outcome: outcome.row.arguments == "[1,[1],{}]")
-    path = order(folder, found, "discard")
-    assert wait_until(lambda: not Path(path).exists())
+    discard_by_hand(tmp_path, "[1,[1],{}]")
     shop.gate("gate").set()
     assert shop.wait_for(2) == ["gate", 2]
     assert wait(TIMEOUT) == []
+    statistics = runner.statistics()
+    assert (statistics.succeeded, statistics.failed, statistics.discarded) == (2, 0, 1)
+    ends = [message.partition(" after ")[0] for message in log.at(logging.DEBUG)]
+    assert ends == [
+        "background task tests.durable_shop.wait_at has succeeded",
+        "background task tests.durable_shop.write has succeeded",
+    ]
+
+
+def discard_by_hand(path: Path, arguments: str) -> None:
+    """Discard the stored task with these arguments, as the command does."""
+    folder = check_folder(path)
+    [found] = list_tasks(folder, lambda outcome: outcome.row.arguments == arguments)
+    ordered = order(folder, found, "discard")
+    assert wait_until(lambda: not Path(ordered).exists())
+
+
+@pytest.mark.parametrize("func", [write, write_async])
+def test_a_discarded_task_that_a_stream_runs_by_hand_is_not_called(
+    tmp_path: Path, log: Log, func: Any
+) -> None:
+    runner = DurableRunner(tmp_path)
+
+    def stream() -> Iterator[bytes]:
+        yield b"first"
+        tasks[0].add_task(func, 1)  # stored at once, since the answer has begun
+        discard_by_hand(tmp_path, "[1,[1],{}]")
+        tasks[0]()
+        yield b"last"
+
+    tasks: list[Any] = []
+    run_view(runner, lambda _: tasks.append(background_tasks.root), body=stream)
+    assert wait(TIMEOUT) == []
+    assert shop.calls == []
+    assert log.at(logging.DEBUG) == log.errors == []
 
 
 def left_by_a_dead_process(path: Path, *rows: Row) -> None:

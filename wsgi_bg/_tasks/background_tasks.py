@@ -15,7 +15,7 @@ from wsgi_bg._tasks import successors, task_log
 from wsgi_bg._tasks.checks import WhenUnsent
 from wsgi_bg._tasks.options import DEFAULTS, OnError, Options
 from wsgi_bg._tasks.retry import Retry
-from wsgi_bg._tasks.task import BackgroundTask, RunOn, current, fill, plan_of
+from wsgi_bg._tasks.task import BackgroundTask, RunOn, WasDiscarded, current, fill, plan_of
 from wsgi_bg.exceptions import BatchEndedError, TaskTypeError
 
 P = ParamSpec("P")
@@ -288,6 +288,8 @@ class BackgroundTasks:
             began = monotonic() if log.is_debug() else None
             try:
                 task.call_in(context)
+            except WasDiscarded:
+                pass
             except BaseException as exc:
                 if stops_worker(exc) or per_process.generation != generation:
                     raise

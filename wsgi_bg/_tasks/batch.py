@@ -30,6 +30,7 @@ from wsgi_bg._tasks.task import (
     Done,
     Layer,
     Queued,
+    WasDiscarded,
     WasQueued,
     plan_of,
 )
@@ -423,6 +424,11 @@ class Batch:
                         return True
                     if isgenerator(result) and getgeneratorstate(result) == GEN_CREATED:
                         raise TypeError(_NOT_RUN)
+            except WasDiscarded:
+                self.discarded += 1
+                self._settle()
+                if self._is_in_child:
+                    return False
             except BaseException as exc:
                 if stops_worker(exc) or self._is_in_child:
                     raise
@@ -553,6 +559,9 @@ class Batch:
                 except WasQueued as exc:
                     self._running = None
                     self.sent += exc.is_sent
+                except WasDiscarded:
+                    self.discarded += 1
+                    self._settle()
                 except BaseException as exc:
                     if self._is_in_child:
                         raise

@@ -64,6 +64,10 @@ class WasQueued(Exception):  # noqa: N818  # not an error
         self.is_sent = is_sent
 
 
+class WasDiscarded(Exception):  # noqa: N818  # not an error
+    """Raised by :meth:`Caller.make` if no call was made: the task was discarded by hand."""
+
+
 Queue = Callable[[], Queued]
 """Puts a task into a queue of tasks to send; called once."""
 
@@ -150,6 +154,7 @@ class Caller:
         :param done: given on a thread that runs signal handlers. Its ``default_factory`` makes
             the call and stores the result under RESULT, with no bytecode, and so no handler,
             between call and store.
+        :raises WasDiscarded: if the call must not be made; the hooks were called already.
         :raises BaseException: the error of the call.
         """
         if done is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from wsgi_bg._tasks.task import BackgroundTask, Caller, Done, Queue
+from wsgi_bg._tasks.task import BackgroundTask, Caller, Done, Queue, WasDiscarded
 from wsgi_bg.runners.ledger import LedgerRunner
 
 if TYPE_CHECKING:
@@ -185,11 +185,14 @@ class KeepingCaller(Caller):
         self._runner.joined(task, batch)
 
     def make(self, task: BackgroundTask, done: Done) -> Any:
-        """Make the call, unless the task was discarded by hand."""
+        """See :class:`Caller`.
+
+        :raises WasDiscarded: if the task was discarded by hand.
+        """
         if self._runner.begin(task):
             return self.inner.make(task, done)
         self.inner.discarded(task, "it was discarded by hand")
-        return _nothing() if task.is_async else None
+        raise WasDiscarded
 
     def finished(self, task: BackgroundTask) -> None:
         """See :class:`Caller`."""
@@ -222,7 +225,3 @@ class KeepingCaller(Caller):
     def forget(self, task: BackgroundTask) -> None:
         """Let the runner forget a task that will not run, in no process."""
         self._runner.forget(task)
-
-
-async def _nothing() -> None:
-    pass
