@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import logging
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
 from typing import Any
 
 import pytest
@@ -176,6 +180,75 @@ def test_the_record_names_the_request(
     assert record["wsgi_bg_outcome"] == "running"
     assert record["wsgi_bg_duration"] >= 0.02
     open_gate(gate)
+
+
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+
+
+@pytest.mark.parametrize(
+    ("make", "thread"),
+    [
+        (lambda waiting, gate: gate.task, "wsgi_bg-pool-"),
+        (lambda waiting, gate: waiting.middle, "wsgi_bg-portal"),
+        (lambda waiting, gate: lambda: waiting.middle(), "wsgi_bg-portal"),
+    ],
+)
+def test_the_record_is_made_in_the_context_of_the_task_and_names_its_thread(
+    make: Any, thread: str, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    waiting = Waiting()
+    seen: list[tuple[logging.LogRecord, str | None]] = []
+
+    class Seen(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.append((record, request_id.get()))
+
+    def add(environ: object) -> None:
+        request_id.set("a1")
+        background_tasks.add_task(make(waiting, gate))
+
+    handler = Seen(logging.WARNING)
+    logger = logging.getLogger("wsgi_bg")
+    logger.addHandler(handler)
+    token = request_id.set(None)
+    try:
+        app = BackgroundTasksMiddleware(app_that(add), runner="pool", slow_after=0.02)
+        respond(app)
+        assert wait_until(lambda: bool(seen))
+    finally:
+        logger.removeHandler(handler)
+        request_id.reset(token)
+        gate.open()
+        if thread == "wsgi_bg-portal":
+            waiting.go_on()
+        assert wsgi_bg.wait(TIMEOUT) == []
+    [(record, id_in_context)] = seen
+    assert id_in_context == "a1"
+    assert vars(record)["wsgi_bg_thread"].startswith(thread)
+    assert vars(record)["wsgi_bg_ended"] is None
+
+
+def test_the_watch_keeps_no_request_alive_that_has_ended(gate: Gate, log: Log) -> None:
+    class Value:
+        pass
+
+    def add(environ: object) -> None:
+        value = Value()
+        values.append(weakref.ref(value))
+        held.set(value)
+        background_tasks.add_task(gate.task)
+
+    values: list[weakref.ref[Value]] = []
+    held: ContextVar[Value] = ContextVar("held")
+    app = BackgroundTasksMiddleware(app_that(add), runner="pool", slow_after=0.02)
+    gc.disable()
+    try:
+        copy_context().run(respond, app)
+        warning(log)
+        open_gate(gate)
+        assert wait_until(lambda: values[0]() is None)
+    finally:
+        gc.enable()
 
 
 def test_without_memory_for_a_thread_the_next_task_tries_again(

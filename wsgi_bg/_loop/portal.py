@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from wsgi_bg._loop.shared_portal import SharedPortal
 
 
+THREAD_NAME = "wsgi_bg-portal"
+
+
 class LoopJob(NamedTuple):
     """A kind of work for the loop; one object serves all subjects of that kind."""
 
@@ -74,7 +77,7 @@ class PortalThread:
         ready: Future[SharedPortal] = Future()
         # A real thread even under gevent: if a loop ran on the thread of the application's
         # greenlets, asyncio.run() would fail in all greenlets.
-        start_real_thread(partial(self._run, ready), "wsgi_bg-portal")
+        start_real_thread(partial(self._run, ready), THREAD_NAME)
         self.portal: SharedPortal = ready.result(threading.TIMEOUT_MAX)  # as in make_call()
         _alive.get().add(self)
 

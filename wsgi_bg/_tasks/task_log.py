@@ -77,7 +77,7 @@ def fields_of(
         "wsgi_bg_reason": reason,
         "wsgi_bg_added": None,
         "wsgi_bg_started": None,
-        "wsgi_bg_ended": time.time(),
+        "wsgi_bg_ended": None if outcome in (None, "running") else time.time(),
         "wsgi_bg_wait": None,
         "wsgi_bg_duration": None,
     }
@@ -117,10 +117,14 @@ def _log_end(task: BackgroundTask, extra: dict[str, Any]) -> None:
     observe_log(task, partial(log.debug, message, *args, extra=extra))
 
 
-def log_slow(task: BackgroundTask, seconds: float, stack: str) -> None:
-    """Log that a call has taken ``seconds`` and goes on, with its stack at this moment."""
+def log_slow(task: BackgroundTask, seconds: float, stack: str, thread: str | None) -> None:
+    """Log that a call has taken ``seconds`` and goes on, with its stack at this moment.
+
+    :param thread: the name of the thread of the call; the caller is on another thread.
+    """
     message = "background task %s still runs after %.3g seconds:\n%s"
     extra = fields(task, "running")
+    extra["wsgi_bg_thread"] = thread
     observe_log(task, partial(log.warning, message, task.name, seconds, stack, extra=extra))
 
 

@@ -7,10 +7,12 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from contextvars import Context, copy_context
 from pathlib import PurePath
 from types import FrameType
 from typing import Any, NamedTuple
 
+from wsgi_bg._loop import portal
 from wsgi_bg._process import greenlets
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._process.threads import start_daemon
@@ -25,7 +27,8 @@ class SlowTasks(OptionHooks):
     """Logs a WARNING for each attempt of a task that takes longer than ``seconds``.
 
     A daemon thread of the process waits for the next task whose time is up. Under gevent the
-    thread may be a greenlet, which a task that computes holds up.
+    thread may be a greenlet, which a task that computes holds up. The record has the context
+    variables that the task had when its call began, and the name of the task's thread.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -47,10 +50,15 @@ class SlowTasks(OptionHooks):
 
 
 class _Call(NamedTuple):
-    """A call that runs: when its time is up, and if greenlets share its thread."""
+    """A call that runs: when its time is up, and if greenlets share its thread.
+
+    The context is a copy, made when the call began: no second thread can enter the context of
+    a task that runs.
+    """
 
     deadline: float
     is_on_greenlet: bool
+    context: Context
 
 
 class _Watch:
@@ -74,7 +82,7 @@ class _Watch:
     def begin(self, record: TaskRecord) -> None:
         self.start()
         self._calls[record] = _Call(
-            time.monotonic() + self._seconds, greenlets.is_on_greenlet()
+            time.monotonic() + self._seconds, greenlets.is_on_greenlet(), copy_context()
         )
         if self._is_idle:  # else the thread looks again before this call's time is up
             self._wake.set()
@@ -102,13 +110,23 @@ class _Watch:
                 return call.deadline  # the calls are in the order of their deadlines
             stack = _NO_STACK if call.is_on_greenlet else _stack_of(record)
             if self._calls.pop(record, None) is call:  # it has not ended meanwhile
-                log_slow(record.task, self._seconds, stack)
+                thread = _thread_of(record)
+                call.context.run(log_slow, record.task, self._seconds, stack, thread)
         return None
+
+
+def _thread_of(record: TaskRecord) -> str | None:
+    """The name of the thread that makes the call, or awaits the result of the call."""
+    if record.awaitable is None or record.task.is_async:
+        return record.thread
+    return portal.THREAD_NAME  # a thread of the pool has made the coroutine
 
 
 def _stack_of(record: TaskRecord) -> str:
     """The stack of a call, the innermost frame last, without the frames of this package."""
     threads = sys._current_frames()  # noqa: SLF001
+    # Without this frame, which would be in a cycle with the frames of all threads.
+    threads.pop(threading.get_ident(), None)
     frames: list[FrameType] = []
     if record.awaitable is None:
         frames = _walk(threads.get(record.thread_id or 0))
