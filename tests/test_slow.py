@@ -7,8 +7,8 @@ import gc
 import logging
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar, copy_context
 from typing import Any
 
@@ -99,6 +99,67 @@ def test_a_function_that_returned_a_coroutine_is_shown_as_one(log: Log, hooks: A
     waiting = Waiting()
     request(lambda: waiting.middle(), hooks=hooks)
     assert ", in middle" in warning(log)
+    waiting.go_on()
+
+
+class Session:
+    """An async context manager that waits when a call begins or ends."""
+
+    def __init__(self, enter: Any, leave: Any) -> None:
+        self._enter, self._leave = enter, leave
+
+    async def __aenter__(self) -> None:
+        await self._enter()
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._leave()
+
+
+@asynccontextmanager
+async def session(enter: Any, leave: Any) -> AsyncIterator[None]:
+    await enter()
+    yield
+    await leave()
+
+
+async def nothing() -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (lambda wait: Session(wait, nothing), ["__aenter__", "middle", "innermost"]),
+        (lambda wait: Session(nothing, wait), ["__aexit__", "middle", "innermost"]),
+        (lambda wait: session(wait, nothing), ["__aenter__", "session", "middle", "innermost"]),
+        (lambda wait: session(nothing, wait), ["__aexit__", "session", "middle", "innermost"]),
+    ],
+)
+def test_an_async_hook_around_the_call_is_shown_while_it_waits(
+    make: Any, names: list[str], log: Log
+) -> None:
+    class Sessions(Hooks):
+        def around(self, record: TaskRecord) -> Any:
+            return make(waiting.middle)
+
+    waiting = Waiting()
+    request(nothing, hooks=Sessions())
+    message = warning(log)
+    places = [line.partition(", in ")[2] for line in message.splitlines() if ", in " in line]
+    assert places[: len(names)] == names
+    waiting.go_on()
+
+
+def test_the_task_is_shown_inside_of_an_async_hook(log: Log) -> None:
+    class Sessions(Hooks):
+        def around(self, record: TaskRecord) -> Any:
+            return session(nothing, nothing)
+
+    waiting = Waiting()
+    request(waiting.middle, hooks=Sessions())
+    message = warning(log)
+    places = [line.partition(", in ")[2] for line in message.splitlines() if ", in " in line]
+    assert places[:2] == ["middle", "innermost"]
     waiting.go_on()
 
 
@@ -228,7 +289,14 @@ def test_the_record_is_made_in_the_context_of_the_task_and_names_its_thread(
     assert vars(record)["wsgi_bg_ended"] is None
 
 
-def test_the_watch_keeps_no_request_alive_that_has_ended(gate: Gate, log: Log) -> None:
+@pytest.mark.parametrize("hooks", [None, Around()])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_the_watch_keeps_no_request_alive_that_has_ended(
+    gate: Gate, log: Log, hooks: Any, is_async: bool
+) -> None:
+    async def task() -> None:
+        gate.task()
+
     class Value:
         pass
 
@@ -236,11 +304,11 @@ def test_the_watch_keeps_no_request_alive_that_has_ended(gate: Gate, log: Log) -
         value = Value()
         values.append(weakref.ref(value))
         held.set(value)
-        background_tasks.add_task(gate.task)
+        background_tasks.add_task(task if is_async else gate.task)
 
     values: list[weakref.ref[Value]] = []
     held: ContextVar[Value] = ContextVar("held")
-    app = BackgroundTasksMiddleware(app_that(add), runner="pool", slow_after=0.02)
+    app = BackgroundTasksMiddleware(app_that(add), runner="pool", slow_after=0.02, hooks=hooks)
     gc.disable()
     try:
         copy_context().run(respond, app)

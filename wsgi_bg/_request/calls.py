@@ -217,7 +217,7 @@ class Calls(Caller):
         if not self._has_contexts:
             return self._noted(task, _make(self, task, done))
         if self._arounds and task.is_async:
-            return self._make_inside_async(task)
+            return self._noted(task, self._make_inside_async(task))
         # Not an ExitStack, which costs as much again as Flask's context.
         with _Inside(task) as inside:
             if not self._enter_all(task, inside):
@@ -230,7 +230,7 @@ class Calls(Caller):
     async def _make_inside_async(self, task: BackgroundTask) -> Any:
         async with AsyncExitStack() as stack:
             await self._enter_all_async(task, stack)
-            return await self._noted(task, _make(self, task, None))
+            return await _make(self, task, None)
 
     def _enter_all(self, task: BackgroundTask, inside: _Inside) -> bool:
         """Enter the context managers of a call; False in a child that one has forked."""

@@ -66,7 +66,8 @@ class TaskRecord(_Record):
     :ivar retry_at: when the next attempt is due; None except in ``task_retried``.
     :ivar thread_id: :func:`threading.get_ident` of the thread of the call.
     :ivar awaitable: the coroutine, or another awaitable, that the call has returned, as long as
-        it is awaited.
+        it is awaited. For an ``async def`` task whose hooks have ``around``: the coroutine that
+        enters the context managers, awaits the call and leaves the context managers.
     :ivar error: the exception that the task raised.
     :ivar reason: why the task was discarded.
     """

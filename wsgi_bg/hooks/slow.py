@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 import time
@@ -9,7 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextvars import Context, copy_context
 from pathlib import PurePath
-from types import FrameType
+from types import AsyncGeneratorType, FrameType
 from typing import Any, NamedTuple
 
 from wsgi_bg._loop import portal
@@ -20,6 +21,7 @@ from wsgi_bg._tasks.task_log import log_slow
 from wsgi_bg.hooks.base import OptionHooks, TaskRecord
 
 _PACKAGE = PurePath(__file__).parents[1]
+_FRAMES = (("cr_frame", "cr_await"), ("gi_frame", "gi_yieldfrom"), ("ag_frame", "ag_await"))
 _NO_STACK = "(the stack is not known under gevent)"
 
 
@@ -154,16 +156,21 @@ def _is_running(awaitable: Any) -> bool:
 
 
 def _frames_of(awaitable: Any) -> Iterator[FrameType]:
-    """The frames of a coroutine, and of the coroutines that it waits for.
-
-    Python does not tell which step an async generator waits for.
-    """
+    """The frames of a coroutine, and of the coroutines and generators that it waits for."""
     while awaitable is not None:
-        for kind, inner in (("cr_frame", "cr_await"), ("gi_frame", "gi_yieldfrom")):
+        for kind, inner in _FRAMES:
             frame = getattr(awaitable, kind, None)
             if frame is not None:
                 yield frame
                 awaitable = getattr(awaitable, inner)
                 break
         else:
-            return
+            awaitable = _generator_of(awaitable)
+
+
+def _generator_of(awaitable: Any) -> Any:
+    """The async generator of which ``awaitable`` is a step, which has no attribute for it."""
+    if not type(awaitable).__name__.startswith("async_generator_"):
+        return None
+    found = gc.get_referents(awaitable)
+    return next((each for each in found if type(each) is AsyncGeneratorType), None)
