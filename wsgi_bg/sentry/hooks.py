@@ -219,7 +219,7 @@ def _rename(name: str) -> None:
     """Name the engine's transaction after the task, if RQ calls all tasks by one function."""
     scope = sentry_sdk.get_current_scope()
     transaction: Any = scope.streamed_span if _is_streamed() else scope.transaction
-    if transaction.name.startswith("wsgi_bg."):
+    if str(getattr(transaction, "name", "")).startswith("wsgi_bg."):
         scope.set_transaction_name(name, source="task")
 
 
