@@ -158,6 +158,7 @@ def test_a_stopped_process_keeps_its_tasks_and_stops_no_other(shop: Shop) -> Non
         assert process.stdout is not None
         said(process, "waits")
         process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
         folder = check_folder(shop.folder)
         (of_stopped,) = folder.numbers()
         with shop.process("handle(runner, (write, 1)); input()"):

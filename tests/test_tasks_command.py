@@ -329,6 +329,7 @@ def test_a_process_that_is_stopped_is_named(
     with at_gate(shop) as process:
         task = id_of(shop, "durable.write")
         process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
         assert main(["tasks", str(shop.folder), "discard", task]) == 1
         out, err = capsys.readouterr()
         assert out == ""

@@ -95,6 +95,8 @@ def test_the_gauges_of_a_killed_worker_go_and_its_counts_stay(
 
         killed, _ = hold(server, control)
         os.kill(killed, signal.SIGSTOP)  # so that the other worker gets the next request
+        state = Path(f"/proc/{killed}/stat")
+        assert wait_until(lambda: state.read_text().rpartition(") ")[2].startswith("T"))
         survivor, second = hold(server, control)
         os.kill(killed, signal.SIGCONT)
         assert survivor != killed
