@@ -85,6 +85,8 @@ class TaskRecord(_Record):
         "thread_id",
     )
 
+    batch: BackgroundTasks
+
     def __init__(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
         self.task: BackgroundTask = task
         self.batch = batch
@@ -109,7 +111,8 @@ class TaskRecord(_Record):
         """``task`` in ``batch`` will run in place of the task; called by the package."""
         if self.started_at is not None:
             self._handed_over_at = self.handed_over_at
-        self.task, self.batch = task, batch
+        self.task = task
+        self.batch = batch
 
     def wait_for_attempt(self) -> None:
         """The next attempt will be made later; called by the package."""

@@ -48,7 +48,17 @@ class SlowTasks(OptionHooks):
         """Watch the call no longer."""
         self._watches.get().end(record)
 
-    task_failed = task_retried = task_discarded = task_finished
+    def task_failed(self, record: TaskRecord) -> None:
+        """See :meth:`task_finished`."""
+        self.task_finished(record)
+
+    def task_retried(self, record: TaskRecord) -> None:
+        """See :meth:`task_finished`."""
+        self.task_finished(record)
+
+    def task_discarded(self, record: TaskRecord) -> None:
+        """See :meth:`task_finished`."""
+        self.task_finished(record)
 
 
 class _Call(NamedTuple):
