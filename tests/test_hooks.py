@@ -261,6 +261,18 @@ def test_an_extra_call_leaves_hooks_and_status_to_the_run_by_the_request() -> No
     assert status.of(sessions[1]) == "failed"
 
 
+def test_an_extra_call_outside_of_the_request_has_no_record() -> None:
+    diary = Diary()
+
+    def add(environ: Environ) -> None:
+        tasks = get_background_tasks(environ)
+        added = contextvars.Context().run(tasks.add_task, plain)
+        added()
+
+    respond(BackgroundTasksMiddleware(app_that(add), hooks=diary))
+    assert diary.moments == ["added plain", "started plain", "finished plain"]
+
+
 def test_a_task_that_a_task_adds_has_its_moments_too() -> None:
     diary = request(lambda: background_tasks.add_task(plain))
     assert diary.moments[-4:] == [

@@ -18,7 +18,7 @@ import wsgi_bg
 from tests.conftest import Log
 from tests.support import TIMEOUT, Gate, app_that, make_environ, respond, run_python
 from tests.test_examples import wait_until
-from wsgi_bg import BackgroundTasksMiddleware, background_tasks, portal
+from wsgi_bg import BackgroundTasksMiddleware, Retry, background_tasks, portal
 from wsgi_bg.exceptions import OptionError
 from wsgi_bg.hooks import Hooks, TaskRecord
 
@@ -200,6 +200,26 @@ def test_quick_tasks_are_not_shown(gate: Gate, log: Log) -> None:
     assert "Gate.task still runs" in warning(log)
     open_gate(gate)
     assert len(log.warnings) == 1
+
+
+def test_a_task_that_is_called_again_or_discarded_is_watched_no_longer(
+    gate: Gate, log: Log
+) -> None:
+    def fails() -> None:
+        raise ValueError
+
+    def add(environ: object) -> None:
+        background_tasks.using(retry=Retry(2, first=0.0)).add_task(fails)
+        background_tasks.using(run_on="error").add_task(fails)
+
+    respond(BackgroundTasksMiddleware(app_that(add), runner="pool", slow_after=0.02))
+    assert wait_until(lambda: bool(log.errors))
+    request(gate.task)
+    assert wait_until(lambda: "still runs" in "".join(log.warnings))
+    open_gate(gate)
+    assert [each for each in log.warnings if "still runs" in each] == [
+        each for each in log.warnings if "Gate.task still runs" in each
+    ]
 
 
 def test_each_task_has_a_time_of_its_own(log: Log) -> None:

@@ -152,8 +152,6 @@ class SharedPortal(BlockingPortal):
     ) -> None:
         try:
             self._not_begun.pop(future, None)  # call_async() of anyio 4.16 begins by itself
-            if self.end.done():
-                future.cancel()
             if future.cancelled():
                 future.set_running_or_notify_cancel()
                 return

@@ -241,6 +241,5 @@ def _drop_logged(event: Event, hint: Hint) -> Event | None:
         return event
     outcome = getattr(logged, "wsgi_bg_outcome", None)
     is_sent = outcome == "failed" and getattr(logged, "wsgi_bg_id", None) == _running.get()
-    if logged.exc_info:
-        is_sent = is_sent or hasattr(logged.exc_info[1], _IS_SENT)
-    return None if is_sent else event
+    error = logged.exc_info[1] if logged.exc_info else None
+    return None if is_sent or hasattr(error, _IS_SENT) else event
