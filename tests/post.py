@@ -42,7 +42,6 @@ class Post(OutboxRunner):
         self.is_up = True
         self.got: list[Any] = []
         self.connections: list[Connection] = []
-        self.not_connected: list[AwayError] = []
         self.before: Callable[[Any], object] = lambda value: None
 
     def message(self, task: BackgroundTask) -> Message | None:
@@ -56,9 +55,7 @@ class Post(OutboxRunner):
 
     def connect(self) -> Connection:
         if not self.is_up:
-            error = AwayError()
-            self.not_connected.append(error)
-            raise error
+            raise AwayError
         self.connections.append(Connection(self))
         return self.connections[-1]
 
