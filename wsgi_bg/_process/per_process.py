@@ -32,10 +32,10 @@ _MADV_WIPEONFORK = 18  # linux/mman.h; the module mmap has no name for it
 
 
 def _make_mark() -> tuple[mmap.mmap | bytearray, int]:
-    """Return a byte, and the number that marks the process there.
+    """Return a byte, and the number that marks this process in the byte.
 
-    The kernel clears the byte in each forked child, also if C code has forked. Where no kernel
-    does that, the number is 0, which marks nothing.
+    Linux clears the byte in each forked child, also if C code has forked. On other systems the
+    number is 0, which marks nothing.
     """
     if sys.platform == "linux":
         with suppress(OSError):  # before Linux 4.14

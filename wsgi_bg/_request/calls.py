@@ -273,9 +273,9 @@ class Calls(Caller):
         self._end(task, "task_finished")
 
     def raised(self, task: BackgroundTask) -> None:
-        """Note the end of a call, before a slow log handler or the like delays the hooks."""
+        """Note the end of a call that has begun, before a slow log handler delays the hooks."""
         for record in task.record:
-            record.ended_at = time.monotonic()
+            record.ended_at = None if record.started_at is None else time.monotonic()
 
     def failed(self, task: BackgroundTask, exc: BaseException) -> None:
         """Call the hooks for a task that has raised ``exc``."""

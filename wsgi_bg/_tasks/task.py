@@ -177,7 +177,7 @@ class Caller:
         """``task`` has returned; an awaitable that its function returned was awaited."""
 
     def raised(self, task: BackgroundTask) -> None:
-        """The call has raised, a moment ago: whatever is logged now takes time."""
+        """The call of ``task`` has just raised; the error is not logged yet."""
 
     def failed(self, task: BackgroundTask, exc: BaseException) -> None:
         """``task`` has raised ``exc``."""

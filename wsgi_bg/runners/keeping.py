@@ -91,7 +91,7 @@ class KeepingRunner(LedgerRunner):
         raise NotImplementedError
 
     def raised(self, task: BackgroundTask) -> None:
-        """The call has raised, a moment ago. Must not raise."""
+        """The call has just raised; the error is not logged yet. Must not raise."""
 
     def failed(self, task: BackgroundTask, exc: BaseException) -> None:
         """The call has raised ``exc``, and was logged. Must not raise."""
