@@ -17,6 +17,9 @@ from wsgi_bg.outbox import Message, OutboxRunner
 here: list[Any] = []
 """Arguments of the calls in this process."""
 
+under_way: list[Connection] = []
+"""Connections that are sending."""
+
 
 @registered_task(name="post.send")
 def send(value: Any = None) -> None:
@@ -76,9 +79,13 @@ class Connection:
 
     def send(self, messages: Sequence[Message], confirmed: Callable[[int], object]) -> None:
         self.sizes.append(len(messages))
-        for index, message in enumerate(messages):
-            self._post.deliver(message.data[0])
-            confirmed(index)
+        under_way.append(self)
+        try:
+            for index, message in enumerate(messages):
+                self._post.deliver(message.data[0])
+                confirmed(index)
+        finally:
+            under_way.remove(self)
 
     def is_lost(self, exc: Exception) -> bool:
         return isinstance(exc, OSError)

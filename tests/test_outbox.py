@@ -34,6 +34,7 @@ from wsgi_bg._outbox.stored import Stored
 from wsgi_bg.exceptions import OptionError, OutboxFullError, PublishError, StoreError
 from wsgi_bg.hooks import Hooks, TaskRecord
 from wsgi_bg.runners import Statistics
+from wsgi_bg.runners.ledger import ledgers_here
 from wsgi_bg.runners.pool import START_DELAY
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +42,11 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
+    """Wait for messages that a test has left: the next one would see their records."""
     yield
+    for ledger in ledgers_here():
+        ledger.abandon_unsent()
+    assert wait_until(lambda: not post.under_way)
     post.here.clear()
 
 
