@@ -578,11 +578,9 @@ def test_each_task_runs_or_is_named_once_although_the_package_catches_such_excep
 
 
 def cases_put_off() -> Iterator[Any]:
-    usual = {
-        "middleware-list-retried-first",
-        "middleware-list-delayed-second",
-        "hooks-list-held-third",
-    }
+    usual = {"middleware-list-delayed-second", "hooks-list-held-third"}
+    if sys.version_info < (3, 12):  # later Pythons trace slowly: it takes two minutes there
+        usual.add("middleware-list-retried-first")
     every = itertools.product(("middleware", "hooks"), ("list", "generator"), PUT_OFF, ORDERS)
     for case in every:
         name = "-".join(case)

@@ -1,0 +1,56 @@
+# Runs the tests on each other Python that is to be had. To be sourced behind stages.sh; uses the
+# environment that .ci/run makes.
+newest=3.15
+
+# The interpreter of a version: on the path, or one that pyenv keeps.
+find_python() {
+    local candidate
+    for candidate in "python$1" "$(pyenv root 2>/dev/null)"/versions/"$1".*/bin/python; do
+        if "$candidate" -c 'import venv' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    return 1
+}
+
+# test_on VERSION PYTHON ARGUMENT...
+test_on() {
+    PATH="$(dirname "$(command -v "$2")"):$PATH" \
+        .venv/bin/nox --envdir "$folder/nox" --sessions "tests-$1" -- "${@:3}"
+}
+
+# test_in_forky VERSION ARGUMENT...
+test_in_forky() {
+    local in_forky=(.ci/forky.sh run "$folder/forky") venv="/venv-$1"
+    "${in_forky[@]}" "python$1" -m venv "$venv"
+    "${in_forky[@]}" "$venv/bin/pip" install --quiet '.[test]'
+    "${in_forky[@]}" "$venv/bin/python" -m pytest --quiet -n auto "${@:2}"
+}
+
+make_forky() {
+    if ! .ci/forky.sh make "$folder/forky" python3.14-venv python3.15-venv \
+        >"$folder/forky.log" 2>&1; then
+        tail -n 3 "$folder/forky.log"
+        rm -rf "$folder/forky"
+    fi
+}
+
+# test_each_python [ARGUMENT...]    the newest Python runs all tests, the others get the ARGUMENTs
+test_each_python() {
+    local version python arguments
+    stage "a system of Debian's suite forky, for its Pythons" make_forky
+    for version in 3.11 3.12 3.13 3.14 "$newest"; do
+        arguments=("$@")
+        [ "$version" != "$newest" ] || arguments=()
+        if .venv/bin/python -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$version')"; then
+            continue
+        elif python=$(find_python "$version"); then
+            stage "tests on Python $version" test_on "$version" "$python" "${arguments[@]}"
+        elif [ -e "$folder/forky/usr/bin/python$version" ]; then
+            stage "tests on Python $version of forky" test_in_forky "$version" "${arguments[@]}"
+        else
+            say "Python $version is not here, and no system with it could be made: not tested"
+        fi
+    done
+}
