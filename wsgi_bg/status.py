@@ -68,9 +68,9 @@ def of(id: str, path: str | os.PathLike[str] | None = None) -> State | None:  # 
     - ``"lost"``: the process was killed while the task ran or waited.
 
     This process, and the files of durable tasks and messages, are asked at once. Other
-    processes write their states once a second. An ended task is known as long as ``keep_done``
-    of the ``DurableRunner`` says; without such a runner for an hour, and among the last 10,000
-    of its process at least.
+    processes write the ids of sent tasks at once, and all other states once a second. An ended
+    task is known as long as ``keep_done`` of the ``DurableRunner`` says; without such a runner
+    for an hour, and among the last 10,000 of its process at least.
 
     :param id: ``task.id``, which has to be read before the task begins.
     :param path: see :func:`snapshot`.

@@ -168,6 +168,25 @@ def test_a_forked_child_begins_a_status_of_its_own(folder: Path) -> None:
     assert child != str(parent.pid)
 
 
+def test_other_processes_know_at_once_what_was_sent_from_memory(folder: Path) -> None:
+    code = """
+    from tests.post import Post, send
+
+    ids = []
+    for number in range(5):
+        add = lambda: ids.append(background_tasks.add_task(send, number).id)
+        visit(add, runner=Post(), status_path=PATH)
+        wait()
+        say(ids[-1])
+        input()
+    """
+    with process(code, folder) as sender:
+        for _ in range(5):
+            sent = sender.line()
+            assert status.of(sent, folder) == "sent"  # the process waits, and writes nothing
+            sender.tell()
+
+
 def test_a_process_is_shown_from_its_first_request_on(folder: Path) -> None:
     with process("visit(int, status_path=PATH)\nprint('visited')\ninput()", folder) as other:
         assert other.line() == "visited"

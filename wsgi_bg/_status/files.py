@@ -94,9 +94,16 @@ class ProcessFile:
 
         :raises StoreError: or ``OSError``, if the folder cannot be written.
         """
-        self._locks.check()
-        self._ended.append(ended, document.keep_done.number)
+        self.append(ended, document.keep_done.number)
         _write(self.folder, str(self.number), document.dump())
+
+    def append(self, ended: Iterable[Ended], keep: int) -> None:
+        """Append ended tasks: see :meth:`EndedFile.append`.
+
+        :raises StoreError: or ``OSError``, if the folder cannot be written.
+        """
+        self._locks.check()
+        self._ended.append(ended, keep)
 
     def add_ended_processes(self) -> None:
         """Add the files of processes that have ended to the past, and remove the files."""

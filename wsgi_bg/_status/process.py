@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from os import getpid
 from typing import TYPE_CHECKING, Protocol
 
@@ -98,12 +99,22 @@ class Process:
 
     def write(self, *, has_ended: bool = False) -> None:
         """Write the status if it has changed; an error is logged."""
+        self._in_turn(partial(self._write, has_ended=has_ended))
+
+    def write_sent(self) -> None:
+        """Append the ids of ended tasks now: other processes know at once what was sent."""
+        if self._places.folders:
+            self._in_turn(
+                self._append if self._written else partial(self._write, has_ended=False)
+            )
+
+    def _in_turn(self, write: Callable[[], None]) -> None:
         turn = self._turns.take(INTERVAL)
         if turn is None or self._is_stopped:
             return
         with turn:
             try:
-                self._write(has_ended=has_ended)
+                write()
             except Exception as exc:  # a fault of this package must not end the thread
                 self._failed.log(exc, "its folder")
 
@@ -117,8 +128,7 @@ class Process:
         has_ended = self._last_work == work  # else the process goes on after a drain
         seen = self.journal.counted, live, places.durable, has_ended, places.folders
         if seen != self._written:
-            ended = self.journal.new_ended
-            self._ended += [ended.popleft() for _ in range(len(ended))]
+            self._take_ended()
             document = self._document(live, has_ended=has_ended)
             are_written = [self._write_to(each, document) for each in places.folders]
             if all(are_written):
@@ -126,6 +136,22 @@ class Process:
             del self._ended[: -document.keep_done.number or None]
         for folder in places.folders:
             self._try(folder, lambda file: file.add_ended_processes())
+
+    def _append(self) -> None:
+        self.journal.count()
+        self._take_ended()
+        keep = self._places.keep_done.number
+
+        def append(file: ProcessFile) -> None:
+            file.append(self._ended, keep)
+
+        are_written = [self._try(folder, append) for folder in self._places.folders]
+        if all(are_written):
+            self._ended = []
+
+    def _take_ended(self) -> None:
+        ended = self.journal.new_ended
+        self._ended += [ended.popleft() for _ in range(len(ended))]
 
     def _write_to(self, folder: Folder, document: Document) -> bool:
         return self._try(folder, lambda file: file.write(document, self._ended))

@@ -158,6 +158,7 @@ class Recorder(OptionHooks):
     def task_sent(self, record: TaskRecord) -> None:
         """Record a task that was sent to another process."""
         self._record(record, SENT, "sent")
+        self.process().write_sent()
 
     def _record(
         self,
