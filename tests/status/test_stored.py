@@ -230,6 +230,26 @@ def test_sent_messages_of_a_folder_are_known_at_once(
     runner.prepare_drain()
 
 
+def test_sent_tasks_of_a_removed_folder_are_known_when_it_is_made_again(
+    folder: Path, tmp_path: Path, broker: type[Broker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "wsgi_bg._status.process.INTERVAL", TIMEOUT
+    )  # only sent ids are written
+    runner = Sends()
+
+    def send(value: int) -> str:
+        sent = add(runner, write, value, status_path=folder)
+        assert wait(TIMEOUT) == []
+        return sent
+
+    send(1)
+    folder.rename(tmp_path / "away")
+    sent = [send(2), send(3)]
+    recorder.turn_off()  # as another process, which has only the files
+    assert [status.of(each, folder) for each in sent] == ["sent", "sent"]
+
+
 def test_the_call_of_a_worker_is_shown(tmp_path: Path) -> None:
     runner = Sends()
     visit(int, runner=runner, status_path=tmp_path)

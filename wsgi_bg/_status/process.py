@@ -167,6 +167,7 @@ class Process:
             act(file)
         except Exception as exc:
             self._files.pop(folder.path, None)
+            self._written = ()
             self._failed.log(exc, folder.path)
             return False
         return True
