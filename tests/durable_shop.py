@@ -128,6 +128,14 @@ def wait_and_fail(name: str) -> None:
     raise ValueError(name)
 
 
+@registered_task(name="durable.wait_and_fail_at_once")
+def wait_and_fail_at_once(name: str) -> None:
+    gate(name)
+    begun[name].set()
+    assert gates[name].wait(10)
+    raise ValueError(name)
+
+
 @registered_task(name="durable.add_two")
 def add_two(value: Any) -> None:
     note(value)

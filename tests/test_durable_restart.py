@@ -15,7 +15,7 @@ import pytest
 
 from tests import durable_shop as shop
 from tests.conftest import Log
-from tests.durable_shop import handle, run_view, wait_at, write
+from tests.durable_shop import fail, handle, run_view, wait_at, write
 from tests.support import TIMEOUT, Server, app_that, make_server_environ, run_python
 from tests.test_examples import wait_until
 from wsgi_bg import (
@@ -28,7 +28,7 @@ from wsgi_bg import (
 )
 from wsgi_bg._durable.folder import check_folder
 from wsgi_bg._durable.inspection import list_tasks
-from wsgi_bg._durable.rows import Outcome
+from wsgi_bg._durable.rows import Outcome, Row
 from wsgi_bg._durable.store import Store
 from wsgi_bg.exceptions import StoreError
 from wsgi_bg.hooks import Hooks, TaskRecord
@@ -86,6 +86,10 @@ def left(path: Path) -> list[Outcome]:
     """The tasks that are not done, in the order added."""
     found = [each.outcome for each in list_tasks(check_folder(path))]
     return [outcome for outcome in found if outcome.state != "done"]
+
+
+def waiting(path: Path) -> list[str]:
+    return [outcome.row.name for outcome in left(path) if outcome.state == "waiting"]
 
 
 def arguments(path: Path) -> list[str]:
@@ -323,6 +327,93 @@ def test_a_thread_adds_a_task_that_is_stored_after_the_attempt_that_started_the_
     assert [each.row.name for each in found][2:] == ["durable.write"]
     shop.gate("gate").set()
     assert shop.wait_for(2) == ["gate", "a"]
+
+
+# stop_on_error: no process runs the tasks after the one that failed.
+
+
+def stopped_by(func: Any, *arguments: Any) -> Any:
+    """A view that adds ``func``, and then two tasks that its error skips."""
+
+    def add(environ: object) -> None:
+        tasks = background_tasks.using(stop_on_error=True)
+        tasks.add_task(func, *arguments)
+        tasks.add_task(write, 1)
+        tasks.using(delay=3600).add_task(write, 2)
+
+    return add
+
+
+SKIPPED = (
+    "background task tests.durable_shop.write was not run: "
+    "a task before it failed, with stop_on_error set"
+)
+
+
+def test_a_task_that_fails_in_a_drain_skips_the_tasks_that_the_drain_has_left(
+    runner: DurableRunner, tmp_path: Path, log: Log
+) -> None:
+    opened = shop.gate("gate")
+    run_view(runner, stopped_by(shop.wait_and_fail_at_once, "gate"))
+    assert shop.begun["gate"].wait(TIMEOUT)
+    runner.prepare_drain()
+    assert len(left(tmp_path)) == 3
+    opened.set()
+    assert runner.drain(TIMEOUT) == []
+    assert [outcome.state for outcome in left(tmp_path)] == ["failed"]
+    assert log.warnings == [SKIPPED] * 2
+    assert runner.statistics().discarded == 2
+
+
+def test_a_task_that_fails_in_the_next_process_skips_the_tasks_whose_time_has_not_come(
+    runner: DurableRunner, tmp_path: Path, log: Log
+) -> None:
+    code = """
+        def add(environ):
+            tasks = background_tasks.using(stop_on_error=True)
+            tasks.add_task(fail, "a")
+            tasks.using(delay=3600).add_task(write, 1)
+            background_tasks.add_task(write, 2)
+
+        runner._states.get().keep = lambda tasks, keep=runner._states.get().keep: (
+            keep(tasks), die()
+        )
+        run_view(runner, add)
+        """
+    killed(tmp_path, code)
+    assert len(left(tmp_path)) == 3
+    runner.start()
+    assert shop.wait_for(1) == ["a"]
+    assert wait_until(lambda: [outcome.state for outcome in left(tmp_path)] == ["failed"])
+    assert wait_until(lambda: log.warnings == [SKIPPED] * 2)
+    assert shop.calls == ["a"]
+
+
+def test_skipped_tasks_are_gone_from_the_file_before_on_error_is_called(
+    runner: DurableRunner, tmp_path: Path
+) -> None:
+    found: list[list[str]] = []
+    app = BackgroundTasksMiddleware(
+        app_that(stopped_by(fail, "a")),
+        runner=runner,
+        on_error=lambda task, exc: found.append(waiting(tmp_path)),
+    )
+    Server().run(app, make_server_environ())
+    assert wait_until(lambda: bool(found))
+    assert found == [[]]
+
+
+def test_tasks_whose_file_cannot_be_read_are_named_and_not_skipped(
+    runner: DurableRunner, tmp_path: Path, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_to_read(store: Store, row: Row) -> list[Row]:
+        raise StoreError(store.path, "disk I/O error")
+
+    monkeypatch.setattr(Store, "read_rest", fail_to_read)
+    run_view(runner, stopped_by(fail, "a"))
+    assert wait(TIMEOUT) == []
+    assert wait_until(lambda: len(log.errors) == 2)
+    assert "could not be skipped" in log.errors[1]
 
 
 # The moment of the answer.

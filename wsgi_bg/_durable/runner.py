@@ -271,6 +271,10 @@ class DurableRunner(KeepingRunner):
         if isinstance(task.message, Kept):
             task.message.ended = time.time()
 
+    def stopped(self, task: BackgroundTask, exc: BaseException, tasks: TaskQueue) -> None:
+        """Note the error of a task, and let no process run the tasks after it."""
+        self._states.get().stopped(task, exc, tasks)
+
     def failed(self, task: BackgroundTask, exc: BaseException) -> None:
         """Note the error of a task, whose row is kept."""
         self._states.get().note_end(task, "failed", exc)
@@ -709,6 +713,28 @@ class _State:
         self._hold_all(new, rows, store)
         return True
 
+    def stopped(self, task: BackgroundTask, exc: BaseException, tasks: TaskQueue) -> None:
+        kept = task.message
+        store = kept.store if isinstance(kept, Kept) else None
+        self.note_end(task, "failed", exc)
+        # Now: the process may die while a hook or on_error runs, before the batch skips them.
+        left = [each.message for each in tasks.left() if isinstance(each.message, Kept)]
+        for each in left:
+            held_by = self.drop(each)
+            if held_by is not None:
+                held_by.take_back([each.row])
+        # A task after a delay is a batch of its own, and holds up no other.
+        if store is not None and (kept.row.attempts or not kept.row.due):
+            try:
+                rows = store.read_rest(kept.row)
+            except StoreError as error:
+                log.error("%s could not be skipped", tasks, exc_info=error)
+                return
+            batch = self._make_batch(store, rows, {})
+            if batch is not None:
+                self.ledger.add(batch)
+                batch.skip()
+
     def postpone(self, task: BackgroundTask, wait: float | None) -> bool:
         kept = task.message
         store, row = kept.store, kept.row
@@ -897,24 +923,10 @@ class _State:
         if suspect is not None and self._suspect in self._in_memory:
             self._more_suspects.append((store, rows))
             return True
-        queue = Deferring()
-        queue.options = self._reruns.options
-        tasks = queue.open_list()
-        added_under = {}
-        for row in rows:
-            place = store.number, row.key
-            if place in self._options:
-                added_under[place] = self._options.pop(place)
-            task = self._reruns.task(store, row, added_under.get(place))
-            if task is not None:
-                tasks.append(task)
-                self._in_memory[place] = task
-        if not tasks:
+        added_under: dict[tuple[int, int], Any] = {}
+        batch = self._make_batch(store, rows, added_under)
+        if batch is None:
             return True
-        queue.close()
-        batch = Batch(queue, response_complete=True)
-        for task in tasks:
-            task.options.calls.received(task, queue)
         has_room = not self._is_stopping and self._pool.has_room(_SHARE)
         if has_room:  # else the rows are offered again, and the hooks told then
             batch.hand_over(self.ledger.length)
@@ -928,6 +940,31 @@ class _State:
             self.leave(kept)
         batch.run()  # no task is left: only end the batch
         return False
+
+    def _make_batch(
+        self, store: Store, rows: list[Row], added_under: dict[tuple[int, int], Any]
+    ) -> Batch | None:
+        """Make a batch of the rows of a request; None if no row can run.
+
+        :param added_under: gets the options of the tasks that this process has added.
+        """
+        queue = Deferring()
+        queue.options = self._reruns.options
+        tasks = queue.open_list()
+        for row in rows:
+            place = store.number, row.key
+            if place in self._options:
+                added_under[place] = self._options.pop(place)
+            task = self._reruns.task(store, row, added_under.get(place))
+            if task is not None:
+                tasks.append(task)
+                self._in_memory[place] = task
+        if not tasks:
+            return None
+        queue.close()
+        for task in tasks:
+            task.options.calls.received(task, queue)
+        return Batch(queue, response_complete=True)
 
 
 def _options_of(task: BackgroundTask) -> str:

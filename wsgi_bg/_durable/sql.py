@@ -49,6 +49,8 @@ READ_LATE = """
     SELECT * FROM tasks WHERE request < 0 AND due <= 0
     AND request IN (SELECT -value FROM json_each(?))
 """
+READ_FROM = "SELECT * FROM tasks WHERE key >= ? ORDER BY key"
+READ_ADDED = "SELECT * FROM tasks WHERE request < 0 AND request = -?"
 NEXT_DUE = "SELECT due, key FROM tasks WHERE due > 0 ORDER BY due, key"
 COUNT_WAITING = """
     SELECT count(*) FROM tasks

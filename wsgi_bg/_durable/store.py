@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from itertools import count, islice
+from itertools import count, islice, starmap, takewhile
 from shutil import copyfile
 
 from wsgi_bg._durable import notes, sql
@@ -348,6 +348,26 @@ class Store:
             found = [row for row in late if not self._is_known(row.key)]
             self._held.update(row.key for row in found)
             return found
+
+    def read_rest(self, row: Row) -> list[Row]:
+        """Return the rows of a request after ``row``, as ``read`` does, also those not due.
+
+        :raises StoreError: if the file cannot be read.
+        """
+        with self._reading_turn():
+            first = abs(row.request)
+            with closing(self._reader.execute(sql.READ_FROM, (first,))) as cursor:
+                # The keys of rows that were added together follow one another.
+                added = takewhile(lambda each: each.request == first, starmap(Row, cursor))
+                rows = [*added, *starmap(Row, self._reader.execute(sql.READ_ADDED, (first,)))]
+            rest = [
+                each
+                for each in rows
+                if (each.added, each.key) > (row.added, row.key)
+                and not self._is_known(each.key)
+            ]
+            self._held.update(each.key for each in rest)
+            return sorted(rest, key=lambda each: (each.added, each.key))
 
     def _select(self, query: str, after: float, limit: int) -> list[Row]:
         found: list[Row] = []

@@ -310,6 +310,11 @@ class Batch:
         finally:
             self.notify_if_ended()
 
+    def skip(self) -> None:
+        """Discard all tasks: a task before them has raised under ``stop_on_error``."""
+        self._stopped = True
+        self.run()
+
     def run_plain(self) -> bool:
         """Run the next plain tasks on the calling thread; blocks.
 
@@ -738,6 +743,8 @@ class Batch:
             self._stopped = True
         _run_in(context, task_log.log_failure, task, exc, self._done, self._call_began)
         self._settle()
+        if task.options.stop_on_error:
+            _run_in(context, task.options.calls.stopped, task, exc, self._queue)
         _run_in(context, self._queue.notify_failure, task, exc)
 
     def _discard(self, task: BackgroundTask) -> None:

@@ -179,6 +179,14 @@ class Caller:
     def raised(self, task: BackgroundTask) -> None:
         """The call of ``task`` has just raised; the error is not logged yet."""
 
+    def stopped(self, task: BackgroundTask, exc: BaseException, batch: Any) -> None:
+        """The tasks after ``task`` will not run: it raised ``exc`` under ``stop_on_error``.
+
+        Called before :meth:`failed`.
+
+        :param batch: a ``BackgroundTasks``.
+        """
+
     def failed(self, task: BackgroundTask, exc: BaseException) -> None:
         """``task`` has raised ``exc``."""
 

@@ -93,6 +93,12 @@ class KeepingRunner(LedgerRunner):
     def raised(self, task: BackgroundTask) -> None:
         """The call has just raised; the error is not logged yet. Must not raise."""
 
+    def stopped(self, task: BackgroundTask, exc: BaseException, tasks: TaskQueue) -> None:
+        """The tasks after ``task`` will not run, in no process. Must not raise.
+
+        :param tasks: the list of the task, which has raised ``exc`` under ``stop_on_error``.
+        """
+
     def failed(self, task: BackgroundTask, exc: BaseException) -> None:
         """The call has raised ``exc``, and was logged. Must not raise."""
         raise NotImplementedError
@@ -203,6 +209,11 @@ class KeepingCaller(Caller):
         """See :class:`Caller`."""
         self._runner.raised(task)
         self.inner.raised(task)
+
+    def stopped(self, task: BackgroundTask, exc: BaseException, batch: Any) -> None:
+        """See :class:`Caller`."""
+        self._runner.stopped(task, exc, batch)
+        self.inner.stopped(task, exc, batch)
 
     def failed(self, task: BackgroundTask, exc: BaseException) -> None:
         """See :class:`Caller`."""
