@@ -6,10 +6,11 @@ import logging
 import math
 import os
 import shutil
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -678,6 +679,47 @@ def test_a_forged_row_is_put_aside(
     assert shop.wait_for(1) == [2]
     assert wait_until(lambda: sorted(state for state, _ in stored(runner)) == ["aside", "done"])
     assert log.errors == ["durable task durable.write was put aside: it cannot be read"]
+
+
+@pytest.mark.parametrize(
+    ("forgery", "runs"),
+    [
+        ("crashes = 'x'", True),
+        ("crashes = NULL", True),
+        ("attempts = x'00'", True),
+        ("added = 9e999", True),
+        ("id = x'ff'", True),
+        ("request = NULL", True),
+        ("request = 'x'", True),
+        ("arguments = CAST(x'ff' AS TEXT)", False),
+        ("name = CAST(x'ff' AS TEXT)", False),
+        ("name = NULL", False),
+        ("due = 'x'", False),
+        ("key = 9223372036854775807", False),
+        ("key = -1", False),
+    ],
+)
+def test_a_forged_value_keeps_no_other_row_from_running(
+    runner: DurableRunner, tmp_path: Path, forgery: str, runs: bool
+) -> None:
+    rows = [
+        Row("durable.write", "[1,[1],{}]"),
+        Row("durable.write", "[1,[2],{}]", id="forged"),
+        Row("durable.write", "[1,[3],{}]"),
+        Row("durable.write", "[1,[4],{}]", due=1.0),
+    ]
+    left_by_a_dead_process(tmp_path / "tasks", *rows)
+    (file,) = (tmp_path / "tasks").glob("*.sqlite")
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute(f"UPDATE tasks SET {forgery} WHERE id = 'forged'")
+    runner.start()
+    wanted = [1, 2, 3, 4] if runs else [1, 3, 4]
+    assert sorted(shop.wait_for(len(wanted))) == wanted
+
+    def done() -> list[str]:
+        return [name for state, name in stored(runner) if state == "done"]
+
+    assert wait_until(lambda: len(done()) == len(wanted))
 
 
 def test_rows_of_a_function_that_is_registered_later_wait_until_then(

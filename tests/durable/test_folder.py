@@ -123,6 +123,30 @@ def test_a_cut_file_is_refused(folder: Folder, killed: str) -> None:
         check_folder(folder.path)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE meta SET epoch = 'x'",
+        "UPDATE meta SET epoch = -1",
+        "DELETE FROM meta",
+        "DROP TABLE done",
+        "DROP TABLE kept",
+    ],
+)
+def test_a_file_without_its_tables_or_epoch_is_refused(
+    folder: Folder, killed: str, damage: str
+) -> None:
+    with closing(sqlite3.connect(killed)) as connection, connection:
+        connection.execute(damage)
+    with pytest.raises(StoreError, match=re.escape(killed) + ".*move the file away"):
+        check_folder(folder.path)
+    if "DROP" not in damage:
+        with pytest.raises(StoreError, match="no epoch"):
+            list_tasks(folder)
+        with pytest.raises(StoreError, match="no epoch"):
+            Store.adopt(folder, Settings())
+
+
 def test_a_file_of_a_newer_version_is_refused(folder: Folder, killed: str) -> None:
     with closing(sqlite3.connect(killed)) as connection:
         connection.execute("PRAGMA user_version=2")

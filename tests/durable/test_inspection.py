@@ -150,7 +150,8 @@ def test_orders_that_nobody_can_obey_go_after_a_minute(store: Store, folder: Fol
     look(store)
     (path,) = folder.orders()
     os.utime(path, (0, 0))
-    for text in ("{", "[]", '{"what": 1}'):
+    forged = '{"what": "retry", "number": 1, "key": 1, "id": {}}'
+    for text in ("{", "[]", '{"what": 1}', forged):
         Path(folder.path, "bad.order").write_text(text)
         look(store)
         assert folder.orders() == [os.path.join(folder.path, "bad.order")]

@@ -7,7 +7,7 @@ import re
 import sqlite3
 from typing import NamedTuple
 
-from wsgi_bg._durable.sql import VERSION
+from wsgi_bg._durable.sql import SELECT_ONE, VERSION
 from wsgi_bg._durable.writer import connect, describe
 from wsgi_bg.exceptions import StoreError
 
@@ -86,7 +86,9 @@ def _check_file(path: str) -> None:
         connection = connect(path, read_only=True)
         try:
             if check_version(connection, path):
-                connection.execute("SELECT key FROM tasks LIMIT 1").fetchone()
+                read_epoch(connection, path)
+                for select in SELECT_ONE:
+                    connection.execute(select).fetchone()
         finally:
             connection.close()
     except sqlite3.DatabaseError as exc:
@@ -107,6 +109,22 @@ def check_version(connection: sqlite3.Connection, path: str) -> int:
         known = f"this wsgi_bg knows version {VERSION}: install a newer wsgi_bg"
         raise StoreError(path, f"the file has version {version}, and {known}")
     return version
+
+
+END_OF_EPOCHS = 1 << 20
+"""Epochs are smaller: they are part of the keys."""
+
+
+def read_epoch(connection: sqlite3.Connection, path: str) -> int:
+    """Return the epoch of an open file: see ``Store``.
+
+    :raises StoreError: if there is none, since the file is damaged.
+    """
+    found = connection.execute("SELECT epoch FROM meta").fetchall()
+    epoch = found[0][0] if len(found) == 1 else None
+    if type(epoch) is not int or not 0 <= epoch < END_OF_EPOCHS:
+        raise StoreError(path, "the file has no epoch: move the file away, or restore it")
+    return epoch
 
 
 def file_system(path: str, table: str = "/proc/self/mountinfo") -> str:

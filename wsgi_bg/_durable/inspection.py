@@ -13,14 +13,14 @@ import secrets
 import sqlite3
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from wsgi_bg._durable import notes
-from wsgi_bg._durable.folder import Folder, check_version
+from wsgi_bg._durable.folder import Folder, check_version, read_epoch
 from wsgi_bg._durable.owner import Locks, locks_of
-from wsgi_bg._durable.rows import Outcome, Row
+from wsgi_bg._durable.rows import OF_ROW, Outcome, Row, text_of, typed
 from wsgi_bg._durable.writer import connect, describe
 from wsgi_bg.exceptions import StoreError
 
@@ -43,7 +43,7 @@ _DONE = """
     SELECT name, '', '', '', 0.0, 0, 0, id, added, 0, 0, 'done', begun, ended, '', ''
     FROM done ORDER BY seq
 """
-_KINDS = (*(str,) * 4, float, int, int, str, float, int, int, str, float, float, str, str)
+_KINDS = (*OF_ROW, str, float, float, str, str)
 
 _OWNED = {None: "waiting", notes.BEGUN: "running"}
 # After the death of the owner; the next owner notes the same in the file.
@@ -110,31 +110,25 @@ def _read(folder: Folder, number: int, *, is_owned: bool, is_brief: bool) -> Ite
     epoch, states = read_notes(folder.file(number, ".notes"))
     known = _OWNED if is_owned else _LEFT
     with closing(connect(path, read_only=True)) as connection:
-        connection.text_factory = lambda text: text.decode("utf-8", "replace")
+        connection.text_factory = text_of
         if not check_version(connection, path):
             return
         connection.execute("BEGIN")  # no task may move from a table to another meanwhile
-        ((of_file,),) = connection.execute("SELECT epoch FROM meta")
-        if epoch < of_file:  # a process has died right after it had applied the notes
-            states = {}
-        for values in _typed(connection.execute(_TASKS_IN_BRIEF if is_brief else _TASKS)):
+        if epoch < read_epoch(connection, path):
+            states = {}  # a process has died right after it had applied the notes
+        for stored in connection.execute(_TASKS_IN_BRIEF if is_brief else _TASKS):
+            values = typed(stored, _KINDS)
             row = Row(*values)
             note = states.get(row.key)
             if note in known:
                 crashes = row.crashes + (note == notes.BEGUN and not is_owned)
                 yield Outcome(row._replace(crashes=crashes), known[note])
-        for values in _typed(connection.execute(_KEPT_IN_BRIEF if is_brief else _KEPT)):
+        for stored in connection.execute(_KEPT_IN_BRIEF if is_brief else _KEPT):
+            values = typed(stored, _KINDS)
             yield Outcome(Row(*values[:11]), *values[11:])
-        for values in _typed(connection.execute(_DONE)):
+        for stored in connection.execute(_DONE):
+            values = typed(stored, _KINDS)
             yield Outcome(Row(*values[:11]), *values[11:])
-
-
-def _typed(rows: Iterable[tuple[Any, ...]]) -> Iterator[list[Any]]:
-    for row in rows:
-        yield [
-            value if type(value) is kind else kind()
-            for value, kind in zip(row, _KINDS, strict=False)
-        ]
 
 
 def read_notes(path: str) -> tuple[int, dict[int, int]]:

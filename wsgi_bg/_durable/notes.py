@@ -15,6 +15,9 @@ from itertools import count
 
 BEGUN, DONE, FAILED, ASIDE = range(4)
 
+END_OF_KEYS = 1 << 62
+"""Keys are smaller: a note has a key and two bits for the state."""
+
 SLOTS = 65_536
 """The number of tasks that run, or have ended and could not be deleted yet."""
 

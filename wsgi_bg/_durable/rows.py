@@ -2,7 +2,31 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from math import inf
+from typing import Any, NamedTuple
+
+OF_ROW = (*(str,) * 4, float, int, int, str, float, int, int)
+"""The types of the values of a ``Row``."""
+
+OF_DONE = (str, str, float, float, float)
+"""The types of the id, the name and the times of a done task."""
+
+
+def typed(values: Iterable[Any], types: Iterable[type]) -> list[Any]:
+    """Return the values of a row of a file, which may be forged.
+
+    A value of a wrong type becomes ``""`` or 0, and so does an infinite number.
+    """
+    return [
+        value if type(value) is kind and value not in (inf, -inf) else kind()
+        for value, kind in zip(values, types, strict=False)
+    ]
+
+
+def text_of(stored: bytes) -> str:
+    """Decode a text of a file, which may be forged: the ``text_factory`` of a connection."""
+    return stored.decode("utf-8", "replace")
 
 
 class Row(NamedTuple):

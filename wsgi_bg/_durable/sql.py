@@ -43,6 +43,7 @@ SCHEMA: list[Statement] = [
     (f"PRAGMA user_version={VERSION}", ()),
 ]
 
+SELECT_ONE = [f"SELECT 1 FROM {table} LIMIT 1" for table in ("tasks", "kept", "done")]
 READ_DUE = "SELECT * FROM tasks WHERE due > 0 AND due <= ? ORDER BY due, key"
 READ_AT_ONCE = "SELECT * FROM tasks WHERE key > ? AND due <= 0 ORDER BY key"
 READ_LATE = """
@@ -51,7 +52,8 @@ READ_LATE = """
 """
 READ_FROM = "SELECT * FROM tasks WHERE key >= ? ORDER BY key"
 READ_ADDED = "SELECT * FROM tasks WHERE request < 0 AND request = -?"
-NEXT_DUE = "SELECT due, key FROM tasks WHERE due > 0 ORDER BY due, key"
+# A forged row may have a text as due, which is greater than all numbers.
+NEXT_DUE = "SELECT due, key FROM tasks WHERE due > 0 AND due < 9e999 ORDER BY due, key"
 COUNT_WAITING = """
     SELECT count(*) FROM tasks
     WHERE due > 0 AND due > ? AND key NOT IN (SELECT value FROM json_each(?))

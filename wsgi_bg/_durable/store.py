@@ -14,13 +14,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from itertools import count, islice, starmap, takewhile
+from itertools import count, islice, takewhile
 from shutil import copyfile
+from typing import Any
 
 from wsgi_bg._durable import notes, sql
-from wsgi_bg._durable.folder import Folder, check_version, is_of_parent, note_opened
+from wsgi_bg._durable.folder import (
+    Folder,
+    check_version,
+    is_of_parent,
+    note_opened,
+    read_epoch,
+)
 from wsgi_bg._durable.owner import Locks, locks_of
-from wsgi_bg._durable.rows import Outcome, Row, Settings
+from wsgi_bg._durable.rows import OF_DONE, OF_ROW, Outcome, Row, Settings, text_of, typed
 from wsgi_bg._durable.sql import Statement
 from wsgi_bg._durable.writer import Turn, Turns, Writer, connect, describe
 from wsgi_bg._process.per_process import PerProcess
@@ -92,6 +99,7 @@ class Store:
         try:
             self._prepare()
             self._reader = connect(self.path, read_only=True)
+            self._reader.text_factory = text_of
         except BaseException:
             self._writer.close()
             raise
@@ -184,8 +192,8 @@ class Store:
         The epoch shows if a process has died between the two steps: then the notes have been
         applied. It is part of the keys, so that no key is used again.
         """
-        ((of_file,),) = self._writer.connection.execute("SELECT epoch FROM meta")
-        epoch: int = max(of_file, self._notes.epoch) + 1
+        of_file = read_epoch(self._writer.connection, self.path)
+        epoch = max(of_file, self._notes.epoch) + 1
         states = self._notes.read() if self._notes.epoch >= of_file else {}
         keys: dict[int, list[int]] = {state: [] for state in range(4)}
         for key, state in states.items():
@@ -344,7 +352,7 @@ class Store:
         """
         with self._reading_turn():
             keys = json.dumps(list(requests))
-            late = [Row(*values) for values in self._reader.execute(sql.READ_LATE, (keys,))]
+            late = map(_row, self._reader.execute(sql.READ_LATE, (keys,)))
             found = [row for row in late if not self._is_known(row.key)]
             self._held.update(row.key for row in found)
             return found
@@ -358,8 +366,8 @@ class Store:
             first = abs(row.request)
             with closing(self._reader.execute(sql.READ_FROM, (first,))) as cursor:
                 # The keys of rows that were added together follow one another.
-                added = takewhile(lambda each: each.request == first, starmap(Row, cursor))
-                rows = [*added, *starmap(Row, self._reader.execute(sql.READ_ADDED, (first,)))]
+                added = takewhile(lambda each: each.request == first, map(_row, cursor))
+                rows = [*added, *map(_row, self._reader.execute(sql.READ_ADDED, (first,)))]
             rest = [
                 each
                 for each in rows
@@ -373,7 +381,7 @@ class Store:
         found: list[Row] = []
         with closing(self._reader.execute(query, (after,))) as cursor:
             while len(found) < limit and (values := cursor.fetchone()) is not None:
-                row = Row(*values)
+                row = _row(values)
                 if not self._is_known(row.key):
                     self._held.add(row.key)
                     found.append(row)
@@ -382,6 +390,8 @@ class Store:
         return found
 
     def _is_known(self, key: int) -> bool:
+        if not 0 < key < notes.END_OF_KEYS:  # a forged row
+            return True
         return key in self._held or key in self._notes or key in self._discarded
 
     def next_due(self) -> float | None:
@@ -516,7 +526,12 @@ class Store:
                     os.unlink(path)
 
     def _carry_out(self, what: str, number: int, key: int, id: str) -> bool:  # noqa: A002
-        """Carry out an order; False if the task is not in this file."""
+        """Carry out an order; False if the task is not in this file.
+
+        :raises TypeError: if the order is forged.
+        """
+        if [type(each) for each in (what, number, key, id)] != [str, int, int, str]:
+            raise TypeError
         with self._reading_turn():
             is_kept = self._reader.execute("SELECT 1 FROM kept WHERE id = ?", (id,)).fetchone()
         if is_kept:
@@ -585,7 +600,8 @@ class Store:
         for start in range(0, len(kept), 20):
             heir._write(sql.keep(kept[start : start + 20]), is_synced=False)
         for start in range(0, len(done), CHUNK):
-            heir._write([sql.record(done[start : start + CHUNK])], is_synced=False)
+            ends = [typed(values, OF_DONE) for values in done[start : start + CHUNK]]
+            heir._write([sql.record(ends)], is_synced=False)
         self._end(is_removed=True)
         return True
 
@@ -623,6 +639,10 @@ def _unlink(folder: Folder, number: int) -> None:
     for suffix in (".sqlite", *SIBLINGS, ".notes"):
         with suppress(FileNotFoundError):
             os.unlink(folder.file(number, suffix))
+
+
+def _row(values: Iterable[Any]) -> Row:
+    return Row(*typed(values, OF_ROW))
 
 
 def _pop_all(keys: list[int]) -> list[int]:
