@@ -31,7 +31,14 @@ from tests.durable_shop import (
     write,
     write_async,
 )
-from tests.support import TIMEOUT, Server, app_that, make_server_environ, run_python
+from tests.support import (
+    TIMEOUT,
+    Clock,
+    Server,
+    app_that,
+    make_server_environ,
+    run_python,
+)
 from tests.test_examples import wait_until
 from wsgi_bg import (
     BackgroundTask,
@@ -619,6 +626,26 @@ def test_a_task_that_waits_in_memory_can_be_discarded(
         "background task tests.durable_shop.wait_at has succeeded",
         "background task tests.durable_shop.write has succeeded",
     ]
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_retry_that_waits_in_memory_can_be_discarded(
+    runner: DurableRunner, monkeypatch: pytest.MonkeyPatch, log: Log, clock: Clock, stops: bool
+) -> None:
+    fill_disk(monkeypatch, "hold_back" if stops else "postpone")
+
+    def add(environ: object) -> None:
+        background_tasks.using(stop_on_error=stops).add_task(fail_for_long, 1)
+
+    run_view(runner, add)
+    assert shop.wait_for(1) == [1]
+    assert wait_until(lambda: runner.statistics().waiting == 1)
+    assert stored(runner) == [("waiting", "durable.fail_for_long")]
+    discard_by_hand(Path(runner.path), "[1,[1],{}]")
+    clock.advance(3600)
+    assert wait_until(lambda: runner.statistics().discarded == 1)
+    assert shop.calls == [1]
+    assert stored(runner) == []
 
 
 def discard_by_hand(path: Path, arguments: str) -> None:

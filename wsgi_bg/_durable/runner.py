@@ -250,8 +250,7 @@ class DurableRunner(KeepingRunner):
         if kept.store is None:
             return True
         try:
-            # A task that waits in memory for its next attempt has begun once.
-            may_begin = kept.began > 0.0 or kept.store.begin(kept.row)
+            may_begin = kept.store.begin(kept.row)
         except StoreError:  # no room for a note: only a crash would not be counted
             may_begin = True
         if may_begin:
@@ -752,6 +751,7 @@ class _State:
             except StoreError as exc:
                 log.error(_IN_MEMORY, task.name, exc_info=exc, extra=fields(task))
                 self._in_memory[place] = task
+                store.pause(row)
                 return False
         kept.store = None
         if row.due < self._next_look:
@@ -769,8 +769,9 @@ class _State:
             store.hold_back(row, rest)
         except StoreError as exc:
             log.error(_IN_MEMORY, task.name, exc_info=exc, extra=fields(task))
+            store.pause(row)
             return
-        kept.row, kept.began = row, 0.0
+        kept.row = row
         if store is self._store:
             tasks.stored_as = _Place(abs(row.request), row.due, row.added)
 

@@ -318,6 +318,10 @@ class Store:
         :raises StoreError: if that cannot be stored; then nothing has changed.
         """
         self._write(sql.hold_back(row, keys), is_synced=False)
+        self.pause(row)
+
+    def pause(self, row: Row) -> None:
+        """Note that a task that had begun waits, and that the caller still holds the row."""
         self._notes.clear([row.key])
 
     def leave(self, rows: Iterable[Row]) -> None:
