@@ -359,6 +359,44 @@ def test_tasks_beyond_max_pending_stay_in_the_file_until_there_is_room(tmp_path:
     assert sorted(shop.calls[1:]) == [0, 1, 2, 3, 4]
 
 
+def test_tasks_in_the_file_are_read_when_there_is_room_and_not_once_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsgi_bg._durable.runner._LOOK", 3600)
+    runner = DurableRunner(tmp_path, local=PoolRunner(threads=1, max_pending=1))
+    handle(runner, (wait_at, "gate"))
+    shop.gate("gate")
+    assert shop.begun["gate"].wait(TIMEOUT)
+    for number in range(20):
+        handle(runner, (shop.note, "local"), (write, number))
+    assert shop.calls == ["local"] * 20
+    shop.gate("gate").set()
+    assert sorted(shop.wait_for(41)[21:]) == list(range(20))
+    assert runner.drain(TIMEOUT) == []
+    assert runner.statistics().run_here == 20
+    runner.abandon()
+
+
+def test_a_long_file_of_a_dead_process_is_read_in_one_go(
+    runner: DurableRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = f"""
+    import os
+    from wsgi_bg._durable.folder import check_folder
+    from wsgi_bg._durable.rows import Row, Settings
+    from wsgi_bg._durable.store import Store
+    store = Store.own(check_folder({str(tmp_path / "tasks")!r}), Settings())
+    for number in range(20):
+        store.add([Row("durable.write", f"[1,[{{number}}],{{{{}}}}]")])
+    os._exit(0)
+    """
+    assert run_python(code).returncode == 0
+    monkeypatch.setattr("wsgi_bg._durable.runner._LOOK", 3600)
+    monkeypatch.setattr("wsgi_bg._durable.runner._READ", 2)
+    runner.start()
+    assert sorted(shop.wait_for(20)) == list(range(20))
+
+
 def test_hooks_are_told_of_a_batch_of_the_file_when_there_is_room(tmp_path: Path) -> None:
     told: list[int] = []
     looks: list[bool] = []

@@ -52,6 +52,7 @@ _BURST, _REST = 10, 0.001  # requests of a dead process, and the seconds between
 _IN_MEMORY = "%s waits in memory for its next attempt"
 _PAUSE = 0.001  # seconds between two looks at a task that another thread stores
 _LAST_LOOK = 1.0  # seconds for which the exit waits for the last look
+_ROOM = 0.05  # seconds between two looks if there was no room for a task
 _SHARE = 0.5  # of the pool's max_pending that tasks from files may take
 
 
@@ -566,6 +567,7 @@ class _State:
         self._in_memory: dict[tuple[int, int], BackgroundTask] = {}
         # The options of tasks that ran or were added here, and that only the file holds now.
         self._options: dict[tuple[int, int], Any] = {}
+        self._lacks_room = False  # True if tasks were left in a file for want of room
         self._has_left_some = False  # True if stored tasks of the own file are in no memory
         # Tasks that ran when a process died: they run one at a time, other tasks meanwhile.
         self._suspect: tuple[int, int] | None = None  # its key in _in_memory
@@ -804,6 +806,9 @@ class _State:
                 left += 1
         if left:
             self._has_left_some = True
+            if not self._lacks_room:
+                self._lacks_room = True
+                self._wake.set()
         return left
 
     def stop_reading(self) -> None:
@@ -850,6 +855,7 @@ class _State:
     def _look(self) -> None:
         """Look around once a second; between, only at the files with work left."""
         now = time.time()
+        self._lacks_room = False
         is_time = not now < self._next_full_look <= now + _LOOK  # the clock may be set back
         if is_time:
             self._next_full_look = now + _LOOK
@@ -862,6 +868,13 @@ class _State:
             self._try(self._adopt)
         for store in list(self._adopted):
             self._try(partial(self._work_off, store))
+        if self._lacks_room:
+            self._next_look = min(self._next_look, now + _ROOM)
+
+    def _has_ended(self, batch: Batch) -> None:
+        """Read further tasks as soon as a batch from a file leaves enough room."""
+        if self._lacks_room and self._pool.has_room(_SHARE / 2):
+            self._wake.set()
 
     def _read_own(self) -> None:
         while self._more_suspects and self._suspect not in self._in_memory:
@@ -894,6 +907,9 @@ class _State:
         :param rest: seconds to wait after some tasks. Thousands at once would let all threads
             of the pool compete with the requests for the GIL, 5 ms at a time.
         """
+        if not self._pool.has_room(_SHARE):
+            self._lacks_room = True
+            return True
         rows = store.read(time.time(), _READ)
         more = len(rows) == _READ
         while more and abs(rows[0].request) == abs(rows[-1].request):  # with many tasks
@@ -916,6 +932,10 @@ class _State:
                 store, sorted(groups.popleft(), key=lambda row: (row.added, row.key))
             )
         store.leave([row for group in groups for row in group])
+        if not has_room:
+            self._lacks_room = True
+        elif more:
+            self._wake.set()
         return more or not has_room
 
     def _submit(self, store: Store, rows: list[Row]) -> bool:
@@ -935,6 +955,8 @@ class _State:
             self._suspect = store.number, suspect
         self.ledger.add(batch)
         if has_room and self._pool.offer(batch, share=_SHARE):
+            batch.on_done((self._has_ended,))  # after the pool, which forgets the batch first
+            batch.notify_if_ended()
             return True
         self._options.update(added_under)
         for kept in [task.message for task in batch.tasks if task.claim()]:

@@ -128,8 +128,9 @@ class PoolRunner(LedgerRunner):
         return has_room and not (is_exiting() or ledger.is_draining)
 
     def _run_here(self, batch: Batch, warning: RepeatedWarning) -> None:
-        if batch.tasks:  # else the batch has no task left and only has to end
-            batch.run_here = batch.length
+        tasks = batch.tasks
+        if tasks:  # else the batch has no task left and only has to end
+            batch.run_here = len(tasks)
             warning.count(self, batch)
         batch.run()
 
