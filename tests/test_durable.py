@@ -939,6 +939,22 @@ def test_suspects_run_one_at_a_time_as_there_is_room(tmp_path: Path) -> None:
     assert runner.drain(TIMEOUT) == []
 
 
+def test_a_suspect_that_waits_for_its_next_attempt_lets_the_next_one_run(
+    runner: DurableRunner, tmp_path: Path
+) -> None:
+    for number in range(2):
+        row = Row(
+            "durable.fail_for_long",
+            f"[1,[{number}],{{}}]",
+            '{"stop_on_error": true}',
+            crashes=1,
+        )
+        left_by_a_dead_process(tmp_path / "tasks", row)
+    runner.start()
+    assert sorted(shop.wait_for(2)) == [0, 1]
+    assert wait_until(lambda: runner.statistics().waiting == 2)
+
+
 def test_a_function_that_is_not_registered_is_retried_in_memory(runner: DurableRunner) -> None:
     failures = [ValueError("first")]
 

@@ -753,6 +753,7 @@ class _State:
             except StoreError as exc:
                 log.error(_IN_MEMORY, task.name, exc_info=exc, extra=fields(task))
                 self._in_memory[place] = task
+                kept.row = row
                 store.pause(row)
                 return False
         kept.store = None
@@ -767,13 +768,13 @@ class _State:
         kept.children = None
         left = [each.message for each in tasks.left() if isinstance(each.message, Kept)]
         rest = [each.row.key for each in left if each.store is store and each is not kept]
+        kept.row = row
         try:
             store.hold_back(row, rest)
         except StoreError as exc:
             log.error(_IN_MEMORY, task.name, exc_info=exc, extra=fields(task))
             store.pause(row)
             return
-        kept.row = row
         if store is self._store:
             tasks.stored_as = _Place(abs(row.request), row.due, row.added)
 
@@ -877,7 +878,7 @@ class _State:
             self._wake.set()
 
     def _read_own(self) -> None:
-        while self._more_suspects and self._suspect not in self._in_memory:
+        while self._more_suspects and not self._has_suspect:
             self._submit(*self._more_suspects.popleft())
         due = self.store.next_due()
         if self._has_left_some or (due is not None and due <= time.time()):
@@ -887,6 +888,12 @@ class _State:
             due = self.store.next_due()
         if due is not None:
             self._next_look = min(self._next_look, due)
+
+    @property
+    def _has_suspect(self) -> bool:
+        """True if a task runs that ran when a process died, and that does not wait now."""
+        task = None if self._suspect is None else self._in_memory.get(self._suspect)
+        return task is not None and task.message.row.due <= time.time()
 
     def _adopt(self) -> None:
         while (adopted := Store.adopt(self._folder, self._settings)) is not None:
@@ -941,7 +948,7 @@ class _State:
     def _submit(self, store: Store, rows: list[Row]) -> bool:
         """Run the rows of a request as a batch; False, and leave the rows, without room."""
         suspect = next((row.key for row in rows if row.crashes), None)
-        if suspect is not None and self._suspect in self._in_memory:
+        if suspect is not None and self._has_suspect:
             self._more_suspects.append((store, rows))
             return True
         added_under: dict[tuple[int, int], Any] = {}
