@@ -428,10 +428,12 @@ def test_hooks_are_told_of_a_batch_of_the_file_when_there_is_room(tmp_path: Path
 
 def test_a_drain_leaves_the_tasks_that_wait_in_the_file(tmp_path: Path, log: Log) -> None:
     runner = DurableRunner(tmp_path, local=PoolRunner(threads=1))
+    run_view(runner, lambda _: background_tasks.using(delay=3600).add_task(write, 4))
+    assert wait_until(lambda: runner.statistics().waiting == 1)  # in the file alone
     handle(runner, (wait_at, "gate"))
     shop.gate("gate")
     assert shop.begun["gate"].wait(TIMEOUT)
-    for number in range(5):
+    for number in range(4):
         handle(runner, (write, number))
     thread = threading.Thread(target=runner.drain, args=[TIMEOUT])
     thread.start()

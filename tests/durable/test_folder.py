@@ -101,6 +101,16 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         subprocess.run(["umount", tmp_path / "tasks"], capture_output=True, check=False)
 
 
+def test_a_lock_file_of_another_user_is_refused(
+    folder: Folder, killed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = os.path.join(folder.path, "owners.lock")
+    # root may write it.
+    monkeypatch.setattr(os, "access", lambda path, mode: path != lock)
+    with pytest.raises(StoreError, match=r"owners\.lock.*belongs to another user"):
+        check_folder(folder.path)
+
+
 def test_missing_folders_are_made(tmp_path: Path) -> None:
     folder = check_folder(tmp_path / "var" / "tasks %?#")
     with open_folder(Path(folder.path)) as (_, store):

@@ -11,6 +11,8 @@ from wsgi_bg._durable.sql import SELECT_ONE, VERSION
 from wsgi_bg._durable.writer import connect, describe
 from wsgi_bg.exceptions import StoreError
 
+LOCK_FILE = "owners.lock"
+
 REMOTE = {
     "9p", "afs", "beegfs", "ceph", "cifs", "coda", "fuse", "gfs2", "glusterfs", "gpfs",
     "lustre", "ncpfs", "nfs", "nfs4", "ocfs2", "orangefs", "smb", "smb2", "smb3", "smbfs",
@@ -74,6 +76,9 @@ def check_folder(path: str | os.PathLike[str]) -> Folder:
         raise StoreError(path, f"the folder cannot be made: {exc.strerror}") from exc
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
         raise StoreError(path, "the folder cannot be written by this user")
+    lock = os.path.join(path, LOCK_FILE)
+    if os.path.exists(lock) and not os.access(lock, os.R_OK | os.W_OK):
+        raise StoreError(lock, "the file belongs to another user, who has used the folder")
     folder = Folder(path, (status.st_dev, status.st_ino))
     for number in folder.numbers():
         if not is_of_parent(folder.file(number)):

@@ -18,7 +18,7 @@ from contextlib import closing, suppress
 from typing import NamedTuple
 
 from wsgi_bg._durable import notes
-from wsgi_bg._durable.folder import Folder, check_version, read_epoch
+from wsgi_bg._durable.folder import LOCK_FILE, Folder, check_version, read_epoch
 from wsgi_bg._durable.owner import Locks, locks_of
 from wsgi_bg._durable.rows import OF_ROW, Outcome, Row, text_of, typed
 from wsgi_bg._durable.writer import connect, describe
@@ -100,7 +100,7 @@ def is_used(folder: Folder) -> bool:
 
 def _locks(folder: Folder) -> Locks:
     """Return the locks; never make the lock file, which would belong to the wrong user."""
-    if not os.path.exists(os.path.join(folder.path, "owners.lock")):
+    if not os.path.exists(os.path.join(folder.path, LOCK_FILE)):
         raise StoreError(folder.path, "the lock file owners.lock is missing")
     return locks_of(folder)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import fcntl
 import os
 
-from wsgi_bg._durable.folder import Folder
+from wsgi_bg._durable.folder import LOCK_FILE, Folder
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg.exceptions import StoreError
 
@@ -78,7 +78,7 @@ def locks_of(folder: Folder) -> Locks:
 
     :raises StoreError: if the lock file cannot be opened.
     """
-    path = os.path.join(folder.path, "owners.lock")
+    path = os.path.join(folder.path, LOCK_FILE)
     per_process = _locks.setdefault(folder.identity, PerProcess(lambda: Locks(path)))
     try:
         return per_process.get()

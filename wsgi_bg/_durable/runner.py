@@ -791,12 +791,12 @@ class _State:
             self._in_memory.pop((store.number, kept.row.key), None)
         return store
 
-    def leave_in_file(self, tasks: Iterable[BackgroundTask]) -> int:
-        """Forget stored tasks that have not begun; return their number.
+    def leave_in_file(self, tasks: Iterable[BackgroundTask]) -> None:
+        """Forget stored tasks that have not begun.
 
         This process reads them again as room comes, or the next process does.
         """
-        left = 0
+        has_left_some = False
         for task in tasks:
             kept = task.message
             if kept.store is not None and task.claim():
@@ -804,20 +804,23 @@ class _State:
                 assert store is not None
                 self._options[store.number, kept.row.key] = task.options
                 store.leave([kept.row])
-                left += 1
-        if left:
+                has_left_some = True
+        if has_left_some:
             self._has_left_some = True
             if not self._lacks_room:
                 self._lacks_room = True
                 self._wake.set()
-        return left
 
     def stop_reading(self) -> None:
         """Begin no stored task from now on; say once how many stay in the file."""
         if self._is_stopping:
             return
         self._is_stopping = True
-        left = self.leave_in_file(list(self._in_memory.values()))
+        self.leave_in_file(list(self._in_memory.values()))
+        left = 0
+        for store in list(self.ledger.stores):
+            with suppress(StoreError):  # removed meanwhile, for example
+                left += store.count()["waiting"]
         if left:
             log.info(
                 "%d durable tasks stay in %s for the next process",
