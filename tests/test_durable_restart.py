@@ -403,6 +403,32 @@ def test_skipped_tasks_are_gone_from_the_file_before_on_error_is_called(
     assert found == [[]]
 
 
+def test_a_task_that_fails_after_its_delay_skips_no_task_of_another_time(
+    runner: DurableRunner, tmp_path: Path, log: Log
+) -> None:
+    def add(environ: object) -> None:
+        tasks = background_tasks.using(stop_on_error=True)
+        tasks.using(delay=0.01).add_task(fail, "a")
+        tasks.using(delay=3600).add_task(write, 1)
+
+    run_view(runner, add)
+    assert shop.wait_for(1) == ["a"]
+    assert wait_until(lambda: "failed" in [outcome.state for outcome in left(tmp_path)])
+    assert waiting(tmp_path) == ["durable.write"]
+    assert log.warnings == []
+
+
+def test_a_task_that_is_not_stored_skips_the_stored_tasks_after_it(
+    runner: DurableRunner, tmp_path: Path, log: Log
+) -> None:
+    def fail_here() -> None:
+        raise ValueError
+
+    run_view(runner, stopped_by(fail_here))
+    assert wait_until(lambda: log.warnings == [SKIPPED] * 2)
+    assert waiting(tmp_path) == []
+
+
 def test_tasks_whose_file_cannot_be_read_are_named_and_not_skipped(
     runner: DurableRunner, tmp_path: Path, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:

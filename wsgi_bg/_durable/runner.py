@@ -729,7 +729,8 @@ class _State:
             try:
                 rows = store.read_rest(kept.row)
             except StoreError as error:
-                log.error("%s could not be skipped", tasks, exc_info=error)
+                message = "the tasks after %s in the file could not be skipped"
+                log.error(message, task.name, exc_info=error, extra=fields(task))
                 return
             batch = self._make_batch(store, rows, {})
             if batch is not None:
