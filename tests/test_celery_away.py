@@ -104,6 +104,24 @@ def test_a_batch_of_messages_is_confirmed_together(server: BrokerServer) -> None
     assert waiting(broker.url) == 101
 
 
+def test_an_apply_async_that_sends_nothing_holds_up_no_confirm(server: BrokerServer) -> None:
+    broker = server.fresh()
+    runner = broker.runner(publish_timeout=60)
+    celery_app: Any = runner._app
+    base: Any = celery_app.Task
+
+    class Once(base):  # type: ignore[misc]
+        abstract = True
+
+        def apply_async(self, *args: Any, **options: Any) -> None:
+            """Send nothing."""
+
+    once = celery_app.task(name="once", base=Once, shared=False)(add)
+    request(runner, lambda: [add("first")(), background_tasks.add_task(once), add("last")()])
+    assert waiting(broker.url) == 2
+    assert runner.statistics().sent == 3
+
+
 def test_a_message_that_rabbitmq_refuses_holds_up_no_other(
     rabbitmq: RabbitServer, log: Log
 ) -> None:

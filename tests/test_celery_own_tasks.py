@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tests.brokers import Broker
 from tests.celery_support import filesystem, messages, request
 from tests.support import TIMEOUT, Server, app_that, make_server_environ
 from tests.test_examples import wait_until
-from wsgi_bg import BackgroundTasksMiddleware, PoolRunner, background_tasks
+from wsgi_bg import BackgroundTasksMiddleware, PoolRunner, background_tasks, registered_task
 from wsgi_bg.celery import CeleryRunner
 from wsgi_bg.celery.captured import Published
 from wsgi_bg.exceptions import MessageError, OptionError, RegistrationError
@@ -55,6 +56,11 @@ def shared(value: Any) -> None:
     ran.append(value)
 
 
+@registered_task(name="own.repeated", celery={"autoretry_for": (OSError,)})
+def repeated() -> None:
+    raise NotImplementedError
+
+
 def handle(runner: Any, view: Any) -> None:
     app = BackgroundTasksMiddleware(app_that(view), runner=runner)
     Server().run(app, make_server_environ())
@@ -62,7 +68,7 @@ def handle(runner: Any, view: Any) -> None:
 
 def of(app: Celery, **options: Any) -> Any:
     @app.task(name="own.add", shared=False, **options)  # type: ignore[untyped-decorator]
-    def own(*values: Any) -> None:
+    def own(*values: Any, tasks: Any = None) -> None:
         ran.append(values)
 
     return own
@@ -112,11 +118,11 @@ def test_delay_and_signatures_are_sent_too(
     def do() -> None:
         background_tasks.add_task(own.delay, 1)
         background_tasks.add_task(own.s(2), 0)
-        background_tasks.add_task(own.si(3))
+        background_tasks.add_task(own.si(3, tasks=[]))
         background_tasks.add_task(own.s(4).set(queue="slow").delay)
 
     request(runner, do)
-    assert bodies(broker) == [[[1], {}], [[0, 2], {}], [[3], {}], [[4], {}]]
+    assert bodies(broker) == [[[1], {}], [[0, 2], {}], [[3], {"tasks": []}], [[4], {}]]
     keys = [each["properties"]["delivery_info"]["routing_key"] for each in messages(broker)]
     assert keys == ["celery", "celery", "celery", "slow"]
 
@@ -133,13 +139,123 @@ def test_a_chain_is_sent_as_its_first_message(
     assert message["body"][0] == [1]
 
 
+def test_nothing_of_a_chain_is_sent_before_the_response(
+    app: Celery, runner: CeleryRunner, broker: Broker
+) -> None:
+    own = of(app)
+    inner = own.s(1) | own.s(2)
+    seen: list[Any] = []
+
+    def do() -> None:
+        for each in (inner, inner.delay, type(inner)(inner, own.s(3))):
+            background_tasks.add_task(each)
+        seen.extend(messages(broker))
+
+    request(runner, do)
+    assert seen == []
+    assert [body[0] for body in bodies(broker)] == [[1], [1], [1]]
+
+
+def test_apply_async_as_the_function_has_its_options(
+    app: Celery, runner: CeleryRunner, broker: Broker
+) -> None:
+    own = of(app)
+    ids: list[str] = []
+
+    def do() -> None:
+        of_task = background_tasks.using(delay=60).add_task(
+            own.apply_async, (1,), queue="slow", task_id="mine", countdown=9000
+        )
+        of_signature = background_tasks.add_task(own.s(2).apply_async, args=(0,), priority=3)
+        ids.extend((of_task.id, of_signature.id))
+
+    before = datetime.now(UTC)
+    request(runner, do)
+    first, second = messages(broker)
+    assert bodies(broker) == [[[1], {}], [[0, 2], {}]]
+    assert [each["headers"]["id"] for each in (first, second)] == ids
+    assert ids[0] == "mine"
+    assert first["properties"]["delivery_info"]["routing_key"] == "slow"
+    assert second["properties"]["priority"] == 3
+    assert (datetime.fromisoformat(first["headers"]["eta"]) - before).total_seconds() < 90
+
+
+def test_an_id_that_the_user_has_given_is_that_of_the_task(
+    app: Celery, runner: CeleryRunner, broker: Broker
+) -> None:
+    class Numbered(app.Task):  # type: ignore[misc]
+        abstract = True
+
+        def apply_async(self, *args: Any, task_id: str = "", **options: Any) -> Any:
+            return super().apply_async(*args, task_id="numbered", **options)
+
+    own = of(app)
+    numbered = app.task(name="own.numbered", base=Numbered, shared=False)(repeated)
+    frozen = chain(own.s(1), own.s(2))
+    last = frozen.freeze().id
+    ids: list[str] = []
+
+    def do() -> None:
+        given = own.s(1).set(task_id="given")
+        ids.extend(background_tasks.add_task(each).id for each in (numbered, given, frozen))
+
+    request(runner, do)
+    assert ids == ["numbered", "given", last]
+    first, second, _ = (message["headers"]["id"] for message in messages(broker))
+    assert [first, second] == ids[:2]
+
+
+def test_an_apply_async_that_sends_nothing_holds_up_no_task(
+    app: Celery, runner: CeleryRunner, broker: Broker
+) -> None:
+    class Once(app.Task):  # type: ignore[misc]
+        abstract = True
+
+        def apply_async(self, *args: Any, **options: Any) -> Any:
+            return app.AsyncResult("running")
+
+    own = of(app, base=Once)
+    ids: list[str] = []
+    request(runner, lambda: ids.append(background_tasks.add_task(own).id))
+    assert ids == ["running"]
+    assert messages(broker) == []
+    assert runner.statistics().sent == 1
+
+
+@pytest.mark.parametrize("protocol", [1, 2])
+def test_a_time_without_a_zone_is_utc_as_on_the_worker(
+    app: Celery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: int
+) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        app.conf.task_protocol = protocol
+        runner = CeleryRunner(app, outbox=tmp_path / "tasks")
+        eta = datetime.now(UTC).replace(tzinfo=None) + timedelta(hours=2)
+        own = of(app)
+        found: list[float] = []
+
+        def do() -> None:
+            task = background_tasks.using(celery={"eta": eta}).add_task(own)
+            found.append(task.message.message.due)
+
+        request(runner, do)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert 7100 < found[0] - time.time() <= 7200
+
+
 def test_several_tasks_at_once_are_refused(app: Celery, runner: CeleryRunner) -> None:
     own = of(app)
 
     def view(environ: Any) -> None:
-        for several in (group(own.s(1), own.s(2)), chord([own.s(1)], own.s())):
+        several_tasks = group(own.s(1), own.s(2)), chord([own.s(1)], own.s()), own.chunks([], 2)
+        for several in several_tasks:
             with pytest.raises(RegistrationError, match="is several tasks at once"):
                 background_tasks.add_task(several)
+        with pytest.raises(RegistrationError, match="is a chain without tasks"):
+            background_tasks.add_task(chain())
 
     Server().run(
         BackgroundTasksMiddleware(app_that(view), runner=runner), make_server_environ()
@@ -243,6 +359,10 @@ def test_a_bound_task_never_runs_here(app: Celery, broker: Broker) -> None:
     def bound(self: Any) -> None:
         raise NotImplementedError
 
+    @app.task(name="own.retried", autoretry_for=(OSError,), shared=False)  # type: ignore[untyped-decorator]
+    def retried() -> None:
+        raise NotImplementedError
+
     own = of(app)
     runner = CeleryRunner(app, when_unsent="local")
     found: list[str] = []
@@ -250,13 +370,14 @@ def test_a_bound_task_never_runs_here(app: Celery, broker: Broker) -> None:
     def do() -> None:
         found.extend(
             background_tasks.add_task(each).message.message.when_unsent
-            for each in (bound, own, chain(own.si(), own.si()), own.si())
+            for each in (bound, own, chain(own.si(), own.si()), own.si(), retried, own.delay)
         )
-        with pytest.raises(OptionError, match="bind=True cannot run in this process"):
+        with pytest.raises(OptionError, match="bind=True, or a call of delay"):
             background_tasks.using(when_unsent="local").add_task(bound)
+        assert background_tasks.add_task(repeated).message.message.when_unsent == "hold"
 
     request(runner, do)
-    assert found == ["hold", "local", "hold", "local"]
+    assert found == ["hold", "local", "hold", "local", "hold", "hold"]
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")

@@ -245,8 +245,8 @@ class OutboxRunner(KeepingRunner):
             raise OptionTypeError(
                 "when_unsent",
                 own,
-                f"'hold' or 'discard' for {task.name}: a task with a time, a Retry or "
-                "bind=True cannot run in this process",
+                f"'hold' or 'discard' for {task.name}: a task with a time, a Retry, "
+                "autoretry_for or bind=True, or a call of delay(), cannot run in this process",
             )
         return "hold"
 

@@ -9,11 +9,13 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from celery import Celery
+from celery.utils.time import maybe_make_aware
 from kombu import Connection, Exchange, Producer, Queue
 from kombu.compression import compress
 from kombu.serialization import dumps
 
 from wsgi_bg._outbox.stored import Message
+from wsgi_bg._tasks.task import BackgroundTask
 from wsgi_bg.celery.own_tasks import Call
 from wsgi_bg.exceptions import MessageError
 
@@ -29,9 +31,11 @@ class Published(NamedTuple):
 class _Capture(Producer):  # type: ignore[misc]
     """Keeps the messages that Celery publishes; never connects to the broker."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, call: Call) -> None:
         super().__init__(connection, auto_declare=False)  # opens no connection
         self.published: list[Published] = []
+        self.due = 0.0
+        self._call = call
 
     def publish(self, body: Any, **options: Any) -> None:
         """Keep a message: the arguments are those of :meth:`kombu.Producer.publish`."""
@@ -40,34 +44,41 @@ class _Capture(Producer):  # type: ignore[misc]
             options.pop(name, None)
         content_type, encoding, data = dumps(body, serializer=serializer)
         headers = options["headers"] = dict(options.get("headers") or {})
+        if headers.get("task") == self._call.name:
+            headers["ignore_result"] = self._call.ignores_result
+        # The first version of Celery's messages has the time in the body.
+        times = body if isinstance(body, dict) and "task" in body else headers
+        if times.get("task") == self._call.name and times.get("eta"):
+            # As a worker does: a time without a zone is UTC.
+            self.due = maybe_make_aware(datetime.fromisoformat(times["eta"])).timestamp()
         if compression:
             data, headers["compression"] = compress(data, compression)
         options.update(content_type=content_type, content_encoding=encoding)
         self.published.append(Published(data, options))
 
+    def __deepcopy__(self, memo: Any) -> _Capture:
+        return self  # Celery copies the options of a chain's first task
 
-def capture(connection: Connection, call: Call, task_id: str) -> Message:
+
+def capture(connection: Connection, call: Call, task: BackgroundTask) -> Message:
     """Return the message that Celery would send for ``call``.
 
     Called in ``add_task``: Celery's signals, a task's own ``apply_async`` and the headers of a
-    trace see the request, and times count from there.
+    trace see the request, and times count from there. The id in Celery becomes that of
+    ``task``. An ``apply_async`` that sends nothing, since Celery has the same task already, for
+    example, makes an empty message.
 
     :param connection: a connection that is never opened.
-    :param task_id: the id of the task in Celery.
     """
-    producer = _Capture(connection)
+    producer = _Capture(connection, call)
     # With ignore_result Celery does not tell the result backend, which may be away too.
-    call.apply_async(
-        task_id=task_id, producer=producer, ignore_result=True, add_to_parent=False
+    result = call.apply_async(
+        task_id=call.id or task.id, producer=producer, ignore_result=True, add_to_parent=False
     )
-    due = 0.0
-    for _, options in producer.published:
-        headers = options["headers"]
-        if headers.get("task") == call.name:
-            headers["ignore_result"] = call.ignores_result
-            eta = headers.get("eta")
-            due = datetime.fromisoformat(eta).timestamp() if eta else 0.0
-    return Message(call.name, producer.published, due, not call.runs_only_there)
+    id_ = getattr(result, "id", None)
+    if isinstance(id_, str):
+        task.keep_id(id_)
+    return Message(call.name, producer.published, producer.due, not call.runs_only_there)
 
 
 def dump(parts: list[Published]) -> str:

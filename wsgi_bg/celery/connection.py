@@ -97,6 +97,9 @@ class BrokerConnection:
         channel.events["basic_nack"].add(on_nack)
         try:
             for index, message in enumerate(messages):
+                if not message.data:  # an apply_async of the user has sent nothing
+                    confirmed(index)
+                    continue
                 self._publish_all([message])
                 self._published += len(message.data)
                 waiting[self._published] = index

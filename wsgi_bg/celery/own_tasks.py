@@ -8,9 +8,11 @@ from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 from celery import Celery, Task, signature
-from celery.canvas import Signature, chord, group
+from celery.canvas import Signature, _chain, chord, chunks, group
+from kombu import Producer
 
 from wsgi_bg._tasks.task import BackgroundTask
+from wsgi_bg.celery.options import TIMES
 from wsgi_bg.exceptions import RegistrationError
 
 
@@ -23,7 +25,9 @@ class Call(NamedTuple):
     """Called with further options, such as ``task_id``."""
     ignores_result: bool
     runs_only_there: bool
-    """True if the function needs Celery's task: ``bind=True``, or a chain."""
+    """True if the call needs Celery: ``bind=True``, ``autoretry_for``, a chain, ``delay``."""
+    id: str | None = None
+    """The id that the user has given to the task."""
 
 
 def find(app: Celery, task: BackgroundTask, options: dict[str, Any]) -> Call | None:
@@ -36,31 +40,62 @@ def find(app: Celery, task: BackgroundTask, options: dict[str, Any]) -> Call | N
     func: Any = task.func
     if type(func) is FunctionType:
         return None
-    if type(func) is MethodType and func.__name__ == "delay":
+    args: tuple[Any, ...] = (task.args, task.kwargs)
+    is_sender = type(func) is MethodType and func.__name__ in ("delay", "apply_async")
+    if is_sender:
+        if func.__name__ == "apply_async":
+            args = task.args
+            times = TIMES if "countdown" in options or "eta" in options else ()
+            given = {name: task.kwargs[name] for name in task.kwargs if name not in times}
+            options = {**given, **options}
         func = func.__self__
     if isinstance(func, Signature):
-        return _of_signature(app, func, task, options)
+        return _of_signature(app, func, task, args, options, is_sender)
     if not isinstance(func, Task):
         return None
     own = _own(app, func.name, task)
-    apply_async = partial(own.apply_async, task.args, task.kwargs, **options)
-    return Call(own.name, apply_async, bool(own.ignore_result), _is_bound(own))
+    apply_async = partial(own.apply_async, *args, **options)
+    ignored = bool(options.get("ignore_result", own.ignore_result))
+    return Call(
+        own.name, apply_async, ignored, is_sender or _needs_celery(own), options.get("task_id")
+    )
 
 
 def _of_signature(
-    app: Celery, func: Signature, task: BackgroundTask, options: dict[str, Any]
+    app: Celery,
+    func: Signature,
+    task: BackgroundTask,
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+    is_sender: bool,
 ) -> Call:
-    if isinstance(func, (group, chord)):
+    first = func
+    while isinstance(first, _chain):
+        if not first.tasks:
+            raise RegistrationError(f"{task.name} is a chain without tasks", func)
+        first = first.tasks[0]
+    if isinstance(first, (group, chord, chunks)):
         raise RegistrationError(
             f"{task.name} is several tasks at once: add each task, or a task that starts them",
             func,
         )
-    first = func.tasks[0] if "tasks" in func.kwargs else func
     own = _own(app, first.task, task)
-    ignored = bool(func.options.get("ignore_result", own.ignore_result))
+    given = {**first.options, **func.options, **options}
+    ignored = bool(given.get("ignore_result", own.ignore_result))
     mine = signature(func, app=app)
-    apply_async = partial(mine.apply_async, task.args, task.kwargs, **options)
-    return Call(own.name, apply_async, ignored, _is_bound(own) or first is not func)
+    apply_async = mine.apply_async if first is func else partial(_apply_chain, mine)
+    id_ = options.get("task_id") or func.options.get("task_id")
+    needs = is_sender or first is not func or _needs_celery(own)
+    return Call(own.name, partial(apply_async, *args, **options), ignored, needs, id_)
+
+
+def _apply_chain(chain: Signature, *args: Any, producer: Producer, **options: Any) -> Any:
+    """Call ``apply_async`` of a chain, which does not pass the producer to its first task."""
+    first = chain = chain.clone()
+    while isinstance(first, _chain):
+        first = first.tasks[0]
+    first.set(producer=producer)
+    return chain.apply_async(*args, **options)
 
 
 def _own(app: Celery, name: str, task: BackgroundTask) -> Task:
@@ -73,5 +108,6 @@ def _own(app: Celery, name: str, task: BackgroundTask) -> Task:
         ) from None
 
 
-def _is_bound(task: Task) -> bool:
-    return not isinstance(vars(type(task)).get("run"), staticmethod)
+def _needs_celery(task: Task) -> bool:
+    is_bound = not isinstance(vars(type(task)).get("run"), staticmethod)
+    return is_bound or bool(getattr(task, "autoretry_for", ()))

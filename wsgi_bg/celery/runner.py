@@ -136,7 +136,7 @@ class CeleryRunner(OutboxRunner):
             call = self._registered(task, registration)
         if call is None or self._app.conf.task_always_eager:  # Celery's setting for tests
             return None
-        return captured.capture(self._unconnected.get(), call, task.id)
+        return captured.capture(self._unconnected.get(), call, task)
 
     def _own_task(self, task: BackgroundTask) -> Call | None:
         given = _given(task)
@@ -156,12 +156,13 @@ class CeleryRunner(OutboxRunner):
             raise NameTakenError(name, f"a task of {self._app!r}")
         text = encode(registration, task.args, task.kwargs)
         carried = headers_of_call(task.options.retry)
-        of_function = (registration.celery or NO_OPTIONS).message
+        of_task, of_function = registration.celery or NO_OPTIONS
         engine = for_one_call(registration.engine or {})
         options = _with_delay(task, {**of_function, **engine, **_given(task)})
         options.update(headers={**carried, CALL: ENCODED}, serializer="json")
         apply_async = partial(celery_task.apply_async, (text,), **options)
-        return Call(name, apply_async, bool(celery_task.ignore_result), False)
+        retries = bool(of_task.get("autoretry_for"))
+        return Call(name, apply_async, bool(celery_task.ignore_result), retries)
 
     def connect(self) -> BrokerConnection:
         """Connect to the broker; blocks for ``publish_timeout`` seconds at most."""
