@@ -145,6 +145,24 @@ def test_a_message_that_rabbitmq_refuses_holds_up_no_other(
     assert log.errors == [f"background task {NOTE} raised PublishError"]
 
 
+def test_a_queue_that_redis_cannot_use_holds_up_no_other(redis: RedisServer, log: Log) -> None:
+    broker = redis.fresh()
+    with Connection(broker.url) as connection:
+        connection.default_channel.client.set("broken", "no list")
+    runner = broker.runner()
+
+    def do() -> None:
+        background_tasks.add_task(note, "first")
+        background_tasks.using(celery={"queue": "broken"}).add_task(note, "wrong")
+        background_tasks.add_task(note, "last")
+
+    request(runner, do)
+    assert waiting(broker.url) >= 2  # a message that was cut short may come twice
+    assert runner.statistics().sent == 2
+    assert log.errors == [f"background task {NOTE} raised PublishError"]
+    assert log.warnings == []
+
+
 @pytest.mark.parametrize("scheme", ["redis", "amqp"])
 def test_a_task_runs_here_if_asked_for_and_the_connection_is_refused(
     tmp_path: Path, log: Log, scheme: str

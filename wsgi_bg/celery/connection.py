@@ -117,7 +117,8 @@ class BrokerConnection:
         of_message: tuple[type[Exception], ...] = (TypeError, ValueError, LookupError)
         if self._confirms:  # an exchange or queue that is missing, or of another type
             of_message += tuple(self._connection.channel_errors)
-        return not isinstance(exc, of_message)
+        # Redis: the key of the queue is no list, so no message to that queue can be sent.
+        return not (isinstance(exc, of_message) or "WRONGTYPE" in str(exc))
 
     def close(self) -> None:
         """Close the connection; may block for ``timeout`` seconds."""
