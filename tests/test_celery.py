@@ -466,6 +466,10 @@ def test_an_application_that_takes_json_and_yaml_is_accepted() -> None:
         ({"drain_timeout": -1}, "drain_timeout must be 0 seconds or more; got -1"),
         ({"drain_timeout": "1"}, "drain_timeout must be a number of seconds; got '1'"),
         ({"on_publish_error": "lose"}, "on_publish_error must be 'local' or 'discard'"),
+        (
+            {"on_publish_error": "local", "when_unsent": "discard"},
+            "on_publish_error must be None beside when_unsent; got 'local'",
+        ),
         ({"when_unsent": "lose"}, "when_unsent must be 'hold', 'local' or 'discard'"),
         ({"hold_for": 0}, "hold_for must be more than 0 seconds; got 0"),
         ({"max_unsent": 0}, "max_unsent must be 1 or more; got 0"),

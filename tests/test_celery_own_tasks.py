@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from kombu.exceptions import EncodeError
 
 from tests.brokers import Broker
 from tests.celery_support import filesystem, messages, request
+from tests.conftest import Log
 from tests.support import TIMEOUT, Server, app_that, make_server_environ
 from tests.test_examples import wait_until
 from wsgi_bg import BackgroundTasksMiddleware, PoolRunner, background_tasks, registered_task
@@ -352,6 +354,42 @@ def test_wrong_arguments_are_refused_in_the_view(app: Celery, runner: CeleryRunn
     Server().run(
         BackgroundTasksMiddleware(app_that(view), runner=runner), make_server_environ()
     )
+
+
+def test_logs_name_a_task_as_celery_does(app: Celery, runner: CeleryRunner) -> None:
+    own = of(app)
+    names: list[str] = []
+
+    def do() -> None:
+        for each in (own, own.delay, own.s(), own.si() | own.si(), own.apply_async):
+            names.append(background_tasks.add_task(each).name)
+
+    request(runner, do)
+    assert names == ["own.add"] * 5
+
+
+def test_a_task_that_runs_here_in_place_of_celerys_has_its_name(app: Celery, log: Log) -> None:
+    app.conf.broker_url = "redis://127.0.0.1:1"
+    runner = CeleryRunner(app, local="inline", when_unsent="local", publish_timeout=0.05)
+    own = of(app)
+    request(runner, lambda: background_tasks.add_task(own, 1), sends=False)
+    assert wait_until(lambda: ran == [(1,)])
+    assert any("task own.add runs in this process" in each for each in log.warnings)
+
+
+def test_celerys_times_are_those_of_the_message(app: Celery, runner: CeleryRunner) -> None:
+    own = of(app)
+    found: list[Any] = []
+
+    def do() -> None:
+        tasks = background_tasks.using(celery={"expires": 60})
+        found.append(tasks.add_task(own).message.message)
+        found.append(background_tasks.add_task(own).message.message)
+
+    before = time.time()
+    request(runner, do)
+    assert 59 < found[0].expires - before < 90
+    assert found[1].expires == math.inf
 
 
 def test_a_bound_task_never_runs_here(app: Celery, broker: Broker) -> None:

@@ -291,6 +291,24 @@ def test_with_local_a_task_runs_here_after_publish_timeout(log: Log) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_with_local_a_task_that_has_expired_does_not_run(log: Log) -> None:
+    class Expired(Post):
+        def message(self, task: Any) -> Any:
+            made = super().message(task)
+            return made and made._replace(expires=time.time() - 1)
+
+    runner = Expired(when_unsent="local", publish_timeout=0.05, local="inline")
+    runner.is_up = False
+    errors: list[Any] = []
+    request(runner, add(send, 1), on_error=lambda task, exc: errors.append(str(exc)))
+    assert settled(runner)
+    assert post.here == []
+    assert len(errors) == 1
+    assert errors[0].endswith("has not answered in time, and it has expired")
+    assert log.errors == ["background task tests.post.send raised PublishError"]
+
+
+@pytest.mark.usefixtures("quick")
 def test_the_function_and_the_view_say_what_becomes_of_a_task(log: Log) -> None:
     runner = Post(publish_timeout=0.05, local="inline")
     runner.is_up = False
@@ -387,6 +405,29 @@ def test_the_view_is_told_if_the_outbox_is_full(gate: Gate) -> None:
     assert settled(runner)
     assert sorted(runner.got) == [1, 2, 4]
     assert post.here == ["others run"]
+
+
+def test_the_tasks_of_a_request_that_goes_on_count_as_unsent() -> None:
+    runner = Post(max_unsent=2)
+
+    def view(environ: Any) -> None:
+        add(send, 1, 2)()
+        with pytest.raises(OutboxFullError):
+            background_tasks.add_task(send, 3)
+
+    Server().run(
+        BackgroundTasksMiddleware(app_that(view), runner=runner), make_server_environ()
+    )
+    assert settled(runner)
+    assert sorted(runner.got) == [1, 2]
+
+
+def test_a_request_that_fails_leaves_room_for_the_tasks_of_others() -> None:
+    runner = Post(max_unsent=1)
+    for _ in range(2):
+        request(runner, add(send, "not sent"), run_on="error")
+        gc.collect()
+    assert runner.got == []
 
 
 def test_tasks_wait_for_a_thread_if_none_can_be_had() -> None:
@@ -706,9 +747,10 @@ def test_a_message_with_a_long_delay_waits_in_the_file_until_it_is_due(
     (tmp_path / "is_up").touch()
     runner = Delayed(tmp_path)
     request(runner, add(send, "later"))
-    assert runner.statistics().waiting == 0  # no memory holds it
+    assert runner.statistics().waiting == 1
     assert wait_until(lambda: sent(tmp_path) == ["later"])
     assert time.time() >= due
+    assert runner.statistics().waiting == 0
 
 
 def test_without_a_folder_a_long_delay_is_a_warning(log: Log) -> None:

@@ -15,6 +15,7 @@ from functools import partial
 from math import inf
 from operator import call
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakSet
 
 from wsgi_bg._outbox.stored import Stored
 from wsgi_bg._process import greenlets, log, per_process
@@ -171,6 +172,7 @@ class Outbox:
         self._runner = runner
         self._ledger = ledger
         self._unsent: dict[Any, None] = ledger.unsent
+        self._reserved: WeakSet[Stored] = WeakSet()
         self._local = local
         self._limits = limits
         self._queue: deque[Unsent] = deque()
@@ -196,12 +198,16 @@ class Outbox:
         )
 
     def check_room(self, name: str) -> None:
-        """Raise if too many tasks wait to be sent.
+        """Raise if too many tasks wait to be sent, those of unfinished requests included.
 
         :raises OutboxFullError: if ``max_unsent`` tasks wait.
         """
-        if self.room <= 0:
+        if self.room <= len(self._reserved):
             raise OutboxFullError(name, self._limits.max_unsent)
+
+    def reserve(self, stored: Stored) -> None:
+        """Keep room for a message until :meth:`put` is called or the message is freed."""
+        self._reserved.add(stored)
 
     @property
     def room(self) -> int:
@@ -210,6 +216,7 @@ class Outbox:
 
     def put(self, task: BackgroundTask, stored: Stored) -> Queue:
         """Return a function that puts a claimed task into the outbox, without a bytecode."""
+        self._reserved.discard(stored)
         limits = self._limits
         is_held = stored.message.when_unsent == "hold"
         wait = limits.hold_for if is_held else limits.publish_timeout
@@ -437,8 +444,12 @@ class Outbox:
         """End a claimed task that has waited for too long."""
         if unsent.was_tried:
             reason += ", and it may have been sent"
+        message = unsent.stored.message
+        is_expired = time.time() >= message.expires
+        if is_expired:
+            reason += ", and it has expired"
         error = PublishError(unsent.task.name, reason)
-        if unsent.stored.message.when_unsent == "local":
+        if message.when_unsent == "local" and not is_expired:
             self._run_here(unsent, error)
         else:
             self._fail(unsent, error)

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from contextvars import copy_context
+from dataclasses import replace
 from functools import partial
 from threading import TIMEOUT_MAX
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypedDict
@@ -24,7 +25,7 @@ from wsgi_bg._tasks.checks import WhenUnsent, check_when_unsent, seconds, whole_
 from wsgi_bg._tasks.options import Options
 from wsgi_bg._tasks.task import BackgroundTask, Queue, Queued, fill, plan_of
 from wsgi_bg.exceptions import MessageError, OptionTypeError
-from wsgi_bg.runners import Runner, resolve
+from wsgi_bg.runners import Runner, Statistics, resolve
 from wsgi_bg.runners.attached import Attached
 from wsgi_bg.runners.keeping import KeepingRunner, is_answered
 from wsgi_bg.runners.ledger import Ledger
@@ -230,7 +231,9 @@ class OutboxRunner(KeepingRunner):
             self._long_delays.count(task.name)
         message = message._replace(when_unsent=when_unsent, due=due)
         if files is None:
-            return Stored(message, _NO_ROW)
+            stored = Stored(message, _NO_ROW)
+            outbox.reserve(stored)
+            return stored
         return Stored(message, Row(message.name, self.dump(message), due=due, id=task.id))
 
     def _find_when_unsent(self, task: BackgroundTask, message: Message) -> WhenUnsent:
@@ -361,6 +364,12 @@ class OutboxRunner(KeepingRunner):
         ledger.wait_for(list(ledger.unsent), deadline)
         return left + [task for unsent in list(ledger.unsent) for task in unsent.tasks]
 
+    def statistics(self) -> Statistics:
+        """Return the numbers of this process, with the messages that wait in its files."""
+        found, files = super().statistics(), self._states.get().files
+        waiting = 0 if files is None else files.count_waiting()
+        return replace(found, waiting=found.waiting + waiting)
+
     @property
     def ledger(self) -> Ledger:
         return self._states.get().ledger
@@ -377,6 +386,8 @@ class OutboxRunner(KeepingRunner):
         task = BackgroundTask.__new__(BackgroundTask)
         fill(task, func, (), {}, copy_context(), self.options)
         task.keep_id(row.id)
+        if registry.find(func) is None:
+            task.keep_name(row.name)
         return task, message
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
+from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from wsgi_bg._durable.folder import Folder
@@ -38,6 +40,8 @@ class Message(NamedTuple):
     """False if only a worker can make the call."""
     when_unsent: WhenUnsent = "hold"
     """Set by the runner."""
+    expires: float = inf
+    """The time after which the task does not run in this process either."""
 
 
 class _Outbox(Protocol):
@@ -52,7 +56,7 @@ class _Outbox(Protocol):
 class Stored:
     """A message, and the row that holds it once :meth:`claim` and the store have succeeded."""
 
-    __slots__ = ("_right", "has_begun", "message", "row", "store")
+    __slots__ = ("__weakref__", "_right", "has_begun", "message", "row", "store")
 
     def __init__(self, message: Message, row: Row, store: Store | None = None) -> None:
         self.message: Message = message
@@ -162,6 +166,14 @@ class StoredMessages:
                 each.store = None
                 each.unclaim()
             raise
+
+    def count_waiting(self) -> int:
+        """Return the number of messages in the files whose time has not come."""
+        waiting = 0
+        for store in [self._store, *self._adopted]:
+            with suppress(StoreError):  # removed meanwhile, for example
+                waiting += 0 if store is None else store.count_waiting(time.time())
+        return waiting
 
     def leave(self, stored: Stored) -> None:
         """Let the row of a message be read again as room comes, or when it is due."""

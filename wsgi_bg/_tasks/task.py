@@ -74,6 +74,9 @@ Queue = Callable[[], Queued]
 _ids: WeakKeyDictionary[BackgroundTask, str] = WeakKeyDictionary()
 """The ids of the tasks whose id was asked for."""
 
+_names: WeakKeyDictionary[BackgroundTask, str] = WeakKeyDictionary()
+"""The names of the tasks that an engine knows by its own means."""
+
 
 _IDS_AT_ONCE = 64
 
@@ -323,8 +326,12 @@ class BackgroundTask:
 
     @property
     def name(self) -> str:
-        """``module.qualname`` of the function, for logs."""
-        return name_of(self.func)
+        """``module.qualname`` of the function, for logs; for an engine's own task, its name."""
+        return _names.get(self) or name_of(self.func)
+
+    def keep_name(self, name: str) -> None:
+        """Take the name of an engine's own task, whose function may be the engine's."""
+        _names[self] = name
 
     @property
     def id(self) -> str:
@@ -489,6 +496,8 @@ class BackgroundTask:
         task.generation = self.generation
         task.message = self.message
         task.keep_id(self.id)
+        if self in _names:
+            task.keep_name(self.name)
         return task
 
     def owned(self, options: Layer) -> BackgroundTask:

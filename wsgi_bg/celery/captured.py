@@ -6,6 +6,7 @@ import base64
 import json
 from collections.abc import Mapping
 from datetime import datetime
+from math import inf
 from typing import Any, NamedTuple
 
 from celery import Celery
@@ -35,6 +36,7 @@ class _Capture(Producer):  # type: ignore[misc]
         super().__init__(connection, auto_declare=False)  # opens no connection
         self.published: list[Published] = []
         self.due = 0.0
+        self.expires = inf
         self._call = call
 
     def publish(self, body: Any, **options: Any) -> None:
@@ -48,9 +50,9 @@ class _Capture(Producer):  # type: ignore[misc]
             headers["ignore_result"] = self._call.ignores_result
         # The first version of Celery's messages has the time in the body.
         times = body if isinstance(body, dict) and "task" in body else headers
-        if times.get("task") == self._call.name and times.get("eta"):
-            # As a worker does: a time without a zone is UTC.
-            self.due = maybe_make_aware(datetime.fromisoformat(times["eta"])).timestamp()
+        if times.get("task") == self._call.name:
+            self.due = _timestamp(times.get("eta"), self.due)
+            self.expires = _timestamp(times.get("expires"), self.expires)
         if compression:
             data, headers["compression"] = compress(data, compression)
         options.update(content_type=content_type, content_encoding=encoding)
@@ -78,7 +80,18 @@ def capture(connection: Connection, call: Call, task: BackgroundTask) -> Message
     id_ = getattr(result, "id", None)
     if isinstance(id_, str):
         task.keep_id(id_)
-    return Message(call.name, producer.published, producer.due, not call.runs_only_there)
+    return Message(
+        call.name,
+        producer.published,
+        producer.due,
+        can_run_here=not call.runs_only_there,
+        expires=producer.expires,
+    )
+
+
+def _timestamp(text: str | None, default: float) -> float:
+    # As a worker does: a time without a zone is UTC.
+    return maybe_make_aware(datetime.fromisoformat(text)).timestamp() if text else default
 
 
 def dump(parts: list[Published]) -> str:

@@ -95,6 +95,9 @@ class CeleryRunner(OutboxRunner):
             if on_publish_error not in get_args(OnPublishError):
                 wanted = "'local' or 'discard'"
                 raise OptionValueError("on_publish_error", on_publish_error, wanted)
+            if when_unsent not in ("hold", on_publish_error):  # "hold" is the default
+                wanted = "None beside when_unsent"
+                raise OptionValueError("on_publish_error", on_publish_error, wanted)
             message = "on_publish_error is called when_unsent now, and 'hold' is the default"
             warnings.warn(message, DeprecationWarning, stacklevel=2)
             when_unsent = on_publish_error
@@ -132,6 +135,8 @@ class CeleryRunner(OutboxRunner):
         registration = registry.find(task.func)
         if registration is None:
             call = self._own_task(task)
+            if call is not None:
+                task.keep_name(call.name)
         else:
             call = self._registered(task, registration)
         if call is None or self._app.conf.task_always_eager:  # Celery's setting for tests
