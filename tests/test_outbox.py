@@ -358,7 +358,7 @@ def test_an_unknown_word_is_refused() -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_after_hold_for_a_task_is_given_up_and_named(log: Log) -> None:
-    runner = Post(hold_for=0.05, publish_timeout=0.01)
+    runner = Post(hold_for=0.05, publish_timeout=600)
     runner.is_up = False
     failed: list[Any] = []
     request(runner, add(send, 1), on_error=lambda task, exc: failed.append(exc))

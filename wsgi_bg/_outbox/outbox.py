@@ -304,7 +304,7 @@ class Outbox:
         now = time.monotonic()
         self._expire(now)
         if self._unsent:  # perhaps tasks that no step has seen yet
-            soon = now + self._limits.publish_timeout
+            soon = now + min(self._limits.publish_timeout, self._limits.hold_for)
             self._next_deadline = min(self._next_deadline, soon)
         until = self._next_deadline
         if self._queue:
