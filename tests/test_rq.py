@@ -16,6 +16,7 @@ from rq import Queue
 from rq.serializers import JSONSerializer
 
 from tests.brokers import RedisServer
+from tests.conftest import Log
 from tests.engine_shop import (
     block,
     fail_always,
@@ -26,9 +27,9 @@ from tests.engine_shop import (
     spread_and_fail,
     spread_and_leave,
 )
-from tests.engine_support import RQ, TIMEOUT, Worker, send, worker
+from tests.engine_support import RQ, TIMEOUT, Worker, request, send, worker
 from tests.test_examples import text_of, wait_until
-from wsgi_bg import Retry, registered_task, status, wait
+from wsgi_bg import Retry, background_tasks, registered_task, status, wait
 from wsgi_bg.exceptions import MessageError, OptionTypeError, OptionValueError, PublishError
 from wsgi_bg.rq import RQRunner
 from wsgi_bg.rq import worker as rq_worker
@@ -235,6 +236,19 @@ def test_a_job_that_rq_refuses_is_given_up_alone(engine: RQ) -> None:
     assert wait(TIMEOUT) == []
     assert engine.ids() == [good.id]
     assert [type(each) for each in errors] == [PublishError]
+
+
+def test_a_job_with_a_delay_holds_up_no_other(engine: RQ, log: Log) -> None:
+    runner = engine.runner()
+
+    def do() -> None:
+        background_tasks.using(delay=60).add_task(look, "")
+        background_tasks.add_task(look, "")
+
+    request(runner, do)
+    assert wait(TIMEOUT) == []
+    assert runner.statistics().sent == 2
+    assert log.warnings == []
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,7 @@ class _Connection(Connection):
     def send(self, messages: Sequence[Message], confirmed: Callable[[int], object]) -> None:
         """Enqueue the jobs of all messages in one transaction; blocks."""
         with self._redis.pipeline() as pipeline:
+            pipeline.multi()  # else RQ does, which Redis refuses after a job with a delay
             for message in messages:
                 self._enqueue(message, pipeline)
             pipeline.execute()
