@@ -19,6 +19,7 @@ from kombu.exceptions import EncodeError
 from tests.brokers import Broker
 from tests.celery_support import filesystem, messages, request
 from tests.conftest import Log
+from tests.recording_support import recording
 from tests.support import TIMEOUT, Server, app_that, make_server_environ
 from tests.test_examples import wait_until
 from wsgi_bg import BackgroundTasksMiddleware, PoolRunner, background_tasks, registered_task
@@ -308,6 +309,76 @@ def test_celerys_eager_mode_runs_the_task_after_the_response(
     assert messages(broker) == []
 
 
+def test_in_eager_mode_celery_makes_the_call(
+    app: Celery, runner: CeleryRunner, broker: Broker, log: Log
+) -> None:
+    app.conf.task_always_eager = True
+    own = of(app)
+    seen: list[Any] = []
+
+    @app.task(name="own.again", bind=True, max_retries=1, shared=False)  # type: ignore[untyped-decorator]
+    def again(self: Any) -> None:
+        seen.append((self.request.id, self.request.retries))
+        raise self.retry(exc=KeyError("again"), countdown=0)
+
+    ids: list[str] = []
+    errors: list[BaseException] = []
+
+    def do() -> None:
+        tasks = background_tasks.using(on_error=lambda task, exc: errors.append(exc))
+        ids.append(tasks.add_task(again).id)
+        linked = own.s(1).set(link=own.si(2), task_id="mine")
+        ids.append(tasks.add_task(linked).id)
+        tasks.add_task(own.s(3) | own.s(4))
+        tasks.add_task(own.apply_async, (5,), countdown=3600)
+
+    request(runner, do)
+    assert wait_until(lambda: len(ran) == 5)
+    assert seen == [(ids[0], 0), (ids[0], 1)]
+    assert ids[1] == "mine"
+    assert [type(each) for each in errors] == [KeyError]
+    assert ran == [(1,), (2,), (3,), (None, 4), (5,)]
+    assert messages(broker) == []
+    assert log.errors == ["background task own.again raised KeyError"]
+
+
+def test_an_own_apply_async_in_eager_mode_may_return_nothing(
+    app: Celery, runner: CeleryRunner
+) -> None:
+    app.conf.task_always_eager = True
+
+    class Silent(app.Task):  # type: ignore[misc]
+        abstract = True
+
+        def apply_async(self, *args: Any, **options: Any) -> None:
+            ran.append("silent")
+
+    request(runner, lambda: background_tasks.add_task(of(app, base=Silent)))
+    assert wait_until(lambda: ran == ["silent"])
+
+
+def test_in_a_test_that_runs_tasks_no_function_of_celery_sends(
+    app: Celery, broker: Broker
+) -> None:
+    own = of(app)
+    runner = CeleryRunner(app)
+
+    def view(environ: Any) -> None:
+        background_tasks.add_task(own.delay, 1)
+        background_tasks.add_task(own.apply_async, args=(2,), countdown=3600)
+        background_tasks.add_task(own.s(3) | own.s(4))
+        background_tasks.add_task(own.s(5).delay, 6)
+        background_tasks.add_task(own.s(7).apply_async)
+
+    with recording("run") as recorded:
+        Server().run(
+            BackgroundTasksMiddleware(app_that(view), runner=runner), make_server_environ()
+        )
+        assert recorded.tasks[0].func == own.delay
+    assert ran == [(1,), (2,), (3,), (None, 4), (6, 5), (7,)]
+    assert messages(broker) == []
+
+
 def test_the_message_is_made_in_the_request(
     app: Celery, runner: CeleryRunner, broker: Broker
 ) -> None:
@@ -372,7 +443,7 @@ def test_a_task_that_runs_here_in_place_of_celerys_has_its_name(app: Celery, log
     app.conf.broker_url = "redis://127.0.0.1:1"
     runner = CeleryRunner(app, local="inline", when_unsent="local", publish_timeout=0.05)
     own = of(app)
-    request(runner, lambda: background_tasks.add_task(own, 1), sends=False)
+    request(runner, lambda: background_tasks.add_task(own.delay, 1), sends=False)
     assert wait_until(lambda: ran == [(1,)])
     assert any("task own.add runs in this process" in each for each in log.warnings)
 
@@ -410,12 +481,12 @@ def test_a_bound_task_never_runs_here(app: Celery, broker: Broker) -> None:
             background_tasks.add_task(each).message.message.when_unsent
             for each in (bound, own, chain(own.si(), own.si()), own.si(), retried, own.delay)
         )
-        with pytest.raises(OptionError, match="bind=True, or a call of delay"):
+        with pytest.raises(OptionError, match="bind=True cannot run in this process"):
             background_tasks.using(when_unsent="local").add_task(bound)
         assert background_tasks.add_task(repeated).message.message.when_unsent == "hold"
 
     request(runner, do)
-    assert found == ["hold", "local", "hold", "local", "hold", "hold"]
+    assert found == ["hold", "local", "hold", "local", "hold", "local"]
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")

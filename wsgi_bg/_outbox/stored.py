@@ -42,6 +42,8 @@ class Message(NamedTuple):
     """Set by the runner."""
     expires: float = inf
     """The time after which the task does not run in this process either."""
+    call_here: Callable[[], Any] | None = None
+    """Makes the call in this process, in place of a function that would send the task."""
 
 
 class _Outbox(Protocol):
@@ -64,6 +66,11 @@ class Stored:
         self.store: Store | None = store
         self.has_begun: bool = False
         self._right = {"to store": store is None}
+
+    @property
+    def call_here(self) -> Callable[[], Any] | None:
+        """See :class:`Message`."""
+        return self.message.call_here
 
     def claim(self) -> bool:
         """Claim the right to store the row; True for a single caller only."""

@@ -86,6 +86,7 @@ def capture(connection: Connection, call: Call, task: BackgroundTask) -> Message
         producer.due,
         can_run_here=not call.runs_only_there,
         expires=producer.expires,
+        call_here=call.here,
     )
 
 

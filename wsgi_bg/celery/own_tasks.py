@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from celery import Celery, Task, signature
 from celery.canvas import Signature, _chain, chord, chunks, group
+from celery.result import EagerResult
 from kombu import Producer
 
 from wsgi_bg._tasks.task import BackgroundTask
@@ -25,9 +26,11 @@ class Call(NamedTuple):
     """Called with further options, such as ``task_id``."""
     ignores_result: bool
     runs_only_there: bool
-    """True if the call needs Celery: ``bind=True``, ``autoretry_for``, a chain, ``delay``."""
+    """True if the call needs Celery: ``bind=True``, ``autoretry_for``, or a chain."""
     id: str | None = None
     """The id that the user has given to the task."""
+    here: Callable[[], Any] | None = None
+    """Makes the call in this process; None if the function of the task does."""
 
 
 def find(app: Celery, task: BackgroundTask, options: dict[str, Any]) -> Call | None:
@@ -40,35 +43,18 @@ def find(app: Celery, task: BackgroundTask, options: dict[str, Any]) -> Call | N
     func: Any = task.func
     if type(func) is FunctionType:
         return None
-    args: tuple[Any, ...] = (task.args, task.kwargs)
-    is_sender = type(func) is MethodType and func.__name__ in ("delay", "apply_async")
-    if is_sender:
-        if func.__name__ == "apply_async":
-            args = task.args
-            times = TIMES if "countdown" in options or "eta" in options else ()
-            given = {name: task.kwargs[name] for name in task.kwargs if name not in times}
-            options = {**given, **options}
+    how = func.__name__ if type(func) is MethodType else ""
+    if how in ("delay", "apply_async"):
         func = func.__self__
-    if isinstance(func, Signature):
-        return _of_signature(app, func, task, args, options, is_sender)
-    if not isinstance(func, Task):
+    if not isinstance(func, (Signature, Task)):
         return None
-    own = _own(app, func.name, task)
-    apply_async = partial(own.apply_async, *args, **options)
-    ignored = bool(options.get("ignore_result", own.ignore_result))
-    return Call(
-        own.name, apply_async, ignored, is_sender or _needs_celery(own), options.get("task_id")
-    )
-
-
-def _of_signature(
-    app: Celery,
-    func: Signature,
-    task: BackgroundTask,
-    args: tuple[Any, ...],
-    options: dict[str, Any],
-    is_sender: bool,
-) -> Call:
+    given: tuple[Any, ...] = (task.args, task.kwargs)
+    named: dict[str, Any] = {}
+    if how == "apply_async":
+        given, named = task.args, task.kwargs
+    times = TIMES if not options.keys().isdisjoint(TIMES) else ()
+    options = {**{name: named[name] for name in named if name not in times}, **options}
+    here = partial(_call, func, *given, **named) if how or isinstance(func, _chain) else None
     first = func
     while isinstance(first, _chain):
         if not first.tasks:
@@ -79,17 +65,39 @@ def _of_signature(
             f"{task.name} is several tasks at once: add each task, or a task that starts them",
             func,
         )
-    own = _own(app, first.task, task)
-    given = {**first.options, **func.options, **options}
-    ignored = bool(given.get("ignore_result", own.ignore_result))
-    mine = signature(func, app=app)
+    is_signature = isinstance(func, Signature)
+    own = _own(app, first.task if is_signature else first.name, task)
+    mine = signature(func, app=app) if is_signature else own
     apply_async = mine.apply_async if first is func else partial(_apply_chain, mine)
-    id_ = options.get("task_id") or func.options.get("task_id")
-    needs = is_sender or first is not func or _needs_celery(own)
-    return Call(own.name, partial(apply_async, *args, **options), ignored, needs, id_)
+    set_before = {**first.options, **func.options, **options} if is_signature else options
+    return Call(
+        own.name,
+        partial(apply_async, *given, **options),
+        bool(set_before.get("ignore_result", own.ignore_result)),
+        first is not func or _needs_celery(own),
+        options.get("task_id") or (func.options.get("task_id") if is_signature else None),
+        here,
+    )
 
 
-def _apply_chain(chain: Signature, *args: Any, producer: Producer, **options: Any) -> Any:
+def _call(func: Any, args: Any = None, kwargs: Any = None, *_: Any, **__: Any) -> Any:
+    """Make the call of ``delay`` or ``apply_async`` in this process, or those of a chain."""
+    if isinstance(func, _chain):
+        return func.apply(args or (), kwargs or {}).get(disable_sync_subtasks=False)
+    return func(*(args or ()), **(kwargs or {}))
+
+
+def call_eagerly(call: Call, task_id: str) -> Any:
+    """Make the call as Celery does with ``task_always_eager``; raise the error of the call."""
+    result = call.apply_async(task_id=task_id)
+    if isinstance(result, EagerResult):
+        return result.get(disable_sync_subtasks=False)
+    return None
+
+
+def _apply_chain(
+    chain: Signature, *args: Any, producer: Producer | None = None, **options: Any
+) -> Any:
     """Call ``apply_async`` of a chain, which does not pass the producer to its first task."""
     first = chain = chain.clone()
     while isinstance(first, _chain):
