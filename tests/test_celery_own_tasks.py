@@ -523,6 +523,21 @@ def test_celerys_event_of_a_task_is_sent_with_it(
     assert runner.statistics().sent == 1
 
 
+def test_a_stored_message_declares_what_celery_declares(app: Celery, tmp_path: Path) -> None:
+    """RabbitMQ refuses a message to an exchange that is not there."""
+    app.conf.task_send_sent_event = True
+    runner = CeleryRunner(app, outbox=tmp_path / "tasks")
+    own = of(app)
+    found: list[Any] = []
+    request(runner, lambda: found.append(background_tasks.add_task(own).message.message))
+    read = runner.load("own.add", runner.dump(found[0]))
+    assert [each.options["declare"] for each in read] == [
+        each.options["declare"] for each in found[0].data
+    ]
+    queue, exchange = (each.options["declare"][0] for each in read)
+    assert (queue.name, exchange.name) == ("celery", "celeryev")
+
+
 def test_a_stored_message_is_for_the_task_of_its_row(app: Celery, tmp_path: Path) -> None:
     runner = CeleryRunner(app, outbox=tmp_path / "tasks")
     of(app)

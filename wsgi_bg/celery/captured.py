@@ -116,19 +116,30 @@ def load(app: Celery, name: str, text: str) -> list[Published]:
 
 def _part_to_json(part: Published) -> list[Any]:
     options = dict(part.options)
-    declared = options.pop("declare", None) or ()
-    queues = [each.name for each in declared if isinstance(each, Queue)]
+    declared = [
+        each.name
+        if isinstance(each, Queue)
+        else [each.name, each.type, each.durable, each.auto_delete]
+        for each in options.pop("declare", None) or ()
+    ]
     if isinstance(options.get("exchange"), Exchange):
         options["exchange"] = options["exchange"].name
     body = part.body
     is_text = isinstance(body, str)
     data = body if isinstance(body, str) else base64.b64encode(body).decode()
-    return [is_text, data, queues, options]
+    return [is_text, data, declared, options]
+
+
+def _exchange(name: str, type: str, durable: bool, auto_delete: bool) -> Exchange:  # noqa: A002
+    return Exchange(str(name), str(type), durable=bool(durable), auto_delete=bool(auto_delete))
 
 
 def _part_from_json(
-    app: Celery, is_text: bool, data: str, queues: list[str], options: dict[str, Any]
+    app: Celery, is_text: bool, data: str, declared: list[Any], options: dict[str, Any]
 ) -> Published:
-    options["declare"] = [app.amqp.queues[str(each)] for each in queues]
+    options["declare"] = [
+        _exchange(*each) if isinstance(each, list) else app.amqp.queues[str(each)]
+        for each in declared
+    ]
     dict.keys(options["headers"])
     return Published(data if is_text else base64.b64decode(data), options)
