@@ -22,7 +22,13 @@ from tests.conftest import Log
 from tests.recording_support import recording
 from tests.support import TIMEOUT, Server, app_that, make_server_environ
 from tests.test_examples import wait_until
-from wsgi_bg import BackgroundTasksMiddleware, PoolRunner, background_tasks, registered_task
+from wsgi_bg import (
+    BackgroundTasksMiddleware,
+    PoolRunner,
+    Retry,
+    background_tasks,
+    registered_task,
+)
 from wsgi_bg.celery import CeleryRunner
 from wsgi_bg.celery.captured import Published
 from wsgi_bg.exceptions import MessageError, OptionError, RegistrationError
@@ -413,6 +419,18 @@ def test_the_message_is_made_in_the_request(
     eta = datetime.fromisoformat(delayed["eta"])
     assert 59 < (eta - before).total_seconds() < 90
     assert 29 < (datetime.fromisoformat(expires["expires"]) - before).total_seconds() < 60
+
+
+def test_a_retry_that_the_worker_would_not_know_is_refused(
+    app: Celery, runner: CeleryRunner
+) -> None:
+    own = of(app)
+
+    def do() -> None:
+        with pytest.raises(OptionError, match=r"None for own\.add, whose retries are Celery's"):
+            background_tasks.using(retry=Retry(2)).add_task(own)
+
+    request(runner, do)
 
 
 def test_wrong_arguments_are_refused_in_the_view(app: Celery, runner: CeleryRunner) -> None:

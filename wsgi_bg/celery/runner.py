@@ -128,8 +128,8 @@ class CeleryRunner(OutboxRunner):
     def message(self, task: BackgroundTask) -> Message | None:
         """Make the message of an added task if Celery is to run the task.
 
-        :raises TypeError: if an argument cannot be sent, or Celery options were given for a
-            function that is not registered.
+        :raises TypeError: if an argument cannot be sent, Celery options were given for a
+            function that is not registered, or a ``Retry`` for a task of Celery's own.
         :raises ValueError: if ``celery_app`` has its own task of the same name.
         """
         registration = registry.find(task.func)
@@ -152,6 +152,9 @@ class CeleryRunner(OutboxRunner):
     def _own_task(self, task: BackgroundTask) -> Call | None:
         given = _given(task)
         call = own_tasks.find(self._app, task, _with_delay(task, given))
+        if call is not None and task.options.retry is not None:
+            wanted = f"None for {call.name}, whose retries are Celery's: give it autoretry_for"
+            raise OptionTypeError("retry", task.options.retry, wanted)
         if call is None and given:
             raise RegistrationError(
                 f"{task.name} has options for Celery, and is not registered: decorate "
