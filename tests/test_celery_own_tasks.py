@@ -19,6 +19,7 @@ from kombu.exceptions import EncodeError
 from tests.brokers import Broker
 from tests.celery_support import filesystem, messages, request
 from tests.conftest import Log
+from tests.post import Post
 from tests.recording_support import recording
 from tests.support import TIMEOUT, Server, app_that, make_server_environ
 from tests.test_examples import wait_until
@@ -554,6 +555,18 @@ def test_a_stored_message_declares_what_celery_declares(app: Celery, tmp_path: P
     ]
     queue, exchange = (each.options["declare"][0] for each in read)
     assert (queue.name, exchange.name) == ("celery", "celeryev")
+
+
+def test_runners_of_two_brokers_do_not_share_a_folder(app: Celery, tmp_path: Path) -> None:
+    """Each would send the messages that the other one has left in the file."""
+    folder = tmp_path / "tasks"
+    first = CeleryRunner(app, outbox=folder)
+    BackgroundTasksMiddleware(app_that(print), runner=first)
+    BackgroundTasksMiddleware(app_that(print), runner=CeleryRunner(app, outbox=folder))
+    elsewhere = Celery("elsewhere", broker="redis://127.0.0.1:1", set_as_current=False)
+    for other in (CeleryRunner(elsewhere, outbox=folder), Post(outbox=folder)):
+        with pytest.raises(OptionError, match="outbox must be another folder than that of C"):
+            BackgroundTasksMiddleware(app_that(print), runner=other)
 
 
 def test_a_stored_message_is_for_the_task_of_its_row(app: Celery, tmp_path: Path) -> None:

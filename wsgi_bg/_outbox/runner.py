@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from threading import TIMEOUT_MAX
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypedDict
+from weakref import WeakValueDictionary
 
 from wsgi_bg._durable.folder import Folder, check_folder
 from wsgi_bg._durable.rows import Row, Settings
@@ -24,7 +25,7 @@ from wsgi_bg._tasks import registry
 from wsgi_bg._tasks.checks import WhenUnsent, check_when_unsent, seconds, whole_number
 from wsgi_bg._tasks.options import Options
 from wsgi_bg._tasks.task import BackgroundTask, Queue, Queued, fill, plan_of
-from wsgi_bg.exceptions import MessageError, OptionTypeError
+from wsgi_bg.exceptions import MessageError, OptionTypeError, OptionValueError
 from wsgi_bg.runners import Runner, Statistics, resolve
 from wsgi_bg.runners.attached import Attached
 from wsgi_bg.runners.keeping import KeepingRunner, is_answered
@@ -38,6 +39,9 @@ _LONG = 900.0
 """Seconds of delay from which a message waits in the file, if there is a file."""
 
 _NO_ROW = Row("", "")
+
+_of_folder: WeakValueDictionary[tuple[int, int], OutboxRunner] = WeakValueDictionary()
+"""A runner of this process by the identity of its folder."""
 
 
 class OutboxOptions(TypedDict, total=False):
@@ -88,6 +92,8 @@ class OutboxRunner(KeepingRunner):
 
     :ivar engine_options: the options of the engine for a function or a task, each with its
         types and the words for them: ``{"ttl": ((int,), "a whole number of seconds")}``.
+    :ivar destination: where the messages are sent to; equal for runners that may share a
+        folder. A subclass sets it.
     :ivar holds_delays: True if the engine keeps a message with a long delay as safely as any
         message: then no WARNING names the task, and the message does not wait in the folder.
     """
@@ -132,6 +138,7 @@ class OutboxRunner(KeepingRunner):
             parent = check_folder(outbox)
             self._folder = check_folder(os.path.join(parent.path, "outbox"))
         self.keeps: bool = self._folder is not None
+        self.destination: object = type(self)
         self._attached = Attached(Options(runner=self))
         self._states = PerProcess(self._make_state)
 
@@ -190,7 +197,14 @@ class OutboxRunner(KeepingRunner):
 
         Calls on workers are made under these options, too. The first call holds, or the first
         call with the context of an application.
+
+        :raises ValueError: if a runner with another :attr:`destination` has the folder.
         """
+        if self._folder is not None:
+            other = _of_folder.setdefault(self._folder.identity, self)
+            if other.destination != self.destination:
+                wanted = f"another folder than that of {other!r}, which would send the messages"
+                raise OptionValueError("outbox", self._folder.path, wanted)
         self._attached.attach(options)
 
     @property
