@@ -24,7 +24,13 @@ from tests.post import FilePost, Post, add, request, send, send_or_run
 from tests.recording_support import recording
 from tests.support import TIMEOUT, Gate, Server, app_that, make_server_environ, no_threads
 from tests.test_examples import text_of, wait_until
-from wsgi_bg import BackgroundTasksMiddleware, InlineRunner, Retry, background_tasks
+from wsgi_bg import (
+    BackgroundTasksMiddleware,
+    InlineRunner,
+    Retry,
+    background_tasks,
+    registered_task,
+)
 from wsgi_bg._durable.folder import check_folder
 from wsgi_bg._durable.inspection import list_tasks
 from wsgi_bg._durable.rows import Row, Settings
@@ -288,6 +294,65 @@ def test_with_local_a_task_runs_here_after_publish_timeout(log: Log) -> None:
         "background task tests.post.send runs in this process: tests.post.send was not sent: "
         "the broker has not answered in time"
     )
+
+
+gates: list[Gate] = []
+
+
+@registered_task(name="outbox.add_others", when_unsent="local")
+def add_others() -> None:
+    gates[0].task()
+    background_tasks.add_task(send, "added")
+
+
+@pytest.mark.usefixtures("quick")
+def test_tasks_that_a_task_adds_here_are_put_into_the_outbox(gate: Gate) -> None:
+    gates[:] = [gate]
+    gate.open()
+    runner = Post(publish_timeout=0.05)
+    runner.is_up = False
+    request(runner, lambda: background_tasks.add_task(add_others))
+    assert wait_until(lambda: runner.statistics().succeeded == 1)
+    assert [task.func for task in wsgi_bg.wait(0)] == [send]
+    assert post.here == []
+    runner.is_up = True
+    assert settled(runner)
+    assert runner.got == ["added"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_wait_and_drain_wait_for_a_task_that_runs_here(gate: Gate) -> None:
+    gates[:] = [gate]
+    runner = Post(publish_timeout=0.05, when_unsent="local")
+    runner.is_up = False
+    request(runner, lambda: background_tasks.add_task(add_others))
+    left: list[Any] = []
+    waiters = [
+        threading.Thread(target=lambda: left.append(wsgi_bg.wait(TIMEOUT))),
+        threading.Thread(target=lambda: left.append(runner.drain(TIMEOUT))),
+    ]
+    for waiter in waiters:
+        waiter.start()
+    assert gate.begun.wait(TIMEOUT)
+    assert [task.func for task in wsgi_bg.wait(0)] == [add_others]
+    assert left == []
+    gate.open()
+    for waiter in waiters:
+        waiter.join(TIMEOUT)
+    assert left == [[], []]
+    assert wait_until(lambda: post.here == ["added"])
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_drain_names_a_task_that_runs_here_and_does_not_end(gate: Gate) -> None:
+    gates[:] = [gate]
+    runner = Post(publish_timeout=0.05, when_unsent="local")
+    runner.is_up = False
+    request(runner, lambda: background_tasks.add_task(add_others))
+    left = runner.drain(0.2)
+    assert [task.func for task in left] == [add_others]
+    gate.open()
+    assert wsgi_bg.wait(TIMEOUT) == []
 
 
 @pytest.mark.usefixtures("quick")

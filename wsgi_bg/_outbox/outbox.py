@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from contextvars import Context
+from dataclasses import replace
 from functools import partial
 from math import inf
 from operator import call
@@ -89,6 +90,7 @@ class Unsent:
     :ivar not_before: when the task is sent at the earliest, by :func:`time.monotonic`: the
         server may still be writing the response.
     :ivar deadline: when the task is given up or runs here.
+    :ivar moved_to: the batch in which the task runs in this process.
     :ivar was_tried: True if the message may have been sent.
     """
 
@@ -97,6 +99,7 @@ class Unsent:
         "_right",
         "context",
         "deadline",
+        "moved_to",
         "not_before",
         "stored",
         "task",
@@ -118,11 +121,14 @@ class Unsent:
         self.not_before: float = now + START_DELAY
         self.deadline: float = now + wait
         self.was_tried: bool = False
+        self.moved_to: Batch | None = None
         self._ledger = ledger
         self._right = {"to end": True}
 
     @property
     def tasks(self) -> list[BackgroundTask]:
+        if self.moved_to is not None:
+            return self.moved_to.tasks
         return [self.task] if self in self._ledger.unsent else []
 
     @property
@@ -469,13 +475,18 @@ class Outbox:
         queue = Deferring()
         copy = task.successor()
         options: Any = task.options
-        copy.options = queue.options = options.override(run_on="always")
+        copy.options = options.override(run_on="always")
+        of_task = {"celery": None, "engine": None, "retry": None, "when_unsent": None}
+        added: Any = replace(options, run_on="always", delay=0.0, **of_task)
+        queue.options = added  # of the tasks that the task adds: nothing of a single task
         copy.context, copy.message = unsent.context, unsent.stored
+        unsent.stored.runs_here = True
         queue.request = unsent.context.run(lambda: task.request)
         unsent.context.run(task.options.calls.moved, task, copy, queue)
         queue.open_list().append(copy)
         queue.close()
-        batch = Batch(queue, response_complete=True)
+        batch = unsent.moved_to = Batch(queue, response_complete=True)
+        batch.sends = True  # the tasks that the task adds
         batch.hand_over(self._ledger.length)
         self._ledger.add(batch)
         self._ledger.end_unsent(unsent)

@@ -334,6 +334,9 @@ class OutboxRunner(KeepingRunner):
         """
         if message is None:
             return False
+        if message.runs_here:
+            task.message = message  # until the task has ended: see finished()
+            return False
         state = self._states.get()
         is_stored = message.store is not None
         if is_stored and (message.message.due or state.outbox.room <= 0):
@@ -375,8 +378,9 @@ class OutboxRunner(KeepingRunner):
         ledger, outbox = self.ledger, self._states.get().outbox
         if ledger.unsent and not outbox.start():
             outbox.send_here(deadline)
-        ledger.wait_for(list(ledger.unsent), deadline)
-        return left + [task for unsent in list(ledger.unsent) for task in unsent.tasks]
+        waiting = list(ledger.unsent)
+        ledger.wait_for(waiting, deadline)
+        return left + [task for unsent in waiting for task in unsent.tasks]
 
     def statistics(self) -> Statistics:
         """Return the numbers of this process, with the messages that wait in its files."""

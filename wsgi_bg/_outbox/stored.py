@@ -58,13 +58,14 @@ class _Outbox(Protocol):
 class Stored:
     """A message, and the row that holds it once :meth:`claim` and the store have succeeded."""
 
-    __slots__ = ("__weakref__", "_right", "has_begun", "message", "row", "store")
+    __slots__ = ("__weakref__", "_right", "has_begun", "message", "row", "runs_here", "store")
 
     def __init__(self, message: Message, row: Row, store: Store | None = None) -> None:
         self.message: Message = message
         self.row: Row = row
         self.store: Store | None = store
         self.has_begun: bool = False
+        self.runs_here: bool = False
         self._right = {"to store": store is None}
 
     @property

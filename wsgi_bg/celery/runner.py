@@ -182,8 +182,7 @@ class CeleryRunner(OutboxRunner):
     def send(self, task: BackgroundTask, message: Stored | None = None) -> bool | Queue:
         """See :class:`OutboxRunner`; with ``task_always_eager`` the task runs here."""
         if message is not None and self._app.conf.task_always_eager:
-            task.message = message  # makes the call
-            return False
+            message.runs_here = True
         return super().send(task, message)
 
     def connect(self) -> BrokerConnection:

@@ -198,6 +198,7 @@ class Ledger:
                     or batch in self.waiting
                     or batch in self._submitting
                     or batch in self.unsent
+                    or self._has_moved(batch)
                 ):
                     left = deadline - time.monotonic()
                     if left <= 0:
@@ -207,6 +208,11 @@ class Ledger:
             return True
         finally:
             self._waiters.remove(changed)
+
+    def _has_moved(self, unsent: object) -> bool:
+        """True if a task that could not be sent is in a batch of this ledger."""
+        batch = getattr(unsent, "moved_to", None)
+        return batch in self._handed_over or batch in self._run_here
 
     def drain(self, timeout: float) -> list[BackgroundTask]:
         """Wait ``timeout`` seconds at most for all batches; return the unfinished tasks."""
