@@ -15,7 +15,6 @@ from wsgi_bg._status.files import open_folder
 from wsgi_bg._status.journal import MAX_ENTRIES, Entry, Journal
 from wsgi_bg._status.model import Failure, State
 from wsgi_bg._status.numbers import DISCARDED, FAILED, RETRIED, SENT
-from wsgi_bg._tasks.callables import name_of
 from wsgi_bg._tasks.task import known_id, plan_of
 from wsgi_bg.hooks.base import OptionHooks, TaskRecord
 from wsgi_bg.runners.keeping import KeepingRunner
@@ -128,7 +127,7 @@ class Recorder(OptionHooks):
         successes = journal.successes
         successes.append(
             (
-                name_of(task.func),
+                task.name,
                 record.handed_over_at,
                 record.started_at,  # type: ignore[arg-type]  # not None, as the next
                 record.ended_at,

@@ -327,7 +327,8 @@ class BackgroundTask:
     @property
     def name(self) -> str:
         """``module.qualname`` of the function, for logs; for an engine's own task, its name."""
-        return _names.get(self) or name_of(self.func)
+        known = _names.get(self) if _names.data else None  # type: ignore[attr-defined]
+        return known or name_of(self.func)
 
     def keep_name(self, name: str) -> None:
         """Take the name of an engine's own task, whose function may be the engine's."""
