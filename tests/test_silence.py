@@ -97,7 +97,7 @@ def run(code: str) -> list[str]:
     """Run a process that must succeed; return its records on standard output."""
     done = run_python(SETUP + textwrap.dedent(code))
     assert done.returncode == 0, done.stderr
-    levels = ("ERROR", "WARNING", "CRITICAL", "INFO")
+    levels = ("ERROR", "WARNING", "CRITICAL", "INFO", "DEBUG background task")
     return [line for line in done.stdout.splitlines() if line.startswith(levels)]
 
 
@@ -131,6 +131,11 @@ def test_a_configuration_between_two_requests_does_not_silence() -> None:
         + "request(fails)\n"
     )
     check_records(lines, RECORDS[:1] * 2)
+
+
+def test_a_configuration_at_debug_does_not_silence_the_ends_of_tasks() -> None:
+    lines = run('CONFIG["root"]["level"] = "DEBUG"\n' + DICT_CONFIG + "request(skipped)\n")
+    check_records(lines, ["DEBUG background task __main__.skipped has succeeded"])
 
 
 NAMED = {
@@ -274,26 +279,31 @@ def raising_hook(name: str, error: type[BaseException]) -> Any:
     return hook
 
 
-@contextmanager
-def raising_logger() -> Iterator[dict[str, Any]]:
+def raising_logger(error: type[BaseException]) -> Any:
     """A logger class of the user, of which no method works."""
-    logger = logging.getLogger("wsgi_bg")
 
-    def fail(*args: Any) -> Any:
-        raise ValueError("the logger is broken")
+    @contextmanager
+    def broken() -> Iterator[dict[str, Any]]:
+        logger = logging.getLogger("wsgi_bg")
 
-    logger.isEnabledFor = fail  # type: ignore[assignment,method-assign]
-    try:
-        yield {}
-    finally:
-        del logger.isEnabledFor
+        def fail(*args: Any) -> Any:
+            raise error("the logger is broken")
+
+        logger.isEnabledFor = fail  # type: ignore[assignment,method-assign]
+        try:
+            yield {}
+        finally:
+            del logger.isEnabledFor
+
+    return broken
 
 
 BREAKERS: dict[str, Any] = {
     "a handler's filter": raising_handler_filter,
     "the logger's filter": raising_logger_filter,
     "a handler": raising_handler,
-    "the logger": raising_logger,
+    "the logger with an error": raising_logger(ValueError),
+    "the logger with an exit": raising_logger(SystemExit),
     "on_error": raising_on_error,
     **{f"{name} with an error": raising_hook(name, ValueError) for name in MOMENTS},
     **{f"{name} with an exit": raising_hook(name, SystemExit) for name in MOMENTS},
@@ -353,7 +363,24 @@ def fail_namelessly() -> None:
     raise Nameless
 
 
+class NoText(str):
+    __slots__ = ()
+
+    def __format__(self, spec: str) -> str:
+        raise ValueError("no text")
+
+
+def with_a_name_without_a_text() -> Callable[[], Any]:
+    def fail() -> None:
+        raise ValueError
+
+    fail.__qualname__ = NoText("with_a_name.<locals>.fail")
+    return fail
+
+
 NAMELESS: dict[str, Callable[[], Any]] = {
+    "a function with a name without a text": with_a_name_without_a_text,
+    "an object that raises for its __class__": lambda: odd("__class__", refuse),
     "a method of a str": lambda: "x".__mul__,
     "a method of a list": lambda: [].pop,
     "an object that raises for its __qualname__": lambda: odd("__qualname__", refuse),

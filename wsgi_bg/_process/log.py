@@ -31,10 +31,17 @@ SAID = "said"
 
 
 def is_debug() -> bool:
-    """True if :func:`debug` makes a record."""
+    """True if :func:`debug` makes a record.
+
+    :raises KeyboardInterrupt: or another exception that stops the server's worker; nothing
+        else.
+    """
     try:
+        logger.disabled = False
         return logger.isEnabledFor(logging.DEBUG)
-    except Exception:  # raised by a logger class of the user
+    except BaseException as exc:  # raised by a logger class of the user
+        if stops_worker(exc):
+            raise
         return False
 
 

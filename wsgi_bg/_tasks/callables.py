@@ -56,7 +56,8 @@ def name_of(func: Any) -> str:
 
     Never raises: if reading the name of the callable raises, the name of its class is used.
     """
-    if type(func) is FunctionType and type(func.__module__) is str:  # in half of the time
+    # In half of the time; a subclass of str may raise as it is formatted.
+    if type(func) is FunctionType and type(func.__module__) is str is type(func.__qualname__):
         return f"{func.__module__}.{func.__qualname__}"
     try:
         while isinstance(func, functools.partial):
@@ -76,10 +77,10 @@ def name_of(func: Any) -> str:
 
 def _innermost(func: Any) -> Any:
     """Return the function inside partials, or the ``__call__`` of an object's class."""
-    while isinstance(func, functools.partial):
+    while issubclass(type(func), functools.partial):  # reads no __class__, which may raise
         func = func.func
     # A function or a bound method has flags; so has unittest.mock's AsyncMock.
-    if _flags_of(func) is not None or isinstance(func, type):
+    if _flags_of(func) is not None or issubclass(type(func), type):
         return func
     return type(func).__call__
 

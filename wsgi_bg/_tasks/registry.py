@@ -235,9 +235,10 @@ def _register(
 
 
 def _why_not(func: Any, name: str | None) -> str:
-    if isinstance(func, functools.partial):
+    # isinstance() would read __class__, which may raise.
+    if issubclass(type(func), functools.partial):
         return "a partial has no name; register a function that makes the call"
-    if isinstance(func, MethodType):
+    if type(func) is MethodType:
         return "a bound method needs its object, which other processes do not have"
     if type(func) is not FunctionType:
         return f"only functions written in Python can, and it is a {type_name(func)}"
