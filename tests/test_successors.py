@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import threading
 import weakref
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import Any
 
 import flask
@@ -94,6 +98,128 @@ def test_a_teardown_that_adds_a_task_each_time_ends_with_a_single_error(
     serve(app.wsgi_app)
     assert own.drain(6 * TIMEOUT) == []
     check(log, endless, name)
+
+
+def add_two(endless: Endless, function: Callable[[], Any]) -> None:
+    """As two extensions do: each generation has twice as many tasks."""
+    endless.add(function)
+    endless.add(function)
+
+
+def add_through_a_task(endless: Endless, function: Callable[[], Any]) -> None:
+    """The task that is added has a teardown, and adds a task which has another."""
+    background_tasks.add_task(endless.add, function)
+
+
+def add_on_a_thread(endless: Endless, function: Callable[[], Any]) -> None:
+    context = contextvars.copy_context()
+    with ThreadPoolExecutor(1) as executor:
+        executor.submit(context.run, endless.add, function).result()
+
+
+@both
+@pytest.mark.parametrize("name", ["plain", "coroutine"])
+@pytest.mark.parametrize("way", [add_two, add_through_a_task, add_on_a_thread])
+def test_a_teardown_that_adds_tasks_in_another_way_ends_with_a_single_error(
+    log: Log, way: Callable[[Endless, Callable[[], Any]], None], name: str, runner: str
+) -> None:
+    app = flask.Flask("shop")
+    endless = Endless()
+    own = RUNNERS[runner]()
+    Background(app, runner=own)
+    app.teardown_appcontext(
+        lambda error: way(endless, getattr(endless, name)) if endless.count < ENOUGH else None
+    )
+
+    @app.route("/")
+    def view() -> str:
+        background_tasks.add_task(endless.other)
+        return "ok"
+
+    serve(app.wsgi_app)
+    assert own.drain(6 * TIMEOUT) == []
+    assert 0 < endless.count < ENOUGH
+    assert len(log.errors) == 1, log.errors[:5]
+    assert "was not added" in log.errors[0] or "EndlessTasksError" in log.errors[0]
+    assert endless.others == ["ran"]
+
+
+@both
+@pytest.mark.parametrize("moment", ["enter", "exit"])
+def test_an_async_context_that_adds_a_task_each_time_ends_with_a_single_error(
+    log: Log, moment: str, runner: str
+) -> None:
+    endless = Endless()
+    own = RUNNERS[runner]()
+
+    class Adding(Hooks):
+        @asynccontextmanager
+        async def around(self, record: Any) -> AsyncIterator[None]:
+            await asyncio.sleep(0)  # others' tasks run on this thread meanwhile
+            if moment == "enter":
+                endless.add(endless.coroutine)
+            yield
+            await asyncio.sleep(0)
+            if moment == "exit":
+                endless.add(endless.coroutine)
+
+    request(own, lambda: background_tasks.add_task(endless.coroutine), hooks=Adding())
+    assert own.drain(6 * TIMEOUT) == []
+    assert 0 < endless.count < ENOUGH
+    assert len(log.errors) == 1, log.errors[:5]
+    assert "EndlessTasksError" in log.errors[0]
+
+
+@both
+def test_each_of_a_thousand_failures_may_add_tasks_that_fail_too(log: Log, runner: str) -> None:
+    """Two tasks for each failure, and one more for each of these: no row is endless."""
+    own = RUNNERS[runner]()
+    seen: list[str] = []
+
+    def fail(name: str) -> None:
+        seen.append(name)
+        raise ValueError
+
+    def add(task: BackgroundTask, error: BaseException) -> None:
+        following = {"first": ("second", "second"), "second": ("third",)}
+        for name in following.get(task.args[0], ()):
+            background_tasks.add_task(fail, name)
+
+    def begin() -> None:
+        for _ in range(1000):
+            background_tasks.add_task(fail, "first")
+
+    request(own, begin, on_error=add)
+    assert own.drain(6 * TIMEOUT) == []
+    assert Counter(seen) == {"first": 1000, "second": 2000, "third": 2000}
+
+
+@both
+def test_a_task_that_an_observer_has_added_may_add_its_successor_for_long(
+    log: Log, runner: str
+) -> None:
+    """Also one that an observer of an observer's task has added."""
+    own = RUNNERS[runner]()
+    seen: list[str] = []
+
+    def fail(name: str) -> None:
+        raise ValueError
+
+    def step(left: int) -> None:
+        seen.append("step")
+        if left:
+            background_tasks.add_task(step, left - 1)
+
+    def add(task: BackgroundTask, error: BaseException) -> None:
+        if task.args[0] == "first":
+            background_tasks.add_task(fail, "second")
+        else:
+            background_tasks.add_task(step, 1000)
+
+    request(own, lambda: background_tasks.add_task(fail, "first"), on_error=add)
+    assert own.drain(6 * TIMEOUT) == []
+    assert len(seen) == 1001
+    assert all("ValueError" in message for message in log.errors)
 
 
 @both
@@ -486,13 +612,16 @@ def test_each_step_may_add_the_next_by_a_view_of_the_view_it_was_given(
 
 
 def test_a_request_counts_from_zero_although_a_signal_handler_has_ended_a_hook(
-    monkeypatch: pytest.MonkeyPatch, log: Log
+    log: Log,
 ) -> None:
     """The exception came before the count of the thread was restored, and once too often."""
     seen: list[str] = []
-    monkeypatch.setattr(successors._thread, "generation", 2 * successors.MAX_GENERATIONS)
     own = RUNNERS["inline"]()
-    request(own, lambda: background_tasks.add_task(seen.append, "ran"), hooks=Hooks())
+    token = successors._generation.set(2 * successors.MAX_GENERATIONS)
+    try:
+        request(own, lambda: background_tasks.add_task(seen.append, "ran"), hooks=Hooks())
+    finally:
+        successors._generation.reset(token)
     assert own.drain(TIMEOUT) == []
     assert seen == ["ran"]
     assert log.errors == []

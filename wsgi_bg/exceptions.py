@@ -45,11 +45,11 @@ class EndlessTasksError(WsgiBgError, RuntimeError):
     :ivar is_first: True for the first such error of a request; later errors are not logged.
     """
 
-    def __init__(self, name: str, generation: int, *, is_first: bool) -> None:
+    def __init__(self, name: str, added: int, *, is_first: bool) -> None:
         super().__init__(
             f"{name} was not added: hooks, on_error or the teardown of an application context "
-            f"have added {generation - 1} tasks of this request in a row, each because the "
-            "task before had ended, and would go on for ever. Let them add a task for "
+            f"have added {added} tasks of this request, each because the task before had "
+            "ended, and would go on for ever. Let them add a task for "
             "requests only, and not for tasks."
         )
         self.name = name

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 from wsgi_bg._loop.coroutines import AwaitableInStack
 from wsgi_bg._process import per_process
 from wsgi_bg._tasks.retry import NotSent
-from wsgi_bg._tasks.successors import observe
+from wsgi_bg._tasks.successors import observe, observe_async
 from wsgi_bg._tasks.task import (
     RESULT,
     SENT,
@@ -261,8 +261,8 @@ class Calls(Caller):
         for make in self._makers if record else self._outer:
             manager = make(*record)
             if hasattr(manager, "__aenter__"):
-                await manager.__aenter__()
-                stack.push_async_exit(partial(_leave_async, manager))
+                await observe_async(task, manager.__aenter__)
+                stack.push_async_exit(partial(_leave_async, task, manager))
             else:
                 stack.enter_context(_Inside(task)).enter(manager)
 
@@ -463,9 +463,10 @@ class _Inside:
 
 
 async def _leave_async(
+    task: BackgroundTask,
     manager: AbstractAsyncContextManager[Any],
     kind: type[BaseException] | None,
     exc: BaseException | None,
     traceback: TracebackType | None,
 ) -> None:
-    await manager.__aexit__(kind, exc, traceback)
+    await observe_async(task, manager.__aexit__, kind, exc, traceback)

@@ -49,10 +49,19 @@ class BackgroundTasks:
     # Users need tasks, add_task, using and the call. The other names are for the package's own
     # modules.
 
-    __slots__ = ("_handed_over_at", "_list", "_request", "is_endless", "options", "phase")
+    __slots__ = (
+        "_handed_over_at",
+        "_list",
+        "_request",
+        "is_endless",
+        "options",
+        "phase",
+        "successors",
+    )
 
     _list: list[BackgroundTask] | None
     is_endless: bool  # only if an endless row of tasks was cut: see wsgi_bg._tasks.successors
+    successors: tuple[int, int]  # only if a task was added because another task has ended
     options: Options
     phase: int
     _request: str | tuple[Any, ...] | None  # only once the label is known

@@ -67,13 +67,13 @@ class Options(Layer):
         :raises RuntimeError: if the task belongs to an endless row of tasks, or too many
             tasks wait for their time already.
         """
+        if self.added is not None:
+            self.added(task)
         successors.admit(task, batch)
         if has_retries or self.retry is not None or self.delay:
             self._plan(task, batch)
         if self.check is not None:
             task.message = self.check(task)
-        if self.added is not None:
-            self.added(task)
         self.calls.added(task, batch)
 
     def _plan(self, task: BackgroundTask, batch: Any) -> None:

@@ -6,8 +6,8 @@ although no task's own code adds a task. So each of these tasks counts its gener
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from wsgi_bg.exceptions import EndlessTasksError
@@ -16,19 +16,15 @@ if TYPE_CHECKING:
     from wsgi_bg._tasks.task import BackgroundTask
 
 MAX_GENERATIONS = 100
-"""Most tasks in a row that are added because the task before has ended."""
+"""Most tasks in a row that are added because the task before has ended.
 
+Also the most such tasks, for each task of the first generation: a teardown that adds two tasks
+each time would have added 2**100 tasks before one of them is the last of such a row."""
 
-class _Thread(threading.local):
-    """State of the calling thread.
-
-    :ivar generation: the generation of a task that the thread adds now.
-    """
-
-    generation = 0
-
-
-_thread = _Thread()
+_generation: ContextVar[int] = ContextVar("wsgi_bg.generation", default=0)
+"""While something observes a task: the generation of a task that is added now. In the context
+of a task that was added so: its generation, negative. What the task itself adds is of the same
+generation. A context variable, since an observer may await, and add tasks on another thread."""
 
 watched: list[None] = []
 """If not empty, a task without hooks is admitted, too: while a thread logs a task, and once a
@@ -41,15 +37,38 @@ def observe(task: BackgroundTask, observer: Callable[..., Any], *args: Any) -> N
     :raises BaseException: the error of the observer. If a request has several endless rows
         of tasks, only the first ``EndlessTasksError`` is raised; later errors are suppressed.
     """
-    before = _thread.generation
+    before = _generation.get()
     try:
-        _thread.generation = task.generation + 1
+        _generation.set(_next(task, before))
         observer(*args)
     except EndlessTasksError as exc:
         if exc.is_first:
             raise
     finally:
-        _thread.generation = before
+        _generation.set(before)
+
+
+async def observe_async(
+    task: BackgroundTask, observer: Callable[..., Awaitable[Any]], *args: Any
+) -> None:
+    """Await ``observer(*args)``: see :func:`observe`. Each step must run in the same context.
+
+    :raises BaseException: as :func:`observe` does.
+    """
+    before = _generation.get()
+    try:
+        _generation.set(_next(task, before))
+        await observer(*args)
+    except EndlessTasksError as exc:
+        if exc.is_first:
+            raise
+    finally:
+        _generation.set(before)
+
+
+def _next(task: BackgroundTask, inside: int) -> int:
+    """The generation of what is added now; ``inside`` is negative in a task's own context."""
+    return max(task.generation, -inside) + 1
 
 
 def begin_request() -> None:
@@ -57,7 +76,8 @@ def begin_request() -> None:
 
     The exception of a signal handler may have ended :func:`observe` before its last step.
     """
-    _thread.generation = 0
+    if _generation.get():
+        _generation.set(0)
 
 
 def observe_log(task: BackgroundTask, log: Callable[[], Any]) -> None:
@@ -72,12 +92,20 @@ def observe_log(task: BackgroundTask, log: Callable[[], Any]) -> None:
 def admit(task: BackgroundTask, batch: Any) -> None:
     """Set the generation of a task that is about to join ``batch``, a ``BackgroundTasks``.
 
-    :raises RuntimeError: if the generation is beyond the limit; names the function.
+    :raises RuntimeError: if the generation, or the number of such tasks, is beyond the limit;
+        names the function.
     """
-    generation = _thread.generation
-    if generation:
-        if generation > MAX_GENERATIONS:
+    generation = _generation.get()
+    if generation > 0:
+        request = batch.origin or batch
+        first, later = getattr(request, "successors", (0, 0))
+        first, later = (first + 1, later) if generation == 1 else (first, later + 1)
+        request.successors = first, later
+        if generation > MAX_GENERATIONS or later > MAX_GENERATIONS * max(first, 1):
             is_first = not getattr(batch, "is_endless", False)
             batch.is_endless = True
-            raise EndlessTasksError(task.name, generation, is_first=is_first)
-        task.generation = generation
+            raise EndlessTasksError(task.name, first + later - 1, is_first=is_first)
+    if generation:
+        task.generation = abs(generation)
+        assert task.context is not None
+        task.context.run(_generation.set, -task.generation)
