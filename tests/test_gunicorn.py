@@ -204,6 +204,36 @@ print("not reached")
     assert UNFINISHED in ended.stderr
 
 
+def test_a_handler_that_uvloop_leaves_behind_keeps_no_drain_going() -> None:
+    """The loop is closed by then, and its handler of SIGQUIT does nothing."""
+    ended = run_python(
+        WORKER
+        + """
+import asyncio
+
+class Loop(asyncio.SelectorEventLoop):
+    def handle(self, number, frame):
+        pass
+
+def stop():
+    drains.wait()
+    kill(signal.SIGQUIT, lambda: worker.wsgi_bg_exit._notice is None)
+
+worker = begin(Worker(30))
+loop = Loop()
+signal.signal(signal.SIGQUIT, loop.handle)
+loop.close()
+submit(pool, wait_for_ever)
+submit(pool, stop)
+end(worker)
+print("not reached")
+"""
+    )
+    assert ended.stdout == "", ended.stderr
+    assert ended.returncode == 0
+    assert UNFINISHED in ended.stderr
+
+
 def test_the_warning_names_gunicorns_limit_and_the_signal_that_ends_the_wait() -> None:
     ended = run_python(
         WORKER

@@ -120,6 +120,8 @@ class _Exit:
         """Install handlers that note the time of a stop signal and then exit the worker."""
         for number in _STOP_SIGNALS:
             previous = signal.getsignal(number)
+            if _belongs_to_closed_loop(previous):
+                previous = signal.SIG_DFL
             if previous != self._stop:
                 self._previous[number] = previous
                 signal.signal(number, self._stop)
@@ -173,6 +175,12 @@ class _Exit:
         if callable(previous) or self._notice is not None:
             return time.monotonic()
         return os.fstat(self._heartbeat).st_mtime
+
+
+def _belongs_to_closed_loop(handler: Any) -> bool:
+    """True for the handler that uvloop leaves behind, which does nothing any more."""
+    loop: Any = getattr(handler, "__self__", None)
+    return hasattr(loop, "is_closed") and hasattr(loop, "call_soon") and bool(loop.is_closed())
 
 
 class GracefulTimeout(SystemExit):
