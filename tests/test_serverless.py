@@ -24,9 +24,11 @@ from tests.celery_support import filesystem, messages
 from tests.conftest import Log
 from tests.lambda_process import EVENT, HANDLERS
 from tests.pages import Page
+from tests.retry_support import SOON
 from tests.support import (
     TIMEOUT,
     App,
+    Clock,
     Environ,
     Gate,
     Server,
@@ -44,6 +46,7 @@ from wsgi_bg import (
 )
 from wsgi_bg._request import invocation
 from wsgi_bg._tasks.batch import Batch
+from wsgi_bg._tasks.callables import name_of
 from wsgi_bg.hooks import Hooks, TaskRecord
 from wsgi_bg.runners import Statistics
 from wsgi_bg.runners.pool import shared_pool
@@ -208,6 +211,54 @@ def test_a_task_that_is_not_done_in_time_is_named_and_goes_on(log: Log, gate: Ga
     gate.open()
     gate.wait()
     assert len(log.errors) == 1
+
+
+def fail() -> None:
+    raise ValueError
+
+
+@pytest.mark.parametrize("runner", ["inline", "pool"])
+@pytest.mark.parametrize(
+    ("function", "options"), [(int, {"delay": 60}), (fail, {"retry": SOON})]
+)
+def test_a_task_that_waits_for_its_time_is_named_and_not_waited_for(
+    log: Log, clock: Clock, function: Callable[[], Any], options: Any, runner: Any
+) -> None:
+    def add(environ: Environ) -> None:
+        background_tasks.using(**options).add_task(function)
+
+    app = BackgroundTasksMiddleware(app_that(add), runner=runner)
+    assert finish_tasks(invoke)(app) == b"ok"
+    (error,) = log.errors
+    name = name_of(function)
+    assert error.startswith(
+        f"background task {name} was not finished when its handler returned"
+    )
+
+
+@pytest.mark.parametrize("runner", ["inline", "pool"])
+def test_a_task_whose_time_comes_during_the_invocation_belongs_to_it(
+    log: Log, clock: Clock, gate: Gate, runner: Any
+) -> None:
+    begun = threading.Event()
+
+    def delayed() -> None:
+        begun.set()
+        gate.task()
+
+    def add(environ: Environ) -> None:
+        background_tasks.using(delay=60).add_task(delayed)
+        background_tasks.add_task(clock.advance, 60)
+
+    def handler(app: App) -> None:
+        Server().run(app, make_server_environ())
+        assert begun.wait(TIMEOUT)
+
+    finish_tasks(timeout=0)(handler)(BackgroundTasksMiddleware(app_that(add), runner=runner))
+    (error,) = log.errors
+    assert "delayed was not finished when its handler returned" in error
+    gate.open()
+    gate.wait()
 
 
 @pytest.mark.parametrize("timeout", [None, 1e9])

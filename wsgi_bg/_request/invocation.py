@@ -100,6 +100,7 @@ class Invocation:
         """Wait until all tasks of this invocation are done; log unfinished tasks at ERROR.
 
         A task for another process is done when it was sent, whatever invocation has added it.
+        Tasks whose time has not come when all others are done are logged and not waited for.
         Tasks that are logged go on for as long as the process is not frozen.
 
         :param timeout: seconds to wait at most.
@@ -124,7 +125,7 @@ class Invocation:
         finally:
             waited = time.monotonic() - began
             unsent = [task for each in tasks_to_send() for task in each.tasks]
-            for task in self._left() + unsent:
+            for task in self._left() + self._waiting() + unsent:
                 log.error(
                     "background task %s was not finished when its handler returned, after a "
                     "wait of %.3g seconds: it goes on only if this process does",
@@ -141,6 +142,11 @@ class Invocation:
             collectors.get().flush()
         for tasks in requests:
             tasks.end_unclosed(failed=failed)
+
+    def _waiting(self) -> list[BackgroundTask]:
+        """The tasks that wait for their time, because of a delay or for a further attempt."""
+        waiting = [later for ledger in ledgers_here() for later in list(ledger.waiting)]
+        return [task for later in waiting if later.invocation is self for task in later.tasks]
 
     def _left(self) -> list[BackgroundTask]:
         opened = [task for tasks in list(self._open) for task in tasks.tasks]

@@ -47,9 +47,9 @@ class RequestTasks(Deferring):
 
     __slots__ = (
         "_collector",
-        "_invocation",
         "_is_handed_over",
         "headers",
+        "invocation",
         "is_answered",
         "is_declared_late",
         "is_used",
@@ -64,7 +64,7 @@ class RequestTasks(Deferring):
     # Set with the first task. The collector of this process holds the request until the tasks
     # begin to run.
     _collector: Collector
-    _invocation: invocation.Invocation | None
+    invocation: invocation.Invocation | None
     _is_handed_over: bool
 
     observer: RequestObserver | None = None  # no slot: it would cost each request 3 %
@@ -101,9 +101,9 @@ class RequestTasks(Deferring):
         self._collector = collector
         self._is_handed_over = False
         self.is_used = True
-        self._invocation = invocation.current() if invocation.running else None
-        if self._invocation is not None:
-            self._invocation.begin(self)
+        self.invocation = invocation.current() if invocation.running else None
+        if self.invocation is not None:
+            self.invocation.begin(self)
         self._list = added  # last: a thread that sees the list sees the slots set above
         return added
 
@@ -154,7 +154,7 @@ class RequestTasks(Deferring):
                 return
             if self._collector.pid != per_process.pid():
                 return  # in a forked child: the tasks belong to the parent
-            if invocation.freezes and self._invocation is None:
+            if invocation.freezes and self.invocation is None:
                 invocation.warn_of_freezing(environ)
             batch = self._make_batch(environ, outcome, closed)
             self.note_request(environ)
@@ -193,8 +193,8 @@ class RequestTasks(Deferring):
     def _submit(self, batch: Batch) -> None:
         runner = self.options.runner
         assert runner is not None
-        if self._invocation is not None:
-            self._await(batch)
+        if self.invocation is not None:
+            self.awaited(batch)
         batch.sends = hasattr(runner, "send")
         if batch.has_hooks:
             batch.hand_over(ledger_of(runner).length)
@@ -218,17 +218,11 @@ class RequestTasks(Deferring):
                 ", ".join(task.name for task in batch.tasks),
                 exc_info=exc,
             )
-            again = self._await(batch.again())
+            again = self.awaited(batch.again())
             if batch.response_complete:
                 again.run()
             else:
                 shared_pool.submit(again)
-
-    def _await(self, batch: Batch) -> Batch:
-        """Let the invocation of the request, if any, wait for ``batch``, and return it."""
-        if self._invocation is not None:
-            self._invocation.hand_over(self, batch)
-        return batch
 
     def _stop(self, batch: Batch, exc: BaseException) -> None:
         """Stop or resubmit the tasks whose submission was interrupted by ``exc``."""
@@ -242,7 +236,7 @@ class RequestTasks(Deferring):
         else:  # perhaps a time limit, which stops this thread and not the tasks
             batch.unclaim_running()
             self.allow_start()
-            shared_pool.submit(self._await(batch.again()))
+            shared_pool.submit(self.awaited(batch.again()))
 
 
 class ObservedTasks(RequestTasks):

@@ -39,10 +39,12 @@ class WaitingTasks(UnsentTasks, Protocol):
     """Tasks that wait for their time, and belong to no batch yet.
 
     :ivar due: the time, by :func:`time.monotonic`.
+    :ivar invocation: the call of a serverless handler that the request belongs to, or None.
     :ivar runner: the runner that gets the tasks then.
     """
 
     due: float
+    invocation: Any
 
     @property
     def runner(self) -> object: ...

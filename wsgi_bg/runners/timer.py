@@ -55,6 +55,14 @@ class Deferring(TaskQueue):
 
     # A wsgi_bg._request.observer.RequestObserver, which this room must not import.
     observer: Any = None
+    # The wsgi_bg._request.invocation.Invocation that the request belongs to.
+    invocation: Any = None
+
+    def awaited(self, batch: Batch) -> Batch:
+        """Let the invocation of the request, if any, wait for ``batch``, and return it."""
+        if self.invocation is not None:
+            self.invocation.hand_over(self, batch)
+        return batch
 
     @property
     def runner(self) -> Runner:
@@ -189,6 +197,7 @@ class LaterTasks(Deferring):
         "_status",
         "begin",
         "due",
+        "invocation",
         "ledger",
         "moves_rest",
         "observer",
@@ -196,6 +205,7 @@ class LaterTasks(Deferring):
     )
 
     front: list[BackgroundTask] | None
+    invocation: Any
     options: Options
     observer: Any
     origin: BackgroundTasks | None
@@ -225,6 +235,7 @@ class LaterTasks(Deferring):
             self.options = inside.options
         self.observer = tasks.observer
         self.origin = tasks.origin or tasks
+        self.invocation = tasks.invocation
         self.request = tasks.request
         self.stored_as = getattr(tasks, "stored_as", None)
         self._runner = tasks.runner
@@ -261,7 +272,7 @@ class LaterTasks(Deferring):
         self._list[0].plan.is_due = True
         batch = Batch(self, response_complete=True, status=self._status)
         batch.sends = hasattr(self._runner, "send")
-        return batch
+        return self.awaited(batch)
 
     def may_start(self) -> bool:
         return self._right_to_start.pop("right", False)  # atomic, as is each step here
