@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import bottle
 import falcon
@@ -17,7 +17,7 @@ from django.core.files.uploadedfile import SimpleUploadedFile
 from django.http import HttpResponse
 from django.utils.functional import SimpleLazyObject
 from flask import Flask
-from werkzeug.datastructures import FileStorage
+from werkzeug.datastructures import FileStorage, MultiDict
 from werkzeug.local import LocalProxy
 from werkzeug.wrappers import Request, Response
 
@@ -199,6 +199,54 @@ def test_ordinary_arguments_are_no_matter(value: object, log: Log) -> None:
     for _ in range(2):
         add(seen.append, value)
     assert len(seen) == 2
+    assert log.warnings == log.errors == []
+
+
+class Pair(NamedTuple):
+    name: str
+    upload: object
+
+
+HOLDERS: list[Callable[[Any], Any]] = [
+    lambda upload: [upload],
+    lambda upload: ("a", upload),
+    lambda upload: {upload},
+    lambda upload: frozenset([upload]),
+    lambda upload: {"photo": upload},
+    lambda upload: {"photos": ["a", upload]},
+    lambda upload: MultiDict([("photo", upload)]),
+    lambda upload: Pair("a", upload),
+]
+
+
+@pytest.mark.parametrize("hold", HOLDERS)
+def test_an_item_that_belongs_to_the_request_is_named_by_its_argument(
+    hold: Callable[[Any], Any], log: Log
+) -> None:
+    add(store, hold(FileStorage(io.BytesIO(b"secret"))))
+    assert log.warnings == [
+        f"{STORE}argument 'upload' has an uploaded file, which is closed when the request "
+        "ends: pass its bytes, or the path of a saved copy"
+    ]
+
+
+class NoItems(list[object]):
+    def __iter__(self) -> Iterator[object]:
+        raise AssertionError("the list was asked for its items")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        ["a", 1],
+        {"a": ["b", {"c": 1}]},
+        [object(), NoItems([1])],
+        [[[[FileStorage()]]]],
+        [*range(1000), FileStorage()],
+    ],
+)
+def test_only_the_first_items_are_looked_at(value: object, log: Log) -> None:
+    add(store, value)
     assert log.warnings == log.errors == []
 
 
