@@ -223,6 +223,19 @@ def test_an_object_that_cannot_run_is_refused_by_add_task(given: Any, message: s
     assert isinstance(also.value, WsgiBgError)
 
 
+@pytest.mark.parametrize("given", [BackgroundTask(int), int, 5, 0, False])
+def test_what_is_no_list_of_tasks_is_refused(given: Any) -> None:
+    with pytest.raises(TypeError, match=r"must be a list of BackgroundTask objects; got"):
+        BackgroundTasks(given)
+
+
+def test_tasks_may_come_from_an_iterator() -> None:
+    seen: list[int] = []
+    given: Any = (BackgroundTask(seen.append, number) for number in range(3))
+    BackgroundTasks(given)()
+    assert seen == [0, 1, 2]
+
+
 @pytest.mark.parametrize("given", [[print], ["print"]])
 def test_the_initial_tasks_have_to_be_tasks(given: Any) -> None:
     with pytest.raises(TypeError, match=r"write BackgroundTasks\(\[BackgroundTask\(function"):

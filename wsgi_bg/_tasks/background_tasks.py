@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import Context, copy_context
 from itertools import takewhile
 from time import monotonic
@@ -43,7 +43,7 @@ class BackgroundTasks:
     An object made by hand is a list of calls, which :meth:`__call__` runs.
 
     :param tasks: tasks to begin with.
-    :raises TypeError: if an item of ``tasks`` is not a :class:`BackgroundTask`.
+    :raises TypeError: if ``tasks`` is not a list, or an item is not a :class:`BackgroundTask`.
     """
 
     # Users need tasks, add_task, using and the call. The other names are for the package's own
@@ -71,14 +71,14 @@ class BackgroundTasks:
     """The tasks of the request, if these are tasks of it that have waited for their time."""
 
     def __init__(self, tasks: Sequence[BackgroundTask] | None = None) -> None:
-        for task in tasks or ():
+        given: Any = () if tasks is None else tasks
+        if not isinstance(given, Iterable):
+            raise _wrong_tasks(tasks)
+        listed = [*given]
+        for task in listed:
             if not isinstance(task, BackgroundTask):
-                raise TaskTypeError(
-                    f"tasks must be BackgroundTask objects; got {safe_repr(task)}: write "
-                    "BackgroundTasks([BackgroundTask(function, ...)])",
-                    task,
-                )
-        self._list = [task.owned(DEFAULTS) for task in tasks or ()]
+                raise _wrong_tasks(task)
+        self._list = [task.owned(DEFAULTS) for task in listed]
         self.options = DEFAULTS
         self.phase = OPEN
 
@@ -535,6 +535,14 @@ class View(BackgroundTasks):
 
     def __repr__(self) -> str:
         return f"<view of {self._root!r}>"
+
+
+def _wrong_tasks(given: object) -> TaskTypeError:
+    return TaskTypeError(
+        f"tasks must be a list of BackgroundTask objects; got {safe_repr(given)}: write "
+        "BackgroundTasks([BackgroundTask(function, ...)])",
+        given,
+    )
 
 
 def _request_label(method: str, script_name: str | None, path_info: str | None) -> str:
