@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import threading
 import unittest
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextvars import Context, copy_context
 from typing import Any
 
 import pytest
-from asgiref.sync import SyncToAsync, sync_to_async
+from asgiref.sync import SyncToAsync, async_to_sync, sync_to_async
 from django.core.signals import request_finished
 from django.db import close_old_connections, connection, transaction
 from django.http import HttpResponse, StreamingHttpResponse
@@ -44,6 +44,15 @@ def serve(enter: Enter) -> Client:
         enter(request)
         return StreamingHttpResponse(iter(["Ada,", "Grace"]))
 
+    async def async_stream(request: Any) -> Any:
+        await sync_to_async(enter)(request)
+
+        async def rows() -> AsyncIterator[str]:
+            yield "Ada,"
+            yield "Grace"
+
+        return StreamingHttpResponse(rows())
+
     def broken_stream(request: Any) -> Any:
         enter(request)
 
@@ -63,7 +72,7 @@ def serve(enter: Enter) -> Client:
 
     settings.ROOT_URLCONF = tuple(
         path("" if view is plain else view.__name__, view)
-        for view in (plain, is_async, stream, broken_stream, unavailable, broken)
+        for view in (plain, is_async, stream, async_stream, broken_stream, unavailable, broken)
     )
     get_wsgi_application()
     return Client(raise_request_exception=False)
@@ -138,6 +147,26 @@ def test_the_tasks_of_streams_run_as_each_was_read(task: Run) -> None:
     assert names == ["1", "2"]
     first.close()
     assert names == ["1", "2"]
+
+
+@pytest.mark.filterwarnings("ignore:StreamingHttpResponse must consume async")
+def test_the_tasks_of_an_async_stream_may_use_the_database(
+    database: dict[str, Any], log: Log
+) -> None:
+    """Django's client closes the response inside of an event loop."""
+    counts: list[int] = []
+
+    async def count() -> int:
+        return int(await Order.objects.acount())
+
+    def enter(request: Any) -> None:
+        background_tasks.add_task(lambda: counts.append(Order.objects.count()))
+        background_tasks.add_task(async_to_sync(count))
+        background_tasks.add_task(Order.objects.acount)
+
+    assert b"".join(serve(enter).get("/async_stream")) == b"Ada,Grace"
+    assert counts == [0]
+    assert log.errors == []
 
 
 @pytest.mark.parametrize("propagates", [False, True])

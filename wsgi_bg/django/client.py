@@ -6,10 +6,11 @@ would, and calls Django's handler itself. Between the two signals a ``_Visit`` i
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from contextvars import Token
 from functools import partial
 from types import FrameType
@@ -89,6 +90,20 @@ class _ClientTasks(View):
         return _ClientTasks(self.visit, self, view.options)
 
 
+@contextmanager
+def _outside_of_loop() -> Iterator[None]:
+    """Let plain tasks use Django's ORM, which refuses to run inside of an event loop.
+
+    The response of an async stream is closed inside of a loop that runs only for the stream.
+    """
+    loop = asyncio._get_running_loop()  # noqa: SLF001  # for libraries that run loops
+    asyncio._set_running_loop(None)  # noqa: SLF001
+    try:
+        yield
+    finally:
+        asyncio._set_running_loop(loop)  # noqa: SLF001
+
+
 class _RaisedError(Exception):
     """Stands for an error of the application, which the test gets from Django's client."""
 
@@ -126,11 +141,12 @@ class _ClientRequest:
         :param status: the status of the response; empty if the application has raised.
         """
         self.status = status
-        try:
-            with suppress(_RaisedError):
-                list(self._body)
-        finally:
-            self._body.close()  # type: ignore[attr-defined]
+        with _outside_of_loop():
+            try:
+                with suppress(_RaisedError):
+                    list(self._body)
+            finally:
+                self._body.close()  # type: ignore[attr-defined]
 
 
 class _Visit(_ClientRequest):
