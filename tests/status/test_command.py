@@ -8,12 +8,13 @@ import sys
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.command import ROOT, serving
 from tests.status.support import fail, handle, nothing, process
-from tests.support import TIMEOUT
+from tests.support import TIMEOUT, run_python
 from tests.test_examples import wait_until
 from wsgi_bg import BackgroundTasks, status
 from wsgi_bg._serving import cli
@@ -171,6 +172,32 @@ def test_the_lines_name_each_outcome(
         ["sent"],
     ]
     logger.handlers.clear()
+
+
+@pytest.mark.parametrize(
+    ("loggers", "count"),
+    [
+        ({"wsgi_bg": {"level": "WARNING"}}, 1),
+        ({"wsgi_bg": {"level": "INFO"}}, 1),
+        ({"wsgi_bg": {"level": "INFO"}, "wsgi_bg.tasks": {"level": "WARNING"}}, 0),
+        ({}, 1),
+    ],
+)
+def test_the_lines_come_unless_a_configuration_names_their_logger(
+    loggers: dict[str, Any], count: int
+) -> None:
+    """dictConfig() resets the loggers below one that it names."""
+    ended = run_python(f"""
+import logging.config
+from tests.status.support import handle, nothing
+from wsgi_bg._serving.log_tasks import TaskLog
+
+hooks = TaskLog()
+logging.config.dictConfig({{"version": 1, "loggers": {loggers}}})
+handle(nothing, hooks=hooks)
+""")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count(" task tests.status.support.nothing ") == count
 
 
 def test_the_command_has_a_status_path(tmp_path: Path) -> None:

@@ -18,12 +18,7 @@ class TaskLog(OptionHooks):
     """
 
     def __init__(self) -> None:
-        if not logger.handlers:
-            handler = logging.StreamHandler()
-            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-            logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
+        _configure()
 
     def task_finished(self, record: TaskRecord) -> None:
         """Log a task that has succeeded."""
@@ -43,8 +38,21 @@ class TaskLog(OptionHooks):
         _log(record, "sent")
 
 
+def _configure() -> None:
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
 def _log(record: TaskRecord, outcome: str) -> None:
-    logger.disabled = False  # dictConfig() may have disabled the logger
+    # dictConfig() may have disabled the logger, or reset it, if it names the logger wsgi_bg.
+    logger.disabled = False
+    was_reset = logger.level == logging.NOTSET and not logger.handlers
+    if was_reset and not (logger.isEnabledFor(logging.INFO) and logger.hasHandlers()):
+        _configure()
     logger.info(
         "task %s %s wait %s run %s %s",
         record.name,
