@@ -30,6 +30,7 @@ from wsgi_bg import (
     get_background_tasks,
 )
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError
+from wsgi_bg.runners import shutdown
 
 SUCCESS, FAILURE = {"success", "always"}, {"error", "always"}
 
@@ -72,6 +73,20 @@ def test_the_last_status_counts() -> None:
 
     respond(BackgroundTasksMiddleware(app))
     assert set(seen) == FAILURE
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [(200, SUCCESS), (500, FAILURE), (None, SUCCESS), (b"500 NO", FAILURE)],
+)
+def test_a_status_that_is_no_text_loses_no_task(status: Any, expected: set[str]) -> None:
+    """A server may accept such a status."""
+    assert run_with(status) == expected
+    seen: list[str] = []
+    app = BackgroundTasksMiddleware(app_that(add_one_of_each(seen), status=status))
+    respond(app, make_server_environ())
+    assert shutdown.wait(TIMEOUT) == []
+    assert set(seen) == expected
 
 
 def test_an_application_that_raises_has_failed() -> None:
@@ -207,7 +222,7 @@ def test_a_task_that_does_not_run_since_the_application_raised_is_named(log: Log
     ]
 
 
-def run_with(status: str, **options: Any) -> set[str]:
+def run_with(status: Any, **options: Any) -> set[str]:
     seen: list[str] = []
     app = app_that(add_one_of_each(seen), status=status)
     respond(BackgroundTasksMiddleware(app, **options))

@@ -118,7 +118,7 @@ class RequestTasks(Deferring):
         """The tasks that run if the request ends with the status known so far."""
         if self._list is None or self._collector.pid != per_process.pid():  # a forked child
             return []
-        status = _code_of(self.status)
+        status = _code_of(_text_of(self.status))
         return [task for task in self._list if task.options.lets_run(status)]
 
     def end(self, environ: WSGIEnvironment, outcome: Outcome, *, closed: bool = True) -> None:
@@ -172,12 +172,13 @@ class RequestTasks(Deferring):
         self.end({}, RAISED if failed else ABANDONED, closed=False)
 
     def _make_batch(self, environ: WSGIEnvironment, outcome: Outcome, closed: bool) -> Batch:
+        status = self.status if type(self.status) is str else _text_of(self.status)
         complete = closed and (
             (
                 outcome is EXHAUSTED
                 and servers.is_written(
                     environ,
-                    self.status,
+                    status,
                     self.headers or (),
                     declared_late=self.is_declared_late,
                 )
@@ -187,7 +188,7 @@ class RequestTasks(Deferring):
         return Batch(
             self,
             response_complete=complete,
-            status=CRASHED if outcome is RAISED else _code_of(self.status),
+            status=CRASHED if outcome is RAISED else _code_of(status),
         )
 
     def _submit(self, batch: Batch) -> None:
@@ -253,6 +254,11 @@ class ObservedTasks(RequestTasks):
     ) -> None:
         super().__init__(options, start_response)
         self.observer = observe(self, environ)
+
+
+def _text_of(status: Any) -> str:
+    """The status line; a server may accept bytes, or a number."""
+    return status.decode("latin-1") if isinstance(status, bytes) else str(status)
 
 
 def _code_of(status: str) -> int:
