@@ -280,7 +280,7 @@ def test_types_of_arguments_are_not_kept_without_limit(
     kinds = set[type]()
     monkeypatch.setattr(arguments, "_harmless", kinds)
     monkeypatch.setattr(arguments, "_MOST_HARMLESS", 3)
-    add(store, 1, "x", [], {}, b"")
+    add(store, 1, "x", 1.0, b"", None)
     assert len(kinds) == 3
     add(store, FileStorage())
     assert len(log.warnings) == 1

@@ -429,6 +429,17 @@ def test_a_ctrl_c_during_a_log_call_goes_through(
         log.error("said %s", given)
 
 
+def test_a_ctrl_c_as_the_level_is_asked_for_goes_through(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop(level: int) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(log.logger, "isEnabledFor", stop)
+    with pytest.raises(KeyboardInterrupt):
+        log.is_debug()
+
+
 class StoppingList(list[Any]):
     """A list whose ``pop`` is stopped before its begin."""
 

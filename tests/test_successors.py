@@ -145,7 +145,7 @@ def test_a_teardown_that_adds_tasks_in_another_way_ends_with_a_single_error(
 
 
 @both
-@pytest.mark.parametrize("moment", ["enter", "exit"])
+@pytest.mark.parametrize("moment", ["enter", "exit", "exit twice"])
 def test_an_async_context_that_adds_a_task_each_time_ends_with_a_single_error(
     log: Log, moment: str, runner: str
 ) -> None:
@@ -160,6 +160,8 @@ def test_an_async_context_that_adds_a_task_each_time_ends_with_a_single_error(
                 endless.add(endless.coroutine)
             yield
             await asyncio.sleep(0)
+            if moment == "exit twice":  # each task has an error then, and the first is logged
+                add_two(endless, endless.coroutine)
             if moment == "exit":
                 endless.add(endless.coroutine)
 
