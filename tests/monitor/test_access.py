@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from asyncio import CancelledError
 from typing import Any
 
 import pytest
@@ -75,6 +76,23 @@ def test_an_error_of_allowed_is_refused_and_logged_once_with_its_traceback(log: 
     assert [Answer(monitor, path).code for path in PATHS] == [403] * len(PATHS)
     assert log.errors == ["allowed of the monitor raised: the request is refused"]
     assert [str(exc) for exc in log.tracebacks] == ["no session"]
+
+
+@pytest.mark.parametrize("error", [SystemExit(1), CancelledError(), GeneratorExit()])
+def test_an_error_that_is_no_exception_is_refused_too(error: BaseException, log: Log) -> None:
+    def broken(environ: dict[str, Any]) -> bool:
+        raise error
+
+    assert Answer(Monitor(allowed=broken)).code == 403
+    assert log.errors == ["allowed of the monitor raised: the request is refused"]
+
+
+def test_a_signal_during_allowed_goes_through() -> None:
+    def interrupted(environ: dict[str, Any]) -> bool:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Answer(Monitor(allowed=interrupted))
 
 
 def test_allowed_sees_the_environ_of_each_request() -> None:

@@ -60,7 +60,7 @@ class RepeatedError:
         self._message = message
         self._last = "", float("-inf")  # the repr of the error, and the end of its minute
 
-    def log(self, exc: Exception, *args: Any) -> None:
+    def log(self, exc: BaseException, *args: Any) -> None:
         """Log ``exc`` at ERROR, unless the last record of the same error is too young."""
         text, now = safe_repr(exc), time.monotonic()
         last, until = self._last

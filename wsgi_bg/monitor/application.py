@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import parse_qs, quote
 
 from wsgi_bg._process import log
-from wsgi_bg._process.interrupts import type_name
+from wsgi_bg._process.interrupts import is_from_signal_handler, type_name
 from wsgi_bg._process.repeated import RepeatedError, RepeatedWarning
 from wsgi_bg._status.recorder import recorder
 from wsgi_bg._status.snapshots import durable_folders
@@ -130,7 +130,9 @@ class Monitor:
     def _is_allowed(self, environ: WSGIEnvironment) -> bool:
         try:
             result: object = self._allowed(environ)
-        except Exception as exc:
+        except BaseException as exc:  # sys.exit() is no "yes", and must end no worker
+            if is_from_signal_handler(exc):
+                raise
             self._denial.log(exc)
             return False
         if result is not True:
