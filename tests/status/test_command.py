@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -128,6 +129,38 @@ def test_a_wrong_command_is_one_line(
     assert error.count("\n") == 1
     if arguments == ["."]:
         assert "no process has written its status into '.'" in error
+
+
+@pytest.mark.parametrize("arguments", [["status", "."], ["tasks", ".", "list", "--json"]])
+def test_an_output_that_cannot_be_written_is_one_line(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    ProcessFile(open_folder(tmp_path))
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        found = subprocess.run(
+            [sys.executable, "-m", "wsgi_bg", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            timeout=3 * TIMEOUT,
+            check=False,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+    assert found.returncode == 2
+    assert found.stderr.startswith(f"wsgi-bg {arguments[0]}: ")
+    assert found.stderr.count("\n") == 1
+
+
+def test_a_folder_of_another_user_is_named_as_such(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Root may read everything.
+    monkeypatch.setattr(os.path, "exists", lambda path: False)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert main(["status", str(tmp_path)]) == 2
+    expected = f"wsgi-bg status: {str(tmp_path)!r} cannot be read by this user\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_an_empty_folder_of_a_living_process_is_printed(

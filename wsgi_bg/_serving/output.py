@@ -46,11 +46,16 @@ def moment(seconds: float) -> datetime | None:
 
 
 def say(text: str) -> None:
-    """Print ``text``; ignore that the reader has gone."""
+    """Print ``text``; ignore that the reader has gone.
+
+    :raises OSError: if the text cannot be written, for example because the disk is full.
+    """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    except BrokenPipeError:  # the reader has seen enough, as with "| head"
-        null = os.open(os.devnull, os.O_WRONLY)
+    except OSError as exc:
+        null = os.open(os.devnull, os.O_WRONLY)  # or Python writes the text again at its exit
         os.dup2(null, sys.stdout.fileno())
         os.close(null)
+        if not isinstance(exc, BrokenPipeError):  # the reader has seen enough, as with "| head"
+            raise

@@ -6,6 +6,7 @@ Names and errors come from files, so that characters that are not printable are 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -49,13 +50,18 @@ def main(arguments: Sequence[str]) -> int:
         given = parser.parse_args(arguments)
         snapshot = take_snapshot(given.path)
     except OptionError:
+        if os.path.isdir(given.path) and not os.access(given.path, os.R_OK | os.X_OK):
+            return _complain(f"{given.path!r} cannot be read by this user")
         return _complain(
             f"no process has written its status into {given.path!r}: give the folder that the "
             "middleware has as its status_path, or the folder of a DurableRunner"
         )
     except (UsageError, OSError, StoreError) as exc:
         return _complain(str(exc))
-    say(json.dumps(snapshot.as_dict()) if given.json else _text(snapshot))
+    try:
+        say(json.dumps(snapshot.as_dict()) if given.json else _text(snapshot))
+    except OSError as exc:
+        return _complain(f"the status cannot be printed: {exc}")
     return 0
 
 
