@@ -597,6 +597,34 @@ def test_each_task_has_a_debug_record_of_its_end(
     assert [each.startswith(start) for each in log.at(logging.DEBUG)].count(True) == 1
 
 
+@pytest.mark.parametrize("level", [logging.DEBUG, logging.INFO])
+def test_an_attempt_that_is_repeated_has_its_duration(
+    level: int, caplog: pytest.LogCaptureFixture, log: Log
+) -> None:
+    """Without hooks, which would keep the times."""
+    caplog.set_level(level, "wsgi_bg")
+    attempts = iter([True, False])
+
+    def fail_once() -> None:
+        if next(attempts):
+            raise LookupError
+
+    retry = Retry(2, first=0.001)
+    respond(
+        BackgroundTasksMiddleware(
+            app_that(lambda _: background_tasks.using(retry=retry).add_task(fail_once))
+        )
+    )
+    assert wsgi_bg.wait(TIMEOUT) == []
+    found = fields(caplog, logging.WARNING)
+    assert found["wsgi_bg_outcome"] == "retried"
+    if level == logging.DEBUG:
+        assert found["wsgi_bg_duration"] >= 0
+        assert found["wsgi_bg_started"] <= found["wsgi_bg_ended"]
+    else:
+        assert found["wsgi_bg_duration"] is found["wsgi_bg_started"] is None
+
+
 def test_a_task_that_is_not_run_has_its_reason(caplog: pytest.LogCaptureFixture) -> None:
     request(look, hooks=None, run_on="error")
     found = fields(caplog, logging.WARNING)

@@ -705,7 +705,7 @@ class Batch:
                 self._queue.dropped(added)
                 added.options.calls.forget(added)
                 _run_in(context, task_log.log_dropped, added, task)
-        _run_in(context, task_log.log_attempt, task, exc, seconds)
+        _run_in(context, task_log.log_attempt, task, exc, seconds, self._call_began)
         _run_in(context, task.options.calls.retried, task, exc, seconds)
         if self._is_in_child:
             return True

@@ -128,14 +128,17 @@ def log_slow(task: BackgroundTask, seconds: float, stack: str, thread: str | Non
     observe_log(task, partial(log.warning, message, task.name, seconds, stack, extra=extra))
 
 
-def log_attempt(task: BackgroundTask, exc: BaseException, seconds: float) -> None:
+def log_attempt(
+    task: BackgroundTask, exc: BaseException, seconds: float, started: float | None
+) -> None:
     """Log the error of an attempt after which the task will be called again.
 
     :param seconds: the wait before the next attempt.
+    :param started: when the call began (:func:`time.monotonic`), if DEBUG is logged.
     """
     message, args = _raised(task, exc)
     message += ", and is called again in %.3g seconds"
-    extra = fields(task, "retried", error=exc)
+    extra = fields(task, "retried", error=exc, started=started)
     observe_log(task, partial(log.warning, message, *args, seconds, exc_info=exc, extra=extra))
 
 

@@ -60,7 +60,8 @@ class ObservedCall:
         :param is_logged: False if the engine logs the attempt.
         """
         if is_logged:
-            self._run_in(log_attempt, self._task, exc, seconds)
+            began = self._began if log.is_debug() else None
+            self._run_in(log_attempt, self._task, exc, seconds, began)
         self._run_in(self._calls.retried, self._task, exc, seconds)
         self._task.record.clear()  # the engine has the task: this process has none to lose
 
