@@ -143,7 +143,7 @@ def test_a_plain_task_with_an_async_context_manager_is_not_called() -> None:
     request(look, lambda: look_async(), hooks=Async(), on_error=lambda t, e: errors.append(e))
     assert seen == []
     assert [type(exc) for exc in errors] == [AsyncContextError] * 2
-    assert "test_observed.look is a plain function, and around()" in str(errors[0])
+    assert "for tests.test_observed.look: return None, or a context manager" in str(errors[0])
 
 
 @pytest.mark.parametrize("function", [look, look_async])

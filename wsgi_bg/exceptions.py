@@ -255,16 +255,15 @@ class PlainCallError(WsgiBgError, TypeError):
 
 
 class AsyncContextError(WsgiBgError, TypeError):
-    """A hook has given an async context manager for a task that is a plain function.
+    """A hook has given no context manager, or an async one for a plain function.
 
     :ivar name: the name of the function, which was not called.
     """
 
     def __init__(self, name: str, given: object) -> None:
         super().__init__(
-            f"{name} is a plain function, and around() of a hook has returned "
-            f"{safe_repr(given)}, which is an async context manager or none at all: "
-            "return None for plain functions, or an object with __enter__, too"
+            f"around() of a hook has returned {safe_repr(given)} for {name}: return None, or "
+            "a context manager, which may be async only for an async def function"
         )
         self.name = name
 
