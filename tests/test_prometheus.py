@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -40,6 +41,7 @@ from wsgi_bg.exceptions import ExtraMissingError
 from wsgi_bg.hooks import Hooks, TaskRecord
 from wsgi_bg.outbox import run_call
 from wsgi_bg.prometheus import BUCKETS, PrometheusHooks
+from wsgi_bg.prometheus import hooks as hooks_module
 
 DASHBOARD = Path(__file__).parents[1] / "examples/grafana.json"
 
@@ -228,6 +230,33 @@ def test_the_names_beyond_the_limit_are_counted_as_other(registry: CollectorRegi
     assert counted(registry) == expected
     runs = counted(registry, "wsgi_bg_task_run_seconds_count")
     assert {name: value for (name,), value in runs.items()} == {**named, "other": 14}
+
+
+def test_threads_that_add_names_at_once_keep_to_the_limit(
+    registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    makers, other_makes = ["first", "second"], threading.Event()
+
+    def slowly(*args: Any) -> Any:
+        # The second thread gets here while the first is here, unless a lock keeps it out.
+        other_makes.wait(0.2) if makers.pop(0) == "first" else other_makes.set()
+        return make(*args)
+
+    make = hooks_module._Series
+    monkeypatch.setattr(hooks_module, "_Series", slowly)
+    hooks = PrometheusHooks(registry, max_names=1)
+
+    def add(task: Callable[[], None]) -> None:
+        request(hooks, lambda: background_tasks.add_task(task))
+
+    threads = [threading.Thread(target=add, args=(task,)) for task in make_tasks(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT)
+    names = {name for name, _ in counted(registry)}
+    assert len(names) == 2
+    assert "other" in names
 
 
 def test_with_no_names_all_tasks_are_counted_as_other(registry: CollectorRegistry) -> None:

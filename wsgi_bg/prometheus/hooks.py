@@ -206,6 +206,8 @@ class _Metrics:
         self._max_names = max_names
         self._pid = per_process.pid()
         self._series: dict[str, _Series] = {}
+        # Guards the addition of a name. A forked child has a lock of its own.
+        self._lock = PerProcess(threading.RLock)
         self._writers: PerProcess[_Writer] | None = None
         if is_single:
             # First: a scrape in a forked child drops the parent's numbers before it reads them.
@@ -233,11 +235,17 @@ class _Metrics:
         try:
             return self._series[name]
         except KeyError:
-            if len(self._series) >= self._max_names:
+            return self._add(name)
+
+    def _add(self, name: str) -> _Series:
+        with self._lock.get():
+            if name not in self._series and len(self._series) >= self._max_names:
                 name = OTHER
-            return self._series.setdefault(
-                name, _Series(name, self._tasks, self._wait, self._run)
-            )
+            found = self._series.get(name)
+            if found is None:
+                found = _Series(name, self._tasks, self._wait, self._run)
+                self._series[name] = found
+            return found
 
     def exemplar(
         self, of: _Exemplars, record: TaskRecord, *, is_rare: bool
