@@ -85,6 +85,43 @@ def test_a_forked_process_has_other_ids_than_its_parent() -> None:
     assert len(set(ids)) == len(ids) == 10, process.stderr
 
 
+def test_a_forked_process_does_not_run_the_tasks_of_its_parent() -> None:
+    process = run_python(
+        """
+        import os, threading
+        import wsgi_bg
+        from tests.support import TIMEOUT, app_that, respond
+        from wsgi_bg import BackgroundTasksMiddleware, background_tasks, status
+
+        def run():
+            begun.set()
+            go_on.wait(TIMEOUT)
+
+        begun, go_on = threading.Event(), threading.Event()
+        added, ids = [], []
+
+        def view(environ):
+            added.extend(background_tasks.add_task(run) for _ in range(2))
+            ids.extend(task.id for task in added)
+
+        respond(BackgroundTasksMiddleware(app_that(view), runner="pool", status=True))
+        assert begun.wait(TIMEOUT)
+        for generation in range(2):  # a child and its child
+            pid = os.fork()
+            if pid:
+                os.waitpid(pid, 0)
+                break
+        assert [task.id for task in added] == ids
+        print(generation if pid else 2, *map(status.of, ids), flush=True)
+        if generation or not pid:
+            os._exit(0)
+        go_on.set()
+        assert wsgi_bg.wait(TIMEOUT) == []
+        """
+    )
+    assert process.stdout.splitlines() == ["2 None None", "1 None None", "0 running waiting"]
+
+
 def test_threads_that_read_the_id_at_once_get_the_same() -> None:
     for _ in range(50):
         task, barrier = BackgroundTask(print), threading.Barrier(4)

@@ -72,7 +72,21 @@ Queue = Callable[[], Queued]
 """Puts a task into a queue of tasks to send; called once."""
 
 _ids: WeakKeyDictionary[BackgroundTask, str] = WeakKeyDictionary()
-"""The ids of the tasks whose id was asked for."""
+"""The ids of the tasks whose id was asked for in this process."""
+
+_ids_of_parents: list[WeakKeyDictionary[BackgroundTask, str]] = []
+"""The same of the processes that have forked this one, which does not run their tasks."""
+
+
+def _forget_parent() -> None:
+    """Know the tasks of the parent no more, in a forked child; they keep their ids."""
+    global _ids
+    if _ids:
+        _ids_of_parents.append(_ids)
+        _ids = WeakKeyDictionary()
+
+
+os.register_at_fork(after_in_child=_forget_parent)
 
 _names: WeakKeyDictionary[BackgroundTask, str] = WeakKeyDictionary()
 """The names of the tasks that an engine knows by its own means."""
@@ -342,8 +356,13 @@ class BackgroundTask:
         task has the same id, and so have the further attempts of the task.
         """
         known = _ids.get(self)
-        # setdefault() is a single atomic operation: two threads get the same id.
-        return _ids.setdefault(self, _new_id()) if known is None else known
+        if known is None:
+            for ids in _ids_of_parents:
+                if self in ids:
+                    return ids[self]
+            # A single atomic operation: two threads get the same id.
+            known = _ids.setdefault(self, _new_id())
+        return known
 
     def keep_id(self, id: str) -> None:  # noqa: A002
         """Take the id of the repeated task, before another thread can read an id here."""
