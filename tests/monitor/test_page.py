@@ -269,6 +269,34 @@ def test_no_width_needs_a_scroll_bar_to_the_side(
     assert browser.run("return document.documentElement.scrollWidth") == width
 
 
+LINES = """
+const cell = document.querySelector(`#running td[data-label=${arguments[0]}]`);
+const label = document.createElement("span");
+label.textContent = arguments[0];
+label.style.font = getComputedStyle(cell, "::before").font;
+document.body.append(label);
+const isWhole = parseFloat(getComputedStyle(cell, "::before").width) >= label.offsetWidth - 1;
+const text = document.createRange();
+text.selectNodeContents(cell);
+return [isWhole, new Set([...text.getClientRects()].map((box) => box.top)).size];
+"""
+
+
+def test_a_long_request_breaks_neither_labels_nor_ids(
+    site: Site, browser: Browser, url: str
+) -> None:
+    request, id_ = f"GET /{'x' * 300}", "17256675-1388-409f-a359-7737b15b5442"
+    task = replace(site.snapshot.running[0], request=request, id=id_)
+    site.snapshot = replace(site.snapshot, running=(task,))
+    browser.look(1280)
+    browser.open(url)
+    browser.wait(lambda: browser.text("#state") == "Live")
+    assert browser.run(LINES, "Id")[1] <= 2
+    browser.look(360)
+    assert browser.run(LINES, "Id")[0]
+    assert browser.run(LINES, "Request")[0]
+
+
 def test_the_page_is_dark_if_the_system_is(browser: Browser, url: str) -> None:
     browser.open(url)
     browser.wait(lambda: browser.text("#state") == "Live")

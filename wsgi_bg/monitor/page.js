@@ -234,7 +234,7 @@ const running = new Table(byId("running"), [
   ["Attempt", (row) => number(row.attempt), "number"],
   ["Process", (row) => String(row.pid), "number"],
   ["Thread", (row) => row.thread ?? "–", short],
-  ["Id", (row) => row.id ?? "–", "name"],
+  ["Id", (row) => row.id ?? "–", "name id"],
 ], (row) => `${row.pid} ${row.id ?? row.name} ${row.attempt} ${row.since}`, "No task runs.");
 
 const waiting = new Table(byId("waiting"), [
@@ -247,7 +247,7 @@ const lost = new Table(byId("lost"), [
   request,
   ["Began", (row, taken) => ago(row.since, taken), "number", (row) => (row.since === null ? "" : moment(row.since))],
   ["Process", (row) => String(row.pid), "number"],
-  ["Id", (row) => row.id ?? "–", "name"],
+  ["Id", (row) => row.id ?? "–", "name id"],
 ], (row) => `${row.pid} ${row.id} ${row.name} ${row.since}`, "No task was lost.");
 
 const names = new Table(byId("names"), [
