@@ -184,6 +184,17 @@ def test_log_tasks_writes_a_line_for_each_task(tmp_path: Path) -> None:
     assert 0 <= float(words[6].removesuffix("s")) < TIMEOUT
 
 
+def test_a_name_with_line_breaks_stays_in_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def evil() -> None:
+        pass
+
+    evil.__qualname__ = "evil\n\x1b[31m"
+    logger.handlers.clear()
+    handle(evil, hooks=TaskLog())
+    [line] = capsys.readouterr().err.splitlines()
+    assert "evil\\n\\x1b[31m " in line
+
+
 def test_the_lines_name_each_outcome(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

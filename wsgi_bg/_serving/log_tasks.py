@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from wsgi_bg._process.printable import printable
 from wsgi_bg.hooks.base import OptionHooks, TaskRecord
 
 logger: logging.Logger = logging.getLogger("wsgi_bg.tasks")
@@ -55,7 +56,7 @@ def _log(record: TaskRecord, outcome: str) -> None:
         _configure()
     logger.info(
         "task %s %s wait %s run %s %s",
-        record.name,
+        printable(record.name),  # a line of its own, and nothing that a terminal obeys
         record.id,
         _seconds(record.wait),
         _seconds(record.duration),
