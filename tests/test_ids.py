@@ -151,6 +151,26 @@ def test_a_task_whose_id_no_one_reads_has_none() -> None:
     assert len(tasks_module._ids) <= before
 
 
+def test_states_can_be_read_while_the_garbage_collector_frees_tasks() -> None:
+    kept = [BackgroundTask(print) for _ in range(50)]
+    ids = [task.id for task in kept]
+    threshold = gc.get_threshold()
+    gc.disable()
+    try:
+        for _ in range(50):
+            task = BackgroundTask(print, [])
+            task.args[0].append(task)  # only the collector frees the task
+            assert task.id
+        gc.set_threshold(1)  # now a new object may start the collector
+        gc.enable()
+        found = tasks_module.tasks_with_ids()
+    finally:
+        gc.set_threshold(*threshold)
+        gc.enable()
+    assert set(ids) <= {id for _, id in found}  # noqa: A001
+    assert tasks_module.tasks_with_ids(ids[7]) == [(kept[7], ids[7])]
+
+
 def test_a_copy_in_a_second_batch_has_an_id_of_its_own() -> None:
     task = BackgroundTask(int)
     first, second = BackgroundTasks([task]), BackgroundTasks([task])

@@ -87,7 +87,7 @@ class Turns:
     def may_claim(self, turn: Turn) -> bool:
         """True if no other thread comes first."""
         now = time.monotonic()
-        first = [other for other, until in list(self.first.items()) if now < until]
+        first = [other for other, until in self.first.copy().items() if now < until]
         return not first or first[0] is turn
 
     def wake(self) -> None:

@@ -70,7 +70,7 @@ class SharedPortal(BlockingPortal):
         exc_tb: TracebackType | None,
     ) -> bool:
         await super().stop()
-        for call, task in list(self._calls.items()):
+        for call, task in self._calls.copy().items():
             if not is_cancelled(task):  # else asyncio has cancelled all tasks of the loop
                 (task or call).cancel()
         # Without the error, or the scope would cancel each step of the calls' clean-up too.

@@ -73,7 +73,7 @@ def look(wall: Callable[[float], float] | None) -> Live:
         status is recorded: then running tasks get no id.
     """
     pid = os.getpid()
-    running = [task for task, worker in list(calls_on_worker.items()) if worker == pid]
+    running = [task for task, worker in calls_on_worker.copy().items() if worker == pid]
     waiting: Counter[str] = Counter()
     room = MAX_WAITING
     for batch in batches_under_way():
@@ -150,11 +150,10 @@ def state_of(task: BackgroundTask) -> State | None:
 
 def states_of(id: str) -> Iterator[State]:  # noqa: A002
     """Return the states of the tasks of this process that have the id and have not ended."""
-    for task, known in tasks_with_ids():
-        if known == id:
-            state = state_of(task)
-            if state is not None:
-                yield state
+    for task, _ in tasks_with_ids(id):
+        state = state_of(task)
+        if state is not None:
+            yield state
 
 
 def load() -> Load:

@@ -118,14 +118,18 @@ def known_id(task: BackgroundTask) -> str | None:
     return _ids.get(task) if _ids.data else None  # type: ignore[attr-defined]
 
 
-def tasks_with_ids() -> list[tuple[BackgroundTask, str]]:
-    """The tasks whose id was read, with their ids."""
-    # items() of the weak dictionary may raise while other threads add ids.
-    known: Any = _ids.data  # type: ignore[attr-defined]
+def tasks_with_ids(wanted: str | None = None) -> list[tuple[BackgroundTask, str]]:
+    """The tasks whose id was read, with their ids.
+
+    :param wanted: only tasks with this id.
+    """
+    # copy() is a single atomic step. A list of the items is none: each item is a new tuple, for
+    # which the garbage collector may run, and then other threads and finalizers.
+    known: Any = _ids.data.copy()  # type: ignore[attr-defined]
     return [
         (task, id)
-        for reference, id in list(known.items())  # noqa: A001
-        if (task := reference()) is not None
+        for reference, id in known.items()  # noqa: A001
+        if (wanted is None or id == wanted) and (task := reference()) is not None
     ]
 
 
