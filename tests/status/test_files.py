@@ -211,6 +211,18 @@ def test_ended_ids_are_bounded(folder: Folder) -> None:
     assert len(again.all()) < 20
 
 
+def test_many_tasks_that_end_in_a_second_do_not_fill_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsgi_bg._status.recorder.KEEP_DONE", KeepDone(10, 3600.0))
+    first, *_, last = handle(*[nothing] * 50, status_path=tmp_path)
+    recorder.process().write()
+    lines = (tmp_path / "1.ended").read_text(encoding="utf-8").splitlines()
+    assert 10 <= len(lines) < 20
+    assert status.of(last.id, tmp_path) == "succeeded"
+    assert not any(first.id in line for line in lines)
+
+
 def test_a_line_that_was_not_written_to_its_end_is_ignored(folder: Folder) -> None:
     Path(folder.path, "1.ended").write_text('["1", "succ', encoding="utf-8")
     ended = EndedFile(folder, "1")

@@ -133,14 +133,12 @@ class Process:
             are_written = [self._write_to(each, document) for each in places.folders]
             if all(are_written):
                 self._written, self._ended = seen, []
-            del self._ended[: -document.keep_done.number or None]
         for folder in places.folders:
             self._try(folder, lambda file: file.add_ended_processes())
 
     def _append(self) -> None:
         self.journal.count()
-        self._take_ended()
-        keep = self._places.keep_done.number
+        keep = self._take_ended()
 
         def append(file: ProcessFile) -> None:
             file.append(self._ended, keep)
@@ -149,9 +147,12 @@ class Process:
         if all(are_written):
             self._ended = []
 
-    def _take_ended(self) -> None:
-        ended = self.journal.new_ended
+    def _take_ended(self) -> int:
+        """Take over the ids of ended tasks; return how many are kept at most."""
+        ended, keep = self.journal.new_ended, self._places.keep_done.number
         self._ended += [ended.popleft() for _ in range(len(ended))]
+        del self._ended[: -keep or None]
+        return keep
 
     def _write_to(self, folder: Folder, document: Document) -> bool:
         return self._try(folder, lambda file: file.write(document, self._ended))
