@@ -301,6 +301,21 @@ def test_an_error_of_the_disk_is_logged_once_and_the_next_write_is_tried(
     monkeypatch.setattr(ProcessFile, "write", write)
     process.write()
     assert status.snapshot(tmp_path).counts.failed == 1
+    [found] = read_all(open_folder(tmp_path))[0]  # and no second file with the same numbers
+    assert [tally.counts[SUCCEEDED] for tally in found.document.names.values()] == [1, 0]
+
+
+def test_a_file_that_cannot_be_removed_makes_the_process_no_second_file(
+    tmp_path: Path, log: Log
+) -> None:
+    handle(nothing, status_path=tmp_path)
+    process = recorder.process()
+    process.write()
+    (tmp_path / "77.status").mkdir()
+    process.write()
+    process.write()
+    assert log.errors == [f"the status of this process could not be written to {tmp_path}"]
+    assert sorted(each.name for each in tmp_path.glob("[0-9].status")) == ["1.status"]
 
 
 def test_a_fault_of_the_package_does_not_end_the_thread(

@@ -19,6 +19,7 @@ from wsgi_bg._status.files import ProcessFile, open_folder
 from wsgi_bg._status.journal import Journal
 from wsgi_bg._status.live import Live, command, look
 from wsgi_bg._status.model import End, ProcessStatus
+from wsgi_bg.exceptions import StoreError
 from wsgi_bg.runners.shutdown import call_after_drain
 
 if TYPE_CHECKING:
@@ -167,7 +168,8 @@ class Process:
                 self._files[folder.path] = file
             act(file)
         except Exception as exc:
-            self._files.pop(folder.path, None)
+            if isinstance(exc, StoreError):  # the folder was removed, with the file
+                self._files.pop(folder.path, None)
             self._written = ()
             self._failed.log(exc, folder.path)
             return False
