@@ -411,6 +411,14 @@ def test_under_gevent_the_record_says_that_there_is_no_stack() -> None:
     ]
 
 
+def test_under_gevent_the_thread_of_the_loop_has_its_name() -> None:
+    pytest.importorskip("gevent")
+    code = GEVENT.replace("def slow", "async def slow").replace("message", "wsgi_bg_thread")
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["wsgi_bg-portal"]
+
+
 def test_the_module_is_not_imported_without_the_option() -> None:
     done = run_python("import sys, wsgi_bg; assert 'wsgi_bg.hooks.slow' not in sys.modules")
     assert done.returncode == 0, done.stderr

@@ -33,10 +33,15 @@ def is_on_greenlet() -> bool:
 
 def start_real_thread(target: Callable[[], object], name: str) -> None:
     """Call ``target()`` on a real daemon thread, even if gevent has patched threads."""
+
+    def run() -> None:
+        threading.current_thread().name = name  # gevent's thread has none
+        target()
+
     if are_threads():
-        sys.modules["gevent.monkey"].get_original("_thread", "start_new_thread")(target, ())
+        sys.modules["gevent.monkey"].get_original("_thread", "start_new_thread")(run, ())
     else:
-        threading.Thread(target=target, name=name, daemon=True).start()
+        threading.Thread(target=run, name=name, daemon=True).start()
 
 
 class _Event:
