@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import signal
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +22,7 @@ from tests.durable.support import (
     task,
     work_off,
 )
+from tests.support import TIMEOUT
 from wsgi_bg._durable.folder import Folder
 from wsgi_bg._durable.owner import locks_of
 from wsgi_bg._durable.rows import Outcome, Settings
@@ -253,6 +257,53 @@ def test_a_lock_file_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "owners.lock").mkdir()
     with pytest.raises(StoreError, match="lock file cannot be opened"):
         locks_of(folder)
+
+
+def test_a_process_that_looks_who_owns_a_file_is_not_the_owner(folder: Folder) -> None:
+    code = """
+    import fcntl
+    from wsgi_bg._durable.owner import locks_of
+    lockf = fcntl.lockf
+
+    def lock(*given):
+        lockf(*given)
+        tell("looks")
+        threading.Event().wait()
+
+    fcntl.lockf = lock
+    locks_of(folder).is_owned(7)
+    """
+    locks = locks_of(folder)
+    with child(folder, code) as process:
+        assert process.line() == "looks"
+        assert not locks.is_owned(7)
+        assert not locks.take(7)  # the look may have to end first
+
+
+def test_threads_that_look_at_once_take_none_of_them_for_the_owner(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locks = locks_of(folder)
+    lockf, looks, go_on = fcntl.lockf, threading.Event(), threading.Event()
+    found: list[bool] = []
+
+    def lock(*given: Any) -> None:
+        lockf(*given)
+        looks.set()
+        go_on.wait(TIMEOUT)
+
+    monkeypatch.setattr(fcntl, "lockf", lock)
+    threads = [
+        threading.Thread(target=lambda: found.append(locks.is_owned(7))) for _ in range(2)
+    ]
+    threads[0].start()
+    assert looks.wait(TIMEOUT)
+    threads[1].start()
+    threads[1].join(0.2)  # it waits for the first, and else it would end here
+    go_on.set()
+    for thread in threads:
+        thread.join(TIMEOUT)
+    assert found == [False, False]
 
 
 FORKS = """

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import threading
 
 from wsgi_bg._durable.folder import LOCK_FILE, Folder
 from wsgi_bg._process.per_process import PerProcess
@@ -24,6 +25,8 @@ class Locks:
         self._path = path
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._held: dict[int, object] = {}
+        # Reentrant: a signal handler may look, too. Each process has an object of its own.
+        self._looks = threading.RLock()
 
     def new_number(self) -> int:
         """Return a number that no other process has got or will get.
@@ -36,11 +39,14 @@ class Locks:
 
     def take(self, number: int) -> bool:
         """Become the owner of file ``number``; False if this or another process owns it."""
+        return self._lock(number, fcntl.LOCK_EX)
+
+    def _lock(self, number: int, kind: int) -> bool:
         me = object()
         if self._held.setdefault(number, me) is not me:
             return False
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+            fcntl.lockf(self._file, kind | fcntl.LOCK_NB, 1, number)
         except (BlockingIOError, PermissionError):
             del self._held[number]
             return False
@@ -53,10 +59,13 @@ class Locks:
 
     def is_owned(self, number: int) -> bool:
         """True if a process that lives owns file ``number``."""
-        if number in self._held or not self.take(number):
-            return True
-        self.give(number)
-        return False
+        # Many may look at once: processes by a shared lock, and the threads of this process one
+        # after another. None of them takes another that looks for an owner.
+        with self._looks:
+            if not self._lock(number, fcntl.LOCK_SH):
+                return True
+            self.give(number)
+            return False
 
     def check(self) -> None:
         """Raise a ``StoreError`` if the lock file was removed: locks would mean nothing."""
