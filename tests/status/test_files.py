@@ -94,6 +94,22 @@ def test_dead_documents_that_cannot_be_read_are_removed(folder: Folder) -> None:
     assert sorted(os.listdir(folder.path)) == ["owners.lock", "past.status"]
 
 
+def test_a_killed_process_is_never_alive_again(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_as_dead(folder, document(ids={"1": "running"}))
+    found: list[str | None] = []
+
+    def add(*given: Any) -> None:
+        found.append(status.of("1", folder.path))
+        add_to_past(*given)
+
+    add_to_past = Past.add
+    monkeypatch.setattr(Past, "add", add)
+    ProcessFile(folder).add_ended_processes()
+    assert found == ["lost"]
+
+
 def test_the_past_is_written_by_one_process_at_a_time(folder: Folder) -> None:
     write_as_dead(folder, document())
     locks = locks_of(folder)

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar, get_args
 
 from wsgi_bg._durable.folder import Folder, check_folder
-from wsgi_bg._durable.owner import Locks, locks_of
+from wsgi_bg._durable.owner import locks_of
 from wsgi_bg._status.document import VERSION, Document, Past
 from wsgi_bg._status.model import End, State
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError, StoreError
@@ -110,7 +110,7 @@ class ProcessFile:
         dead = [number for number in _numbers(self.folder) if not self._locks.is_owned(number)]
         if dead and self._locks.take(_TURN):
             try:
-                _add_to_past(self.folder, self._locks, dead)
+                _add_to_past(self.folder, dead)
             finally:
                 self._locks.give(_TURN)
 
@@ -244,38 +244,33 @@ def _state(text: str) -> tuple[State, ...]:
     return tuple(state for state in get_args(State) if state == text)
 
 
-def _add_to_past(folder: Folder, locks: Locks, dead: list[int]) -> None:
+def _add_to_past(folder: Folder, dead: list[int]) -> None:
     past = _read_past(folder)
     past.added = [number for number in past.added if number in dead]
     ended: list[Ended] = []
-    taken = [number for number in dead if locks.take(number)]
-    try:
-        for number in taken:
-            document = _read_document(folder, number)
-            if document is None or number in past.added:
-                continue
-            ended += EndedFile(folder, str(number)).all()
-            process = document.process
-            assert process is not None
-            if not document.has_ended:
-                ended += [(id, "lost", process.updated) for id in document.ids]  # noqa: A001
-            if document.was_killed:
-                past.killed.append(replace(process, is_alive=False))
-                past.lost += document.lost()
-            past.add(document)
-            past.keep_done = document.keep_done
-            past.added.append(number)
-        EndedFile(folder, _PAST).append(ended, past.keep_done.number)
-        past.forget_old(time.time())
-        _write(folder, _PAST, past.dump())
-        for number in taken:
-            EndedFile(folder, str(number)).remove()
-            for suffix in (".status", ".status.new"):
-                with suppress(FileNotFoundError):
-                    os.unlink(os.path.join(folder.path, f"{number}{suffix}"))
-    finally:
-        for number in taken:
-            locks.give(number)
+    for number in dead:  # without its lock, or other processes would see it alive meanwhile
+        document = _read_document(folder, number)
+        if document is None or number in past.added:
+            continue
+        ended += EndedFile(folder, str(number)).all()
+        process = document.process
+        assert process is not None
+        if not document.has_ended:
+            ended += [(id, "lost", process.updated) for id in document.ids]  # noqa: A001
+        if document.was_killed:
+            past.killed.append(replace(process, is_alive=False))
+            past.lost += document.lost()
+        past.add(document)
+        past.keep_done = document.keep_done
+        past.added.append(number)
+    EndedFile(folder, _PAST).append(ended, past.keep_done.number)
+    past.forget_old(time.time())
+    _write(folder, _PAST, past.dump())
+    for number in dead:
+        EndedFile(folder, str(number)).remove()
+        for suffix in (".status", ".status.new"):
+            with suppress(FileNotFoundError):
+                os.unlink(os.path.join(folder.path, f"{number}{suffix}"))
 
 
 def _write(folder: Folder, name: str, document: dict[str, Any]) -> None:
