@@ -95,12 +95,17 @@ def test_an_hour_of_minutes_is_kept() -> None:
 def test_the_clock_on_the_wall_may_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal()
     before = journal.wall(0.0)
-    journal.look_at_clock()
+    journal.count()
     assert journal.wall(0.0) == before
-    now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now + 3600.0)
-    journal.look_at_clock()
-    assert journal.wall(0.0) == pytest.approx(before + 3600.0, abs=10.0)
+    now = time.time() + 7200.0
+    monkeypatch.setattr(time, "time", lambda: now)
+    succeed(journal, "a", time.monotonic(), "an id")
+    journal.count()
+    assert journal.wall(0.0) == pytest.approx(before + 7200.0, abs=10.0)
+    assert max(journal.numbers.minutes) in (now // 60, now // 60 - 1)
+    end = journal.end_of("an id")
+    assert end is not None
+    assert end[1] == pytest.approx(now, abs=10.0)
 
 
 def test_ended_ids_are_kept_as_keep_done_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,7 @@ class Journal:
         """Return a moment of the monotonic clock by :func:`time.time`."""
         return moment + self._offset
 
-    def look_at_clock(self) -> None:
+    def _look_at_clock(self) -> None:
         """Follow the clock on the wall if it was set."""
         offset = time.time() - self._clock()
         if abs(offset - self._offset) > 0.5:
@@ -88,6 +88,7 @@ class Journal:
         turn = Turn(self._turns)
         if turn.claim():
             with turn:
+                self._look_at_clock()
                 self._count_successes(_pop_all(self.successes))
                 for entry in _pop_all(self.entries):
                     self._count(entry)

@@ -193,7 +193,6 @@ class Process:
 
     def _document(self, live: Live, *, has_ended: bool) -> Document:
         journal, places = self.journal, self._places
-        journal.look_at_clock()
         journal.keep_done = places.keep_done
         numbers = journal.numbers
         return Document(
