@@ -91,7 +91,7 @@ def test_a_forked_process_does_not_run_the_tasks_of_its_parent() -> None:
         import os, threading
         import wsgi_bg
         from tests.support import TIMEOUT, app_that, respond
-        from wsgi_bg import BackgroundTasksMiddleware, background_tasks, status
+        from wsgi_bg import BackgroundTask, BackgroundTasksMiddleware, background_tasks, status
 
         def run():
             begun.set()
@@ -112,6 +112,7 @@ def test_a_forked_process_does_not_run_the_tasks_of_its_parent() -> None:
                 os.waitpid(pid, 0)
                 break
         assert [task.id for task in added] == ids
+        assert BackgroundTask(print).id not in ids
         print(generation if pid else 2, *map(status.of, ids), flush=True)
         if generation or not pid:
             os._exit(0)

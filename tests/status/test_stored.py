@@ -230,6 +230,18 @@ def test_sent_messages_of_a_folder_are_known_at_once(
     runner.prepare_drain()
 
 
+def test_a_sent_task_is_known_at_once_between_two_writes(
+    folder: Path, broker: type[Broker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsgi_bg._status.process.INTERVAL", TIMEOUT)
+    visit(int, status_path=folder)
+    recorder.process().write()
+    sent = add(Sends(), write, 1, status_path=folder)
+    assert wait(TIMEOUT) == []
+    recorder.turn_off()  # as another process, which has only the files
+    assert status.of(sent, folder) == "sent"
+
+
 def test_sent_tasks_of_a_removed_folder_are_known_when_it_is_made_again(
     folder: Path, tmp_path: Path, broker: type[Broker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
