@@ -746,6 +746,7 @@ def test_a_forged_row_is_put_aside(
     assert shop.wait_for(1) == [2]
     assert wait_until(lambda: sorted(state for state, _ in stored(runner)) == ["aside", "done"])
     assert log.errors == ["durable task durable.write was put aside: it cannot be read"]
+    assert wait_until(lambda: runner.statistics().aside == 1)
 
 
 @pytest.mark.parametrize(
@@ -916,6 +917,7 @@ def test_a_row_is_put_aside_after_too_many_crashes(
         "durable task durable.write was put aside: the process has died 3 times while it ran"
     )
     assert log.errors == [message]
+    assert wait_until(lambda: runner.statistics().aside == 1)
 
 
 def test_suspects_run_one_at_a_time_as_there_is_room(tmp_path: Path) -> None:

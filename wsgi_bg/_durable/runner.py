@@ -459,11 +459,12 @@ class Reruns(Attached):
         self._unknown: dict[str, list[tuple[Store, Row]]] = {}
 
     def task(
-        self, store: Store, row: Row, added_under: Options | None
+        self, store: Store, row: Row, added_under: Options | None, ledger: Ledger
     ) -> BackgroundTask | None:
         """Return the task of a row; None if the row has to wait, or was put aside.
 
         :param added_under: the options of the layer that has added the task in this process.
+        :param ledger: counts a task that was put aside.
         """
         registration = registry.get(row.name)
         if registration is None:
@@ -483,6 +484,7 @@ class Reruns(Attached):
                 extra=fields_of(row.name, row.id, "aside"),
             )
             store.end(Outcome(row, "aside", ended=time.time()))
+            ledger.count_aside()
             return None
         try:
             args, kwargs = decode(row.arguments)
@@ -499,6 +501,7 @@ class Reruns(Attached):
             message = "durable task %s was put aside: it cannot be read"
             log.error(message, row.name, extra=extra)
             store.end(Outcome(row, "aside", ended=time.time(), error=type_name(exc)))
+            ledger.count_aside()
             return None
         task = BackgroundTask.__new__(BackgroundTask)
         fill(task, registration.func, tuple(args), kwargs, context, options)
@@ -989,7 +992,7 @@ class _State:
             place = store.number, row.key
             if place in self._options:
                 added_under[place] = self._options.pop(place)
-            task = self._reruns.task(store, row, added_under.get(place))
+            task = self._reruns.task(store, row, added_under.get(place), self.ledger)
             if task is not None:
                 tasks.append(task)
                 self._in_memory[place] = task

@@ -446,6 +446,10 @@ class Outbox:
 
     # On any thread of the outbox.
 
+    def count_aside(self) -> None:
+        """Count a stored message that was put aside."""
+        self._ledger.count_aside()
+
     def _end(self, unsent: Unsent, reason: str) -> None:
         """End a claimed task that has waited for too long."""
         if unsent.was_tried:

@@ -54,6 +54,8 @@ class _Outbox(Protocol):
 
     def put(self, task: BackgroundTask, stored: Stored) -> Queue: ...
 
+    def count_aside(self) -> None: ...
+
 
 class Stored:
     """A message, and the row that holds it once :meth:`claim` and the store have succeeded."""
@@ -253,6 +255,7 @@ class StoredMessages:
         try:
             found = self._read_row(row)
         except MessageError as exc:  # a forged row
+            self._outbox.count_aside()
             extra = fields_of(row.name, row.id, "aside", str(exc))
             log.error("a message for %s was put aside: %s", row.name, exc, extra=extra)
             store.end(Outcome(row, "aside", ended=time.time(), error=type(exc).__name__))

@@ -26,6 +26,8 @@ class Statistics:
         attempt, and the tasks that wait for them, in memory or in a file of this process, and
         the tasks that wait to be sent. They do not count as pending.
     :ivar sent: tasks that were sent to other processes, which know how each task ends.
+    :ivar aside: stored tasks that this process has put aside: they were damaged, or processes
+        have died while they ran.
     """
 
     pending: int
@@ -36,6 +38,7 @@ class Statistics:
     run_here: int = 0
     waiting: int = 0
     sent: int = 0
+    aside: int = 0
 
 
 @runtime_checkable

@@ -75,7 +75,8 @@ class Ledger:
         # Tasks whose batch a thread is submitting, after their time has come.
         self._submitting: dict[WaitingTasks, None] = {}
         # Numbers of ended tasks: succeeded, failed, discarded, run on the server's thread,
-        # sent. By the thread that ended them, so that no two threads add to a number.
+        # sent, put aside. By the thread that ended them, so that no two threads add to a
+        # number.
         self._counts: dict[int, list[int]] = {}
         self._waiters: list[Any] = []
         self.is_draining: bool = False
@@ -113,7 +114,7 @@ class Ledger:
         self._notify()
 
     def _counts_here(self) -> list[int]:
-        return self._counts.setdefault(threading.get_ident(), [0, 0, 0, 0, 0])
+        return self._counts.setdefault(threading.get_ident(), [0, 0, 0, 0, 0, 0])
 
     def end_unsent(self, unsent: UnsentTasks, *, sent: int = 0, failed: int = 0) -> None:
         """Remove a task from :attr:`unsent`, and count the task."""
@@ -122,6 +123,10 @@ class Ledger:
         counts[1] += failed
         counts[4] += sent
         self._notify()
+
+    def count_aside(self) -> None:
+        """Count a stored task that was put aside, and belongs to no batch."""
+        self._counts_here()[5] += 1
 
     def may_wait(self) -> bool:
         """True if one more task may wait for its time. Threads may pass together."""
@@ -251,6 +256,7 @@ class Ledger:
             run_here=sum(each[3] for each in ended) + sum(b.run_here for b in batches),
             waiting=sum(later.length() for later in list(self.waiting)) + len(self.unsent),
             sent=sum(each[4] for each in ended) + sum(b.sent for b in batches),
+            aside=sum(each[5] for each in ended),
         )
 
 
