@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 import wsgi_bg
 from tests.support import run_python
 from tests.test_exit import needs_threads_at_exit
-from wsgi_bg import pytest_plugin
+from wsgi_bg import exceptions, pytest_plugin
 from wsgi_bg.exceptions import OutsideRequestError
 
 # tests.support imports asyncio.
@@ -154,6 +157,16 @@ def test_modules_that_0_2_had_loaded_need_no_import_of_their_own() -> None:
     assert done.stdout == "WsgiBgError Hooks Statistics leave\n", done.stderr
 
 
+def test_status_needs_no_import_of_its_own() -> None:
+    done = run_python(
+        """
+        import wsgi_bg
+        print(wsgi_bg.status.snapshot().running, "status" in dir(wsgi_bg))
+        """
+    )
+    assert done.stdout == "() True\n", done.stderr
+
+
 def test_a_pickled_error_and_function_need_no_import_of_the_package() -> None:
     pickled = pickle.dumps((OutsideRequestError("outside"), wsgi_bg.drain))
     done = run_python(
@@ -164,6 +177,29 @@ def test_a_pickled_error_and_function_need_no_import_of_the_package() -> None:
         """
     )
     assert done.stdout == "OutsideRequestError('outside') drain\n", done.stderr
+
+
+ERRORS = [
+    exceptions.TaskTypeError("message", "given"),
+    exceptions.BatchEndedError("shop.mail"),
+    exceptions.EndlessTasksError("shop.mail", 101, is_first=True),
+    exceptions.OptionValueError("delay", -1, "0 seconds or more"),
+    exceptions.ExtraMissingError("flask", "wsgi_bg.flask"),  # an ImportError
+    exceptions.PlainCallError("shop.mail"),
+    exceptions.PublishError("shop.mail", "the broker is away"),  # an OSError
+]
+
+
+@pytest.mark.parametrize("again", [copy.copy, lambda error: pickle.loads(pickle.dumps(error))])
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_a_copied_or_pickled_error_keeps_its_message_and_attributes(
+    error: exceptions.WsgiBgError, again: Callable[[Any], Any]
+) -> None:
+    error.add_note("a note")
+    found = again(error)
+    assert type(found) is type(error)
+    assert (str(found), found.args, vars(found)) == (str(error), error.args, vars(error))
+    assert getattr(found, "msg", None) == getattr(error, "msg", None)
 
 
 # pytest

@@ -55,10 +55,15 @@ _HOMES = {
     "wait": "runners.shutdown",
 }
 
-# Modules that 0.2 imported with the package: ``import wsgi_bg`` is enough to use them.
-_MODULES = {"exceptions", "hooks", "runners", "shutdown"}
+# Modules for which ``import wsgi_bg`` is enough; 0.2 imported the first four with the package.
+_MODULES = {"exceptions", "hooks", "runners", "shutdown", "status"}
 
 if TYPE_CHECKING:
+    from wsgi_bg import exceptions as exceptions
+    from wsgi_bg import hooks as hooks
+    from wsgi_bg import runners as runners
+    from wsgi_bg import shutdown as shutdown
+    from wsgi_bg import status as status
     from wsgi_bg._durable.runner import DurableRunner
     from wsgi_bg._loop.portal import portal
     from wsgi_bg._request.injection import inject

@@ -6,11 +6,24 @@ Attributes carry the details for an exception handler.
 
 from __future__ import annotations
 
+from typing import Any
+
 from wsgi_bg._process.interrupts import safe_repr
 
 
 class WsgiBgError(Exception):
     """Base of every error that wsgi_bg raises on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's method would call the class with the message as its arguments.
+        return _restore, (type(self), *self.args), self.__dict__
+
+
+def _restore(kind: type[WsgiBgError], *args: object) -> WsgiBgError:
+    """Make an error of ``kind`` for a copy or a pickle; its attributes are set afterwards."""
+    error = kind.__new__(kind, *args)
+    super(WsgiBgError, error).__init__(*args)
+    return error
 
 
 class TaskTypeError(WsgiBgError, TypeError):

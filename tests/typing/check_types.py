@@ -8,6 +8,7 @@ from unittest.mock import ANY
 from flask import Flask
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
+import wsgi_bg
 from wsgi_bg import (
     BackgroundTask,
     BackgroundTasks,
@@ -52,6 +53,8 @@ tasks.add_task("send")  # type: ignore[arg-type]
 assert_type(tasks.add_task(send, "a"), BackgroundTask)
 assert_type(tasks.add_task(send, "a").id, str)
 assert_type(tasks.tasks, list[BackgroundTask])
+assert_type(wsgi_bg.status.snapshot(), wsgi_bg.status.Snapshot)
+assert_type(wsgi_bg.exceptions.WsgiBgError(), wsgi_bg.exceptions.WsgiBgError)
 assert_type(tasks.using(run_on="always"), BackgroundTasks)
 assert_type(tasks.using(failed_from=400), BackgroundTasks)
 tasks.using(failed_from="404")  # type: ignore[arg-type]
