@@ -284,7 +284,9 @@ def test_a_span_that_is_not_sampled_notes_nothing() -> None:
 
 
 @pytest.mark.parametrize("moment", ["on_start", "on_end"])
-def test_an_error_of_a_processor_is_logged_and_the_task_runs(moment: str, log: Log) -> None:
+def test_an_error_of_a_processor_is_logged_and_the_task_runs(
+    moment: str, log: Log, caplog: pytest.LogCaptureFixture
+) -> None:
     class Broken(SpanProcessor):
         def on_start(self, span: Any, parent_context: Context | None = None) -> None:
             if moment == "on_start":
@@ -302,6 +304,8 @@ def test_an_error_of_a_processor_is_logged_and_the_task_runs(moment: str, log: L
     word = {"on_start": "begun", "on_end": "ended"}[moment]
     [error] = log.errors
     assert error == f"the span of list.append could not be {word}"
+    [record] = [each for each in caplog.records if each.levelname == "ERROR"]
+    assert vars(record)["wsgi_bg_request"] == "GET /"
 
 
 @pytest.mark.parametrize("function", [succeed, succeed_async])

@@ -417,7 +417,10 @@ def test_an_error_of_sentry_is_logged_and_the_task_runs(
 
 
 def test_an_error_at_the_end_of_a_transaction_is_logged(
-    items: list[Item], log: Log, monkeypatch: pytest.MonkeyPatch
+    items: list[Item],
+    log: Log,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def broken(*args: object) -> None:
         raise OSError("broken")
@@ -425,6 +428,9 @@ def test_an_error_at_the_end_of_a_transaction_is_logged(
     monkeypatch.setattr("sentry_sdk.tracing.Transaction.__exit__", broken)
     run(int)
     assert log.errors == ["Sentry could not end builtins.int"]
+    [record] = [each for each in caplog.records if each.levelname == "ERROR"]
+    fields = {name: vars(record)[f"wsgi_bg_{name}"] for name in ("task", "attempt", "request")}
+    assert fields == {"task": "builtins.int", "attempt": 1, "request": "GET /"}
 
 
 def test_a_wrong_option_is_refused() -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from wsgi_bg._messages import headers
 from wsgi_bg._process import log
+from wsgi_bg._tasks.task_log import fields
 from wsgi_bg._version import __version__
 from wsgi_bg.exceptions import ExtraMissingError, OptionTypeError, OptionValueError
 from wsgi_bg.hooks import Hooks, TaskRecord
@@ -111,7 +112,8 @@ class _Attempt:
         try:
             self._begin()
         except Exception as exc:
-            log.error("the span of %s could not be begun", self._record.name, exc_info=exc)
+            name, extra = self._record.name, fields(self._record.task)
+            log.error("the span of %s could not be begun", name, exc_info=exc, extra=extra)
 
     def _begin(self) -> None:
         record = self._record
@@ -160,7 +162,8 @@ class _Attempt:
                 _note(span, exc)
             span.end()
         except Exception as error:
-            log.error("the span of %s could not be ended", self._record.name, exc_info=error)
+            name, extra = self._record.name, fields(self._record.task)
+            log.error("the span of %s could not be ended", name, exc_info=error, extra=extra)
 
 
 def _note(span: Span, exc: BaseException) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsgi_bg._messages import headers
 from wsgi_bg._process import log
+from wsgi_bg._tasks.task_log import fields_of
 from wsgi_bg.exceptions import ExtraMissingError, OptionTypeError
 from wsgi_bg.hooks import Hooks, TaskRecord
 
@@ -132,12 +133,14 @@ class _Attempt:
             self._isolation = sentry_sdk.isolation_scope()
             scope = self._isolation.__enter__()
         except Exception as exc:
-            log.error("Sentry has no scope for %s", self._name, exc_info=exc)
+            extra = self._fields()
+            log.error("Sentry has no scope for %s", self._name, exc_info=exc, extra=extra)
             return
         try:
             self._begin(scope)
         except Exception as exc:
-            log.error("Sentry has no transaction for %s", self._name, exc_info=exc)
+            extra = self._fields()
+            log.error("Sentry has no transaction for %s", self._name, exc_info=exc, extra=extra)
             self._isolation.__exit__(None, None, None)
             return
         self._scope = scope
@@ -160,9 +163,18 @@ class _Attempt:
         try:
             self._transaction.__exit__(kind, exc, traceback)
         except Exception as error:
-            log.error("Sentry could not end %s", self._name, exc_info=error)
+            extra = self._fields()
+            log.error("Sentry could not end %s", self._name, exc_info=error, extra=extra)
         finally:
             self._isolation.__exit__(None, None, None)
+
+    def _fields(self) -> dict[str, Any]:
+        """The attributes of a log record about the task."""
+        context = self._context
+        found = fields_of(self._name, str(context["id"]))
+        for name in ("attempt", "runner", "request"):
+            found[f"wsgi_bg_{name}"] = context[name]
+        return found
 
     def capture(self, exc: BaseException, *, show_arguments: bool) -> None:
         """Send ``exc`` with the scope of the attempt, unless the attempt has none."""
