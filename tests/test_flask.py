@@ -195,6 +195,7 @@ def test_every_option_has_a_key_in_the_configuration() -> None:
         ({"WSGI_BG_FAILED_FROM": 99}, "WSGI_BG_FAILED_FROM must be 100 to 600; got 99"),
         ({"WSGI_BG_ON_ERROR": "log"}, "WSGI_BG_ON_ERROR must be a plain function"),
         ({"WSGI_BG_HOOKS": Hooks}, "WSGI_BG_HOOKS must be a wsgi_bg.hooks.Hooks object"),
+        ({"WSGI_BG_DURABLE": 5}, "WSGI_BG_DURABLE must be the path of a folder; got 5"),
     ],
 )
 def test_a_wrong_configuration_names_its_key(config: dict[str, Any], message: str) -> None:

@@ -167,7 +167,10 @@ def make_configured(
             raise OptionValueError(_DURABLE, durable, "a path, or a runner, and not both")
         from wsgi_bg._durable.runner import DurableRunner
 
-        options = {**options, "runner": DurableRunner(durable)}
+        try:
+            options = {**options, "runner": DurableRunner(durable)}
+        except OptionError as exc:
+            raise type(exc)(_DURABLE, exc.given, exc.wanted) from None
     try:
         return make(**{**options, **configured})
     except OptionError as exc:
