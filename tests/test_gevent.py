@@ -283,6 +283,27 @@ def test_a_killed_greenlet_ends_its_task_which_is_named() -> None:
     ]
 
 
+def test_the_portals_thread_starts_when_the_calling_thread_has_its_hub() -> None:
+    """A hub made beside the imports of that thread has ended imports, or let them hang."""
+    done = run_python(
+        """
+        from gevent import monkey; monkey.patch_all()
+        from gevent._hub_local import get_hub_if_exists
+        import wsgi_bg
+
+        start = monkey.get_original("_thread", "start_new_thread")
+
+        def start_and_look(*args):
+            print(get_hub_if_exists() is not None)
+            return start(*args)
+
+        monkey.saved["_thread"]["start_new_thread"] = start_and_look
+        print(wsgi_bg.portal().call(int))
+        """
+    )
+    assert done.stdout == "True\n0\n", done.stderr
+
+
 def test_eventlets_server_is_refused_at_each_request() -> None:
     environ = make_server_environ(**{"eventlet.posthooks": []})
     app = BackgroundTasksMiddleware(app_that(lambda environ: None))
