@@ -255,6 +255,27 @@ def test_a_forked_process_has_a_portal_of_its_own() -> None:
     assert done.stdout == "7\n", done.stderr
 
 
+def test_a_parents_portal_raises_in_a_forked_process_and_does_not_hang() -> None:
+    done = run_python(
+        """
+        import os, signal, wsgi_bg
+        async def call(): return "called"
+        portal = wsgi_bg.portal()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(10)  # ends a child that hangs
+            for method in portal.call, portal.start_task_soon:
+                try:
+                    method(call)
+                except RuntimeError as exc:
+                    print("wsgi_bg.portal() at each use" in str(exc), flush=True)
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), portal.call(call))
+        """
+    )
+    assert done.stdout == "True\nTrue\n0 called\n", done.stderr
+
+
 @pytest.mark.parametrize("start", ["", "from gevent import monkey; monkey.patch_all()"])
 def test_greenlets_run_while_another_one_waits_for_its_call(start: str) -> None:
     pytest.importorskip("gevent")

@@ -128,6 +128,16 @@ class SharedPortalError(WsgiBgError, RuntimeError):
         )
 
 
+class ForkedPortalError(WsgiBgError, RuntimeError):
+    """A forked child has used the portal of its parent, whose loop does not run there."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this portal belongs to the process that has forked this process: call "
+            "wsgi_bg.portal() at each use, which returns the portal of the process"
+        )
+
+
 class UnsupportedServerError(WsgiBgError, RuntimeError):
     """The application is served by a server that wsgi_bg does not support.
 

@@ -219,7 +219,7 @@ def portal() -> BlockingPortal:
     runs. The portal cannot be stopped: it ends with the process.
 
     :raises RuntimeError: if the loop's thread cannot start. The methods of the portal raise
-        it on the loop's own thread, which would wait for itself.
+        it on the loop's own thread, which would wait for itself, and in a forked child.
     """
     return _thread().portal
 

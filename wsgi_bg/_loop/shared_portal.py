@@ -20,7 +20,8 @@ from anyio.from_thread import BlockingPortal
 
 from wsgi_bg._loop.coroutines import current_task, is_cancelled, separately
 from wsgi_bg._loop.portal_call import PortalCall
-from wsgi_bg.exceptions import SharedPortalError
+from wsgi_bg._process import per_process
+from wsgi_bg.exceptions import ForkedPortalError, SharedPortalError
 
 # anyio asks sniffio for the library if sniffio is installed. In a callback of the loop sniffio
 # sees no task, and so needs the name in the context, which anyio's own portal sets, too.
@@ -31,7 +32,7 @@ _name_library: Callable[[str], object] = (
 
 
 class SharedPortal(BlockingPortal):
-    """anyio's portal on asyncio, with four differences.
+    """anyio's portal on asyncio, with five differences.
 
     - A ``SystemExit`` or ``KeyboardInterrupt`` of a call is raised in the caller only.
       asyncio would end the loop, and with it the portal of all requests.
@@ -40,6 +41,7 @@ class SharedPortal(BlockingPortal):
     - :meth:`stop` and ``async with`` are refused: the portal ends with the process.
     - Only :meth:`call` waits, and lets the greenlets of its thread run meanwhile. If a signal
       handler raises in this thread, the call is cancelled.
+    - In a forked child a call raises: the loop does not run there.
     """
 
     def __new__(cls) -> Self:
@@ -48,6 +50,7 @@ class SharedPortal(BlockingPortal):
     def __init__(self) -> None:
         super().__init__()
         self._loop = asyncio.get_running_loop()
+        self._pid = per_process.pid()
         # As it is now: a library may replace it by a class that anyio's scopes do not know.
         self._task_class = asyncio.Task
         self._is_entered = False
@@ -82,6 +85,11 @@ class SharedPortal(BlockingPortal):
         :raises RuntimeError: always.
         """
         raise SharedPortalError
+
+    def _check_running(self) -> None:  # anyio calls this at the begin of each call
+        if per_process.pid() != self._pid:
+            raise ForkedPortalError
+        super()._check_running()
 
     def call(self, func: Callable[..., Any], *args: Any) -> Any:  # type: ignore[override]
         """Call ``func`` on the loop and return its result; blocks, but lets greenlets run."""
