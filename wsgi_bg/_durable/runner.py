@@ -113,7 +113,7 @@ class DurableRunner(KeepingRunner):
         seconds("store_timeout", store_timeout, above_zero=True)
         whole_number("max_crashes", max_crashes, least=1)
         seconds("drain_timeout", drain_timeout)
-        self._local = resolve(local)
+        self._local = resolve(local, "local")
         self._pool = self._local if isinstance(self._local, PoolRunner) else shared_pool
         self._settings = Settings(
             synchronous,

@@ -119,7 +119,7 @@ class OutboxRunner(KeepingRunner):
         whole_number("max_unsent", max_unsent, least=1)
         seconds("drain_timeout", drain_timeout)
         check_when_unsent(when_unsent)
-        self.local: Runner = resolve(local)
+        self.local: Runner = resolve(local, "local")
         self.publish_timeout: float = publish_timeout
         self.drain_timeout = drain_timeout
         self._when_unsent = when_unsent

@@ -22,21 +22,21 @@ def set_default(runner: Runner | str) -> None:
     _shared[None] = _shared[runner] if isinstance(runner, str) else runner
 
 
-def resolve(runner: Runner | str | None) -> Runner:
+def resolve(runner: Runner | str | None, option: str = "runner") -> Runner:
     """Return the runner for the value of a ``runner`` option, and let exit drain that runner.
 
     None means ``"inline"``, or the name that :func:`set_default` was called with.
 
+    :param option: the name of the option, for an error.
     :raises ValueError: if the name is unknown.
     :raises TypeError: if the object is not a runner.
     """
     if runner is None or isinstance(runner, str):
         if runner not in _shared:
-            raise OptionValueError("runner", runner, "'inline', 'pool' or a runner object")
+            raise OptionValueError(option, runner, "'inline', 'pool' or a runner object")
         runner = _shared[runner]
     if isinstance(runner, type) or not isinstance(runner, Runner):
-        raise OptionTypeError(
-            "runner", runner, "'inline', 'pool' or an object with submit, drain and statistics"
-        )
+        wanted = "'inline', 'pool' or a runner, an object with submit, drain and statistics"
+        raise OptionTypeError(option, runner, wanted)
     register(runner)
     return runner
