@@ -105,7 +105,8 @@ class Background:
     def init_app(self, app: Flask) -> None:
         """Install the middleware around ``app.wsgi_app``; call it before the first request.
 
-        Middleware that wraps ``app.wsgi_app`` later is further out: see the README.
+        Middleware that wraps ``app.wsgi_app`` later is further out: see
+        ``docs/reference/rules.md``.
 
         :raises TypeError: as the constructor does.
         :raises ValueError: as the constructor does.
