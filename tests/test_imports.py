@@ -146,6 +146,15 @@ def test_each_public_name_is_found_by_import_dir_and_all() -> None:
         getattr(wsgi_bg, "BackgroundTaks")  # noqa: B009
 
 
+@pytest.mark.parametrize("module", ["celery", "rq", "dramatiq"])
+def test_a_module_with_a_runner_lists_all_its_names_before_their_first_use(module: str) -> None:
+    code = f"""
+        import wsgi_bg.{module} as module
+        print(set(module.__all__) <= set(dir(module)), "{module}" in __import__("sys").modules)
+    """
+    assert run_python(code).stdout == "True False\n"
+
+
 def test_modules_that_0_2_had_loaded_need_no_import_of_their_own() -> None:
     done = run_python(
         """

@@ -20,3 +20,7 @@ else:  # hidden: a type checker would accept any name as an attribute
 
 
 __all__ = ["RQRunner", "correlation_id", "traceparent"]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
