@@ -474,7 +474,7 @@ def test_an_application_that_takes_json_and_yaml_is_accepted() -> None:
         ({"hold_for": 0}, "hold_for must be more than 0 seconds; got 0"),
         ({"max_unsent": 0}, "max_unsent must be 1 or more; got 0"),
         ({"outbox": 7}, "outbox must be the path of a folder; got 7"),
-        ({"local": "celery"}, "runner must be 'inline', 'pool' or a runner object"),
+        ({"local": "celery"}, "local must be 'inline', 'pool' or a runner object"),
     ],
 )
 def test_options_out_of_range_are_refused(
