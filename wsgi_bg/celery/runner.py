@@ -122,7 +122,9 @@ class CeleryRunner(OutboxRunner):
 
         The first call holds, or the first call with the context of an application.
         """
-        self.destination = self._app.connection_for_write().as_uri(include_password=True)
+        self.destination: object = self._app.connection_for_write().as_uri(
+            include_password=True
+        )
         super().attach(options)
         celery_worker.attach(self._app, options)
 

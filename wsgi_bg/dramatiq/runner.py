@@ -64,7 +64,8 @@ class DramatiqRunner(OutboxRunner):
             raise OptionValueError("broker", broker, wanted)
         super().__init__(**options)
         self.holds_delays: bool = not _is_rabbitmq(broker)  # which closes the worker's channel
-        self._broker = self.destination = broker
+        self._broker = broker
+        self.destination: object = broker
         self._actors = Actors(self, broker)
 
     def message(self, task: BackgroundTask) -> Message | None:

@@ -58,7 +58,7 @@ class RQRunner(OutboxRunner):
             raise OptionValueError("queue", queue, wanted)
         super().__init__(**options)
         self._queue = queue
-        self.destination = queue.key, queue.connection.connection_pool.connection_kwargs
+        self.destination: object = queue.key, queue.connection.connection_pool.connection_kwargs
         worker.runners[queue.name] = self
 
     def connect(self) -> Connection:
