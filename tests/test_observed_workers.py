@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -136,6 +139,53 @@ def test_hooks_see_that_a_worker_is_stopped() -> None:
     with pytest.raises(SystemExit):
         run_call(runner, "observed.stops", TEXT, {})
     assert diary.notes == moments("discarded")
+
+
+class TimeLimitError(Exception):
+    """Raised by a signal handler, as the time limits of RQ and Celery are."""
+
+
+stuck: list[threading.Event] = []
+"""Set when the call of ``observed.is_stuck`` has begun, and when it is cancelled."""
+
+
+@registered_task(name="observed.is_stuck", retry=Retry(2, first=0))
+async def is_stuck() -> None:
+    os.kill(os.getpid(), signal.SIGUSR1)
+    try:
+        await asyncio.Event().wait()
+    finally:
+        stuck.pop().set()
+
+
+@pytest.mark.parametrize(("attempt", "error"), [(1, RetryLater), (2, TimeLimitError)])
+def test_a_time_limit_cancels_an_async_call_while_its_hooks_run(
+    attempt: int, error: type[Exception]
+) -> None:
+    """The hooks entered the context of the call, in which the loop cancels the call."""
+    cancelled = threading.Event()
+    stuck.append(cancelled)
+
+    class Waits(Hooks):
+        seen = False
+
+        def task_retried(self, record: TaskRecord) -> None:
+            self.seen = cancelled.wait(TIMEOUT)
+
+        task_failed = task_retried
+
+    def handler(number: int, frame: object) -> None:
+        raise TimeLimitError
+
+    hooks, runner = Waits(), ListRunner()
+    BackgroundTasksMiddleware(app_that(print), runner=runner, hooks=hooks)
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with pytest.raises(error):
+            run_call(runner, "observed.is_stuck", TEXT, {}, attempt)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert hooks.seen
 
 
 @pytest.mark.parametrize("name", ["observed.works", "observed.works_async"])

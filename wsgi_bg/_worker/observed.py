@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import time
 from contextvars import Context
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wsgi_bg._process import log
-from wsgi_bg._process.interrupts import type_name
+from wsgi_bg._process.interrupts import is_from_signal_handler, type_name
 from wsgi_bg._request.unclosed import collectors
 from wsgi_bg._status.recorder import recorder
 from wsgi_bg._tasks.task_log import log_attempt, log_end
@@ -29,7 +29,7 @@ class ObservedCall:
     def __init__(self, task: BackgroundTask, calls: Caller, context: Context) -> None:
         self._task = task
         self._calls = calls
-        self._run_in: Any = context.run
+        self._context = context
         self._began = 0.0
 
     def __enter__(self) -> None:
@@ -46,23 +46,25 @@ class ObservedCall:
 
     def finished(self) -> None:
         """The call has returned."""
-        self._log_end()
-        self._run_in(self._calls.finished, self._task)
+        self._log_end(self._context)
+        self._context.run(self._calls.finished, self._task)
 
     def failed(self, exc: BaseException) -> None:
         """The call has raised, and the engine logs the error."""
-        self._log_end(exc)
-        self._run_in(self._calls.failed, self._task, exc)
+        context = self._context_after(exc)
+        self._log_end(context, exc)
+        context.run(self._calls.failed, self._task, exc)
 
     def retried(self, exc: BaseException, seconds: float, *, is_logged: bool = True) -> None:
         """The call has raised, and will be made again in ``seconds``.
 
         :param is_logged: False if the engine logs the attempt.
         """
+        context = self._context_after(exc)
         if is_logged:
             began = self._began if log.is_debug() else None
-            self._run_in(log_attempt, self._task, exc, seconds, began)
-        self._run_in(self._calls.retried, self._task, exc, seconds)
+            context.run(log_attempt, self._task, exc, seconds, began)
+        context.run(self._calls.retried, self._task, exc, seconds)
         self._task.record.clear()  # the engine has the task: this process has none to lose
 
     def discarded(self, reason: str) -> None:
@@ -73,6 +75,14 @@ class ObservedCall:
         """``exc`` stops the worker."""
         self.discarded(f"{type_name(exc)} stopped its worker")
 
-    def _log_end(self, error: BaseException | None = None) -> None:
+    def _context_after(self, exc: BaseException) -> Context:
+        """The context for hooks after ``exc``, which a time limit may have raised.
+
+        The loop then cancels the coroutine in the context of the call, on its own thread, and
+        two threads cannot enter a context: the coroutine or the hooks would not run.
+        """
+        return self._context.copy() if is_from_signal_handler(exc) else self._context
+
+    def _log_end(self, context: Context, error: BaseException | None = None) -> None:
         if log.is_debug():
-            self._run_in(log_end, self._task, self._began, error)
+            context.run(log_end, self._task, self._began, error)
