@@ -28,8 +28,16 @@ from tests.engine_shop import (
     spread_and_leave,
 )
 from tests.engine_support import RQ, TIMEOUT, Worker, request, send, worker
+from tests.support import app_that
 from tests.test_examples import text_of, wait_until
-from wsgi_bg import Retry, background_tasks, registered_task, status, wait
+from wsgi_bg import (
+    BackgroundTasksMiddleware,
+    Retry,
+    background_tasks,
+    registered_task,
+    status,
+    wait,
+)
 from wsgi_bg.exceptions import MessageError, OptionTypeError, OptionValueError, PublishError
 from wsgi_bg.rq import RQRunner
 from wsgi_bg.rq import worker as rq_worker
@@ -272,3 +280,26 @@ def test_engine_options_are_a_dict() -> None:
     options: Any = "slow"
     with pytest.raises(OptionTypeError, match="engine must be a dict of options"):
         registered_task(engine=options)
+
+
+def test_queues_of_the_same_server_may_share_a_folder(tmp_path: Path) -> None:
+    """An application factory makes a client of Redis with each call."""
+
+    def wrap(url: str, name: str = "shop") -> None:
+        queue = Queue(name, connection=Redis.from_url(url), serializer=JSONSerializer)
+        runner = RQRunner(queue, outbox=tmp_path / "tasks")
+        BackgroundTasksMiddleware(app_that(print), runner=runner)
+
+    before = dict(rq_worker.runners)
+    for url in ("redis://localhost", "redis://localhost:6379/0?socket_timeout=5"):
+        wrap(url)
+    for url, name in (
+        ("redis://localhost/1", "shop"),
+        ("redis://localhost:1", "shop"),
+        ("unix:///redis.sock", "shop"),
+        ("redis://localhost", "other"),
+    ):
+        with pytest.raises(OptionValueError, match="outbox must be another folder"):
+            wrap(url, name)
+    rq_worker.runners.clear()
+    rq_worker.runners.update(before)

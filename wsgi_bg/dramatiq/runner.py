@@ -8,6 +8,7 @@ from math import ceil
 from typing import Any, ClassVar, Unpack
 
 from wsgi_bg import BackgroundTask
+from wsgi_bg._outbox.address import address_of
 from wsgi_bg.exceptions import (
     ExtraMissingError,
     NameTakenError,
@@ -46,8 +47,7 @@ class DramatiqRunner(OutboxRunner):
 
     engine_options: ClassVar[EngineOptions] = {
         "queue_name": ((str,), "the name of a queue"),
-        "time_limit": _MILLISECONDS,
-        "max_age": _MILLISECONDS,
+        **dict.fromkeys(("time_limit", "max_age"), _MILLISECONDS),
         "broker_priority": ((int,), "a whole number"),
     }
 
@@ -65,7 +65,9 @@ class DramatiqRunner(OutboxRunner):
         super().__init__(**options)
         self.holds_delays: bool = not _is_rabbitmq(broker)  # which closes the worker's channel
         self._broker = broker
-        self.destination: object = broker
+        self.destination: object = getattr(broker, "parameters", broker)
+        if hasattr(broker, "client"):  # of Redis
+            self.destination = vars(broker)["namespace"], address_of(broker.client)
         self._actors = Actors(self, broker)
 
     def message(self, task: BackgroundTask) -> Message | None:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from math import ceil
 from typing import Any, ClassVar, Unpack
 
+from wsgi_bg._outbox.address import address_of
 from wsgi_bg.exceptions import ExtraMissingError, OptionTypeError, OptionValueError
 from wsgi_bg.outbox import Connection, EngineOptions, Message, OutboxOptions, OutboxRunner
 
@@ -58,7 +59,7 @@ class RQRunner(OutboxRunner):
             raise OptionValueError("queue", queue, wanted)
         super().__init__(**options)
         self._queue = queue
-        self.destination: object = queue.key, queue.connection.connection_pool.connection_kwargs
+        self.destination: object = queue.key, address_of(queue.connection)
         worker.runners[queue.name] = self
 
     def connect(self) -> Connection:
@@ -90,8 +91,7 @@ class _Connection(Connection):
         list(map(confirmed, range(len(messages))))
 
     def _enqueue(self, message: Message, pipeline: Any) -> None:
-        call, queue = message.data, copy(self._queue)
-        options = dict(call.options)
+        call, queue, options = message.data, copy(self._queue), dict(message.data.options)
         crashes, at_front = options.pop("max_crashes", 0), options.pop("at_front", False)
         name, timeout = options.pop("queue", queue.name), options.pop("job_timeout", None)
         job = queue.create_job(
