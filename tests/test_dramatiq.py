@@ -9,16 +9,26 @@ from typing import Any
 
 import dramatiq
 import pytest
+from dramatiq.brokers.rabbitmq import RabbitmqBroker
+from dramatiq.brokers.redis import RedisBroker
 from dramatiq.brokers.stub import StubBroker
-from dramatiq.middleware import AgeLimit, CurrentMessage, Retries, Shutdown
+from dramatiq.middleware import (
+    AgeLimit,
+    CurrentMessage,
+    Retries,
+    Shutdown,
+    TimeLimitExceeded,
+)
 
 from tests.brokers import RabbitServer, RedisServer
 from tests.engine_shop import block, fail_twice, look, note_call, note_slowly
 from tests.engine_support import TIMEOUT, Dramatiq, Worker, send, worker
+from tests.support import app_that
 from tests.test_examples import text_of, wait_until
-from wsgi_bg import wait
+from wsgi_bg import BackgroundTasksMiddleware, Retry, registered_task, wait
 from wsgi_bg.dramatiq import DramatiqRunner
 from wsgi_bg.exceptions import MessageError, NameTakenError, OptionTypeError, OptionValueError
+from wsgi_bg.hooks import Hooks, TaskRecord
 
 
 def stub(**options: Any) -> StubBroker:
@@ -203,3 +213,61 @@ def test_rabbitmq_confirms_messages(rabbitmq: RabbitServer, tmp_path: Path) -> N
     with working(broker):
         assert wait_until((tmp_path / "call").exists, TIMEOUT)
     broker.close()
+
+
+ended: list[str] = []
+"""How each call of ``over_time`` has ended, as the hooks see it."""
+
+
+class Ends(Hooks):
+    def task_retried(self, record: TaskRecord) -> None:
+        ended.append("retried")
+
+    def task_failed(self, record: TaskRecord) -> None:
+        ended.append("failed")
+
+    def task_discarded(self, record: TaskRecord) -> None:
+        ended.append("discarded")
+
+
+@registered_task(name="dramatiq.over_time")
+def over_time() -> None:
+    raise TimeLimitExceeded  # as Dramatiq does, on the thread of the call
+
+
+@pytest.mark.parametrize(
+    ("retry", "ends"),
+    [
+        (None, ["failed"]),
+        (Retry(2, first=0), ["failed"]),
+        (Retry(2, first=0, on=(Exception, TimeLimitExceeded)), ["retried", "failed"]),
+    ],
+)
+def test_a_task_over_its_time_limit_has_failed(retry: Retry | None, ends: list[str]) -> None:
+    """It stops no worker."""
+    ended.clear()
+    broker = stub()
+    runner = DramatiqRunner(broker)
+    BackgroundTasksMiddleware(app_that(print), runner=runner, hooks=Ends())
+    with working(broker):
+        send(runner, over_time, using={"retry": retry})
+        assert wait_until(lambda: len(broker.dead_letters) == 1)
+    assert ended == ends
+
+
+def test_brokers_of_the_same_server_may_share_a_folder(tmp_path: Path) -> None:
+    """An application factory makes a broker with each call."""
+    folder, url = tmp_path / "tasks", "redis://127.0.0.1:1/1"
+    runners = [DramatiqRunner(RedisBroker(url=url), outbox=folder) for _ in range(2)]
+    for runner in runners:
+        BackgroundTasksMiddleware(app_that(print), runner=runner)
+    for other in (
+        RedisBroker(url="redis://127.0.0.1:1/2"),
+        RedisBroker(url=url, namespace="other"),
+        RabbitmqBroker(url="amqp://127.0.0.1:1", confirm_delivery=True),
+        stub(),
+    ):
+        with pytest.raises(OptionValueError, match="outbox must be another folder"):
+            BackgroundTasksMiddleware(
+                app_that(print), runner=DramatiqRunner(other, outbox=folder)
+            )

@@ -42,6 +42,8 @@ def run_call(
     given: object,
     attempt: int = 1,
     id: str | None = None,  # noqa: A002
+    *,
+    failures: tuple[type[BaseException], ...] = (Exception,),
 ) -> Any:
     """Call a registered function on a worker; blocks until the call is done.
 
@@ -57,6 +59,7 @@ def run_call(
     :param given: the headers of the message.
     :param attempt: the number of the call: 1, or more if the function has raised before.
     :param id: the id of the message, which was that of the task; for hooks.
+    :param failures: the errors by which a call fails; all others stop the worker.
     :return: the result of the function.
     :raises RetryLater: if the function has raised, and its ``Retry`` lets the task try again.
     :raises MessageError: a ``ValueError``, if the message cannot be read, or the function is
@@ -88,7 +91,7 @@ def run_call(
                 result, error = portal.wait_for(context, result)
                 if error is not None:
                     raise error
-    except Exception as exc:
+    except failures as exc:
         if retry is None or not retry.allows(attempt, exc):
             call.failed(exc)
             added.hand_over()

@@ -7,7 +7,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import dramatiq
-from dramatiq.middleware import CurrentMessage, Shutdown
+from dramatiq.middleware import CurrentMessage, Shutdown, TimeLimitExceeded
 
 from wsgi_bg._tasks import registry
 from wsgi_bg._tasks.registry import Registration
@@ -21,6 +21,8 @@ CALL = "wsgi_bg"
 """The option of a message that has the arguments. Dramatiq logs its own arguments."""
 
 QUEUE = "default"
+
+_FAILURES = Exception, TimeLimitExceeded
 
 
 class Actors:
@@ -56,7 +58,8 @@ class Actors:
             raise MessageError("the message has no arguments of wsgi_bg") from None
         attempt = message.options.get("retries", 0) + 1
         try:
-            run_call(self._runner, name, text, headers, attempt, message.message_id)
+            id_ = message.message_id
+            run_call(self._runner, name, text, headers, attempt, id_, failures=_FAILURES)
         except RetryLater as exc:
             raise dramatiq.Retry(str(exc), delay=ceil(1000 * exc.seconds)) from exc
 
