@@ -44,7 +44,7 @@ def find(header: object, of_function: Retry | None) -> Retry | None:
     :param header: the value of the header; None if the message has none. A value that is no
         ``Retry`` is ignored, since a message may be forged.
     """
-    with suppress(TypeError, ValueError, KeyError):
+    with suppress(TypeError, ValueError, KeyError, RecursionError):
         if isinstance(header, str):
             fields = json.loads(header)
             names = frozenset(fields["on"])
