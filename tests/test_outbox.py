@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from werkzeug.test import Client
 
 import wsgi_bg
 from tests import post
 from tests.conftest import Log
 from tests.post import FilePost, Post, add, request, send, send_or_run
+from tests.recording_support import late as late_stream
 from tests.recording_support import recording
 from tests.support import TIMEOUT, Gate, Server, app_that, make_server_environ, no_threads
 from tests.test_examples import text_of, wait_until
@@ -778,6 +780,7 @@ def test_rows_of_unknown_tasks_wait_and_forged_rows_are_put_aside(
     rows = [
         Row("os.system", '["echo"]'),
         Row("post.send", "no JSON"),
+        Row("post.send", "[" * 100_000),
         Row("post.late", '["late"]'),
         Row("post.send", '["good"]'),
     ]
@@ -785,12 +788,12 @@ def test_rows_of_unknown_tasks_wait_and_forged_rows_are_put_aside(
     runner._states.get().files._has_left_some = True  # type: ignore[union-attr]
     runner.start()
     assert wait_until(lambda: sent(tmp_path) == ["good"])
-    assert wait_until(lambda: len(log.errors) == 3)
+    assert wait_until(lambda: len(log.errors) == 4)
     assert "a message for post.send was put aside" in " ".join(log.errors)
     assert runner.statistics().aside == 1
     wsgi_bg.registered_task(name="post.late")(late)
     assert wait_until(lambda: sent(tmp_path) == ["good", "late"])
-    states = ["aside", "waiting"]
+    states = ["aside", "aside", "waiting"]
     assert wait_until(lambda: sorted(each for each, _ in stored(runner, tmp_path)) == states)
 
 
@@ -1085,3 +1088,27 @@ def test_a_connection_that_was_left_for_too_long_is_closed() -> None:
     outbox._idle.append((old, 0.0))
     assert outbox._take_idle() is None
     assert old.is_closed.wait(TIMEOUT)
+
+
+@pytest.mark.parametrize("mode", ["record", "run"])
+def test_with_the_fixture_no_message_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """Not one that a stream adds, or a task that runs: the next process would send it."""
+    (tmp_path / "is_up").touch()
+    runner = FilePost(tmp_path)
+    monkeypatch.setattr(Store, "add", no_row)
+    with recording(mode) as recorder:
+        Client(late_stream((post.send, "late"), add_more, runner=runner)).get("/").get_data()
+        recorder.run()
+        assert [task.func for task in recorder.tasks] == [post.send, add_more, post.send]
+    assert post.here == ["late", "more"]
+    assert os.listdir(tmp_path / "tasks" / "outbox") == []
+
+
+def add_more() -> None:
+    background_tasks.add_task(send, "more")
+
+
+def no_row(self: Store, rows: list[Row], *_: Any) -> None:
+    raise AssertionError(rows)

@@ -28,7 +28,7 @@ from wsgi_bg._tasks.task import BackgroundTask, Queue, Queued, fill, plan_of
 from wsgi_bg.exceptions import MessageError, OptionTypeError, OptionValueError
 from wsgi_bg.runners import Runner, Statistics, resolve
 from wsgi_bg.runners.attached import Attached
-from wsgi_bg.runners.keeping import KeepingRunner, is_answered
+from wsgi_bg.runners.keeping import KeepingRunner, is_answered, is_recorded
 from wsgi_bg.runners.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -282,7 +282,7 @@ class OutboxRunner(KeepingRunner):
 
         :raises StoreError: as :meth:`keep` does.
         """
-        if is_answered(batch):
+        if is_answered(batch) and not is_recorded(batch):
             self.keep([task])
 
     def joined(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
@@ -399,7 +399,7 @@ class OutboxRunner(KeepingRunner):
             return None
         try:
             message = Message(row.name, self.load(row.name, row.arguments))
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as exc:
+        except Exception as exc:  # a forged row
             raise MessageError(f"the message cannot be read: {type_name(exc)}") from None
         task = BackgroundTask.__new__(BackgroundTask)
         fill(task, func, (), {}, copy_context(), self.options)

@@ -117,6 +117,12 @@ def is_answered(batch: BackgroundTasks) -> bool:
     return getattr(batch.root, "is_answered", True)
 
 
+def is_recorded(batch: BackgroundTasks) -> bool:
+    """True if a test records the tasks, and runs them in its own process."""
+    observer = getattr(batch.root, "observer", None)
+    return observer is not None and not observer.waits
+
+
 def keeps_tasks(runner: object) -> TypeGuard[KeepingRunner]:
     """True if ``runner`` stores tasks."""
     return isinstance(runner, KeepingRunner) and runner.keeps
