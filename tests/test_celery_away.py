@@ -145,6 +145,31 @@ def test_a_message_that_rabbitmq_refuses_holds_up_no_other(
     assert log.errors == [f"background task {NOTE} raised PublishError"]
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{"priority": 256}, {"priority": -1}, {"delivery_mode": 700}, {"headers": {"x": {1}}}],
+)
+def test_a_message_that_amqp_cannot_write_holds_up_no_other(
+    rabbitmq: RabbitServer, log: Log, given: dict[str, Any]
+) -> None:
+    """struct.error and a connection error of py-amqp: the broker was taken for away."""
+    broker = rabbitmq.fresh()
+    runner = broker.runner()
+    celery_app: Any = runner._app
+    own = celery_app.task(name="own", shared=False)(add)
+
+    def do() -> None:
+        background_tasks.add_task(note, "first")
+        background_tasks.add_task(own.apply_async, ("wrong",), **given)
+        background_tasks.add_task(note, "last")
+
+    request(runner, do)
+    assert waiting(broker.url) == 2  # none twice: the first was confirmed nevertheless
+    assert runner.statistics().sent == 2
+    assert log.errors == ["background task own raised PublishError"]
+    assert log.warnings == []
+
+
 def test_a_queue_that_redis_cannot_use_holds_up_no_other(redis: RedisServer, log: Log) -> None:
     broker = redis.fresh()
     with Connection(broker.url) as connection:

@@ -215,6 +215,17 @@ def test_rabbitmq_confirms_messages(rabbitmq: RabbitServer, tmp_path: Path) -> N
     broker.close()
 
 
+def test_a_message_that_rabbitmq_cannot_have_holds_up_no_other(rabbitmq: RabbitServer) -> None:
+    broker = RabbitmqBroker(url=rabbitmq.fresh_url(), confirm_delivery=True)
+    runner = DramatiqRunner(broker)
+    send(runner, note_call, "", using={"engine": {"broker_priority": 256}})
+    send(runner, note_call, "")
+    assert wait(TIMEOUT) == []
+    assert (runner.statistics().sent, runner.statistics().failed) == (1, 1)
+    assert wait_until(lambda: not broker.connections)
+    broker.close()
+
+
 ended: list[str] = []
 """How each call of ``over_time`` has ended, as the hooks see it."""
 

@@ -6,6 +6,7 @@ package's threads send the tasks in batches. While the broker is away the tasks 
 
 from __future__ import annotations
 
+import struct
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -44,6 +45,9 @@ IDLE = 10.0
 Firewalls and load balancers drop idle connections, and tell neither side.
 """
 
+OF_MESSAGE = (LookupError, TypeError, ValueError, struct.error)
+"""Errors of a message that cannot be encoded: they do not say that the broker is away."""
+
 _PAUSES = (0.5, 30.0)  # the first and the longest pause before the next try, in seconds
 _SLACK = 0.001  # seconds: the tasks of a request are sent together, in order
 _AFTER_ERROR = 1.0  # seconds
@@ -66,7 +70,7 @@ class Connection(Protocol):
 
     def is_lost(self, exc: Exception) -> bool:
         """True if ``exc`` says that the broker is away; False if a message was refused."""
-        return not isinstance(exc, (TypeError, ValueError, LookupError))
+        return not isinstance(exc, OF_MESSAGE)
 
     def close(self) -> None:
         """Close the connection; may block for some seconds."""

@@ -10,11 +10,15 @@ from typing import Any
 from celery import Celery
 from kombu import Producer
 
+from wsgi_bg._outbox.outbox import OF_MESSAGE
 from wsgi_bg._outbox.stored import Message
 from wsgi_bg.celery.captured import Published
 
 _REDIS = ("redis", "rediss", "sentinel")
 _AMQP = ("amqp", "amqps", "pyamqp")
+
+_SYNTAX_ERROR = 502
+"""AMQP's code for a header that cannot be encoded; py-amqp's class is a connection error."""
 
 
 class BrokerConnection:
@@ -84,6 +88,7 @@ class BrokerConnection:
         channel = self._producer.channel
         waiting: dict[int, int] = {}  # the index of a message by the number of its last part
         refused: list[int] = []
+        error: Exception | None = None
 
         def on_ack(number: int, multiple: bool) -> None:
             for each in _numbers(waiting, number, multiple):
@@ -100,7 +105,13 @@ class BrokerConnection:
                 if not message.data:  # an apply_async of the user has sent nothing
                     confirmed(index)
                     continue
-                self._publish_all([message])
+                try:
+                    self._publish_all([message])
+                except Exception as exc:
+                    if not _is_unwritable(exc):
+                        raise
+                    error = exc  # raised after the confirms of the messages before
+                    break
                 self._published += len(message.data)
                 waiting[self._published] = index
             deadline = monotonic() + self._timeout
@@ -109,20 +120,29 @@ class BrokerConnection:
         finally:
             channel.events["basic_ack"].discard(on_ack)
             channel.events["basic_nack"].discard(on_nack)
+        if error is not None:
+            raise error
         if refused:
             raise ConnectionError("the broker could not keep a message (basic.nack)")
 
     def is_lost(self, exc: Exception) -> bool:
         """True if the broker is away; False if a message was refused."""
-        of_message: tuple[type[Exception], ...] = (TypeError, ValueError, LookupError)
-        if self._confirms:  # an exchange or queue that is missing, or of another type
-            of_message += tuple(self._connection.channel_errors)
+        if _is_unwritable(exc):
+            return False
+        # An exchange or queue is missing, or of another type.
+        if self._confirms and isinstance(exc, tuple(self._connection.channel_errors)):
+            return False
         # Redis: the key of the queue is no list, so no message to that queue can be sent.
-        return not (isinstance(exc, of_message) or "WRONGTYPE" in str(exc))
+        return "WRONGTYPE" not in str(exc)
 
     def close(self) -> None:
         """Close the connection; may block for ``timeout`` seconds."""
         self._connection.release()
+
+
+def _is_unwritable(exc: Exception) -> bool:
+    """True if a message cannot be encoded; nothing of the message was sent."""
+    return isinstance(exc, OF_MESSAGE) or getattr(exc, "code", 0) == _SYNTAX_ERROR
 
 
 def _numbers(waiting: dict[int, int], number: int, multiple: bool) -> list[int]:
