@@ -285,10 +285,12 @@ def test_engine_options_are_a_dict() -> None:
 def test_queues_of_the_same_server_may_share_a_folder(tmp_path: Path) -> None:
     """An application factory makes a client of Redis with each call."""
 
+    wrapped: list[Any] = []
+
     def wrap(url: str, name: str = "shop") -> None:
         queue = Queue(name, connection=Redis.from_url(url), serializer=JSONSerializer)
         runner = RQRunner(queue, outbox=tmp_path / "tasks")
-        BackgroundTasksMiddleware(app_that(print), runner=runner)
+        wrapped.append(BackgroundTasksMiddleware(app_that(print), runner=runner))
 
     before = dict(rq_worker.runners)
     for url in ("redis://localhost", "redis://localhost:6379/0?socket_timeout=5"):
