@@ -1112,3 +1112,25 @@ def add_more() -> None:
 
 def no_row(self: Store, rows: list[Row], *_: Any) -> None:
     raise AssertionError(rows)
+
+
+def test_a_message_that_is_left_for_the_next_process_is_not_sent_by_this_one(
+    tmp_path: Path, gate: Gate
+) -> None:
+    """A thread had the message in hand, and went on to send it."""
+    (tmp_path / "is_up").touch()
+
+    class Slow(FilePost):
+        def connect(self) -> Any:
+            gate.task()
+            return super().connect()
+
+    runner = Slow(tmp_path)
+    request(runner, add(send, "once"))
+    assert gate.begun.wait(TIMEOUT)
+    runner.prepare_drain()
+    gate.open()
+    outbox = runner._states.get().outbox
+    assert wait_until(lambda: not outbox._busy)
+    assert sent(tmp_path) == []
+    assert [state for state, _ in stored(runner, tmp_path)] == ["waiting"]

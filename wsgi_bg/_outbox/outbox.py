@@ -127,7 +127,7 @@ class Unsent:
         self.was_tried: bool = False
         self.moved_to: Batch | None = None
         self._ledger = ledger
-        self._right = {"to end": True}
+        self._right = {"to end": True, "to begin": True}
 
     @property
     def tasks(self) -> list[BackgroundTask]:
@@ -138,7 +138,14 @@ class Unsent:
     @property
     def is_claimed(self) -> bool:
         """True if a thread has ended the task, or does so now."""
-        return not self._right
+        return "to end" not in self._right
+
+    def begin(self) -> bool:
+        """Claim the right to send, or to leave the message to another process.
+
+        True for a single caller only.
+        """
+        return self._right.pop("to begin", False)  # one atomic step
 
     def claim(self) -> bool:
         """Claim the right to end the task; True for a single caller only."""
@@ -390,8 +397,10 @@ class Outbox:
                 log.info("the broker of %s is reached again", self._runner)
 
     def _begins(self, unsent: Unsent) -> bool:
-        """True if the message is to be sent now; else it was discarded by hand."""
-        unsent.was_tried = True
+        """True if the message is to be sent now; else it was left, ended or discarded."""
+        unsent.was_tried = unsent.begin() or unsent.was_tried
+        if unsent.is_claimed or not unsent.was_tried:
+            return False
         if unsent.stored.begin():
             return True
         if unsent.claim():
@@ -404,7 +413,7 @@ class Outbox:
         """Leave messages in their files that are not being sent; return their number."""
         count = 0
         for unsent in list(self._unsent):
-            if unsent.stored.store is not None and not unsent.was_tried and unsent.claim():
+            if unsent.stored.store is not None and unsent.begin() and unsent.claim():
                 unsent.stored.leave()
                 self._ledger.end_unsent(unsent)
                 count += 1
