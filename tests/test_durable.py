@@ -10,6 +10,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +35,7 @@ from tests.durable_shop import (
 from tests.support import (
     TIMEOUT,
     Clock,
+    Gate,
     Server,
     app_that,
     make_server_environ,
@@ -543,6 +545,27 @@ def test_beyond_max_waiting_a_delay_is_refused_and_a_retry_is_kept(tmp_path: Pat
     assert waiting(runner) == ["durable.write", "durable.write", "durable.fail_for_long"]
     assert runner.drain(TIMEOUT) == []
     runner.abandon()
+
+
+def test_a_second_thread_finds_room_while_the_first_one_counts(
+    runner: DurableRunner, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first two requests of a server with threads: the second one was refused."""
+    counts: list[int] = []
+
+    def count_waiting() -> int:
+        counts.append(0)
+        if len(counts) == 1:
+            gate.task()
+        return 0
+
+    monkeypatch.setattr(runner.ledger, "_count_waiting", count_waiting)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(runner.ledger.may_wait)
+        assert gate.begun.wait(TIMEOUT)
+        assert runner.ledger.may_wait()
+        gate.open()
+        assert first.result(TIMEOUT)
 
 
 def test_there_is_room_to_wait_again_when_tasks_have_run(tmp_path: Path) -> None:

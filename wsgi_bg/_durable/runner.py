@@ -535,9 +535,9 @@ class _Ledger(Ledger):
         """See :class:`Ledger`. Counts the rows only when all room found before is taken."""
         number = next(self._asked)
         if number >= self._room and time.monotonic() >= self._next_count:
-            self._next_count = time.monotonic() + _LOOK
             waiting = len(self.waiting) + self._count_waiting()
             self._room = number + self.max_waiting - waiting
+            self._next_count = time.monotonic() + _LOOK  # last: else a thread finds no room
         return number < self._room
 
     def statistics(self) -> Statistics:
