@@ -170,6 +170,25 @@ def test_a_message_that_amqp_cannot_write_holds_up_no_other(
     assert log.warnings == []
 
 
+def test_a_connection_that_is_lost_while_messages_are_written_loses_none(
+    rabbitmq: RabbitServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, errors = BrokerConnection._publish, [ConnectionResetError()]
+
+    def cut_once(self: BrokerConnection, part: Any) -> None:
+        if errors:
+            raise errors.pop()
+        publish(self, part)
+
+    monkeypatch.setattr(BrokerConnection, "_publish", cut_once)
+    monkeypatch.setattr(sending, "_PAUSES", (0.01, 0.02))
+    broker = rabbitmq.fresh()
+    runner = broker.runner()
+    request(runner, lambda: [add("first")(), add("last")()])
+    assert waiting(broker.url) == 2
+    assert runner.statistics().sent == 2
+
+
 def test_a_queue_that_redis_cannot_use_holds_up_no_other(redis: RedisServer, log: Log) -> None:
     broker = redis.fresh()
     with Connection(broker.url) as connection:

@@ -1134,3 +1134,22 @@ def test_a_message_that_is_left_for_the_next_process_is_not_sent_by_this_one(
     assert wait_until(lambda: not outbox._busy)
     assert sent(tmp_path) == []
     assert [state for state, _ in stored(runner, tmp_path)] == ["waiting"]
+
+
+def test_a_message_that_is_given_up_while_a_thread_connects_is_not_sent(
+    gate: Gate, log: Log
+) -> None:
+    class Slow(Post):
+        def connect(self) -> Any:
+            gate.task()
+            return super().connect()
+
+    runner = Slow(when_unsent="discard", publish_timeout=0.05)
+    request(runner, add(send, "late"))
+    assert gate.begun.wait(TIMEOUT)
+    assert wait_until(lambda: runner.statistics().failed == 1)
+    gate.open()
+    outbox = runner._states.get().outbox
+    assert wait_until(lambda: not outbox._busy)
+    assert runner.got == []
+    assert log.warnings == []

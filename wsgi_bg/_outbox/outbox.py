@@ -399,9 +399,9 @@ class Outbox:
     def _begins(self, unsent: Unsent) -> bool:
         """True if the message is to be sent now; else it was left, ended or discarded."""
         unsent.was_tried = unsent.begin() or unsent.was_tried
-        if unsent.is_claimed or not unsent.was_tried:
+        if not unsent.was_tried:
             return False
-        if unsent.stored.begin():
+        if not unsent.is_claimed and unsent.stored.begin():
             return True
         if unsent.claim():
             reason = "it was discarded by hand"

@@ -121,7 +121,10 @@ class BrokerConnection:
             channel.events["basic_ack"].discard(on_ack)
             channel.events["basic_nack"].discard(on_nack)
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # or it refers to itself, by this frame
         if refused:
             raise ConnectionError("the broker could not keep a message (basic.nack)")
 
