@@ -64,11 +64,10 @@ class DramatiqRunner(OutboxRunner):
             raise OptionValueError("broker", broker, wanted)
         super().__init__(**options)
         self.holds_delays: bool = not _is_rabbitmq(broker)  # which closes the worker's channel
-        self._broker = broker
+        self._broker, self._actors = broker, Actors(self, broker)
         self.destination: object = getattr(broker, "parameters", broker)
         if hasattr(broker, "client"):  # of Redis
             self.destination = vars(broker)["namespace"], address_of(broker.client)
-        self._actors = Actors(self, broker)
 
     def message(self, task: BackgroundTask) -> Message | None:
         """Encode an added task if Dramatiq is to run it.
