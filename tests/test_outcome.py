@@ -89,6 +89,19 @@ def test_a_status_that_is_no_text_loses_no_task(status: Any, expected: set[str])
     assert set(seen) == expected
 
 
+@pytest.mark.parametrize(
+    "headers", [[("Content-Length", "9" * 5000)], [("Content-Length", "1", "more")], [1]]
+)
+def test_headers_that_cannot_be_read_lose_no_task(headers: Any, log: Log) -> None:
+    """A server may accept such headers; close() must not raise then."""
+    seen: list[str] = []
+    app = app_that(add_one_of_each(seen), headers=headers)
+    respond(BackgroundTasksMiddleware(app), make_server_environ())
+    assert shutdown.wait(TIMEOUT) == []
+    assert set(seen) == SUCCESS
+    assert log.errors == []
+
+
 def test_an_application_that_raises_has_failed() -> None:
     seen: list[str] = []
 

@@ -538,13 +538,14 @@ def test_a_time_limit_after_the_call_of_a_task_is_not_the_tasks_error(
     assert log.warnings == log.errors == []
 
 
+@pytest.mark.parametrize("exc", [KeyboardInterrupt, TimeLimitError])
 def test_after_a_stop_before_the_batch_exists_the_tasks_still_run(
-    monkeypatch: pytest.MonkeyPatch,
+    exc: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    with handler(KeyboardInterrupt) as stop, monkeypatch.context() as patch:
+    with handler(exc) as stop, monkeypatch.context() as patch:
         patch.setattr(servers, "is_written", first_stopped(stop, servers.is_written))
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(exc):
             submit(PoolRunner(), partial(seen.append, 1))
     assert wait(TIMEOUT) == []
     assert seen == [1]

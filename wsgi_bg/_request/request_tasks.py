@@ -173,18 +173,23 @@ class RequestTasks(Deferring):
 
     def _make_batch(self, environ: WSGIEnvironment, outcome: Outcome, closed: bool) -> Batch:
         status = self.status if type(self.status) is str else _text_of(self.status)
-        complete = closed and (
-            (
-                outcome is EXHAUSTED
-                and servers.is_written(
-                    environ,
-                    status,
-                    self.headers or (),
-                    declared_late=self.is_declared_late,
+        try:
+            complete = closed and (
+                (
+                    outcome is EXHAUSTED
+                    and servers.is_written(
+                        environ,
+                        status,
+                        self.headers or (),
+                        declared_late=self.is_declared_late,
+                    )
                 )
+                or servers.is_test_client(environ)
             )
-            or servers.is_test_client(environ)
-        )
+        except Exception as exc:  # no legal headers, but this server has accepted them
+            if is_from_signal_handler(exc):
+                raise
+            complete = False
         return Batch(
             self,
             response_complete=complete,

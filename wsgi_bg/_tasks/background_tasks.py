@@ -550,7 +550,7 @@ def _request_label(method: str, script_name: str | None, path_info: str | None) 
 
     The path is that of the environ, which has bytes as Latin-1 text (PEP 3333).
     """
-    path = (script_name or "") + (path_info or "")
+    path = f"{script_name or ''}{path_info or ''}"  # a sum would raise if one is no text
     if not path.isascii():
         path = path.encode("latin-1", "replace").decode("utf-8", "replace")
     return _shortened(f"{method} {path}")
