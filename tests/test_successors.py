@@ -225,6 +225,38 @@ def test_a_task_that_an_observer_has_added_may_add_its_successor_for_long(
 
 
 @both
+def test_hooks_may_add_a_task_for_each_of_many_successors_that_on_error_has_begun(
+    log: Log, runner: str
+) -> None:
+    own = RUNNERS[runner]()
+    seen: Counter[str] = Counter()
+
+    def fail() -> None:
+        raise ValueError
+
+    def step(left: int) -> None:
+        seen["step"] += 1
+        if left:
+            background_tasks.add_task(step, left - 1)
+
+    def audit() -> None:
+        seen["audit"] += 1
+
+    class Auditing(Hooks):
+        def task_finished(self, record: Any) -> None:
+            if record.task.func is step:
+                background_tasks.add_task(audit)
+
+    def add(task: BackgroundTask, error: BaseException) -> None:
+        background_tasks.add_task(step, 300)
+
+    request(own, lambda: background_tasks.add_task(fail), hooks=Auditing(), on_error=add)
+    assert own.drain(6 * TIMEOUT) == []
+    assert seen == {"step": 301, "audit": 301}
+    assert len(log.errors) == 1
+
+
+@both
 @pytest.mark.parametrize("name", ["plain", "coroutine"])
 @pytest.mark.parametrize("hook", ["task_finished", "task_started"])
 def test_a_hook_that_adds_a_task_each_time_ends_with_a_single_error(

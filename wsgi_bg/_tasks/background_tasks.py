@@ -61,7 +61,7 @@ class BackgroundTasks:
 
     _list: list[BackgroundTask] | None
     is_endless: bool  # only if an endless row of tasks was cut: see wsgi_bg._tasks.successors
-    successors: tuple[int, int]  # only if a task was added because another task has ended
+    successors: tuple[int, int, int]  # only if a task was added since another task has ended
     options: Options
     phase: int
     _request: str | tuple[Any, ...] | None  # only once the label is known

@@ -19,7 +19,8 @@ MAX_GENERATIONS = 100
 """Most tasks in a row that are added because the task before has ended.
 
 Also the most such tasks, for each task of the first generation: a teardown that adds two tasks
-each time would have added 2**100 tasks before one of them is the last of such a row."""
+each time would have added 2**100 tasks before one of them is the last of such a row. A task of
+the first generation may add its successor for days, and hooks a task for each."""
 
 _generation: ContextVar[int] = ContextVar("wsgi_bg.generation", default=0)
 """While something observes a task: the generation of a task that is added now. In the context
@@ -96,16 +97,20 @@ def admit(task: BackgroundTask, batch: Any) -> None:
         names the function.
     """
     generation = _generation.get()
-    if generation > 0:
+    if generation:
         request = batch.origin or batch
-        first, later = getattr(request, "successors", (0, 0))
-        first, later = (first + 1, later) if generation == 1 else (first, later + 1)
-        request.successors = first, later
-        if generation > MAX_GENERATIONS or later > MAX_GENERATIONS * max(first, 1):
+        first, later, added = getattr(request, "successors", (0, 0, 0))
+        if generation in (1, -1):  # also a successor that a task of the first generation adds
+            first += 1
+        later += generation > 1
+        added += generation > 0
+        request.successors = first, later, added
+        if generation > MAX_GENERATIONS or (
+            generation > 0 and later > MAX_GENERATIONS * max(first, 1)
+        ):
             is_first = not getattr(batch, "is_endless", False)
             batch.is_endless = True
-            raise EndlessTasksError(task.name, first + later - 1, is_first=is_first)
-    if generation:
+            raise EndlessTasksError(task.name, added - 1, is_first=is_first)
         task.generation = abs(generation)
         assert task.context is not None
         task.context.run(_generation.set, -task.generation)
