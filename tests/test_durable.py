@@ -356,6 +356,7 @@ def test_tasks_beyond_max_pending_stay_in_the_file_until_there_is_room(tmp_path:
         handle(runner, (write, number))
     assert shop.calls == []
     assert len(waiting(runner)) == 6
+    assert [task.name for task in wait(0)] == ["tests.durable_shop.wait_at"]
     shop.gate("gate").set()
     assert shop.wait_for(6)[0] == "gate"
     assert sorted(shop.calls[1:]) == [0, 1, 2, 3, 4]

@@ -143,3 +143,10 @@ def test_the_page_about_log_records_has_each_message(message: str) -> None:
     page = Page("docs/reference/log-records.md").text
     fixed = re.split(r"%\.?\d*[a-z]", message)
     assert all(part in page for part in fixed)
+
+
+def test_a_table_says_for_each_runner_what_wait_and_drain_wait_for() -> None:
+    page = (ROOT / "docs/reference/exit.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    names = "inline", "pool", "DurableRunner", "CeleryRunner", "RQRunner", "DramatiqRunner"
+    assert [name for name in names if not any(name in row for row in rows)] == []

@@ -129,7 +129,8 @@ def wait(timeout: float | None = None) -> list[BackgroundTask]:
 
     ``wait`` includes tasks that these tasks add, and tasks of responses that a server has
     freed without ``close()``. A task that is sent to another process is done when its broker
-    has confirmed the message. Runners accept batches during and after the wait. Call ``wait``
+    has confirmed the message. Tasks that a file and no memory holds are neither waited for nor
+    returned. Runners accept batches during and after the wait. Call ``wait``
     at any time, any number of times, from any thread, but not from a background task.
 
     :param timeout: how long to wait, in seconds; None for no limit.
