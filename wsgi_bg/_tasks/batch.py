@@ -142,7 +142,7 @@ class Batch:
         # A task whose plain function has returned an awaitable, which the portal will await.
         self._begun: tuple[BackgroundTask, Context, Any] | None = None
         # The exception for which the running async task is cancelled.
-        self._cause: Exception | None = None
+        self._cause: BaseException | None = None
         self._on_done: tuple[Callable[[Any], None], ...] = ()
         # True if the end of each task is logged, and when the running call began then.
         self._logs_ends = False
@@ -479,22 +479,22 @@ class Batch:
         call = PortalCall()
         try:
             portal.run(self.run_async, self.goes_on_async, call)
-        except Exception as exc:
+        except BaseException as exc:
+            if stops_worker(exc):
+                self._stop = self._stop or STOP
+                call.end(_CANCEL_TIMEOUT)
+                raise
             if not call.is_pending:  # no loop can be made, or this is the loop's thread
                 self._fail_next(exc)
                 return
-            # A signal handler has raised, for example for a time limit. The running task
-            # fails with this error.
+            # A signal handler or gevent's hub has raised, for example for a time limit. The
+            # running task fails with this error.
             self._cause = exc
             has_ended = call.end(_CANCEL_TIMEOUT)
             if not has_ended or self._cause is not None:
                 raise
-        except BaseException:
-            self._stop = self._stop or STOP
-            call.end(_CANCEL_TIMEOUT)
-            raise
 
-    def _fail_next(self, exc: Exception) -> None:
+    def _fail_next(self, exc: BaseException) -> None:
         """Fail the next async task, because there is no loop to run the task on."""
         context = None
         if self._begun is not None:
