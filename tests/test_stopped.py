@@ -180,6 +180,22 @@ def test_a_time_limit_that_is_no_exception_is_the_async_tasks_error_too(log: Log
     assert log.warnings == []
 
 
+def test_a_ctrl_c_while_an_async_task_runs_goes_through(log: Log) -> None:
+    async def slow() -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        await asyncio.sleep(TIMEOUT)
+
+    def add(environ: object) -> None:
+        background_tasks.add_task(slow)
+        background_tasks.add_task(int)
+
+    app = BackgroundTasksMiddleware(app_that(add), runner=InlineRunner())
+    with handler(KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        respond(app)
+    named = [message.rpartition(": ")[2] for message in log.warnings]
+    assert named == ["KeyboardInterrupt stopped its worker"] * 2
+
+
 def test_after_a_time_limit_the_next_task_waits_for_the_clean_up(log: Log) -> None:
     seen: list[str] = []
 
