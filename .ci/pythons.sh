@@ -2,6 +2,17 @@
 # environment that .ci/run makes.
 newest=3.15
 
+# These tests depend on a server, an engine or a browser more than on the Python, and take half of
+# the time. The gate runs them on the oldest Python, and .ci/long on each.
+outer=(
+    --ignore=tests/monitor
+    --ignore=tests/servers
+    --ignore=tests/test_brokers.py
+    --ignore-glob="tests/test_celery_*.py"
+    --ignore=tests/test_engines.py
+    --ignore=tests/test_tasks_command.py
+)
+
 # The interpreter of a version: on the path, or one that pyenv keeps.
 find_python() {
     local candidate
@@ -36,19 +47,23 @@ make_forky() {
     fi
 }
 
-# test_each_python [ARGUMENT...]    the newest Python runs all tests, the others get the ARGUMENTs
+# test_each_python whole    all tests on each Python
+# test_each_python part     without the outer tests; interruptions on the newest Python only
 test_each_python() {
-    local version python arguments
+    local version python left_out
     stage "a system of Debian's suite forky, for its Pythons" make_forky
     for version in 3.11 3.12 3.13 3.14 "$newest"; do
-        arguments=("$@")
-        [ "$version" != "$newest" ] || arguments=()
+        left_out=()
+        if [ "$1" = part ]; then
+            left_out=("${outer[@]}")
+            [ "$version" = "$newest" ] || left_out+=(--ignore=tests/test_interrupted.py)
+        fi
         if .venv/bin/python -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$version')"; then
             continue
         elif python=$(find_python "$version"); then
-            stage "tests on Python $version" test_on "$version" "$python" "${arguments[@]}"
+            stage "tests on Python $version" test_on "$version" "$python" "${left_out[@]}"
         elif [ -e "$folder/forky/usr/bin/python$version" ]; then
-            stage "tests on Python $version of forky" test_in_forky "$version" "${arguments[@]}"
+            stage "tests on Python $version of forky" test_in_forky "$version" "${left_out[@]}"
         else
             say "Python $version is not here, and no system with it could be made: not tested"
         fi
