@@ -33,18 +33,18 @@ def is_on_greenlet() -> bool:
 
 def start_real_thread(target: Callable[[], object], name: str) -> None:
     """Call ``target()`` on a real daemon thread, even if gevent has patched threads."""
-    if not are_threads():
-        threading.Thread(target=target, name=name, daemon=True).start()
-        return
 
     def run() -> None:
         threading.current_thread().name = name  # gevent's thread has none
         target()
 
-    # Locks of imports are gevent's, too. If the new thread and this thread import at once,
-    # this thread may need its hub within an import; the hub's own imports then break that.
-    sys.modules["gevent"].get_hub()
-    sys.modules["gevent.monkey"].get_original("_thread", "start_new_thread")(run, ())
+    if are_threads():
+        # Locks of imports are gevent's, too. If the new thread and this thread import at once,
+        # this thread may need its hub within an import; the hub's own imports then break that.
+        sys.modules["gevent"].get_hub()
+        sys.modules["gevent.monkey"].get_original("_thread", "start_new_thread")(run, ())
+    else:
+        threading.Thread(target=run, name=name, daemon=True).start()
 
 
 class _Event:
