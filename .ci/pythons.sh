@@ -1,15 +1,15 @@
 # Runs the tests on each other Python that is to be had. To be sourced behind stages.sh; uses the
 # environment that .ci/run makes.
-newest=3.15
 
-# These tests depend on a server, an engine or a browser more than on the Python, and take half of
-# the time. The gate runs them on the oldest Python, and .ci/long on each.
+# These tests depend on a server, an engine or a browser more than on the Python, or take minutes:
+# half of the time. The gate runs them on the oldest Python, and .ci/long on each.
 outer=(
     --ignore=tests/monitor
     --ignore=tests/servers
     --ignore=tests/test_brokers.py
     --ignore-glob="tests/test_celery_*.py"
     --ignore=tests/test_engines.py
+    --ignore=tests/test_interrupted.py
     --ignore=tests/test_tasks_command.py
 )
 
@@ -48,16 +48,13 @@ make_forky() {
 }
 
 # test_each_python whole    all tests on each Python
-# test_each_python part     without the outer tests; interruptions on the newest Python only
+# test_each_python part     without the outer tests
 test_each_python() {
     local version python left_out
     stage "a system of Debian's suite forky, for its Pythons" make_forky
-    for version in 3.11 3.12 3.13 3.14 "$newest"; do
-        left_out=()
-        if [ "$1" = part ]; then
-            left_out=("${outer[@]}")
-            [ "$version" = "$newest" ] || left_out+=(--ignore=tests/test_interrupted.py)
-        fi
+    left_out=()
+    [ "$1" = whole ] || left_out=("${outer[@]}")
+    for version in 3.11 3.12 3.13 3.14 3.15; do
         if .venv/bin/python -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$version')"; then
             continue
         elif python=$(find_python "$version"); then
