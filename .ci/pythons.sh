@@ -8,8 +8,13 @@ outer=(
     --ignore=tests/servers
     --ignore=tests/test_brokers.py
     --ignore-glob="tests/test_celery_*.py"
+    --ignore=tests/test_dramatiq.py
     --ignore=tests/test_engines.py
     --ignore=tests/test_interrupted.py
+    --ignore=tests/test_observed_workers.py
+    --ignore=tests/test_opentelemetry.py
+    --ignore=tests/test_rq.py
+    --ignore=tests/test_sentry.py
     --ignore=tests/test_tasks_command.py
 )
 
