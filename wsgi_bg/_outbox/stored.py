@@ -44,6 +44,8 @@ class Message(NamedTuple):
     """The time after which the task does not run in this process either."""
     call_here: Callable[[], Any] | None = None
     """Makes the call in this process, in place of a function that would send the task."""
+    runs_here: bool = False
+    """True if the call is made in this process, and nothing is sent."""
 
 
 class _Outbox(Protocol):
@@ -67,7 +69,7 @@ class Stored:
         self.row: Row = row
         self.store: Store | None = store
         self.has_begun: bool = False
-        self.runs_here: bool = False
+        self.runs_here: bool = message.runs_here
         self._right = {"to store": store is None}
 
     @property

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from wsgi_bg._messages.codec import encode
 from wsgi_bg._messages.retries import headers_of_call
 from wsgi_bg._outbox.runner import OutboxRunner
-from wsgi_bg._outbox.stored import Message, Stored
+from wsgi_bg._outbox.stored import Message
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._request.layer import merge_options
 from wsgi_bg._tasks import registry
@@ -40,7 +40,7 @@ from wsgi_bg.celery.messages import CALL, ENCODED
 from wsgi_bg.celery.own_tasks import Call
 
 if TYPE_CHECKING:
-    from wsgi_bg._tasks.task import BackgroundTask, Queue
+    from wsgi_bg._tasks.task import BackgroundTask
 
 OnPublishError = Literal["local", "discard"]
 
@@ -149,7 +149,7 @@ class CeleryRunner(OutboxRunner):
                 return None
             task.keep_id(call.id or task.id)
             here = partial(own_tasks.call_eagerly, call, task.id)
-            return Message(call.name, [], call_here=here)
+            return Message(call.name, [], call_here=here, runs_here=True)
         return captured.capture(self._unconnected.get(), call, task)
 
     def _own_task(self, task: BackgroundTask) -> Call | None:
@@ -180,12 +180,6 @@ class CeleryRunner(OutboxRunner):
         apply_async = partial(celery_task.apply_async, (text,), **options)
         retries = bool(of_task.get("autoretry_for"))
         return Call(name, apply_async, bool(celery_task.ignore_result), retries)
-
-    def send(self, task: BackgroundTask, message: Stored | None = None) -> bool | Queue:
-        """See :class:`OutboxRunner`; with ``task_always_eager`` the task runs here."""
-        if message is not None and self._app.conf.task_always_eager:
-            message.runs_here = True
-        return super().send(task, message)
 
     def connect(self) -> BrokerConnection:
         """Connect to the broker; blocks for ``publish_timeout`` seconds at most."""
