@@ -322,12 +322,18 @@ def test_tasks_that_a_task_adds_here_are_put_into_the_outbox(gate: Gate) -> None
     assert runner.got == ["added"]
 
 
-@pytest.mark.usefixtures("quick")
-def test_wait_and_drain_wait_for_a_task_that_runs_here(gate: Gate) -> None:
+def running_here(gate: Gate) -> Post:
+    """A runner whose broker is away: its only task runs here soon, and waits for ``gate``."""
     gates[:] = [gate]
     runner = Post(publish_timeout=0.05, when_unsent="local")
     runner.is_up = False
     request(runner, lambda: background_tasks.add_task(add_others))
+    return runner
+
+
+@pytest.mark.usefixtures("quick")
+def test_wait_and_drain_wait_for_a_task_that_runs_here(gate: Gate) -> None:
+    runner = running_here(gate)
     left: list[Any] = []
     waiters = [
         threading.Thread(target=lambda: left.append(wsgi_bg.wait(TIMEOUT))),
@@ -347,10 +353,7 @@ def test_wait_and_drain_wait_for_a_task_that_runs_here(gate: Gate) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_a_drain_names_a_task_that_runs_here_and_does_not_end(gate: Gate) -> None:
-    gates[:] = [gate]
-    runner = Post(publish_timeout=0.05, when_unsent="local")
-    runner.is_up = False
-    request(runner, lambda: background_tasks.add_task(add_others))
+    runner = running_here(gate)
     left = runner.drain(0.2)
     assert [task.func for task in left] == [add_others]
     gate.open()

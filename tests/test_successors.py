@@ -75,20 +75,15 @@ def check(log: Log, endless: Endless, name: str) -> None:
     assert endless.others == ["ran"]
 
 
-@both
-@pytest.mark.parametrize("name", ["plain", "coroutine"])
-def test_a_teardown_that_adds_a_task_each_time_ends_with_a_single_error(
-    log: Log, name: str, runner: str
-) -> None:
-    """Each task has a new application context, which is torn down too."""
+def serve_with_teardown(endless: Endless, runner: str, teardown: Callable[[], object]) -> None:
+    """Run the tasks of a request to a Flask application, with all that its teardown adds."""
     app = flask.Flask("shop")
-    endless = Endless()
     own = RUNNERS[runner]()
     Background(app, runner=own)
 
     @app.teardown_appcontext
     def add(error: object) -> None:
-        endless.add(getattr(endless, name))
+        teardown()
 
     @app.route("/")
     def view() -> str:
@@ -97,6 +92,16 @@ def test_a_teardown_that_adds_a_task_each_time_ends_with_a_single_error(
 
     serve(app.wsgi_app)
     assert own.drain(6 * TIMEOUT) == []
+
+
+@both
+@pytest.mark.parametrize("name", ["plain", "coroutine"])
+def test_a_teardown_that_adds_a_task_each_time_ends_with_a_single_error(
+    log: Log, name: str, runner: str
+) -> None:
+    """Each task has a new application context, which is torn down too."""
+    endless = Endless()
+    serve_with_teardown(endless, runner, lambda: endless.add(getattr(endless, name)))
     check(log, endless, name)
 
 
@@ -123,21 +128,13 @@ def add_on_a_thread(endless: Endless, function: Callable[[], Any]) -> None:
 def test_a_teardown_that_adds_tasks_in_another_way_ends_with_a_single_error(
     log: Log, way: Callable[[Endless, Callable[[], Any]], None], name: str, runner: str
 ) -> None:
-    app = flask.Flask("shop")
     endless = Endless()
-    own = RUNNERS[runner]()
-    Background(app, runner=own)
-    app.teardown_appcontext(
-        lambda error: way(endless, getattr(endless, name)) if endless.count < ENOUGH else None
-    )
 
-    @app.route("/")
-    def view() -> str:
-        background_tasks.add_task(endless.other)
-        return "ok"
+    def add() -> None:
+        if endless.count < ENOUGH:
+            way(endless, getattr(endless, name))
 
-    serve(app.wsgi_app)
-    assert own.drain(6 * TIMEOUT) == []
+    serve_with_teardown(endless, runner, add)
     assert 0 < endless.count < ENOUGH
     assert len(log.errors) == 1, log.errors[:5]
     assert "was not added" in log.errors[0] or "EndlessTasksError" in log.errors[0]

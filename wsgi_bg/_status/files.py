@@ -248,7 +248,8 @@ def _add_to_past(folder: Folder, dead: list[int]) -> None:
     past = _read_past(folder)
     past.added = [number for number in past.added if number in dead]
     ended: list[Ended] = []
-    for number in dead:  # without its lock, or other processes would see it alive meanwhile
+    # The locks of the dead are not taken: other processes would see these processes alive.
+    for number in dead:
         document = _read_document(folder, number)
         if document is None or number in past.added:
             continue
