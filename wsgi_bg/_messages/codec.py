@@ -70,10 +70,8 @@ def encode(registration: Registration, args: Sequence[Any], kwargs: Mapping[str,
             signature.bind(*args, **kwargs)
         except TypeError as exc:
             raise ArgumentError(name, "", str(exc)) from None
-    # A name may be of a subclass of str.
-    named = {str.__str__(argument): value for argument, value in kwargs.items()}
     try:
-        return _dumps([VERSION, _pack_list(args, 0), _pack_dict(named, 0)])
+        return _dumps([VERSION, _pack_list(args, 0), _pack_named(kwargs) if kwargs else {}])
     except _RefusedError as exc:
         argument, *keys = exc.path
         where = argument if isinstance(argument, str) else _positional(signature, argument)
@@ -166,6 +164,11 @@ def _pack_dict(values: dict[Any, Any], depth: int) -> dict[str, Any]:
             exc.path.insert(0, key)
             raise
     return _escape(packed)
+
+
+def _pack_named(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    # A name may be of a subclass of str.
+    return _pack_dict({str.__str__(name): value for name, value in kwargs.items()}, 0)
 
 
 def _escape(packed: dict[str, Any]) -> dict[str, Any]:

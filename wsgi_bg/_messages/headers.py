@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Mapping
 from contextvars import Context, ContextVar
 from functools import cache
-from types import NoneType
 from typing import Any
 
 from wsgi_bg._process import log
@@ -40,11 +39,11 @@ def current() -> dict[str, str]:
     found: dict[str, str] = {}
     for name, variable in _HEADERS.items():
         value = variable.get()
-        if not isinstance(value, (str, NoneType)):
-            raise OptionTypeError(variable.name, value, "a str or None")
         if value is not None:
+            if not isinstance(value, str):
+                raise OptionTypeError(variable.name, value, "a str or None")
             found[name] = value
-    if "opentelemetry" not in carriers:
+    if "opentelemetry.trace" in sys.modules and "opentelemetry" not in carriers:
         found.update(_from_opentelemetry())
     for name, carrier in list(carriers.items()):
         try:
@@ -73,8 +72,6 @@ def _propagator() -> Any:
 
 
 def _from_opentelemetry() -> dict[str, str]:
-    if "opentelemetry.trace" not in sys.modules:
-        return {}
     carrier: dict[str, str] = {}
     _propagator().inject(carrier)
     return {name: value for name, value in carrier.items() if name in _HEADERS}
