@@ -107,11 +107,13 @@ class Ledger:
             return
         counts = self._counts_here()
         counts[0] += batch.succeeded
-        counts[1] += batch.failed
-        counts[2] += batch.discarded
-        counts[3] += batch.run_here
-        counts[4] += batch.sent
-        self._notify()
+        if batch.failed or batch.discarded or batch.run_here or batch.sent:
+            counts[1] += batch.failed
+            counts[2] += batch.discarded
+            counts[3] += batch.run_here
+            counts[4] += batch.sent
+        if self._waiters:
+            self._notify()
 
     def _counts_here(self) -> list[int]:
         return self._counts.setdefault(threading.get_ident(), [0, 0, 0, 0, 0, 0])
