@@ -217,7 +217,7 @@ class DurableRunner(KeepingRunner):
                 return
             # On another thread of that task, which has ended meanwhile.
         if is_answered(batch):
-            self._states.get().keep_late(task, batch.root)
+            self._states.get().keep_late(task, batch)
 
     def joined(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
         """Store a task if the answer has begun since :meth:`added` has looked.
@@ -229,10 +229,10 @@ class DurableRunner(KeepingRunner):
             return
         if is_answered(batch):
             try:
-                self._states.get().keep_late(task, batch.root)
+                self._states.get().keep_late(task, batch)
             except StoreError:
                 if task.claim():  # else it runs already, from memory
-                    batch.root.remove(task)
+                    batch.remove(task)
                     notify_discarded(task, "it could not be stored")
                     raise
 
@@ -323,12 +323,13 @@ class DurableRunner(KeepingRunner):
         if not durable:
             self._local.submit(batch)
             return
-        try:
-            self.keep(durable)  # in most cases stored already
-        except StoreError as exc:
-            log.error("%s is not stored, and runs from memory", batch, exc_info=exc)
-            for task in durable:
-                task.message.settle()
+        if any(task.message.is_new for task in durable):
+            try:
+                state.keep(durable)
+            except StoreError as exc:
+                log.error("%s is not stored, and runs from memory", batch, exc_info=exc)
+                for task in durable:
+                    task.message.settle()
         if self._pool.offer(batch):
             return
         state.leave_in_file(durable)
@@ -374,15 +375,16 @@ class Kept:
     :ivar began: when the call began, by :func:`time.time`.
     :ivar ended: when the last call ended that has raised.
     :ivar has_parent: True if the row will be stored with the end of the task that has added it.
+    :ivar is_new: True if the row may be stored, or a thread stores the row now.
     """
 
     __slots__ = (
-        "_is_settled",
         "_right",
         "began",
         "children",
         "ended",
         "has_parent",
+        "is_new",
         "row",
         "store",
     )
@@ -394,22 +396,17 @@ class Kept:
         self.began: float = 0.0
         self.ended: float = 0.0
         self.has_parent: bool = False
+        self.is_new: bool = store is None
         self._right = {"to store": True}
-        self._is_settled = store is not None
-
-    @property
-    def is_new(self) -> bool:
-        """True if the row may be stored, or a thread stores the row now."""
-        return not self._is_settled
 
     @property
     def is_claimed(self) -> bool:
         """True if a thread stores the row now."""
-        return not (self._is_settled or self._right)
+        return self.is_new and not self._right
 
     def claim(self) -> bool:
         """Claim the right to store the row; True for a single caller only."""
-        return not self._is_settled and self._right.pop("to store", False)  # one atomic step
+        return self.is_new and self._right.pop("to store", False)  # one atomic step
 
     def unclaim(self) -> None:
         """Give the claim back: the row was not stored."""
@@ -417,7 +414,7 @@ class Kept:
 
     def settle(self) -> None:
         """Note that the row is stored, or is not to be stored any more."""
-        self._is_settled = True
+        self.is_new = False
 
 
 class _Place(NamedTuple):
@@ -628,7 +625,8 @@ class _State:
     def _rows_of(
         self, claimed: list[BackgroundTask], tasks: list[BackgroundTask], place: _Place | None
     ) -> list[Row]:
-        place = place or self._place_in(tasks)
+        if place is None and len(claimed) < len(tasks):
+            place = self._place_in(tasks)
         if place is None:
             return [_row_of(task) for task in claimed]
         now, new, before = time.time(), dict.fromkeys(claimed), inf
@@ -689,7 +687,9 @@ class _State:
             row = row._replace(attempts=task.attempt)
         ended = (exc is not None and kept.ended) or time.time()
         outcome = Outcome(row, state, kept.began, ended, error, text)
-        new = [child for child in children or () if child.unclaimed and child.message.claim()]
+        new: list[BackgroundTask] = []
+        if children:
+            new = [each for each in children if each.unclaimed and each.message.claim()]
         if not (new and self._end_with(task, store, outcome, new)):
             store.end(outcome)
             for child in new:

@@ -135,7 +135,7 @@ class Turn:
         if self._held:
             self._turns.holder = 0  # before another thread claims the turn
             next(map(self._turns.free.append, iter(self._held.pop, None)))
-            self._turns.wake()
+        self._turns.wake()  # also a thread without the turn may have been woken, in vain
 
     def __del__(self) -> None:
         if getattr(self, "_held", None):  # else a signal handler may have raised in __init__()
@@ -257,7 +257,6 @@ class Writer:
             if mine is not None:
                 self.turns.waiting.pop(mine, None)
             turn.give()
-            self.turns.wake()  # this thread may have been woken in vain
         if mine is not None and mine.error is not None:
             raise StoreError(self.path, describe(mine.error)) from mine.error
 

@@ -114,12 +114,12 @@ class KeepingRunner(LedgerRunner):
 
 def is_answered(batch: BackgroundTasks) -> bool:
     """True if the server may send the answer of the request, or the tasks run."""
-    return getattr(batch.root, "is_answered", True)
+    return getattr(batch, "is_answered", True)
 
 
 def is_recorded(batch: BackgroundTasks) -> bool:
     """True if a test records the tasks, and runs them in its own process."""
-    observer = getattr(batch.root, "observer", None)
+    observer = getattr(batch, "observer", None)
     return observer is not None and not observer.waits
 
 
