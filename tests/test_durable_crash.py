@@ -90,7 +90,7 @@ def kill(process: subprocess.Popen[Any]) -> None:
 
 
 def test_a_task_that_ran_when_its_process_was_killed_runs_again(shop: Shop) -> None:
-    with shop.process("handle(runner, (hang, 1), (write, 2), (write, 3))") as process:
+    with shop.process("handle(runner, (hang, 1), (write, 2), (write, 3)); input()") as process:
         said(process, "hangs")
         kill(process)
     assert shop.calls == ["1"]
@@ -134,7 +134,7 @@ def test_a_task_that_kills_its_process_is_put_aside_and_condemns_no_neighbour(
 
 
 def test_a_process_that_only_makes_the_application_runs_nothing(shop: Shop) -> None:
-    with shop.process("handle(runner, (hang, 1))") as process:
+    with shop.process("handle(runner, (hang, 1)); input()") as process:
         said(process, "hangs")
         kill(process)
     before = sorted(os.listdir(shop.folder))
@@ -151,8 +151,8 @@ def test_a_process_that_only_makes_the_application_runs_nothing(shop: Shop) -> N
 
 def test_a_stopped_process_keeps_its_tasks_and_stops_no_other(shop: Shop) -> None:
     stopped = shop.process(
-        "handle(runner, (wait_at, 'gate')); begun['gate'].wait(); print('waits', flush=True)\n"
-        "input(); gate('gate').set(); input()"
+        "gate('gate'); handle(runner, (wait_at, 'gate')); begun['gate'].wait()\n"
+        "print('waits', flush=True); input(); gate('gate').set(); input()"
     )
     with stopped as process:
         assert process.stdout is not None
@@ -173,7 +173,7 @@ def test_a_stopped_process_keeps_its_tasks_and_stops_no_other(shop: Shop) -> Non
 def test_another_process_takes_the_tasks_of_a_dead_one_over(shop: Shop) -> None:
     with shop.process("runner.start(); print('started', flush=True); input()") as living:
         said(living, "started")
-        with shop.process("handle(runner, (hang, 1))", "max_crashes=9") as process:
+        with shop.process("handle(runner, (hang, 1)); input()", "max_crashes=9") as process:
             said(process, "hangs")
             kill(process)
         assert wait_until(lambda: shop.calls == ["1", "1"])
@@ -358,6 +358,7 @@ def test_a_delay_is_not_shortened_by_a_crash(shop: Shop) -> None:
 
         app = BackgroundTasksMiddleware(app_that(add), runner=runner)
         Server().run(app, make_server_environ())
+        input()
         """
     with shop.process(code) as process:
         said(process, "hangs")
