@@ -16,7 +16,9 @@ from typing import Any
 import flask
 import pytest
 
+import wsgi_bg
 from tests.conftest import Log
+from tests.retry_support import settle
 from tests.support import TIMEOUT, Server, Subject, app_that, make_server_environ
 from wsgi_bg import (
     BackgroundTask,
@@ -139,6 +141,28 @@ def test_a_teardown_that_adds_tasks_in_another_way_ends_with_a_single_error(
     assert len(log.errors) == 1, log.errors[:5]
     assert "was not added" in log.errors[0] or "EndlessTasksError" in log.errors[0]
     assert endless.others == ["ran"]
+
+
+@both
+def test_a_teardown_that_adds_a_task_with_a_delay_each_time_ends_with_a_single_error(
+    log: Log, runner: str
+) -> None:
+    """Each task has a batch of its own, and the request has two rows of tasks."""
+    endless = Endless()
+    refused: list[RuntimeError] = []
+
+    def add() -> None:
+        try:
+            if endless.count < ENOUGH:
+                background_tasks.using(delay=0.001).add_task(endless.plain)
+        except RuntimeError as exc:
+            refused.append(exc)
+            raise
+
+    serve_with_teardown(endless, runner, add)
+    settle(lambda: len(refused) == 2)
+    assert wsgi_bg.wait(TIMEOUT) == []
+    check(log, endless, "plain")
 
 
 @both

@@ -108,8 +108,8 @@ def admit(task: BackgroundTask, batch: Any) -> None:
         if generation > MAX_GENERATIONS or (
             generation > 0 and later > MAX_GENERATIONS * max(first, 1)
         ):
-            is_first = not getattr(batch, "is_endless", False)
-            batch.is_endless = True
+            is_first = not getattr(request, "is_endless", False)
+            request.is_endless = True
             raise EndlessTasksError(task.name, added - 1, is_first=is_first)
         task.generation = abs(generation)
         assert task.context is not None
