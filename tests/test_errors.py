@@ -31,6 +31,7 @@ from wsgi_bg import (
     get_background_tasks,
 )
 from wsgi_bg._loop import portal
+from wsgi_bg.hooks import BatchRecord, Hooks, TaskRecord
 
 correlation: contextvars.ContextVar[str] = contextvars.ContextVar("correlation")
 
@@ -272,10 +273,57 @@ def test_a_generator_that_nobody_runs_is_a_failure(log: Log) -> None:
     def generate() -> Any:
         yield
 
-    run((lambda: generate(),), (lambda: (x for x in [1]),))
+    async def generate_async() -> Any:
+        yield
+
+    run((lambda: generate(),), (lambda: (x for x in [1]),), (lambda: generate_async(),))
     assert [str(error) for error in log.tracebacks] == [
-        "it returned a generator that no one runs: nothing was done"
-    ] * 2
+        "it returned a generator that no one runs: nothing was done",
+        "it returned a generator that no one runs: nothing was done",
+        "it returned an async generator that no one runs: nothing was done",
+    ]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_coroutine_of_an_on_error_or_a_hook_that_nobody_awaits_is_logged(log: Log) -> None:
+    """The options refuse ``async def`` functions, but see no lambda's result."""
+
+    async def notify(*given: object) -> None:
+        pass
+
+    class Notifying(Hooks):
+        def task_failed(self, record: TaskRecord) -> Any:
+            return notify(record)
+
+        def batch_ended(self, record: BatchRecord) -> Any:
+            return notify(record)
+
+    run((fail, ValueError("x")), on_error=lambda *given: notify(*given), hooks=Notifying())
+    name = "background task tests.test_errors.fail"
+    hooks = Notifying.__qualname__
+    assert log.errors == [
+        f"{name} raised ValueError",
+        f"{hooks}.task_failed raised for {name}",
+        f"on_error raised for {name}",
+        f"{hooks}.batch_ended raised for a batch",
+    ]
+    assert [str(error) for error in log.tracebacks[1:]] == [
+        "it returned a coroutine that no one runs: nothing was done"
+    ] * 3
+
+
+def test_a_coroutine_that_was_begun_is_an_ordinary_result_of_an_on_error(log: Log) -> None:
+    async def notify() -> None:
+        pass
+
+    def begin(task: BackgroundTask, error: BaseException) -> Any:
+        coroutine = notify()
+        with pytest.raises(StopIteration):
+            coroutine.send(None)
+        return coroutine
+
+    run((fail, ValueError("x")), on_error=begin)
+    assert log.errors == ["background task tests.test_errors.fail raised ValueError"]
 
 
 def test_a_generator_that_was_begun_is_an_ordinary_result(log: Log) -> None:

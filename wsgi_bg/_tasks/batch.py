@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextvars import Context, copy_context
-from inspect import GEN_CREATED, getgeneratorstate, isawaitable, isgenerator
+from inspect import isawaitable
 from itertools import chain
 from sys import getrefcount
 from threading import current_thread, main_thread
@@ -20,6 +20,7 @@ from wsgi_bg._loop.portal_call import PortalCall
 from wsgi_bg._process import log, per_process
 from wsgi_bg._process.interrupts import is_from_signal_handler, is_raised_here, stops_worker
 from wsgi_bg._tasks import task_log
+from wsgi_bg._tasks.callables import refuse_unrun
 from wsgi_bg._tasks.retry import NotSent
 from wsgi_bg._tasks.task import (
     DIRECT,
@@ -37,8 +38,6 @@ from wsgi_bg._tasks.task import (
 
 if TYPE_CHECKING:
     from wsgi_bg._tasks.background_tasks import TaskQueue
-
-_NOT_RUN = "it returned a generator that no one runs: nothing was done"
 
 _SHOWN = 10  # tasks of a batch in its repr, which is logged on a server's thread
 
@@ -427,8 +426,7 @@ class Batch:
                         if done is not None:
                             done.clear()
                         return True
-                    if isgenerator(result) and getgeneratorstate(result) == GEN_CREATED:
-                        raise TypeError(_NOT_RUN)
+                    refuse_unrun(result)
             except WasDiscarded:
                 self.discarded += 1
                 self._settle()

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from wsgi_bg._tasks.callables import refuse_unrun
 from wsgi_bg.exceptions import EndlessTasksError
 
 if TYPE_CHECKING:
@@ -35,13 +36,16 @@ function was registered with a ``Retry``."""
 def observe(task: BackgroundTask, observer: Callable[..., Any], *args: Any) -> None:
     """Call ``observer(*args)``; a task that the observer adds is a successor of ``task``.
 
+    :raises TypeError: if the observer returned a coroutine or a generator that no one runs.
     :raises BaseException: the error of the observer. If a request has several endless rows
         of tasks, only the first ``EndlessTasksError`` is raised; later errors are suppressed.
     """
     before = _generation.get()
     try:
         _generation.set(_next(task, before))
-        observer(*args)
+        result = observer(*args)
+        if result is not None:
+            refuse_unrun(result)
     except EndlessTasksError as exc:
         if exc.is_first:
             raise

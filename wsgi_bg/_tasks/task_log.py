@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from wsgi_bg._process import log, per_process
 from wsgi_bg._process.clock import on_the_wall
 from wsgi_bg._process.interrupts import is_from_signal_handler, type_name
+from wsgi_bg._tasks.callables import refuse_unrun
 from wsgi_bg._tasks.successors import observe, observe_log
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def call_hook(
     generation = per_process.generation
     try:
         if task is None:
-            method(record)
+            refuse_unrun(method(record))
         else:
             observe(task, method, record)
     except BaseException as exc:
