@@ -19,6 +19,7 @@ from unittest.mock import MagicMock
 import pytest
 from werkzeug.wsgi import ClosingIterator
 
+import wsgi_bg
 from tests.celery_shop import note
 from tests.celery_support import filesystem, messages
 from tests.conftest import Log
@@ -360,6 +361,31 @@ def test_an_async_handler_waits_without_blocking_its_loop() -> None:
 
     assert asyncio.run(main()) == b"ok"
     assert seen == ["the loop runs meanwhile"]
+
+
+def test_a_cancelled_async_handler_names_the_tasks_that_it_does_not_await(
+    log: Log, gate: Gate
+) -> None:
+    """As by ``asyncio.wait_for()``, while the handler waits for the tasks."""
+
+    @finish_tasks
+    async def handler() -> None:
+        invoke(adding(gate.task, runner="pool"))
+
+    async def main() -> None:
+        running = asyncio.ensure_future(handler())
+        assert await asyncio.to_thread(gate.begun.wait, TIMEOUT)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        (error,) = log.errors
+        assert "Gate.task was not finished when its handler returned" in error
+        gate.open()
+
+    asyncio.run(main())
+    gate.wait()
+    assert wsgi_bg.wait(TIMEOUT) == []
+    assert len(log.errors) == 1
 
 
 def test_an_async_handler_that_a_plain_decorator_hides_is_awaited() -> None:

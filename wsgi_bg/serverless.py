@@ -106,7 +106,11 @@ async def _finish_async(awaitable: Awaitable[Any], limit: Callable[[], float]) -
         finally:
             finish = functools.partial(invocation.finish, limit(), failed=failed)
             # Not the loop's executor, whose threads the handler may keep busy.
-            await asyncio.get_running_loop().run_in_executor(LoopExecutor(1), finish)
+            try:
+                await asyncio.get_running_loop().run_in_executor(LoopExecutor(1), finish)
+            except asyncio.CancelledError:
+                invocation.interrupt()
+                raise
 
 
 def _limit(timeout: float | None, *arguments: Any) -> float:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol, final
 
 from wsgi_bg._process import log
 from wsgi_bg._process.greenlets import event
+from wsgi_bg._process.interrupts import is_raised_here
 from wsgi_bg._request import servers
 from wsgi_bg._request.unclosed import collectors
 from wsgi_bg._tasks.task_log import fields
@@ -71,7 +72,10 @@ class Invocation:
         # Ledger: each step is an atomic operation of a dictionary.
         self._open: dict[OpenRequest, None] = {}
         self._batches: dict[Batch, None] = {}
-        self._changed = event()  # set when a batch is done
+        self._changed = event()  # set when a batch is done, and by interrupt()
+        self._finish_began: float = time.monotonic()
+        self._is_interrupted = False
+        self._unlogged: list[None] = [None]  # emptied by the thread that logs unfinished tasks
 
     def __enter__(self) -> Invocation:
         running.add(self)
@@ -109,12 +113,14 @@ class Invocation:
         """
         if os.getpid() != self.pid:
             return  # in a forked child: the tasks belong to the parent
-        began = time.monotonic()
+        self._finish_began = time.monotonic()
         try:
             self._end_requests(failed)
-            deadline = began + min(timeout, threading.TIMEOUT_MAX)
+            deadline = self._finish_began + min(timeout, threading.TIMEOUT_MAX)
             while (seconds := deadline - time.monotonic()) > 0:
                 self._changed.clear()
+                if self._is_interrupted:
+                    break
                 # A batch whose last task is done may still call hooks and on_error.
                 batches = list(self._batches)
                 if not self._left() and not any(batch.has_started for batch in batches):
@@ -123,16 +129,31 @@ class Invocation:
             for ledger in ledgers_here():
                 ledger.wait_for(list(ledger.unsent), deadline)
         finally:
-            waited = time.monotonic() - began
-            unsent = [task for each in tasks_to_send() for task in each.tasks]
-            for task in self._left() + self._waiting() + unsent:
-                log.error(
-                    "background task %s was not finished when its handler returned, after a "
-                    "wait of %.3g seconds: it goes on only if this process does",
-                    task.name,
-                    waited,
-                    extra=fields(task),
-                )
+            self._log_unfinished()
+
+    def interrupt(self) -> None:
+        """Log the unfinished tasks now: the handler returns while a thread is in finish()."""
+        self._is_interrupted = True
+        self._changed.set()
+        self._log_unfinished()
+
+    def _log_unfinished(self) -> None:
+        try:
+            self._unlogged.pop()
+        except IndexError as exc:
+            if not is_raised_here(exc):
+                raise
+            return
+        waited = time.monotonic() - self._finish_began
+        unsent = [task for each in tasks_to_send() for task in each.tasks]
+        for task in self._left() + self._waiting() + unsent:
+            log.error(
+                "background task %s was not finished when its handler returned, after a "
+                "wait of %.3g seconds: it goes on only if this process does",
+                task.name,
+                waited,
+                extra=fields(task),
+            )
 
     def _end_requests(self, failed: bool) -> None:
         """End the requests whose responses the adapter has not closed."""
