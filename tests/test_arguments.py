@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,6 +84,9 @@ def webob_upload() -> Any:
         (lambda: bottle.FileUpload(io.BytesIO(), "f", "secret.txt"), "its bytes, or the path"),
         (lambda: webob_upload(), "its bytes, or the path"),
         (lambda: type("BodyPart", (), {"__module__": "falcon.media.multipart"})(), "its bytes"),
+        (lambda: type("Part", (), {"__module__": "cherrypy._cpreqbody"})(), "its bytes"),
+        (lambda: type("Request", (), {"__module__": "rest_framework.request"})(), "the values"),
+        (lambda: type("_ThreadLocalProxy", (), {"__module__": "cherrypy"})(), "a value"),
         (lambda: Request(make_environ()), "the values that the task needs"),
         (lambda: flask.Request(make_environ()), "the values that the task needs"),
         (lambda: RequestFactory().get("/"), "the values that the task needs"),
@@ -207,6 +212,17 @@ class Pair(NamedTuple):
     upload: object
 
 
+@dataclass
+class Command:
+    name: str
+    upload: object
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenCommand:
+    upload: object
+
+
 HOLDERS: list[Callable[[Any], Any]] = [
     lambda upload: [upload],
     lambda upload: ("a", upload),
@@ -216,6 +232,9 @@ HOLDERS: list[Callable[[Any], Any]] = [
     lambda upload: {"photos": ["a", upload]},
     lambda upload: MultiDict([("photo", upload)]),
     lambda upload: Pair("a", upload),
+    lambda upload: deque([upload]),
+    lambda upload: Command("a", upload),
+    lambda upload: [FrozenCommand(upload)],
 ]
 
 
@@ -241,6 +260,8 @@ class NoItems(list[object]):
         ["a", 1],
         {"a": ["b", {"c": 1}]},
         [object(), NoItems([1])],
+        Command("a", [1]),
+        Command,
         [[[[FileStorage()]]]],
         [*range(1000), FileStorage()],
     ],

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import fields as dataclass_fields
+from dataclasses import is_dataclass
 from functools import partial
 from inspect import Parameter
 from itertools import islice
@@ -44,6 +47,9 @@ _REFUSED = {
     ("bottle", "FileUpload"): _FILE,
     ("bottle", "BaseRequest"): _REQUEST,
     ("bottle", "BaseResponse"): _RESPONSE,
+    ("rest_framework", "Request"): _REQUEST,  # holds Django's request
+    ("cherrypy", "_ThreadLocalProxy"): _PROXY,
+    ("cherrypy", "Part"): _FILE,
     ("falcon", "BodyPart"): _FILE,
     ("falcon", "Request"): _REQUEST,
     ("falcon", "Response"): _RESPONSE,
@@ -63,6 +69,7 @@ _CONTAINERS: dict[type, Callable[[Any], Iterable[object]]] = {
     set: set.__iter__,
     frozenset: frozenset.__iter__,
     dict: dict.values,
+    deque: deque.__iter__,
 }
 _LOOKED_INTO = 10  # items of a container
 _DEPTH = 2  # the files of a request are a dict of lists
@@ -78,8 +85,8 @@ def look_at(tasks: Iterable[BackgroundTask]) -> None:
     """Log a WARNING, once for each function, if an argument of a task belongs to the request.
 
     Arguments inside a :func:`functools.partial` and the object of a bound method count too, and
-    so do the first items of lists, tuples, sets and dicts. Costs 0.1 us for ordinary
-    arguments. Reads only the types of the arguments.
+    so do the first items of lists, tuples, sets, dicts, deques and the fields of dataclasses.
+    Costs 0.1 us for ordinary arguments. Reads only the types of the arguments.
 
     :raises KeyboardInterrupt: or another exception that stops the server's worker; nothing
         else.
@@ -150,13 +157,24 @@ def _advice_on(argument: object, depth: int = _DEPTH) -> str | None:
             if argument is background_tasks or argument is current_app:
                 return None
             return f"is {advice}"
-        if base in _CONTAINERS:
-            items = islice(_CONTAINERS[base](argument), _LOOKED_INTO) if depth else ()
-            inside = (_advice_on(item, depth - 1) for item in items)
-            found = next((each for each in inside if each is not None), None)
-            return None if found is None else f"has {found.partition(' ')[2]}"
+    items = _items_of(argument, kind)
+    if items is not None:
+        first = islice(items, _LOOKED_INTO if depth else 0)
+        inside = (_advice_on(item, depth - 1) for item in first)
+        found = next((each for each in inside if each is not None), None)
+        return None if found is None else f"has {found.partition(' ')[2]}"
     if len(_harmless) < _MOST_HARMLESS:
         _harmless.add(kind)
+    return None
+
+
+def _items_of(argument: object, kind: Any) -> Iterable[object] | None:
+    """The items of a container, or the values of a dataclass; None for any other object."""
+    for base in kind.__mro__:
+        if base in _CONTAINERS:
+            return _CONTAINERS[base](argument)
+    if is_dataclass(kind):
+        return (object.__getattribute__(argument, each.name) for each in dataclass_fields(kind))
     return None
 
 
