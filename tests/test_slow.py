@@ -191,6 +191,27 @@ def test_a_coroutine_of_a_class_of_its_own_has_no_stack(log: Log) -> None:
     assert wsgi_bg.wait(TIMEOUT) == []
 
 
+def _raise(own: object, name: str) -> Any:
+    raise RuntimeError(name)
+
+
+@pytest.mark.parametrize("attribute_of", [_raise, lambda own, name: own])
+def test_an_awaitable_with_any_attribute_does_not_end_the_watch(
+    attribute_of: Any, gate: Gate, log: Log
+) -> None:
+    class Own:
+        __getattr__ = attribute_of
+
+        def __await__(self) -> Any:
+            gate.task()
+            yield from asyncio.sleep(0).__await__()
+
+    request(lambda: Own(), gate.task)
+    assert "still runs after 0.02 seconds:" in warning(log)
+    gate.open()
+    assert wsgi_bg.wait(TIMEOUT) == []
+
+
 def test_quick_tasks_are_not_shown(gate: Gate, log: Log) -> None:
     def fails() -> None:
         raise ValueError

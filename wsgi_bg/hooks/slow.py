@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from wsgi_bg._loop import portal
 from wsgi_bg._process import greenlets
+from wsgi_bg._process.interrupts import type_name
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._process.threads import start_daemon
 from wsgi_bg._tasks.task_log import log_slow
@@ -120,7 +121,7 @@ class _Watch:
         for record, call in self._calls.copy().items():
             if call.deadline > now:
                 return call.deadline  # the calls are in the order of their deadlines
-            stack = _NO_STACK if call.is_on_greenlet else _stack_of(record)
+            stack = _NO_STACK if call.is_on_greenlet else _shown_stack_of(record)
             if self._calls.pop(record, None) is call:  # it has not ended meanwhile
                 thread = _thread_of(record)
                 call.context.run(log_slow, record.task, self._seconds, stack, thread)
@@ -132,6 +133,13 @@ def _thread_of(record: TaskRecord) -> str | None:
     if record.awaitable is None or record.task.is_async:
         return record.thread
     return portal.THREAD_NAME  # a thread of the pool has made the coroutine
+
+
+def _shown_stack_of(record: TaskRecord) -> str:
+    try:
+        return _stack_of(record)
+    except Exception as exc:  # by an awaitable of the user: the thread has other calls to watch
+        return f"(the stack cannot be read: {type_name(exc)})"
 
 
 def _stack_of(record: TaskRecord) -> str:
@@ -170,7 +178,7 @@ def _frames_of(awaitable: Any) -> Iterator[FrameType]:
     while awaitable is not None:
         for kind, inner in _FRAMES:
             frame = getattr(awaitable, kind, None)
-            if frame is not None:
+            if isinstance(frame, FrameType):  # a proxy or a mock has any attribute, without end
                 yield frame
                 awaitable = getattr(awaitable, inner)
                 break
