@@ -7,7 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 from wsgi_bg.monitor.overview import Query, find_error, overview
-from wsgi_bg.status import Failure, NameCounts, ProcessStatus, RunningTask, Snapshot, Times
+from wsgi_bg.status import (
+    DurableTask,
+    Failure,
+    NameCounts,
+    ProcessStatus,
+    RunningTask,
+    Snapshot,
+    Times,
+)
 
 EMPTY = Snapshot(
     taken=1.0,
@@ -48,6 +56,25 @@ def test_the_size_is_bounded_whatever_there_is_to_show() -> None:
     for part in ("processes", "running", "waiting"):
         assert (len(data[part]["rows"]), data[part]["total"]) == (200, 10_000)
     assert (len(data["names"]["rows"]), data["names"]["total"]) == (100, 10_000)
+
+
+def test_the_number_of_all_tasks_is_there_if_only_some_are_kept() -> None:
+    snapshot = replace(
+        EMPTY,
+        failures=(FAILURE,),
+        counts=NameCounts("", running=3_000, failed=5_000, lost=400),
+        durable=(DurableTask("a", "id", "waiting", 0.0, None, 1, "", 1),) * 200,
+    )
+    data = overview(snapshot, Query())
+    totals = {part: data[part]["total"] for part in ("running", "failures", "lost", "durable")}
+    assert totals == {"running": 3_000, "failures": 5_000, "lost": 400, "durable": None}
+
+
+def test_a_long_text_shows_that_it_is_cut() -> None:
+    snapshot = replace(EMPTY, waiting={"x" * 301: 1, "y" * 300: 1})
+    first, second = overview(snapshot, Query())["waiting"]["rows"]
+    assert first["name"] == "x" * 299 + "…"
+    assert second["name"] == "y" * 300
 
 
 def test_a_filter_finds_names_that_are_not_among_the_first() -> None:

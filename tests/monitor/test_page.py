@@ -84,6 +84,25 @@ def test_the_page_shows_the_snapshot_and_breaks_no_policy(browser: Browser, url:
     assert browser.complaints == []
 
 
+def test_the_headings_count_tasks_as_the_totals_do(
+    site: Site, browser: Browser, url: str
+) -> None:
+    site.snapshot = replace(
+        site.snapshot,
+        durable=site.snapshot.durable * 40,
+        counts=replace(site.snapshot.counts, running=3_000),
+    )
+    browser.open(url)
+    browser.wait(lambda: browser.text("#state") == "Live")
+    assert browser.texts("h2")[:5] == [
+        "Running 3,000, the first 3 are shown",
+        "Waiting 15",
+        "Failed 61, the newest 3 are shown",
+        "Lost 1",
+        "Durable tasks 200 or more, the newest 200 are shown",
+    ]
+
+
 def test_no_process_of_the_browser_is_left(tmp_path: Path) -> None:
     with chromium(tmp_path) as browser:
         browser.open("about:blank")
@@ -133,12 +152,14 @@ def test_ten_thousand_names_do_not_break_the_page(
     site.snapshot = replace(
         site.snapshot,
         names=tuple(NameCounts(name, succeeded=1) for name in names),
-        waiting=dict.fromkeys(names, 1),
+        waiting=dict.fromkeys(names, 2),
+        counts=replace(site.snapshot.counts, waiting=20_000),
     )
     browser.open(url)
     browser.wait(lambda: browser.text("#state") == "Live")
     assert browser.text("#names .count") == "10,000, 100 are shown"
-    assert browser.text("#waiting .count") == "10,000, the first 200 are shown"
+    waiting = "20,000 of 10,000 functions, the first 200 are shown"
+    assert browser.text("#waiting .count") == waiting
     assert browser.run("return document.querySelectorAll('*').length") < 6_000
     browser.click("#filter input")
     browser.keys("9876")
@@ -229,9 +250,10 @@ def test_errors_do_not_unfold_if_the_option_says_so(
 def test_a_page_without_recorded_status_says_how_to_record(
     site: Site, browser: Browser, url: str
 ) -> None:
-    site.snapshot = replace(site.snapshot, minutes=())
+    site.snapshot = replace(site.snapshot, minutes=(), failures=())
     browser.open(url)
     browser.wait(lambda: browser.shows("#recording"))
+    assert browser.text("#failures") == "Failed 61"  # and not that no task has failed
     assert "status=True" in browser.text("#recording")
     assert not browser.shows("#charts")
 

@@ -75,7 +75,7 @@ def test_without_a_path_the_monitor_shows_the_folder_of_the_process(tmp_path: Pa
 
 def test_a_process_that_records_nothing_shows_what_runs_and_no_times() -> None:
     data = overview(open_monitor(), "/overview.json")
-    assert (data["minutes"], data["failures"]["total"]) == ([], 0)
+    assert (data["minutes"], data["failures"]["rows"]) == ([], [])
 
 
 @pytest.mark.parametrize(

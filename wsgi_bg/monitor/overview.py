@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qs
 
 from wsgi_bg._status.model import Failure, NameCounts, Snapshot
+from wsgi_bg._status.stored import MAX_SHOWN
 
 ROWS = 200
 """The most rows of a list. The page shows how many more there are."""
@@ -54,16 +55,20 @@ def overview(snapshot: Snapshot, query: Query) -> dict[str, Any]:
     names = [each for each in snapshot.names if text in each.name.casefold()]
     names.sort(key=lambda each: (*_SORTS[query.sort](each), each.name))
     waiting = sorted(snapshot.waiting.items(), key=lambda item: (-item[1], item[0]))
+    counts = snapshot.counts
+    durable = _part(snapshot.durable)
+    if len(snapshot.durable) >= MAX_SHOWN:
+        durable["total"] = None  # there may be more, which nobody has counted
     return {
         "taken": snapshot.taken,
-        "counts": asdict(snapshot.counts),
+        "counts": asdict(counts),
         "minutes": [asdict(each) for each in snapshot.minutes[-60:]],
-        "running": _part(snapshot.running),
+        "running": _part(snapshot.running, total=counts.running),
         "waiting": _part(waiting, _waiting),
-        "failures": _part(snapshot.failures, _failure),
-        "lost": _part(snapshot.lost),
+        "failures": _part(snapshot.failures, _failure, total=counts.failed),
+        "lost": _part(snapshot.lost, total=counts.lost),
         "processes": _part(snapshot.processes),
-        "durable": _part(snapshot.durable),
+        "durable": durable,
         "names": {**_part(names, most=NAMES), "all": len(snapshot.names)},
     }
 
@@ -80,17 +85,28 @@ def find_error(snapshot: Snapshot, key: str) -> dict[str, str] | None:
 
 
 def _part(
-    rows: Sequence[Any], convert: Callable[[Any], dict[str, Any]] = asdict, most: int = ROWS
+    rows: Sequence[Any],
+    convert: Callable[[Any], dict[str, Any]] = asdict,
+    *,
+    most: int = ROWS,
+    total: int = 0,
 ) -> dict[str, Any]:
-    """Return the first rows, and the number of all; long texts are cut."""
+    """Return the first rows, and the number of all; long texts are cut.
+
+    :param total: the number of all, if the snapshot has only some of the rows.
+    """
     shown = [
         {
-            name: value[:_LONGEST] if isinstance(value, str) else value
+            name: _cut(value) if isinstance(value, str) else value
             for name, value in convert(row).items()
         }
         for row in rows[:most]
     ]
-    return {"total": len(rows), "rows": shown}
+    return {"total": max(total, len(rows)), "rows": shown}
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
 def _waiting(item: tuple[str, int]) -> dict[str, Any]:

@@ -73,10 +73,10 @@ function reconcile(parent, rows, keyOf, create, update) {
   shown.set(parent, fresh);
 }
 
-function setCount(section, part, what) {
-  const { total, rows } = part;
-  const text = rows.length < total ? `${number(total)}, the first ${rows.length} are shown` : number(total);
-  setText(section.querySelector(".count"), what ?? text);
+function setCount(section, { total, rows }, what, order = "first") {
+  const all = total === null ? `${rows.length} or more` : number(total);
+  const isPart = rows.length && total !== rows.length;
+  setText(section.querySelector(".count"), what ?? (isPart ? `${all}, the ${order} ${rows.length} are shown` : all));
 }
 
 function setEmpty(section, isEmpty, text) {
@@ -130,8 +130,8 @@ class List {
   }
 
   show(part, taken, shows) {
-    setCount(this.section, part);
-    setEmpty(this.section, part.rows.length === 0, this.nothing);
+    setCount(this.section, part, null, "newest");
+    setEmpty(this.section, part.total === 0, this.nothing); // a process that records nothing has no rows
     const unfolds = this.unfolds(shows);
     const create = () => this.create(unfolds);
     reconcile(this.box, part.rows, this.keyOf, create, (item, row) => this.update(item, row, taken));
@@ -548,7 +548,9 @@ function show(data) {
   byId("charts").hidden = data.minutes.length === 0;
   for (const chart of charts) chart.show(data.minutes);
   running.show(data.running, data.taken);
-  waiting.show(data.waiting, data.taken);
+  const { total: kinds, rows: first } = data.waiting;
+  const tasks = number(data.counts.waiting);
+  waiting.show(data.waiting, data.taken, first.length < kinds ? `${tasks} of ${number(kinds)} functions, the first ${first.length} are shown` : tasks);
   failures.show(data.failures, data.taken, data.shows);
   byId("lost").hidden = data.lost.total === 0;
   lost.show(data.lost, data.taken);
