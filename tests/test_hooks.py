@@ -261,6 +261,25 @@ def test_an_extra_call_leaves_hooks_and_status_to_the_run_by_the_request() -> No
     assert status.of(sessions[1]) == "failed"
 
 
+@pytest.mark.parametrize("hooks", [None, Hooks()])
+def test_the_run_by_the_request_sees_no_variable_that_an_extra_call_has_set(
+    hooks: Hooks | None,
+) -> None:
+    seen: list[str] = []
+
+    def trace() -> None:
+        seen.append(span.get())
+        span.set("of a call")
+
+    def add(environ: Environ) -> None:
+        task = background_tasks.add_task(trace)
+        task()
+        task()
+
+    respond(BackgroundTasksMiddleware(app_that(add), hooks=hooks))
+    assert seen == ["none"] * 3
+
+
 def test_an_extra_call_outside_of_the_request_has_no_record() -> None:
     diary = Diary()
 

@@ -411,14 +411,16 @@ class BackgroundTask:
         The request runs the task all the same.
 
         A plain function runs on the calling thread, an awaitable on the portal's thread. If
-        the task was added to a batch, the call runs in the context of that moment. A delay
-        and a ``Retry`` do not hold for this call. Hooks and the status see the call as a task
-        of its own, with another id.
+        the task was added to a batch, the call runs in a copy of the context of that moment.
+        A delay and a ``Retry`` do not hold for this call. Hooks and the status see the call as
+        a task of its own, with another id.
 
         :raises BaseException: the error of the call.
         :raises RuntimeError: for an async call from the portal's own thread.
         """
-        context = self.new_context() if self.context is None else self.context
+        context = self.context
+        # A copy: the run by the request sees no variable that this call sets, and no span.
+        context = self.new_context() if context is None else context.copy()
         task = self if self.options.calls is DIRECT else self._extra()
         return task.call_in(detached(context))
 
