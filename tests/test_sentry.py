@@ -325,6 +325,17 @@ def test_a_task_whose_message_has_no_trace_begins_one(
     assert trace_of(task)["trace_id"] != trace_of(request)["trace_id"]
 
 
+def test_an_extra_call_and_the_run_by_the_request_continue_its_trace(items: list[Item]) -> None:
+    def add(environ: object) -> None:
+        with sentry_sdk.start_transaction(name="request"):
+            background_tasks.add_task(sentry_shop.work, "x")()
+
+    respond(BackgroundTasksMiddleware(app_that(add), hooks=SentryHooks()))
+    [request] = of_type("transaction", items, "request")
+    calls = of_type("transaction", items, ".work")
+    assert [continues(call, request) for call in calls] == [True, True]
+
+
 def test_the_baggage_of_another_tracer_travels_too(items: list[Item]) -> None:
     runner = ListRunner()
     hooks = SentryHooks()

@@ -91,7 +91,7 @@ class SentryHooks(Hooks):
             _rename(record.name[:_LONGEST])
             return None
         else:
-            given = headers.carried.get() or {}
+            given = _carried()
         attempt = record.data[self] = _Attempt(record, given)
         return attempt
 
@@ -233,6 +233,16 @@ def _rename(name: str) -> None:
     transaction: Any = scope.streamed_span if _is_streamed() else scope.transaction
     if str(getattr(transaction, "name", "")).startswith("wsgi_bg."):
         scope.set_transaction_name(name, source="task")
+
+
+def _carried() -> Mapping[str, str]:
+    """The headers of a task that was not added here, or of an extra call by hand."""
+    carried = headers.carried.get()
+    if carried is not None:
+        return carried
+    given: dict[str, str] = {}
+    _add_headers(given)
+    return given
 
 
 def _add_headers(carrier: dict[str, str]) -> None:
