@@ -77,11 +77,16 @@ def test_what_is_no_document_of_this_version_is_ignored(folder: Folder) -> None:
         {**good, "names": {"a": [0] * 6 + [[0.0, 999, 1], [0.0]]}},
         {**good, "waiting": {"a": "x"}},
         {**good, "ids": {"a": 3}},
+        {**good, "waiting": {"a": float("inf")}},
+        {**good, "keep_done": [1, 10**400]},
+        {**good, "names": {"a": [0] * 6 + [[0.0, 9, 10**400], [0.0]]}},
+        {**good, "names": {"a": [0] * 6 + [[float("nan"), 9, 1], [0.0]]}},
     ]
     for number, each in enumerate(bad):
         text = json.dumps(each)
         Path(folder.path, f"{number}.status").write_text(text, encoding="utf-8")
     Path(folder.path, "98.status").write_text("{", encoding="utf-8")
+    Path(folder.path, "99.status").write_text("[" * 100_000, encoding="utf-8")
     Path(folder.path, "past.status").write_text("{}", encoding="utf-8")
     locks_of(folder)
     assert read_all(folder) == ([], Past())

@@ -292,10 +292,20 @@ def _read_past(folder: Folder) -> Past:
     return _read(folder, _PAST, Past.load) or Past()
 
 
+_DAMAGES = (
+    OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError,
+)  # fmt: skip
+"""The errors of a file that does not have what a process writes."""
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(name)  # Infinity, for example, which is no JSON
+
+
 def _read(folder: Folder, name: str, load: Callable[[dict[str, Any]], T]) -> T | None:
-    with suppress(OSError, ValueError, TypeError, LookupError, AttributeError):
+    with suppress(*_DAMAGES):
         with open(os.path.join(folder.path, f"{name}.status"), encoding="utf-8") as file:
-            dumped = json.load(file)
+            dumped = json.load(file, parse_constant=_refuse_constant)
         if dumped["version"] == VERSION:
             return load(dumped)
     return None

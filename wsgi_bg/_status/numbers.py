@@ -18,6 +18,9 @@ OUTCOMES = ("succeeded", "failed", "retried", "discarded", "sent", "lost")
 SUCCEEDED, FAILED, RETRIED, DISCARDED, SENT, LOST = range(len(OUTCOMES))
 
 
+_MOST = 2**63  # times in a bucket
+
+
 class Histogram:
     """Numbers of times by length, in buckets of which each is a tenth wider than the last.
 
@@ -64,7 +67,7 @@ class Histogram:
         histogram = cls()
         histogram.longest = float(dumped[0])
         for bucket, number in zip(dumped[1::2], dumped[2::2], strict=True):
-            if not 0 <= bucket < len(BOUNDS) or number <= 0:
+            if not (0 <= bucket < len(BOUNDS) and 0 < number < _MOST):
                 raise ValueError
             histogram.buckets[int(bucket)] = int(number)
         return histogram
