@@ -319,6 +319,40 @@ def test_a_long_request_breaks_neither_labels_nor_ids(
     assert browser.run(LINES, "Request")[0]
 
 
+FAINT = """
+    const channels = (color) => color.match(/[\\d.]+/g).map(Number);
+    const light = (color) => {
+        const linear = (v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+        const [r, g, b] = channels(color).map((v) => linear(v / 255));
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const behind = (element) => {
+        const color = getComputedStyle(element).backgroundColor;
+        return channels(color)[3] === 0 ? behind(element.parentElement) : color;
+    };
+    const isText = (node) => node.nodeType === Node.TEXT_NODE && node.data.trim();
+    const hasText = (element) => [...element.childNodes].some(isText);
+    const contrast = (element) => {
+        const [one, two] = [light(getComputedStyle(element).color), light(behind(element))];
+        return (Math.max(one, two) + 0.05) / (Math.min(one, two) + 0.05);
+    };
+    return [...document.querySelectorAll("body *")]
+        .filter((element) => element.checkVisibility() && hasText(element))
+        .filter((element) => contrast(element) < 4.5)
+        .map((element) => element.textContent);
+"""
+
+
+@pytest.mark.parametrize("is_dark", [False, True])
+def test_each_text_has_the_contrast_that_wcag_asks_for(
+    browser: Browser, url: str, is_dark: bool
+) -> None:
+    browser.open(url)
+    browser.wait(lambda: browser.text("#state") == "Live")
+    browser.look(1280, is_dark=is_dark)
+    assert browser.run(FAINT) == []
+
+
 def test_the_page_is_dark_if_the_system_is(browser: Browser, url: str) -> None:
     browser.open(url)
     browser.wait(lambda: browser.text("#state") == "Live")
