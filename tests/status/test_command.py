@@ -195,6 +195,20 @@ def test_a_name_with_line_breaks_stays_in_its_line(capsys: pytest.CaptureFixture
     assert "evil\\n\\x1b[31m " in line
 
 
+def test_an_error_whose_class_has_a_strange_name_has_its_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    evil: Any = type("Evil\n\x1b[31m", (Exception,), {})
+
+    def fail_strangely() -> None:
+        raise evil
+
+    logger.handlers.clear()
+    handle(fail_strangely, hooks=TaskLog())
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.endswith(" failed with Evil\\n\\x1b[31m") for line in lines)
+
+
 def test_the_lines_name_each_outcome(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

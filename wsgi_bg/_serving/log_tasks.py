@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from wsgi_bg._process.interrupts import type_name
 from wsgi_bg._process.printable import printable
 from wsgi_bg.hooks.base import OptionHooks, TaskRecord
 
@@ -28,7 +29,7 @@ class TaskLog(OptionHooks):
     def task_failed(self, record: TaskRecord) -> None:
         """Log a task that has failed."""
         error = record.error
-        _log(record, "failed" if error is None else f"failed with {type(error).__name__}")
+        _log(record, "failed" if error is None else f"failed with {type_name(error)}")
 
     def task_discarded(self, record: TaskRecord) -> None:
         """Log a task that will not run."""
@@ -60,7 +61,7 @@ def _log(record: TaskRecord, outcome: str) -> None:
         record.id,
         _seconds(record.wait),
         _seconds(record.duration),
-        outcome,
+        printable(outcome),
     )
 
 
