@@ -202,6 +202,23 @@ def test_an_error_is_recorded(spans: Spans, function: Any) -> None:
     assert "in fail\n" in event["exception.stacktrace"]
 
 
+def test_an_error_without_a_text_is_recorded(spans: Spans, log: Log) -> None:
+    class TextlessError(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("a bug of the error")
+
+    def fail_without_text() -> None:
+        raise TextlessError
+
+    request(spans, fail_without_text)
+    span = spans.one("fail_without_text")
+    assert span["status"] == "ERROR"
+    [[_, event]] = span["events"]
+    assert event["exception.type"] == span["attributes"]["error.type"]
+    assert "in fail_without_text\n" in event["exception.stacktrace"]
+    assert len(log.errors) == 1  # of the task, and none of its span
+
+
 @pytest.mark.parametrize("function", [succeed, succeed_async, fail])
 def test_the_span_is_current_in_the_task_only(spans: Spans, function: Any) -> None:
     async def inner_async() -> None:

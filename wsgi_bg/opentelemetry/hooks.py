@@ -158,9 +158,11 @@ class _Attempt:
         if span is None:
             return
         try:
-            if exc is not None and span.is_recording():
-                _note(span, exc)
-            span.end()
+            try:
+                if exc is not None and span.is_recording():
+                    _note(span, exc)
+            finally:
+                span.end()
         except Exception as error:
             name, extra = self._record.name, fields(self._record.task)
             log.error("the span of %s could not be ended", name, exc_info=error, extra=extra)
@@ -170,4 +172,8 @@ def _note(span: Span, exc: BaseException) -> None:
     name = f"{type(exc).__module__}.{type(exc).__qualname__}".removeprefix("builtins.")
     span.set_attribute("error.type", name)
     span.set_status(Status(StatusCode.ERROR, name))
-    span.record_exception(exc)
+    try:
+        span.record_exception(exc)
+    except Exception:  # str(exc) has raised
+        traceback = "".join(log.format_error(exc))
+        span.add_event("exception", {"exception.type": name, "exception.stacktrace": traceback})
