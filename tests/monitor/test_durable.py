@@ -29,14 +29,19 @@ def shop(tmp_path: Path) -> Shop:
     return Shop(tmp_path)
 
 
-def test_a_failed_task_is_run_again_by_its_process(shop: Shop, log: Log) -> None:
+def test_a_failed_task_is_run_again_by_its_process(
+    shop: Shop, log: Log, caplog: pytest.LogCaptureFixture
+) -> None:
     with at_gate(shop, "while True: sys.stdin.readline()"):
         monitor = open_monitor(actions=True, path=shop.folder)
         task = id_of(shop, "durable.fail")
         answer = post(monitor, f"/retry?id={task}")
         assert (answer.code, answer.json) == (202, {"ordered": "retry"})
         assert wait_until(lambda: "failed" not in shop.states)
-    assert "the monitor ordered to retry durable task durable.fail" in log.at(20)
+    message = "the monitor ordered to retry durable task durable.fail"
+    assert message in log.at(20)
+    [record] = [each for each in caplog.records if each.getMessage() == message]
+    assert vars(record)["wsgi_bg_id"] == task
 
 
 def test_a_waiting_task_is_discarded_and_never_runs(shop: Shop) -> None:

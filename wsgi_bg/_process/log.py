@@ -50,9 +50,9 @@ def debug(message: str, *args: Any, extra: dict[str, Any] | None = None) -> None
     _log(logging.DEBUG, message, args, extra=extra)
 
 
-def info(message: str, *args: Any) -> None:
+def info(message: str, *args: Any, extra: dict[str, Any] | None = None) -> None:
     """Log at INFO; see :func:`error`."""
-    _log(logging.INFO, message, args)
+    _log(logging.INFO, message, args, extra=extra)
 
 
 def warning(

@@ -19,6 +19,7 @@ from wsgi_bg._process.repeated import RepeatedError, RepeatedWarning
 from wsgi_bg._status.recorder import recorder
 from wsgi_bg._status.snapshots import durable_folders
 from wsgi_bg._tasks.callables import is_plain
+from wsgi_bg._tasks.task_log import fields_of
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError
 from wsgi_bg.monitor import token
 from wsgi_bg.monitor.durable import RefusedError, details, give_order
@@ -191,8 +192,10 @@ class Monitor:
         if reason is not None:
             log.warning("the monitor refused to %s a task: %s", name, reason)
             raise RefusedError("403 Forbidden", f"Refused: {reason}.")
-        task = give_order(self._read(durable_folders), _field(environ, "id"), name)
-        log.info("the monitor ordered to %s durable task %s", name, task)
+        id = _field(environ, "id")  # noqa: A001
+        task = give_order(self._read(durable_folders), id, name)
+        extra = fields_of(task, id)
+        log.info("the monitor ordered to %s durable task %s", name, task, extra=extra)
         return Response.of_json({"ordered": name}, "202 Accepted")
 
     def _read(self, read: Callable[[str | None], T]) -> T:
