@@ -162,6 +162,17 @@ def test_a_killed_process_is_shown_for_an_hour(folder: Folder) -> None:
     assert status.of("1", folder.path) == "lost"
 
 
+def test_of_lost_tasks_those_that_ran_come_first_and_are_kept(folder: Folder) -> None:
+    running = [(RunningTask("a", "1", "GET /", 1.0, 1, 7, "thread"), False)]
+    write_as_dead(folder, document(running=running, waiting={"b": 200}))
+    seen = status.snapshot(folder.path).lost
+    assert len(seen) == 100
+    assert [task.id for task in seen[:2]] == ["1", None]
+    write_as_dead(folder, document(waiting={"c": 99}))
+    ProcessFile(folder).add_ended_processes()
+    assert read_all(folder)[1].lost[0].id == "1"
+
+
 @pytest.mark.parametrize("worker_is_first", [False, True])
 @pytest.mark.parametrize("state", ["succeeded", "failed", "discarded"])
 def test_a_process_that_knows_less_does_not_replace_the_end_of_a_task(

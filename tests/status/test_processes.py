@@ -65,7 +65,7 @@ def test_the_tasks_of_a_killed_process_are_lost(folder: Path) -> None:
         (task,) = status.snapshot(folder).running
         killed.kill()
     snapshot = status.snapshot(folder)
-    running, waiting = snapshot.lost[::-1]
+    running, waiting = snapshot.lost
     assert (running.name, running.id, running.request) == (HANG, task.id, "GET /orders")
     assert (running.since, running.pid) == (task.since, killed.pid)
     assert (waiting.name, waiting.id, waiting.since) == (NOTHING, None, None)

@@ -194,20 +194,22 @@ class Document(Numbers):
     def lost(self) -> list[LostTask]:
         """Return the tasks that were lost with the process, which was killed.
 
-        Counts them by name, too.
+        Those that ran are the last: of them the request and the begin are known, and the last
+        tasks are kept. Counts the tasks by name, too.
         """
         assert self.process is not None
         pid = self.process.pid
-        shown: list[LostTask] = []
+        ran: list[LostTask] = []
         for task, is_stored in self.running:
             if not is_stored:
                 self.tally_of(task.name).counts[LOST] += 1
-                shown.append(LostTask(task.name, task.id, task.request, task.since, pid))
+                ran.append(LostTask(task.name, task.id, task.request, task.since, pid))
+        waited: list[LostTask] = []
         for name, count in self.waiting.items():
             self.tally_of(name).counts[LOST] += count
-            room = max(0, MAX_LOST - len(shown))
-            shown += [LostTask(name, None, None, None, pid)] * min(count, room)
-        return shown[:MAX_LOST]
+            room = MAX_LOST - len(waited)
+            waited += [LostTask(name, None, None, None, pid)] * min(count, room)
+        return [*waited, *ran][-MAX_LOST:]
 
 
 @dataclass

@@ -78,9 +78,11 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class LostTask:
-    """A task that was running in a process that was killed.
+    """A task that ran or waited in a process that was killed.
 
-    :ivar since: when the call had begun.
+    :ivar id: None for a task that waited.
+    :ivar request: None for a task that waited.
+    :ivar since: when the call had begun; None for a task that waited.
     :ivar pid: the process.
     """
 
@@ -118,7 +120,7 @@ class NameCounts:
         included.
     :ivar retried: attempts that a further attempt has followed.
     :ivar aside: durable tasks that were put aside.
-    :ivar lost: tasks that ran in a process that was killed, and were not durable.
+    :ivar lost: tasks that ran or waited in a process that was killed, and were not durable.
     :ivar wait: from the moment in which the request handed the task over to its call.
     :ivar run: the calls.
     """
@@ -219,7 +221,7 @@ class Snapshot:
     :ivar running: the oldest first, at most 1,000.
     :ivar waiting: numbers of the tasks that have not begun, by name.
     :ivar failures: the newest first, at most 100.
-    :ivar lost: the newest first, at most 100.
+    :ivar lost: the newest process first, at most 100; those that ran before those that waited.
     :ivar names: sorted by name, at most 1,000, and one for all other names.
     :ivar minutes: the last hour, the oldest first. A minute in which no task has ended is
         there, too.
