@@ -146,7 +146,7 @@ def test_arguments_that_are_forged_or_gone_are_shown_as_such(shop: Shop) -> None
         forge(shop, "kept", *row, "failed", 1.0, 1.0, "", "")
     monitor = open_monitor(show_arguments=True, path=shop.folder)
     shown = [Answer(monitor, f"/task.json?id={task}").json for task in ("forged", "gone")]
-    assert [each["arguments"] for each in shown] == [["(cannot be read)"], []]
+    assert [each["arguments"] for each in shown] == [["(cannot be read)"], None]
 
 
 def test_long_arguments_are_cut() -> None:
@@ -156,6 +156,7 @@ def test_long_arguments_are_cut() -> None:
     registration = Registration("name", called, inspect.signature(called), None)
     text = encode(registration, ("x" * 10_000, *range(500)), {"key": 5})
     shown = durable._arguments(text)
+    assert shown is not None
     assert (len(shown), len(shown[0]), shown[1]) == (100, 2_000, "0")
 
 

@@ -118,6 +118,7 @@ def test_a_failed_durable_task_is_retried_and_a_waiting_one_discarded(
         shop.post("/open")
         browser.click("#durable .buttons button:nth-child(1)")
         browser.wait(lambda: browser.texts(states) == ["succeeded", "failed"])
+        browser.wait(lambda: browser.text("#durable pre") == "The arguments are not kept.")
         browser.click("#durable .buttons button:nth-child(2)")
         browser.driver.switch_to.alert.dismiss()
         assert browser.text("#durable .item:nth-child(2) .buttons") == "Retry\nDiscard"

@@ -111,10 +111,13 @@ def _find(
     return found
 
 
-def _arguments(text: str) -> list[str]:
-    """Return a text for each argument; rows may be forged."""
+def _arguments(text: str) -> list[str] | None:
+    """Return a text for each argument; rows may be forged.
+
+    :return: None if the arguments are not kept: those of a task that has succeeded.
+    """
     if not text:
-        return []
+        return None
     try:
         args, kwargs = decode(text)
     except MessageError:

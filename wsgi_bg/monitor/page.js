@@ -145,8 +145,9 @@ class List {
       const pre = make("pre", { tabIndex: 0, textContent: "Loading" });
       const details = make("details", {}, make("summary", {}, facts), pre);
       details.addEventListener("toggle", () => {
-        if (details.open) this.fill(item, pre);
+        if (details.open) this.fill(item);
       });
+      Object.assign(item, { details, pre });
       item.append(details);
     } else {
       item.append(make("div", { className: "plain" }, facts));
@@ -155,16 +156,18 @@ class List {
     return item;
   }
 
-  async fill(item, pre) {
+  async fill(item) {
     try {
-      setText(pre, this.load.text(await askPatiently(this.load.url(item.row)), item.row));
+      setText(item.pre, this.load.text(await askPatiently(this.load.url(item.row)), item.row));
     } catch (error) {
-      setText(pre, error.message);
+      setText(item.pre, error.message);
     }
   }
 
   update(item, row, taken) {
+    const before = item.row ?? row;
     item.row = row;
+    if (item.details?.open && (before.state !== row.state || before.attempt !== row.attempt)) this.fill(item);
     const facts = this.facts(row, taken);
     while (item.facts.children.length > facts.length) item.facts.lastElementChild.remove();
     facts.forEach(([text, className, title], index) => {
@@ -321,7 +324,8 @@ const durable = new List(byId("durable"), {
     url: (row) => `task.json?id=${encodeURIComponent(row.id)}`,
     text: (found) => {
       const parts = [];
-      if (found.arguments) parts.push(found.arguments.length ? `Arguments:\n  ${found.arguments.join("\n  ")}` : "No arguments.");
+      if (found.arguments === null) parts.push("The arguments are not kept.");
+      else if (found.arguments) parts.push(found.arguments.length ? `Arguments:\n  ${found.arguments.join("\n  ")}` : "No arguments.");
       if (found.traceback) parts.push(found.traceback);
       return parts.join("\n\n") || "There is nothing more to show.";
     },
