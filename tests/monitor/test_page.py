@@ -178,6 +178,8 @@ def test_the_page_asks_again_and_keeps_the_focus_and_what_is_unfolded(
     browser.run("document.querySelector('#failures summary').focus()")
     browser.keys("\ue007")  # Enter
     browser.wait(lambda: "card 4711 was declined" in browser.text("#failures pre"))
+    error = "Task 50f1\n\nCardDeclined: 4711\n\nTraceback"  # first: the box shows a part only
+    assert browser.text("#failures pre").startswith(error)
     shown = site.snapshot
     newer = replace(shown.failures[0], name="shop.newest", ended=shown.taken)
     site.snapshot = replace(shown, failures=(newer, *shown.failures))

@@ -297,7 +297,10 @@ const failures = new List(byId("failures"), {
   unfolds: (shows) => shows.errors,
   load: {
     url: (row) => `error.json?key=${encodeURIComponent(row.key)}`,
-    text: (found, row) => `${row.id ? `Task ${row.id}\n` : ""}${found.traceback || found.message || "There is no traceback."}`,
+    text: (found, row) => {
+      const message = [row.error, found.message].filter(Boolean).join(": ");
+      return [row.id ? `Task ${row.id}` : "", message, found.traceback].filter(Boolean).join("\n\n");
+    },
   },
   nothing: "No task has failed.",
 });
