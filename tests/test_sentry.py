@@ -325,6 +325,29 @@ def test_a_task_whose_message_has_no_trace_begins_one(
     assert trace_of(task)["trace_id"] != trace_of(request)["trace_id"]
 
 
+def test_what_on_error_does_belongs_to_the_task_that_has_failed(items: list[Item]) -> None:
+    def on_error(task: object, exc: BaseException) -> None:
+        sentry_sdk.set_tag("on_error", "1")
+        sentry_sdk.capture_message("noted")
+
+    def fail() -> None:
+        raise ValueError("a bug")
+
+    def add(environ: object) -> None:
+        background_tasks.add_task(fail)
+        background_tasks.add_task(sentry_shop.work, "x")
+
+    app = app_that(add)
+    respond(BackgroundTasksMiddleware(app, hooks=SentryHooks(), on_error=on_error))
+    [failed] = of_type("transaction", items, ".fail")
+    [noted] = [item for item in of_type("event", items) if item.get("message") == "noted"]
+    assert trace_of(noted)["trace_id"] == trace_of(failed)["trace_id"]
+    name = "background task"
+    assert noted["contexts"][name] == failed["contexts"][name]
+    [after] = of_type("transaction", items, ".work")
+    assert "on_error" not in after.get("tags", {})
+
+
 def test_an_extra_call_and_the_run_by_the_request_continue_its_trace(items: list[Item]) -> None:
     def add(environ: object) -> None:
         with sentry_sdk.start_transaction(name="request"):
@@ -410,7 +433,7 @@ def test_a_stored_task_of_a_process_that_was_killed_continues_the_trace(
     assert continues(task, request)
 
 
-@pytest.mark.parametrize("moment", ["isolation_scope", "continue_trace"])
+@pytest.mark.parametrize("moment", ["get_isolation_scope", "continue_trace"])
 def test_an_error_of_sentry_is_logged_and_the_task_runs(
     items: list[Item], log: Log, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
@@ -421,7 +444,7 @@ def test_an_error_of_sentry_is_logged_and_the_task_runs(
     ran: list[int] = []
     run(ran.append, args=[1])
     assert ran == [1]
-    missing = {"isolation_scope": "scope", "continue_trace": "transaction"}[moment]
+    missing = {"get_isolation_scope": "scope", "continue_trace": "transaction"}[moment]
     assert log.errors == [f"Sentry has no {missing} for list.append"]
     run(sentry_shop.fail, args=["x"])
     assert items == []

@@ -43,10 +43,11 @@ class SentryHooks(Hooks):
     """Shows tasks to Sentry; pass an object as ``hooks=`` of the middleware.
 
     Each attempt has an isolation scope, a copy of the request's: tags that a task sets are seen
-    in this task only. Each attempt is a transaction (``op`` is ``"queue.task.wsgi_bg"``), which
-    continues the trace of the span that was current in ``add_task``; the trace travels with
-    stored and sent tasks. If the integration of the engine (``CeleryIntegration``, for example)
-    has made a transaction on the worker, the hooks leave the task to it.
+    in this task only, and what ``on_error`` sends belongs to the task. Each attempt is a
+    transaction (``op`` is ``"queue.task.wsgi_bg"``), which continues the trace of the span
+    that was current in ``add_task``; the trace travels with stored and sent tasks. If the
+    integration of the engine (``CeleryIntegration``, for example) has made a transaction on the
+    worker, the hooks leave the task to it.
 
     A task that has failed is one event, with ``handled`` False, and not a second one by the
     ``LoggingIntegration``, also if the engine logs the exception on a worker. An attempt after
@@ -105,14 +106,15 @@ class SentryHooks(Hooks):
 class _Attempt:
     """The scope and the transaction of an attempt.
 
+    The scope stays current in the context of the attempt, which is a copy that nothing else
+    runs in, but for the log record of an error and ``on_error``: they belong to the task.
     The record refers to this object, which does not refer to the record: no cycle is left.
 
     :ivar given: the headers of the trace that the transaction continues.
     """
 
-    __slots__ = ("_context", "_isolation", "_name", "_scope", "_trace", "_transaction", "given")
+    __slots__ = ("_context", "_name", "_scope", "_trace", "_transaction", "given")
 
-    _isolation: AbstractContextManager[Any]
     _trace: Any
     _transaction: AbstractContextManager[Any]
 
@@ -130,8 +132,9 @@ class _Attempt:
 
     def __enter__(self) -> None:
         try:
-            self._isolation = sentry_sdk.isolation_scope()
-            scope = self._isolation.__enter__()
+            scope = sentry_sdk.get_isolation_scope().fork()
+            sentry_sdk.Scope.set_isolation_scope(scope)
+            sentry_sdk.Scope.set_current_scope(sentry_sdk.get_current_scope().fork())
         except Exception as exc:
             extra = self._fields()
             log.error("Sentry has no scope for %s", self._name, exc_info=exc, extra=extra)
@@ -141,10 +144,9 @@ class _Attempt:
         except Exception as exc:
             extra = self._fields()
             log.error("Sentry has no transaction for %s", self._name, exc_info=exc, extra=extra)
-            self._isolation.__exit__(None, None, None)
             return
         self._scope = scope
-        _running.set(str(self._context["id"]))  # stays, for the log record of the error
+        _running.set(str(self._context["id"]))
 
     def _begin(self, scope: Any) -> None:
         scope.set_context("background task", self._context)
@@ -165,8 +167,6 @@ class _Attempt:
         except Exception as error:
             extra = self._fields()
             log.error("Sentry could not end %s", self._name, exc_info=error, extra=extra)
-        finally:
-            self._isolation.__exit__(None, None, None)
 
     def _fields(self) -> dict[str, Any]:
         """The attributes of a log record about the task."""
