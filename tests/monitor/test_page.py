@@ -204,7 +204,9 @@ def test_a_hidden_page_asks_for_nothing(site: Site, browser: Browser, url: str) 
         site.wait_for_polls("/tasks", 2)
 
 
-def test_a_paused_page_asks_for_nothing(site: Site, browser: Browser, url: str) -> None:
+def test_a_paused_page_asks_for_nothing_but_for_what_the_user_filters(
+    site: Site, browser: Browser, url: str
+) -> None:
     browser.open(url)
     browser.wait(lambda: browser.text("#state") == "Live")
     with browser.second_window(url.replace("/tasks", "/clock")):
@@ -214,6 +216,12 @@ def test_a_paused_page_asks_for_nothing(site: Site, browser: Browser, url: str) 
         site.wait_for_polls("/clock", 2)
         assert site.polls["/tasks"] == polls
         assert browser.text("#pause") == "Resume"
+        browser.click("#filter input")
+        browser.keys("charge")
+        browser.wait(lambda: browser.texts("#names tbody td:first-child") == [CHARGE])
+        assert (browser.text("#state"), site.polls["/tasks"]) == ("Paused", polls + 1)
+        site.wait_for_polls("/clock", 2)
+        assert site.polls["/tasks"] == polls + 1
         browser.click("#pause")
         browser.wait(lambda: browser.text("#state") == "Live")
 

@@ -580,11 +580,12 @@ let current = null; // the request that has not ended
 let failed = 0; // requests in a row
 let isPaused = false;
 
-async function poll() {
+// Asks once though the page is paused if the user wants other rows.
+async function poll(isWanted = false) {
   clearTimeout(timer);
   current?.abort();
   current = null;
-  if (document.hidden || isPaused) return;
+  if (document.hidden || (isPaused && !isWanted)) return;
   const mine = (current = new AbortController());
   const form = new FormData(byId("filter"));
   let pause = PERIOD;
@@ -594,7 +595,7 @@ async function poll() {
     failed = 0;
     show(data);
     byId("notice").hidden = true;
-    say("Live", "live");
+    say(...(isPaused ? ["Paused", ""] : ["Live", "live"]));
   } catch (error) {
     if (mine !== current) return;
     failed += 1;
@@ -603,11 +604,12 @@ async function poll() {
     const ours = error instanceof Failed ? error.message : `The script of the page has failed: ${error.message}.`;
     const reason = isRefused ? "Access was refused: log in again, and reload the page." : ours;
     byId("notice").className = "notice error";
-    setText(byId("notice"), `${reason} The numbers below are old. The next request is in ${length(pause / 1000)}.`);
+    const next = isPaused ? "" : ` The next request is in ${length(pause / 1000)}.`;
+    setText(byId("notice"), `${reason} The numbers below are old.${next}`);
     byId("notice").hidden = false;
     say("No answer", "failing");
   }
-  timer = setTimeout(poll, pause);
+  if (!isPaused) timer = setTimeout(poll, pause);
 }
 
 byId("pause").addEventListener("click", () => {
@@ -617,16 +619,16 @@ byId("pause").addEventListener("click", () => {
   poll();
 });
 
-document.addEventListener("visibilitychange", poll);
+document.addEventListener("visibilitychange", () => poll());
 
 let typing = 0;
 byId("filter").addEventListener("input", () => {
   clearTimeout(typing);
-  typing = setTimeout(poll, 250);
+  typing = setTimeout(poll, 250, true);
 });
 byId("filter").addEventListener("submit", (event) => {
   event.preventDefault();
-  poll();
+  poll(true);
 });
 
 poll();
