@@ -6,6 +6,7 @@ import os
 import re
 import sqlite3
 import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -125,6 +126,28 @@ def test_a_damaged_file_is_refused_by_name(folder: Folder, killed: str) -> None:
         check_folder(folder.path)
     with pytest.raises(StoreError, match="not a database"):
         Store.adopt(folder, Settings())
+
+
+@pytest.mark.parametrize("epoch", [b"\xff" * 8, (1 << 30).to_bytes(8, sys.byteorder)])
+def test_damaged_notes_are_refused_by_name_and_keep_no_other_file(
+    folder: Folder, killed: str, epoch: bytes
+) -> None:
+    notes = folder.file(1, ".notes")
+    dead_store(folder, "store.add([Row('shop.other', '{}')])")
+    Path(notes).write_bytes(epoch)
+    with pytest.raises(StoreError, match=re.escape(notes) + ".*damaged: remove them"):
+        check_folder(folder.path)
+    other = Store.adopt(folder, Settings())
+    assert other is not None
+    assert other.number == 2
+    with pytest.raises(StoreError, match="the notes are damaged"):
+        Store.adopt(folder, Settings())
+    os.unlink(notes)
+    again = Store.adopt(check_folder(folder.path), Settings())
+    assert again is not None
+    assert len(again.read(0.0, 10)) == 1
+    again.close()
+    other.close()
 
 
 def test_a_cut_file_is_refused(folder: Folder, killed: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sqlite3
+import sys
+from contextlib import suppress
 from typing import NamedTuple
 
 from wsgi_bg._durable.sql import SELECT_ONE, VERSION
@@ -83,6 +85,7 @@ def check_folder(path: str | os.PathLike[str]) -> Folder:
     for number in folder.numbers():
         if not is_of_parent(folder.file(number)):
             _check_file(folder.file(number))
+        check_notes(folder.file(number, ".notes"))
     return folder
 
 
@@ -130,6 +133,17 @@ def read_epoch(connection: sqlite3.Connection, path: str) -> int:
     if type(epoch) is not int or not 0 <= epoch < END_OF_EPOCHS:
         raise StoreError(path, "the file has no epoch: move the file away, or restore it")
     return epoch
+
+
+def check_notes(path: str) -> None:
+    """Check the notes beside a file: see ``Notes``.
+
+    :raises StoreError: if their epoch is no epoch, since the notes are damaged.
+    """
+    with suppress(OSError), open(path, "rb") as file:
+        if int.from_bytes(file.read(8), sys.byteorder) >= END_OF_EPOCHS:
+            instead = "remove them, and tasks of this file that have ended may run again"
+            raise StoreError(path, f"the notes are damaged: {instead}")
 
 
 def file_system(path: str, table: str = "/proc/self/mountinfo") -> str:

@@ -21,6 +21,7 @@ from typing import Any
 from wsgi_bg._durable import notes, sql
 from wsgi_bg._durable.folder import (
     Folder,
+    check_notes,
     check_version,
     is_of_parent,
     note_opened,
@@ -192,6 +193,7 @@ class Store:
         The epoch shows if a process has died between the two steps: then the notes have been
         applied. It is part of the keys, so that no key is used again.
         """
+        check_notes(self._folder.file(self.number, ".notes"))
         of_file = read_epoch(self._writer.connection, self.path)
         epoch = max(of_file, self._notes.epoch) + 1
         states = self._notes.read() if self._notes.epoch >= of_file else {}
