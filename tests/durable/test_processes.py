@@ -23,7 +23,7 @@ from tests.durable.support import (
     work_off,
 )
 from tests.support import TIMEOUT
-from wsgi_bg._durable.folder import Folder
+from wsgi_bg._durable.folder import Folder, check_folder
 from wsgi_bg._durable.owner import locks_of
 from wsgi_bg._durable.rows import Outcome, Settings
 from wsgi_bg._durable.store import Store
@@ -250,6 +250,23 @@ def test_a_removed_lock_file_is_an_error_in_processes_that_run(
     """
     with child(folder, code) as process:
         assert process.rest() == ["3"]
+
+
+def test_a_folder_that_was_replaced_before_its_first_use_has_a_single_owner(
+    tmp_path: Path,
+) -> None:
+    checked = check_folder(tmp_path / "tasks")
+    (tmp_path / "tasks").rename(tmp_path / "before")
+    replaced = check_folder(tmp_path / "tasks")
+    assert checked.identity != replaced.identity
+    store = Store.own(checked, SETTINGS)
+    try:
+        store.add([task()])
+        assert locks_of(replaced).is_owned(store.number)
+        assert Store.own(replaced, SETTINGS) is store
+        assert Store.adopt(replaced, SETTINGS) is None
+    finally:
+        store.close()
 
 
 def test_a_lock_file_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:

@@ -29,7 +29,19 @@ class Folder(NamedTuple):
     path: str
     """The absolute path."""
     identity: tuple[int, int]
-    """Device and inode."""
+    """Device and inode when the folder was checked."""
+
+    @property
+    def identity_now(self) -> tuple[int, int]:
+        """Device and inode of the folder that has the path now.
+
+        Another folder may have taken the place of the checked one.
+        """
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return self.identity
+        return status.st_dev, status.st_ino
 
     def file(self, number: int, suffix: str = ".sqlite") -> str:
         """Return the path of file ``number``."""

@@ -88,9 +88,10 @@ def locks_of(folder: Folder) -> Locks:
     :raises StoreError: if the lock file cannot be opened.
     """
     path = os.path.join(folder.path, LOCK_FILE)
-    per_process = _locks.setdefault(folder.identity, PerProcess(lambda: Locks(path)))
+    identity = folder.identity_now
+    per_process = _locks.setdefault(identity, PerProcess(lambda: Locks(path)))
     try:
         return per_process.get()
     except OSError as exc:
-        _locks.pop(folder.identity, None)  # another folder may get the inode of a removed one
+        _locks.pop(identity, None)  # another folder may get the inode of a removed one
         raise StoreError(path, f"the lock file cannot be opened: {exc}") from exc

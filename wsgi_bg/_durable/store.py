@@ -124,10 +124,11 @@ class Store:
         :raises StoreError: if the file cannot be made.
         """
         make = PerProcess(lambda: cls._make(folder, settings))
+        identity = folder.identity_now
         try:
-            return _own.setdefault(folder.identity, make).get()
+            return _own.setdefault(identity, make).get()
         except BaseException:
-            _own.pop(folder.identity, None)  # another folder may get the inode of a removed one
+            _own.pop(identity, None)  # another folder may get the inode of a removed one
             raise
 
     @classmethod
@@ -625,9 +626,8 @@ class Store:
             self._end(is_removed=is_removed)
 
     def _end(self, *, is_removed: bool) -> None:
-        mine = _own.get(self._folder.identity)
-        if mine is not None:
-            mine.forget(self)
+        for own in list(_own.values()):
+            own.forget(self)
         self._reading.end()
         self._reader.close()
         self._writer.close()
