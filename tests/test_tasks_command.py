@@ -485,11 +485,17 @@ def test_an_order_that_cannot_be_written_is_one_line(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
-def test_the_order_of_root_belongs_to_the_owner_of_the_folder(tmp_path: Path) -> None:
-    os.chown(tmp_path, 65534, 65534)
+def test_the_order_of_root_belongs_to_the_user_whose_process_has_the_task(
+    tmp_path: Path,
+) -> None:
+    folder = check_folder(tmp_path)  # a folder of root, in which others may write
     found = Found(1, False, Outcome(Row("shop.mail", "", id="1-1"), "failed"))
-    path = order(check_folder(tmp_path), found, "retry")
-    assert os.stat(path).st_uid == 65534
+    Path(folder.file(1)).touch()
+    os.chown(folder.file(1), 65534, 65534)
+    assert os.stat(order(folder, found, "retry")).st_uid == 65534
+    os.unlink(folder.file(1))  # the process removes the file meanwhile
+    os.chown(tmp_path, 65533, 65533)
+    assert os.stat(order(folder, found, "retry")).st_uid == 65533
 
 
 # Rows are data.

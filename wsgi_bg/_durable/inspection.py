@@ -163,7 +163,8 @@ def order(folder: Folder, found: Found, what: str) -> str:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with open(os.open(temporary, flags, 0o600), "w", encoding="utf-8") as file:
             # The owner may be another user than root, and has to read the order.
-            status = os.stat(folder.path)
+            file_of_task = folder.file(found.number)
+            status = os.stat(file_of_task if os.path.exists(file_of_task) else folder.path)
             with suppress(PermissionError):
                 os.chown(temporary, status.st_uid, status.st_gid)
             file.write(text)
