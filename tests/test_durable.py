@@ -752,6 +752,51 @@ def left_by_a_dead_process(path: Path, *rows: Row) -> None:
     assert run_python(code).returncode == 0
 
 
+def open_files(path: Path) -> set[str]:
+    """The names of the files in ``path`` that this process has open."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            found.add(os.readlink(f"/proc/self/fd/{name}"))
+    return {os.path.basename(each) for each in found if os.path.dirname(each) == str(path)}
+
+
+def test_files_of_dead_processes_in_which_nothing_is_due_are_not_kept_open(
+    runner: DurableRunner, tmp_path: Path, log: Log
+) -> None:
+    path = tmp_path / "tasks"
+    for hours in (1, 2, 3):
+        due = time.time() + 3600 * hours
+        left_by_a_dead_process(path, Row("durable.write", "[1,[1],{}]", due=due))
+    runner.start()
+    assert wait_until(lambda: runner.statistics().waiting == 3)
+    assert wait_until(
+        lambda: {name[:8] for name in open_files(path)} == {"owners.l", "00000004"}
+    )
+    assert sorted(runner.file_numbers()) == [1, 2, 3, 4]
+    (first, *rest) = list_tasks(check_folder(path))
+    assert all(each.is_owned for each in (first, *rest))
+    order(check_folder(path), first, "discard")
+    assert wait_until(lambda: runner.statistics().waiting == 2)
+    assert sorted(runner.file_numbers()) == [2, 3, 4]
+    assert runner.drain(TIMEOUT) == []
+    assert "2 durable tasks stay" in log.at(logging.INFO)[-1]
+
+
+def test_a_file_that_was_closed_is_worked_off_when_its_time_has_come(
+    runner: DurableRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time
+    due = now() + 3600
+    left_by_a_dead_process(tmp_path / "tasks", Row("durable.write", "[1,[1],{}]", due=due))
+    runner.start()
+    assert wait_until(lambda: runner.ledger.parked)
+    assert shop.calls == []
+    monkeypatch.setattr(time, "time", lambda: now() + 7200)
+    assert shop.wait_for(1) == [1]
+    assert wait_until(lambda: runner.file_numbers() == [2])
+
+
 @pytest.mark.parametrize(
     "row",
     [

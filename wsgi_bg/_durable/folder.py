@@ -66,6 +66,12 @@ class Folder(NamedTuple):
         )
 
 
+def file_of_order(path: str) -> int:
+    """Return the number of the file whose task the order is for; 0 if the path tells none."""
+    number = os.path.basename(path).partition("-")[0]
+    return int(number) if number.isdecimal() else 0
+
+
 def check_folder(path: str | os.PathLike[str]) -> Folder:
     """Make the folder (mode 0700) if there is none, and check the files in it.
 

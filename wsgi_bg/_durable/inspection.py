@@ -157,7 +157,7 @@ def order(folder: Folder, found: Found, what: str) -> str:
         raise StoreError(folder.path, f"task {row.id} is {state}; {what} is for: {wanted}")
     text = json.dumps({"what": what, "number": found.number, "key": row.key, "id": row.id})
     task = hashlib.sha256(json.dumps([found.number, row.key, row.id]).encode()).hexdigest()
-    path = os.path.join(folder.path, f"{task[:32]}.order")
+    path = os.path.join(folder.path, f"{found.number:08d}-{task[:32]}.order")
     temporary = os.path.join(folder.path, secrets.token_hex(8))
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC

@@ -15,9 +15,9 @@ from itertools import count
 from math import inf, nextafter
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from wsgi_bg._durable.folder import Folder, check_folder
+from wsgi_bg._durable.folder import Folder, check_folder, file_of_order
 from wsgi_bg._durable.rows import Outcome, Row, Settings
-from wsgi_bg._durable.store import Store
+from wsgi_bg._durable.store import Parked, Store
 from wsgi_bg._messages import headers, retries
 from wsgi_bg._messages.codec import decode, encode
 from wsgi_bg._process import log
@@ -53,6 +53,7 @@ _IN_MEMORY = "%s waits in memory for its next attempt"
 _PAUSE = 0.001  # seconds between two looks at a task that another thread stores
 _LAST_LOOK = 1.0  # seconds for which the exit waits for the last look
 _ROOM = 0.05  # seconds between two looks if there was no room for a task
+_PARK = 60.0  # a file of a dead process is closed if nothing is due for so many seconds
 _SHARE = 0.5  # of the pool's max_pending that tasks from files may take
 
 
@@ -147,7 +148,8 @@ class DurableRunner(KeepingRunner):
 
     def file_numbers(self) -> list[int]:
         """See :class:`KeepingRunner`."""
-        return [store.number for store in list(self._states.get().ledger.stores)]
+        ledger = self._states.get().ledger
+        return [*ledger.parked.copy(), *(store.number for store in list(ledger.stores))]
 
     @property
     def ledger(self) -> _Ledger:
@@ -519,11 +521,13 @@ class _Ledger(Ledger):
     """Also counts the tasks that wait for their time in the files of this process.
 
     :ivar stores: the files.
+    :ivar parked: further files, which are closed, by their number.
     """
 
     def __init__(self, max_waiting: float) -> None:
         super().__init__(max_waiting)
         self.stores: list[Store] = []
+        self.parked: dict[int, Parked] = {}
         self._asked = count()  # how often a task asked if it may wait
         self._room = 0.0  # until which number it may
         self._next_count = 0.0  # by time.monotonic()
@@ -542,11 +546,15 @@ class _Ledger(Ledger):
         return replace(found, waiting=found.waiting + self._count_waiting())
 
     def _count_waiting(self) -> int:
-        waiting = 0
+        waiting = self.count_parked()
         for store in list(self.stores):
             with suppress(StoreError):  # removed meanwhile, for example
                 waiting += store.count_waiting(time.time())
         return waiting
+
+    def count_parked(self) -> int:
+        """The number of tasks in files that are closed."""
+        return sum(each.waiting for each in self.parked.copy().values())
 
 
 class _State:
@@ -820,7 +828,7 @@ class _State:
             return
         self._is_stopping = True
         self.leave_in_file(list(self._in_memory.values()))
-        left = 0
+        left = self.ledger.count_parked()
         for store in list(self.ledger.stores):
             with suppress(StoreError):  # removed meanwhile, for example
                 left += store.count()["waiting"]
@@ -873,6 +881,7 @@ class _State:
             self._try(self.store.tidy)
         if is_time:
             self._try(self._adopt)
+            self._try(partial(self._reopen, now))
         for store in list(self._adopted):
             self._try(partial(self._work_off, store))
         if self._lacks_room:
@@ -903,14 +912,33 @@ class _State:
 
     def _adopt(self) -> None:
         while (adopted := Store.adopt(self._folder, self._settings)) is not None:
-            self._adopted.append(adopted)
-            self.ledger.stores.append(adopted)
-            adopted.tidy()  # obeys orders of the command line before a task can begin
+            self._begin_work(adopted)
+
+    def _reopen(self, now: float) -> None:
+        """Open those parked files again that have tasks due, or for which there is an order."""
+        ordered = {file_of_order(path) for path in self._folder.orders()}
+        for number, parked in self.ledger.parked.copy().items():
+            if parked.due <= now or number in ordered:
+                del self.ledger.parked[number]
+                self._begin_work(Store.reopen(self._folder, number, self._settings))
+
+    def _begin_work(self, store: Store) -> None:
+        self._adopted.append(store)
+        self.ledger.stores.append(store)
+        store.tidy()  # obeys orders of the command line before a task can begin
+        self._try(partial(self._work_off, store))  # now: there may be hundreds to be parked
 
     def _work_off(self, store: Store) -> None:
-        self._read(store, rest=_REST)
+        has_more = self._read(store, rest=_REST)
         store.tidy()
-        if store.is_empty and store.remove(self.store):
+        if store.is_empty:
+            has_gone = store.remove(self.store)
+        else:
+            parked = None if has_more else store.park(time.time() + _PARK)
+            has_gone = parked is not None
+            if parked is not None:
+                self.ledger.parked[store.number] = parked
+        if has_gone:
             self._adopted.remove(store)
             self.ledger.stores.remove(store)
 

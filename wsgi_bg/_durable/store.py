@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from itertools import count, islice, takewhile
 from shutil import copyfile
-from typing import Any
+from typing import Any, NamedTuple
 
 from wsgi_bg._durable import notes, sql
 from wsgi_bg._durable.folder import (
@@ -177,6 +177,14 @@ class Store:
         if error is not None:
             raise error
         return None
+
+    @classmethod
+    def reopen(cls, folder: Folder, number: int, settings: Settings) -> Store:
+        """Open a file that this process has parked.
+
+        :raises StoreError: if that fails. Then this process is no longer the owner.
+        """
+        return cls._open(folder, number, settings, locks_of(folder))
 
     @classmethod
     def _open(cls, folder: Folder, number: int, settings: Settings, locks: Locks) -> Store:
@@ -612,6 +620,22 @@ class Store:
         self._end(is_removed=True)
         return True
 
+    def park(self, until: float) -> Parked | None:
+        """Close an adopted file, and stay its owner, if nothing is to be done before ``until``.
+
+        The process may own hundreds of such files, whose descriptors it needs for requests.
+        Call this if ``read`` has returned no row.
+
+        :return: what to wait for; None if the file stays open.
+        :raises StoreError: if the file cannot be read.
+        """
+        due = self.next_due()
+        if due is None or due < until or self._held or self._left or self._ended:
+            return None
+        parked = Parked(due, self.count_waiting(0.0))
+        self._end(is_parked=True)
+        return parked
+
     def close(self) -> None:
         """Tidy, close the file and give up owning it; rows stay for the next process.
 
@@ -625,16 +649,29 @@ class Store:
         with suppress(StoreError, sqlite3.Error, OSError):
             self._end(is_removed=is_removed)
 
-    def _end(self, *, is_removed: bool) -> None:
+    def _end(self, *, is_removed: bool = False, is_parked: bool = False) -> None:
         for own in list(_own.values()):
             own.forget(self)
+        turn = self._reading.take(60.0)  # another thread may count the tasks
         self._reading.end()
         self._reader.close()
+        if turn is not None:
+            turn.give()
         self._writer.close()
         if is_removed:
             _unlink(self._folder, self.number)
         self._notes.close()
-        self._locks.give(self.number)
+        if not is_parked:
+            self._locks.give(self.number)
+
+
+class Parked(NamedTuple):
+    """A closed file that this process owns."""
+
+    due: float
+    """The time of the first task, by ``time.time()``."""
+    waiting: int
+    """The number of tasks."""
 
 
 _own: dict[tuple[int, int], PerProcess[Store]] = {}
