@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -17,6 +18,7 @@ from tests.support import TIMEOUT
 from tests.test_examples import wait_until
 from wsgi_bg import DurableRunner, background_tasks, status, wait
 from wsgi_bg._durable.folder import check_folder
+from wsgi_bg._durable.inspection import list_tasks, order
 from wsgi_bg._durable.rows import Outcome, Row, Settings
 from wsgi_bg._durable.store import Store
 from wsgi_bg._messages.codec import encode
@@ -118,6 +120,20 @@ def test_a_durable_task_that_waits_for_its_next_attempt_is_retrying(folder: Path
     assert stored.state_of(check_folder(folder), "1") == "retrying"
     (task,) = stored.newest(check_folder(folder), {store.number: 7})
     assert (task.attempt, task.due, task.pid) == (3, 9e9, 7)
+
+
+def test_a_task_that_is_discarded_in_the_file_waits_no_longer(folder: Path) -> None:
+    runner = DurableRunner(folder)
+    gc.disable()
+    try:
+        name = add(runner, write, 1, delay=600.0, status=True)
+        assert wait_until(lambda: runner.statistics().waiting == 1)
+        assert status.of(name) == "waiting"
+        (found,) = list_tasks(check_folder(folder))
+        order(check_folder(folder), found, "discard")
+        assert wait_until(lambda: status.of(name) is None)
+    finally:
+        gc.enable()
 
 
 def test_a_task_that_was_put_aside_is_aside(folder: Path) -> None:

@@ -115,7 +115,7 @@ class Deferring(TaskQueue):
         if keeper is not None and wait is not None and holds_rest:
             keeper.hold_back(task, wait, self)
         elif keeper is not None and keeper.postpone(task, wait):
-            return _InFile(moves_rest=False)
+            return _InFile(task, moves_rest=False)
         if is_over or is_exiting():  # no drain will come that could log the task
             return None if keeper is None else self._leave(task, keeper, holds_rest=holds_rest)
         if wait is not None:
@@ -136,7 +136,7 @@ class Deferring(TaskQueue):
         keeper.leave(task)
         rest = self.left() if holds_rest else []
         _log_waiting([each for each in rest if not keeper.is_stored(each) and each.claim()])
-        return _InFile(moves_rest=holds_rest)
+        return _InFile(task, moves_rest=holds_rest)
 
     def dropped(self, task: BackgroundTask) -> None:
         if self.observer is not None:
@@ -167,9 +167,9 @@ class _Next:
 class _InFile:
     """The wait of a task that its runner has stored, and that no memory holds."""
 
-    begin: Callable[[], object] = int  # does nothing, without a bytecode
-
-    def __init__(self, *, moves_rest: bool) -> None:
+    def __init__(self, task: BackgroundTask, *, moves_rest: bool) -> None:
+        # Else task and record are a cycle, and the task waits here until a garbage collection.
+        self.begin: Callable[[], object] = task.record.clear
         self.moves_rest: bool = moves_rest
 
 
