@@ -450,6 +450,32 @@ def test_a_drain_leaves_the_tasks_that_wait_in_the_file(tmp_path: Path, log: Log
     runner.abandon()
 
 
+@registered_task(name="durable.add_at_the_end")
+def add_at_the_end() -> None:
+    wait_at("gate")
+    background_tasks.add_task(write, "child")
+    background_tasks.add_task(shop.note, "in memory")
+
+
+def test_a_task_that_is_added_during_a_drain_waits_for_the_next_process(
+    tmp_path: Path, log: Log
+) -> None:
+    runner = DurableRunner(tmp_path)
+    run_view(runner, lambda _: background_tasks.using(delay=3600).add_task(write, 4))
+    assert wait_until(lambda: runner.statistics().waiting == 1)  # in the file alone
+    handle(runner, (add_at_the_end,))
+    shop.gate("gate")
+    assert shop.begun["gate"].wait(TIMEOUT)
+    with ThreadPoolExecutor(1) as thread:
+        left = thread.submit(runner.drain, TIMEOUT)
+        assert wait_until(lambda: any("stay" in each for each in log.at(logging.INFO)))
+        shop.gate("gate").set()
+        assert left.result(TIMEOUT) == []
+    assert shop.calls == ["gate", "in memory"]
+    assert waiting(runner) == ["durable.write"] * 2
+    runner.abandon()
+
+
 def test_a_retry_waits_in_the_file_and_holds_up_no_other_task(runner: DurableRunner) -> None:
     handle(runner, (fail_twice, 1), (write, 2))
     assert shop.wait_for(5) == [1, 2, 1, 1, "child"]
@@ -778,7 +804,7 @@ def test_files_of_dead_processes_in_which_nothing_is_due_are_not_kept_open(
     assert all(each.is_owned for each in (first, *rest))
     order(check_folder(path), first, "discard")
     assert wait_until(lambda: runner.statistics().waiting == 2)
-    assert sorted(runner.file_numbers()) == [2, 3, 4]
+    assert wait_until(lambda: sorted(runner.file_numbers()) == [2, 3, 4])
     assert runner.drain(TIMEOUT) == []
     assert "2 durable tasks stay" in log.at(logging.INFO)[-1]
 

@@ -674,6 +674,8 @@ class _State:
             task.message.store = store
             self.hold(task)
             task.message.settle()
+        if self._is_stopping:  # a task that was not stored yet has escaped stop_reading()
+            self.leave_in_file(tasks)
 
     def hold(self, task: BackgroundTask) -> None:
         """Hold a stored task in memory."""
