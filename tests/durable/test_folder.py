@@ -102,13 +102,14 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         subprocess.run(["umount", tmp_path / "tasks"], capture_output=True, check=False)
 
 
-def test_a_lock_file_of_another_user_is_refused(
-    folder: Folder, killed: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["owners.lock", "00000001.sqlite"])
+def test_a_file_of_another_user_is_refused(
+    folder: Folder, killed: str, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    lock = os.path.join(folder.path, "owners.lock")
+    path = os.path.join(folder.path, name)
     # root may write it.
-    monkeypatch.setattr(os, "access", lambda path, mode: path != lock)
-    with pytest.raises(StoreError, match=r"owners\.lock.*belongs to another user"):
+    monkeypatch.setattr(os, "access", lambda asked, mode: asked != path)
+    with pytest.raises(StoreError, match=re.escape(name) + ".*belongs to another user"):
         check_folder(folder.path)
 
 

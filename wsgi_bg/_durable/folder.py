@@ -96,15 +96,19 @@ def check_folder(path: str | os.PathLike[str]) -> Folder:
         raise StoreError(path, f"the folder cannot be made: {exc.strerror}") from exc
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
         raise StoreError(path, "the folder cannot be written by this user")
-    lock = os.path.join(path, LOCK_FILE)
-    if os.path.exists(lock) and not os.access(lock, os.R_OK | os.W_OK):
-        raise StoreError(lock, "the file belongs to another user, who has used the folder")
+    _check_user(os.path.join(path, LOCK_FILE))
     folder = Folder(path, (status.st_dev, status.st_ino))
     for number in folder.numbers():
+        _check_user(folder.file(number))
         if not is_of_parent(folder.file(number)):
             _check_file(folder.file(number))
         check_notes(folder.file(number, ".notes"))
     return folder
+
+
+def _check_user(path: str) -> None:
+    if not os.access(path, os.R_OK | os.W_OK) and os.path.exists(path):
+        raise StoreError(path, "the file belongs to another user, who has used the folder")
 
 
 def _check_file(path: str) -> None:
