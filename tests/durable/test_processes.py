@@ -24,6 +24,7 @@ from tests.durable.support import (
 )
 from tests.support import TIMEOUT
 from wsgi_bg._durable.folder import Folder, check_folder
+from wsgi_bg._durable.inspection import list_tasks
 from wsgi_bg._durable.owner import locks_of
 from wsgi_bg._durable.rows import Outcome, Settings
 from wsgi_bg._durable.store import Store
@@ -122,6 +123,27 @@ def test_rows_that_ran_when_the_process_died_have_a_crash_more(folder: Folder) -
         assert [(row.name, row.crashes) for row in rows] == [("ran", crashes), ("waited", 0)]
         left.begin(rows[0])
         left._end(is_removed=False)  # as if this process had died, without its notes
+
+
+def test_the_last_attempt_of_a_task_that_failed_before_the_death_counts(folder: Folder) -> None:
+    dead_store(
+        folder,
+        """
+        (row,) = store.add([Row("failed", "")])
+        row = row._replace(due=1.0, attempts=4)
+        store.postpone([row])
+        store.begin(row)
+        store.end(Outcome(row, "failed"))
+        """,
+    )
+
+    def found() -> list[tuple[str, int]]:
+        return [(each.outcome.state, each.outcome.row.attempts) for each in list_tasks(folder)]
+
+    assert found() == [("failed", 5)]
+    left = adopt(folder)
+    assert found() == [("failed", 5)]
+    left.close()
 
 
 def test_a_death_during_the_take_over_counts_once(folder: Folder) -> None:

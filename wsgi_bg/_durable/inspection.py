@@ -122,7 +122,8 @@ def _read(folder: Folder, number: int, *, is_owned: bool, is_brief: bool) -> Ite
             note = states.get(row.key)
             if note in known:
                 crashes = row.crashes + (note == notes.BEGUN and not is_owned)
-                yield Outcome(row._replace(crashes=crashes), known[note])
+                attempts = row.attempts + (note == notes.FAILED)
+                yield Outcome(row._replace(crashes=crashes, attempts=attempts), known[note])
         for stored in connection.execute(_KEPT_IN_BRIEF if is_brief else _KEPT):
             values = typed(stored, _KINDS)
             yield Outcome(Row(*values[:11]), *values[11:])

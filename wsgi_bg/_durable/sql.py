@@ -176,6 +176,10 @@ def take_over(begun: list[int], ended: dict[str, list[int]], epoch: int) -> list
         SELECT *, ?, 0, ?, '', '' FROM tasks WHERE {_KEYS}"""
     return [
         (f"UPDATE tasks SET crashes = crashes + 1 WHERE {_KEYS}", (json.dumps(begun),)),
+        (
+            f"UPDATE tasks SET attempts = attempts + 1 WHERE {_KEYS}",
+            (json.dumps(ended["failed"]),),
+        ),
         (recorded, (now, json.dumps(ended["done"]))),
         *((kept, (state, now, json.dumps(ended[state]))) for state in ("failed", "aside")),
         *(delete(keys) for keys in ended.values()),
