@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -896,6 +897,21 @@ def test_rows_of_a_function_that_is_registered_later_wait_until_then(
     registered_task(name=name)(shop.new_function())
     assert shop.wait_for(2) == [1, 2]
     assert len(log.errors) == 1
+
+
+def test_only_the_file_holds_the_rows_of_a_function_that_is_not_registered(
+    runner: DurableRunner, tmp_path: Path, log: Log
+) -> None:
+    name = f"durable.gone_{tmp_path.name}"
+    left_by_a_dead_process(tmp_path / "tasks", Row(name, "[1,[1],{}]"), Row(name, "[1,[2],{}]"))
+    runner.start()
+    assert wait_until(lambda: len(log.errors) == 1)
+
+    def rows() -> list[Row]:
+        return [each for each in gc.get_objects() if type(each) is Row and each.name == name]
+
+    assert wait_until(lambda: rows() == [])
+    assert waiting(runner) == [name] * 2
 
 
 def test_a_rerun_has_the_correlation_id_and_the_options_of_its_request(

@@ -453,8 +453,8 @@ class Reruns(Attached):
         super().__init__(options)
         self._path = path
         self._max_crashes = max_crashes
-        # Rows by the name of a function that is not registered yet, or no more.
-        self._unknown: dict[str, list[tuple[Store, Row]]] = {}
+        # Keys of rows, by the name of a function that is not registered yet, or no more.
+        self._unknown: dict[str, dict[Store, list[int]]] = {}
 
     def task(
         self, store: Store, row: Row, added_under: Options | None, ledger: Ledger
@@ -472,7 +472,7 @@ class Reruns(Attached):
                     row.name,
                     self._path,
                 )
-            self._unknown.setdefault(row.name, []).append((store, row))
+            self._unknown.setdefault(row.name, {}).setdefault(store, []).append(row.key)
             return None
         if row.crashes >= self._max_crashes:
             log.error(
@@ -513,8 +513,8 @@ class Reruns(Attached):
     def leave_known(self) -> None:
         """Let rows be read again whose functions were registered meanwhile."""
         for name in [name for name in self._unknown if registry.get(name) is not None]:
-            for store, row in self._unknown.pop(name):
-                store.leave([row])
+            for store, keys in self._unknown.pop(name).items():
+                store.leave_keys(keys)
 
 
 class _Ledger(Ledger):

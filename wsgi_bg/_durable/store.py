@@ -340,7 +340,10 @@ class Store:
 
         For rows for which memory has no room, or whose task was not called after all.
         """
-        keys = [row.key for row in rows]
+        self.leave_keys([row.key for row in rows])
+
+    def leave_keys(self, keys: Sequence[int]) -> None:
+        """As ``leave``, for rows of which the caller keeps the keys only."""
         if keys:
             self._forget(keys)
             self._left.append(min(keys) - 1)
