@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from tests.durable.support import child, done, is_sound, open_folder, task
-from wsgi_bg._durable.folder import Folder
+from tests.durable.support import child, dead_store, done, is_sound, open_folder, task
+from wsgi_bg._durable.folder import Folder, check_folder
+from wsgi_bg._durable.inspection import list_tasks
 from wsgi_bg._durable.rows import Outcome, Row
 from wsgi_bg._durable.store import Store
 from wsgi_bg.exceptions import StoreError
@@ -105,6 +108,20 @@ def test_tasks_ended_on_a_full_disk_do_not_run_in_the_next_process(small_disk: P
         assert rows[0].name == "second"
         assert rows[0].crashes == 0
         left.close()
+
+
+def test_a_full_disk_is_no_damage_of_a_file_that_was_closed(small_disk: Path) -> None:
+    folder = check_folder(small_disk / "tasks")
+    dead_store(folder, "store.add([Row('left', '')])")
+    with closing(sqlite3.connect(folder.file(1))) as connection:
+        connection.execute("SELECT * FROM tasks").fetchall()
+    assert not os.path.exists(folder.file(1, ".sqlite-shm"))
+    filler = fill(small_disk)
+    assert check_folder(folder.path) == folder  # only requests with tasks fail
+    with pytest.raises(StoreError, match=r"make room on the disk$"):
+        list_tasks(folder)
+    filler.unlink()
+    assert [each.outcome.row.name for each in list_tasks(folder)] == ["left"]
 
 
 def test_no_file_is_made_on_a_full_disk(small_disk: Path) -> None:

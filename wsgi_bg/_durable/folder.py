@@ -22,6 +22,9 @@ REMOTE = {
 }  # fmt: skip
 """File systems whose locks or shared memory need not hold for all processes."""
 
+FULL = ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE", "SQLITE_IOERR_WRITE")
+"""The errors of SQLite on a full disk."""
+
 
 class Folder(NamedTuple):
     """A folder that :func:`check_folder` has accepted."""
@@ -122,8 +125,10 @@ def _check_file(path: str) -> None:
         finally:
             connection.close()
     except sqlite3.DatabaseError as exc:
-        # A process may remove or recover the file at this moment.
-        if os.path.exists(path) and "locked" not in str(exc):
+        # A process may remove or recover the file at this moment. And a full disk is no damage:
+        # only requests with tasks fail until there is room.
+        is_sound = "locked" in str(exc) or getattr(exc, "sqlite_errorname", "") in FULL
+        if os.path.exists(path) and not is_sound:
             raise StoreError(
                 path, f"{describe(exc)}: move the file away, or restore it"
             ) from exc
