@@ -18,11 +18,12 @@ from typing import Any
 
 import pytest
 from celery import Celery, Task, current_task
+from celery.app.trace import build_tracer
 from celery.exceptions import Ignore, Reject
 from celery.signals import task_prerun
 from flask import Flask
 
-from tests.celery_support import filesystem
+from tests.celery_support import filesystem, messages
 from tests.conftest import Log
 from tests.status.support import handle, hang, nothing, process
 from tests.support import TIMEOUT, Server, app_that, make_server_environ
@@ -202,6 +203,26 @@ def test_hooks_see_the_attempts_on_a_worker_of_celery(tmp_path: Path) -> None:
     diary = attached(CeleryRunner(app))
     assert app.tasks["observed.fails"].apply(args=(TEXT,)).state == "FAILURE"
     assert diary.notes == moments("retried") + moments("failed", 2)
+
+
+@registered_task(
+    name="observed.repeated",
+    celery={"autoretry_for": (KeyError,), "max_retries": 1, "default_retry_delay": 30},
+)
+def repeated() -> None:
+    raise KeyError
+
+
+def test_hooks_see_the_attempts_of_a_task_that_celery_repeats_by_itself(tmp_path: Path) -> None:
+    app = filesystem(tmp_path).app()
+    diary = attached(CeleryRunner(app))
+    name = "observed.repeated"
+    call_as_a_worker = build_tracer(name, app.tasks[name], app=app)
+    for retries in (0, 1):
+        request: dict[str, Any] = {"id": "the id", "retries": retries, "delivery_info": {}}
+        call_as_a_worker("the id", (TEXT,), {}, request)
+    assert diary.notes == moments("retried") + moments("failed", 2)
+    assert len(messages(filesystem(tmp_path))) == 1
 
 
 def test_hooks_see_that_a_worker_of_celery_is_stopped(tmp_path: Path) -> None:

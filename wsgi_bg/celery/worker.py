@@ -6,7 +6,7 @@ from contextvars import Context, ContextVar, copy_context
 from datetime import datetime
 from functools import partial
 from inspect import isawaitable
-from typing import Any
+from typing import Any, NamedTuple
 
 from celery import Celery, Task, signals
 from celery._state import pop_current_task, push_current_task
@@ -130,6 +130,8 @@ def _add(app: Celery, registration: Registration) -> None:
 
 def _run(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Read the message and call the function, on a worker; ``self`` is Celery's task."""
+    if args and isinstance(args[0], _Raised):
+        raise args[0].error
     served = _served[self.app]
     request = self.request
     call = messages.read(self.name, args, kwargs, request, plain_calls=served.plain_calls)
@@ -163,6 +165,10 @@ def _run(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise
     except Exception as exc:
         if retry is None or not retry.allows(attempt, exc):
+            by_celery = _find_autoretry(self, exc)
+            if by_celery is not None:
+                observed.retried(exc, _seconds_to(by_celery), is_logged=False)
+                raise by_celery from exc
             observed.failed(exc)
             raise
         seconds = retry.wait_before(attempt + 1)
@@ -176,8 +182,26 @@ def _run(self: Any, *args: Any, **kwargs: Any) -> Any:
     return result if call.is_plain or not self.ignore_result else None
 
 
+class _Raised(NamedTuple):
+    """In place of the arguments: the error of the call, for Celery's ``autoretry_for``."""
+
+    error: Exception
+
+
+def _find_autoretry(task: Any, exc: Exception) -> Retry | None:
+    """Return Celery's retry, already sent, if ``autoretry_for`` repeats a call; else None."""
+    if hasattr(task, "_orig_run"):  # Celery has put a function that repeats calls around _run()
+        try:
+            task.run(_Raised(exc))
+        except Retry as retry:
+            return retry
+        except Exception:  # perhaps ``exc``, which that function will see once more
+            return None
+    return None
+
+
 def _seconds_to(retry: Retry) -> float:
-    """The seconds until a retry of the task's own code."""
+    """The seconds until a retry that Celery makes."""
     if isinstance(retry.when, datetime):
         return max(0.0, (retry.when - datetime.now(retry.when.tzinfo)).total_seconds())
     return float(retry.when or 0.0)
