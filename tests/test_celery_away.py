@@ -228,6 +228,15 @@ def test_the_former_option_goes_on_working(tmp_path: Path, log: Log) -> None:
     assert runner.statistics().failed == 1
 
 
+def test_a_task_reaches_the_last_of_several_hosts(redis: RedisServer) -> None:
+    """Celery's own ``delay`` does, too: the connections to the others are refused."""
+    url = redis.fresh_url()
+    refusing = [f"redis://127.0.0.1:{free_port()}/0" for _ in range(3)]
+    runner = Broker(";".join([*refusing, url]), {}).runner(publish_timeout=60)
+    request(runner, add("path"))
+    assert waiting(url) == 1
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of SQLAlchemy, in kombu
 def test_a_transport_that_knows_no_options_of_ours_sends(tmp_path: Path) -> None:
     pytest.importorskip("sqlalchemy")

@@ -42,7 +42,10 @@ class BrokerConnection:
         self.options: dict[str, Any] = options
         self._published = 0  # on the channel, since its confirms were selected
         try:
-            self._connection.connect()
+            hosts = len(self._connection.alt)  # connect() would try the first two
+            self._connection.ensure_connection(
+                max_retries=max(1, hosts - 1), reraise_as_library_errors=False
+            )
             self._producer = Producer(self._connection, auto_declare=False)
             channel = self._producer.channel
             self._confirms = transport in _AMQP and hasattr(channel, "confirm_select")
