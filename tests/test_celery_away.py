@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from celery import Celery
-from kombu import Connection, Queue
+from kombu import Connection, Exchange, Queue
 
 from tests import celery_site, client
 from tests.brokers import Broker, BrokerServer, RabbitServer, RedisServer, proxy_to, waiting
@@ -19,7 +22,7 @@ from tests.support import TIMEOUT, app_that, free_port, waitress
 from tests.test_examples import text_of, wait_until
 from wsgi_bg import BackgroundTasksMiddleware, background_tasks, wait
 from wsgi_bg._outbox import outbox as sending
-from wsgi_bg.celery import CeleryRunner
+from wsgi_bg.celery import CeleryRunner, connection
 from wsgi_bg.celery.connection import BrokerConnection
 from wsgi_bg.exceptions import PublishError
 
@@ -321,6 +324,34 @@ def test_a_long_delay_is_not_delivered_twice_by_a_broker_with_a_short_limit(
         assert wait_until(lambda: "2" in text_of(path).split(), 30), started.log
         started.kill()
     assert text_of(path).split() == ["1", "2"]
+
+
+def add_delayed(seconds: int) -> None:
+    background_tasks.using(celery={"countdown": seconds}).add_task(note, "path")
+
+
+def test_a_delay_that_rabbitmq_counts_is_what_is_left_of_it(
+    rabbitmq: RabbitServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Celery writes the delay of a message to a quorum queue into the routing key."""
+    broker = rabbitmq.fresh()
+    app = broker.app()
+    shop = Exchange("shop", "topic")
+    kind = {"x-queue-type": "quorum"}
+    app.conf.task_queues = [Queue("celery", shop, "celery", queue_arguments=kind)]
+    runner = CeleryRunner(app)
+    clock = SimpleNamespace(time=lambda: time.time() + 40, monotonic=time.monotonic)
+    monkeypatch.setattr(connection, "time", clock)  # of the thread that sends
+    with Connection(broker.url) as reader, reader.channel() as channel:
+        delaying = Queue("delayed", Exchange("celery_delayed_27", "topic"), "#")
+        delaying(channel).declare()
+        for seconds in (100, 20):
+            request(runner, partial(add_delayed, seconds))
+        keys = [delaying(channel).get().delivery_info["routing_key"] for _ in range(2)]
+    digits = [key.removesuffix(".celery").replace(".", "") for key in keys]
+    assert [len(each) for each in digits] == [28, 28]
+    assert 55 <= int(digits[0], 2) <= 60
+    assert int(digits[1], 2) == 0
 
 
 def test_a_message_that_rabbitmq_cannot_keep_is_sent_again(

@@ -51,8 +51,8 @@ class _Capture(Producer):  # type: ignore[misc]
         # The first version of Celery's messages has the time in the body.
         times = body if isinstance(body, dict) and "task" in body else headers
         if times.get("task") == self._call.name:
-            self.due = _timestamp(times.get("eta"), self.due)
-            self.expires = _timestamp(times.get("expires"), self.expires)
+            self.due = timestamp(times.get("eta"), self.due)
+            self.expires = timestamp(times.get("expires"), self.expires)
         if compression:
             data, headers["compression"] = compress(data, compression)
         options.update(content_type=content_type, content_encoding=encoding)
@@ -90,8 +90,8 @@ def capture(connection: Connection, call: Call, task: BackgroundTask) -> Message
     )
 
 
-def _timestamp(text: str | None, default: float) -> float:
-    # As a worker does: a time without a zone is UTC.
+def timestamp(text: str | None, default: float) -> float:
+    """Return a time of Celery's headers; as on a worker, a time without a zone is UTC."""
     return maybe_make_aware(datetime.fromisoformat(text)).timestamp() if text else default
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from time import monotonic
 from typing import Any
 
 from celery import Celery
@@ -12,10 +12,13 @@ from kombu import Producer
 
 from wsgi_bg._outbox.outbox import OF_MESSAGE
 from wsgi_bg._outbox.stored import Message
-from wsgi_bg.celery.captured import Published
+from wsgi_bg.celery.captured import Published, timestamp
 
 _REDIS = ("redis", "rediss", "sentinel")
 _AMQP = ("amqp", "amqps", "pyamqp")
+
+_DELAYING = "celery_delayed_27"
+"""The exchange by which Celery lets RabbitMQ delay messages to quorum queues."""
 
 _SYNTAX_ERROR = 502
 """AMQP's code for a header that cannot be encoded; py-amqp's class is a connection error."""
@@ -81,7 +84,12 @@ class BrokerConnection:
 
     def _publish(self, part: Published) -> None:
         options = dict(part.options)
-        options["headers"] = dict(options["headers"])  # kombu writes into them
+        headers = options["headers"] = dict(options["headers"])  # kombu writes into them
+        if getattr(options["exchange"], "name", options["exchange"]) == _DELAYING:
+            # Its key begins with the delay in bits, which Celery has counted from add_task.
+            left = int(max(0.0, timestamp(headers.get("eta"), 0.0) - time.time()))
+            *_, key = options["routing_key"].split(".", 28)
+            options["routing_key"] = ".".join([*f"{left:028b}", key])
         self._producer.publish(part.body, **options)
 
     def _send_with_confirms(
@@ -117,9 +125,9 @@ class BrokerConnection:
                     break
                 self._published += len(message.data)
                 waiting[self._published] = index
-            deadline = monotonic() + self._timeout
+            deadline = time.monotonic() + self._timeout
             while waiting:
-                self._connection.drain_events(timeout=max(0.001, deadline - monotonic()))
+                self._connection.drain_events(timeout=max(0.001, deadline - time.monotonic()))
         finally:
             channel.events["basic_ack"].discard(on_ack)
             channel.events["basic_nack"].discard(on_nack)
