@@ -128,6 +128,12 @@ def test_options_reach_the_job(engine: RQ) -> None:
     assert engine.job(delayed.id).origin == "slow"
 
 
+def test_the_scheduler_puts_a_job_with_a_delay_at_the_front_if_asked_for(engine: RQ) -> None:
+    using = {"delay": 600, "engine": {"at_front": True}}
+    task = send(engine.runner(), look, "", using=using)
+    assert engine.job(task.id).should_enqueue_at_front()
+
+
 def test_the_default_timeout_of_the_queue_holds(engine: RQ) -> None:
     queue = make_queue(engine.url)
     queue = Queue("shop", queue.connection, default_timeout=33, serializer=JSONSerializer)

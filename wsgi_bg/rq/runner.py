@@ -92,8 +92,8 @@ class _Connection(Connection):
 
     def _enqueue(self, message: Message, pipeline: Any) -> None:
         call, queue, options = message.data, copy(self._queue), dict(message.data.options)
-        crashes, at_front = options.pop("max_crashes", 0), options.pop("at_front", False)
-        name, timeout = options.pop("queue", queue.name), options.pop("job_timeout", None)
+        ours = {"max_crashes": 0, "at_front": False, "queue": queue.name, "job_timeout": None}
+        crashes, at_front, name, timeout = map(options.pop, ours, ours.values())
         job = queue.create_job(
             worker.ENTRY,
             call[:3],
@@ -109,8 +109,8 @@ class _Connection(Connection):
             queue = type(queue)(name, self._redis, serializer=JSONSerializer)
             job.origin = name
         if call.due:
-            due = datetime.fromtimestamp(ceil(call.due), UTC)  # RQ keeps whole seconds
-            queue.schedule_job(job, due, pipeline)
+            job.enqueue_at_front = at_front  # by the scheduler, which keeps whole seconds
+            queue.schedule_job(job, datetime.fromtimestamp(ceil(call.due), UTC), pipeline)
         else:
             queue.enqueue_job(job, pipeline=pipeline, at_front=at_front)
 
