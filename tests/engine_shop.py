@@ -19,6 +19,7 @@ from flask import Flask, current_app, g
 from redis import Redis
 from rq import Queue
 from rq.serializers import JSONSerializer
+from rq.worker import SpawnWorker
 
 from wsgi_bg import BackgroundTasks, Retry, inject, registered_task
 from wsgi_bg.dramatiq import DramatiqRunner
@@ -123,6 +124,10 @@ def spread_and_leave(sent: str, tasks: BackgroundTasks) -> None:
 def not_registered(path: str = "") -> None:
     """The target of a forged message: importable, but not registered."""
     write(path, "ran")
+
+
+class SpawningWorker(SpawnWorker):
+    """Each new process imports this module, since it needs the class."""
 
 
 def make_site() -> Flask:

@@ -14,10 +14,12 @@ import pytest
 from redis import Redis
 from rq import Queue
 from rq.serializers import JSONSerializer
+from rq.worker import SpawnWorker
 
 from tests.brokers import RedisServer
 from tests.conftest import Log
 from tests.engine_shop import (
+    SpawningWorker,
     block,
     fail_always,
     look,
@@ -230,6 +232,25 @@ def test_the_job_of_a_work_horse_that_was_killed_shows_as_lost(
         assert wait_until(lambda: status.of(task.id, folder) == "running", TIMEOUT)
         os.kill(pid, signal.SIGKILL)
         assert wait_until(lambda: status.of(task.id, folder) == "lost", TIMEOUT)
+
+
+@pytest.mark.parametrize(("kind", "calls"), [(SpawnWorker, False), (SpawningWorker, True)])
+def test_a_spawned_work_horse_needs_a_class_of_the_module_that_makes_the_runner(
+    engine: RQ, tmp_path: Path, kind: type, *, calls: bool
+) -> None:
+    out = tmp_path / "out"
+    send(engine.runner(), note_call, str(out))
+    assert wait(TIMEOUT) == []
+    done = subprocess.run(
+        [*engine.command(), "--burst", "-w", f"{kind.__module__}.{kind.__qualname__}"],
+        env={**os.environ, "ENGINE_SHOP": json.dumps(["rq", engine.url, {}])},
+        stderr=subprocess.PIPE,
+        check=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    assert out.exists() is calls, done.stderr
+    assert ("-w MODULE.CLASS" in done.stderr) is not calls
 
 
 def test_the_entry_function_is_for_jobs() -> None:

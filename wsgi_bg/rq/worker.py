@@ -31,7 +31,10 @@ def run(name: str, text: str, headers: dict[str, str]) -> Retry | None:
     """
     job = get_current_job()
     if job is None or not runners:
-        raise MessageError("no RQRunner is in this worker: rq worker -c MODULE imports one")
+        raise MessageError(
+            "no RQRunner is in this worker: rq worker -c MODULE imports one; SpawnWorker "
+            "needs a subclass in that module, too: -w MODULE.CLASS"
+        )
     runner = runners.get(job.origin) or next(iter(runners.values()))
     attempt = (job.number_of_retries or 0) + 1
     try:
