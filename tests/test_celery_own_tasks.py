@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from celery import Celery, chain, chord, group, shared_task
+from celery import Celery, Task, chain, chord, group, shared_task
 from celery.signals import before_task_publish
 from kombu import Exchange
 from kombu.exceptions import EncodeError
@@ -68,6 +68,11 @@ def shared(value: Any) -> None:
 
 @registered_task(name="own.repeated", celery={"autoretry_for": (OSError,)})
 def repeated() -> None:
+    raise NotImplementedError
+
+
+@registered_task(name="own.plain")
+def plain() -> None:
     raise NotImplementedError
 
 
@@ -506,6 +511,25 @@ def test_a_bound_task_never_runs_here(app: Celery, broker: Broker) -> None:
 
     request(runner, do)
     assert found == ["hold", "local", "hold", "local", "hold", "local"]
+
+
+def test_the_retries_of_the_applications_task_class_hold_for_registered_tasks(
+    app: Celery,
+) -> None:
+    class Repeated(Task):  # type: ignore[misc]
+        autoretry_for = (OSError,)
+        dont_autoretry_for = (FileNotFoundError,)
+
+    app.task_cls = Repeated
+    runner = CeleryRunner(app, when_unsent="local")
+
+    def do() -> None:
+        added: Any = background_tasks.add_task(plain)
+        assert added.message.message.when_unsent == "hold"
+
+    request(runner, do)
+    never = app.tasks["own.plain"].dont_autoretry_for
+    assert never == (FileNotFoundError, MessageError)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")

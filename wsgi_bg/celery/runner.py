@@ -173,12 +173,13 @@ class CeleryRunner(OutboxRunner):
             raise NameTakenError(name, f"a task of {self._app!r}")
         text = encode(registration, task.args, task.kwargs)
         carried = headers_of_call(task.options.retry)
-        of_task, of_function = registration.celery or NO_OPTIONS
+        of_function = (registration.celery or NO_OPTIONS).message
         engine = for_one_call(registration.engine or {})
         options = _with_delay(task, {**of_function, **engine, **_given(task)})
         options.update(headers={**carried, CALL: ENCODED}, serializer="json")
         apply_async = partial(celery_task.apply_async, (text,), **options)
-        retries = bool(of_task.get("autoretry_for"))
+        # Of the function, or of the application's own task class.
+        retries = bool(getattr(celery_task, "autoretry_for", ()))
         return Call(name, apply_async, bool(celery_task.ignore_result), retries)
 
     def connect(self) -> BrokerConnection:

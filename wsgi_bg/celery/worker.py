@@ -116,8 +116,9 @@ def is_served(task: Any) -> bool:
 
 def _add(app: Celery, registration: Registration) -> None:
     options = dict((registration.celery or NO_OPTIONS).task)
+    of_class = getattr(app.Task, "dont_autoretry_for", ())
     # A retry would read the same broken message.
-    options["dont_autoretry_for"] = (*options.get("dont_autoretry_for", ()), MessageError)
+    options["dont_autoretry_for"] = (*options.get("dont_autoretry_for", of_class), MessageError)
     options.setdefault("ignore_result", True)
     app.task(
         name=registration.name,
