@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -324,6 +325,32 @@ def test_a_long_delay_is_not_delivered_twice_by_a_broker_with_a_short_limit(
         assert wait_until(lambda: "2" in text_of(path).split(), 30), started.log
         started.kill()
     assert text_of(path).split() == ["1", "2"]
+
+
+def test_no_message_is_sent_twice_while_rabbitmq_blocks_its_senders(
+    rabbitmq: RabbitServer, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RabbitMQ reads what a blocked sender has written when there is room again."""
+    broker = rabbitmq.fresh()
+    timeouts: list[str] = []
+
+    def current_thread() -> threading.Thread:
+        timeouts.append("while blocked")
+        return threading.current_thread()
+
+    monkeypatch.setattr(connection, "current_thread", current_thread)
+    runner = broker.runner(publish_timeout=0.5)
+    rabbitmq.control("set_disk_free_limit", "9000GB")
+    try:
+        request(runner, lambda: [add("first")(), add("second")()], sends=False)
+        assert wait_until(lambda: len(timeouts) >= 2, TIMEOUT)
+        assert len(log.warnings) == 1
+        assert "RabbitMQ takes no messages at present" in log.warnings[0]
+    finally:
+        rabbitmq.control("set_disk_free_limit", "1MB")
+    assert wait(TIMEOUT) == []
+    assert waiting(broker.url) == 2
+    assert runner.statistics().sent == 2
 
 
 def add_delayed(seconds: int) -> None:

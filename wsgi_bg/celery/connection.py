@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from threading import current_thread
 from typing import Any
 
 from celery import Celery
@@ -12,6 +13,7 @@ from kombu import Producer
 
 from wsgi_bg._outbox.outbox import OF_MESSAGE
 from wsgi_bg._outbox.stored import Message
+from wsgi_bg._process import log
 from wsgi_bg.celery.captured import Published, timestamp
 
 _REDIS = ("redis", "rediss", "sentinel")
@@ -52,8 +54,11 @@ class BrokerConnection:
             self._producer = Producer(self._connection, auto_declare=False)
             channel = self._producer.channel
             self._confirms = transport in _AMQP and hasattr(channel, "confirm_select")
+            self._is_blocked = False
             if self._confirms:
                 channel.confirm_select()
+                channel.connection.on_blocked = self._block
+                channel.connection.on_unblocked = self._unblock
         except BaseException:
             self._connection.collect()
             raise
@@ -125,9 +130,13 @@ class BrokerConnection:
                     break
                 self._published += len(message.data)
                 waiting[self._published] = index
-            deadline = time.monotonic() + self._timeout
             while waiting:
-                self._connection.drain_events(timeout=max(0.001, deadline - time.monotonic()))
+                try:
+                    self._connection.drain_events(timeout=self._timeout)
+                except TimeoutError:
+                    # RabbitMQ takes these messages when it has room again, and copies as well.
+                    if not (self._is_blocked and current_thread().daemon):  # not at exit
+                        raise
         finally:
             channel.events["basic_ack"].discard(on_ack)
             channel.events["basic_nack"].discard(on_nack)
@@ -138,6 +147,13 @@ class BrokerConnection:
                 del error  # or it refers to itself, by this frame
         if refused:
             raise ConnectionError("the broker could not keep a message (basic.nack)")
+
+    def _block(self, reason: str) -> None:
+        self._is_blocked = True
+        log.warning("tasks wait, since RabbitMQ takes no messages at present: %s", reason)
+
+    def _unblock(self) -> None:
+        self._is_blocked = False
 
     def is_lost(self, exc: Exception) -> bool:
         """True if the broker is away; False if a message was refused."""
