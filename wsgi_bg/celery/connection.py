@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import groupby
 from threading import current_thread
 from typing import Any
 
@@ -69,7 +70,12 @@ class BrokerConnection:
         :raises Exception: the error of the connection, or of a message that is refused.
         """
         if self._confirms:
-            self._send_with_confirms(messages, confirmed)
+            # An error of an exchange or a queue ends the channel. If confirms of messages to
+            # others were lost with the channel, they would be sent twice.
+            places = [_destination(each) for each in messages]
+            order = sorted(range(len(messages)), key=places.__getitem__)
+            for _, group in groupby(order, key=places.__getitem__):
+                self._send_with_confirms([(each, messages[each]) for each in group], confirmed)
             return
         batch = getattr(self._producer, "batch", nullcontext)  # since kombu 5.7
         if getattr(self._producer, "supports_batch_publish", False):
@@ -98,9 +104,12 @@ class BrokerConnection:
         self._producer.publish(part.body, **options)
 
     def _send_with_confirms(
-        self, messages: Sequence[Message], confirmed: Callable[[int], object]
+        self, messages: Sequence[tuple[int, Message]], confirmed: Callable[[int], object]
     ) -> None:
-        """Send all messages, then wait for all confirms: AMQP's numbers of messages."""
+        """Send all messages, then wait for all confirms: AMQP's numbers of messages.
+
+        :param messages: each with its index, for ``confirmed``.
+        """
         channel = self._producer.channel
         waiting: dict[int, int] = {}  # the index of a message by the number of its last part
         refused: list[int] = []
@@ -117,7 +126,7 @@ class BrokerConnection:
         channel.events["basic_ack"].add(on_ack)
         channel.events["basic_nack"].add(on_nack)
         try:
-            for index, message in enumerate(messages):
+            for index, message in messages:
                 if not message.data:  # an apply_async of the user has sent nothing
                     confirmed(index)
                     continue
@@ -168,6 +177,15 @@ class BrokerConnection:
     def close(self) -> None:
         """Close the connection; may block for ``timeout`` seconds."""
         self._connection.release()
+
+
+def _destination(message: Message) -> tuple[str, ...]:
+    """The names of the exchanges and queues that a message needs."""
+    return tuple(
+        str(getattr(each, "name", each))
+        for part in message.data
+        for each in (part.options.get("exchange"), *(part.options.get("declare") or ()))
+    )
 
 
 def _is_unwritable(exc: Exception) -> bool:
