@@ -226,6 +226,46 @@ def test_options_of_the_function_and_of_a_single_message(broker: Broker) -> None
     assert second["properties"]["priority"] == 7
 
 
+@registered_task(
+    name="tests.limited", celery={"queue": "slow", "soft_time_limit": 9, "countdown": 60}
+)
+def limited() -> None:
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_a_time_of_the_message_replaces_that_of_the_function(
+    broker: Broker, *, is_plain: bool
+) -> None:
+    app = broker.app()
+    runner = CeleryRunner(app, plain_calls=True)
+    eta = datetime(2040, 1, 1, tzinfo=UTC)
+
+    def do() -> None:
+        if is_plain:
+            app.tasks["tests.limited"].apply_async(eta=eta)
+        else:
+            background_tasks.using(celery={"eta": eta}).add_task(limited)
+
+    request(runner, do)
+    [message] = messages(broker)
+    assert message["headers"]["eta"] == eta.isoformat()
+    assert message["headers"]["timelimit"] == [None, 9]
+
+
+def test_options_for_messages_hold_for_plain_calls(broker: Broker) -> None:
+    app = broker.app()
+    CeleryRunner(app, plain_calls=True)
+    task = app.tasks["tests.limited"]
+    task.delay()
+    task.apply_async(queue="urgent", soft_time_limit=3)
+    limits = {
+        each["properties"]["delivery_info"]["routing_key"]: each["headers"]["timelimit"]
+        for each in messages(broker)
+    }
+    assert limits == {"slow": [None, 9], "urgent": [None, 3]}
+
+
 def test_options_of_the_function_are_those_of_celerys_task(broker: Broker) -> None:
     app = broker.app()
     CeleryRunner(app)

@@ -10,6 +10,7 @@ from wsgi_bg._messages import headers
 from wsgi_bg._messages.codec import decode
 from wsgi_bg._tasks import registry
 from wsgi_bg._tasks.registry import Registration
+from wsgi_bg.celery.options import NO_OPTIONS, override
 from wsgi_bg.exceptions import ArgumentError, MessageError
 
 HIDDEN = "(...)"
@@ -82,7 +83,9 @@ def read(
 def for_plain_call(
     name: str, given: Sequence[Any], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Check the arguments of a call by ``delay()``, beat or a chain; return its headers.
+    """Check the arguments of a call by ``delay()``, beat or a chain; return its options.
+
+    These are the options that are given, the others of the function, and the headers.
 
     :param given: the positional arguments of Celery's ``apply_async``.
     :param options: the keyword arguments of ``apply_async``.
@@ -96,7 +99,9 @@ def for_plain_call(
         registration.signature.bind(*args, **kwargs)
     except TypeError as exc:
         raise ArgumentError(name, "", str(exc)) from None
-    return {**headers.current(), **(options.get("headers") or {}), CALL: PLAIN}
+    of_function = (registration.celery or NO_OPTIONS).message
+    carried = {**headers.current(), **(options.get("headers") or {}), CALL: PLAIN}
+    return {**override(of_function, options), "headers": carried}
 
 
 def hide_arguments_in_log() -> None:

@@ -90,6 +90,16 @@ def for_one_call(given: Mapping[str, Any]) -> dict[str, Any]:
     return dict(given)
 
 
+def override(of_function: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of one message: those given, and the others of the function.
+
+    A ``countdown`` or an ``eta`` that is given replaces both of the function.
+    """
+    has_time = any(given.get(name) is not None for name in TIMES)
+    kept = {each: of_function[each] for each in of_function if not (has_time and each in TIMES)}
+    return {**kept, **given}
+
+
 def refuse_time(given: Mapping[str, Any], delay: float) -> None:
     """Raise if ``given`` sets the time of a task that has a delay.
 

@@ -285,7 +285,7 @@ def _base(app: Celery) -> type:
             if messages.CALL not in given:
                 if not takes_plain_calls(app):
                     raise PlainCallError(self.name)
-                options["headers"] = messages.for_plain_call(self.name, args, options)
+                options = messages.for_plain_call(self.name, args, options)
             # Without these two, Celery would show the arguments of a retry.
             return super().apply_async(
                 *args, **{**options, "argsrepr": HIDDEN, "kwargsrepr": HIDDEN}
