@@ -382,7 +382,7 @@ def test_a_delay_that_rabbitmq_counts_is_what_is_left_of_it(
     assert int(digits[1], 2) == 0
 
 
-def test_a_message_that_rabbitmq_cannot_keep_is_sent_again(
+def test_a_message_that_rabbitmq_cannot_keep_is_sent_again_and_holds_up_no_other(
     rabbitmq: RabbitServer, log: Log
 ) -> None:
     """A queue that is full answers with basic.nack."""
@@ -392,14 +392,25 @@ def test_a_message_that_rabbitmq_cannot_keep_is_sent_again(
         queue = Queue("full", queue_arguments=arguments)(connection.default_channel)
         queue.declare()
         runner = broker.runner()
-        runner._app.conf.task_queues = [Queue("full", queue_arguments=arguments)]
+        runner._app.conf.task_queues = [
+            Queue("full", queue_arguments=arguments),
+            Queue("other"),
+        ]
 
         def do() -> None:
             background_tasks.using(celery={"queue": "full"}).add_task(note, "path")
 
+        def do_others() -> None:
+            for _ in range(200):
+                background_tasks.using(celery={"queue": "other"}).add_task(note, "path")
+
         request(runner, do, sends=False)
         request(runner, do, sends=False)
         assert wait_until(lambda: any("basic.nack" in each for each in log.warnings))
+        request(runner, do_others, sends=False)
+        assert wait_until(lambda: runner.statistics().sent == 201, TIMEOUT)
+        assert runner.statistics().waiting == 1
         queue.purge()
         assert wait(TIMEOUT) == []
-    assert runner.statistics().sent == 2
+    assert runner.statistics().sent == 202
+    assert waiting(broker.url, "other") == 200

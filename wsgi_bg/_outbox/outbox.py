@@ -54,6 +54,10 @@ _AFTER_ERROR = 1.0  # seconds
 _BUSY = 1.0  # seconds after a task in which the manager's thread expects the next one
 
 
+class NotKeptError(ConnectionError):
+    """Raised by a connection: the broker is there, and cannot keep some messages at present."""
+
+
 class Connection(Protocol):
     """A connection to a broker, used by one thread at a time.
 
@@ -445,7 +449,10 @@ class Outbox:
         first, longest = _PAUSES
         self._pause = min(longest, max(first, 2 * self._pause))
         self._next_try = time.monotonic() + self._pause
-        self._queue.extendleft(reversed(left))
+        if isinstance(exc, NotKeptError):  # a full queue holds up no message to others
+            self._queue.extend(left)
+        else:
+            self._queue.extendleft(reversed(left))
         if left:  # else given up meanwhile
             error = f"{type_name(exc)}: {exc}"
             self._away.count(error, len(self._unsent), self._runner)

@@ -12,7 +12,7 @@ from typing import Any
 from celery import Celery
 from kombu import Producer
 
-from wsgi_bg._outbox.outbox import OF_MESSAGE
+from wsgi_bg._outbox.outbox import OF_MESSAGE, NotKeptError
 from wsgi_bg._outbox.stored import Message
 from wsgi_bg._process import log
 from wsgi_bg.celery.captured import Published, timestamp
@@ -74,8 +74,12 @@ class BrokerConnection:
             # others were lost with the channel, they would be sent twice.
             places = [_destination(each) for each in messages]
             order = sorted(range(len(messages)), key=places.__getitem__)
-            for _, group in groupby(order, key=places.__getitem__):
+            are_kept = [
                 self._send_with_confirms([(each, messages[each]) for each in group], confirmed)
+                for _, group in groupby(order, key=places.__getitem__)
+            ]
+            if not all(are_kept):
+                raise NotKeptError("the broker could not keep a message (basic.nack)")
             return
         batch = getattr(self._producer, "batch", nullcontext)  # since kombu 5.7
         if getattr(self._producer, "supports_batch_publish", False):
@@ -105,10 +109,11 @@ class BrokerConnection:
 
     def _send_with_confirms(
         self, messages: Sequence[tuple[int, Message]], confirmed: Callable[[int], object]
-    ) -> None:
+    ) -> bool:
         """Send all messages, then wait for all confirms: AMQP's numbers of messages.
 
         :param messages: each with its index, for ``confirmed``.
+        :return: False if the broker could not keep a message.
         """
         channel = self._producer.channel
         waiting: dict[int, int] = {}  # the index of a message by the number of its last part
@@ -154,8 +159,7 @@ class BrokerConnection:
                 raise error
             finally:
                 del error  # or it refers to itself, by this frame
-        if refused:
-            raise ConnectionError("the broker could not keep a message (basic.nack)")
+        return not refused
 
     def _block(self, reason: str) -> None:
         self._is_blocked = True
