@@ -27,6 +27,27 @@ loop_generation: int = 0
 """``per_process.generation`` when the loop of this process was made."""
 
 
+def refuse_unrun(result: Any) -> None:
+    """Raise if a call has only made a generator or a coroutine, which no one will run.
+
+    :param result: the result of a call that nobody uses; closed if refused.
+    :raises TypeError: if ``result`` is such an object that was not begun, or an async generator
+        that has not ended: Python 3.11 does not tell if an async generator was begun.
+    """
+    if inspect.isasyncgen(result):
+        is_new, kind = result.ag_frame is not None, "an async generator"
+    elif inspect.iscoroutine(result):
+        is_new, kind = inspect.getcoroutinestate(result) == inspect.CORO_CREATED, "a coroutine"
+    elif inspect.isgenerator(result):
+        is_new, kind = inspect.getgeneratorstate(result) == inspect.GEN_CREATED, "a generator"
+    else:
+        return
+    if is_new:
+        if not inspect.isasyncgen(result):
+            result.close()  # or Python warns of a coroutine that was never awaited
+        raise TypeError(f"it returned {kind} that no one runs: nothing was done")
+
+
 def is_cancelled(task: Any) -> bool:
     """True if an asyncio task has pending cancellation requests (``Task.cancelling``).
 

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from wsgi_bg._loop import coroutines, portal
 from wsgi_bg._loop.asgiref_state import move_here
-from wsgi_bg._loop.coroutines import DONE, RemainingSteps, as_coroutine
+from wsgi_bg._loop.coroutines import DONE, RemainingSteps, as_coroutine, refuse_unrun
 from wsgi_bg._loop.portal_call import PortalCall
 from wsgi_bg._process import log, per_process
 from wsgi_bg._process.interrupts import is_from_signal_handler, is_raised_here, stops_worker
 from wsgi_bg._tasks import task_log
-from wsgi_bg._tasks.callables import refuse_unrun
 from wsgi_bg._tasks.retry import NotSent
 from wsgi_bg._tasks.task import (
     DIRECT,

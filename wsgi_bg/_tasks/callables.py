@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import reprlib
-from inspect import CO_COROUTINE, CORO_CREATED, GEN_CREATED
+from inspect import CO_COROUTINE
 from types import FunctionType, NoneType
 from typing import Any
 
@@ -49,27 +49,6 @@ def is_plain(func: Any) -> bool:
 def is_coroutine_callable(func: Any) -> bool:
     """True if calling ``func`` returns a coroutine, as far as is known without the call."""
     return _is_coroutine_function(_innermost(func))
-
-
-def refuse_unrun(result: Any) -> None:
-    """Raise if a call has only made a generator or a coroutine, which no one will run.
-
-    :param result: the result of a call that nobody uses; closed if refused.
-    :raises TypeError: if ``result`` is such an object that was not begun, or an async generator
-        that has not ended: Python 3.11 does not tell if an async generator was begun.
-    """
-    if inspect.isasyncgen(result):
-        is_new, kind = result.ag_frame is not None, "an async generator"
-    elif inspect.iscoroutine(result):
-        is_new, kind = inspect.getcoroutinestate(result) == CORO_CREATED, "a coroutine"
-    elif inspect.isgenerator(result):
-        is_new, kind = inspect.getgeneratorstate(result) == GEN_CREATED, "a generator"
-    else:
-        return
-    if is_new:
-        if not inspect.isasyncgen(result):
-            result.close()  # or Python warns of a coroutine that was never awaited
-        raise TypeError(f"it returned {kind} that no one runs: nothing was done")
 
 
 def name_of(func: Any) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from wsgi_bg._tasks.callables import refuse_unrun
+from wsgi_bg._loop.coroutines import refuse_unrun
 from wsgi_bg.exceptions import EndlessTasksError
 
 if TYPE_CHECKING:

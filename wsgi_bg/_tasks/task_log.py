@@ -12,10 +12,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from wsgi_bg._loop.coroutines import refuse_unrun
 from wsgi_bg._process import log, per_process
 from wsgi_bg._process.clock import on_the_wall
 from wsgi_bg._process.interrupts import is_from_signal_handler, type_name
-from wsgi_bg._tasks.callables import refuse_unrun
 from wsgi_bg._tasks.successors import observe, observe_log
 
 if TYPE_CHECKING:
