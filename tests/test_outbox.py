@@ -644,12 +644,13 @@ def test_a_message_that_was_sent_is_not_sent_again(tmp_path: Path) -> None:
     (tmp_path / "is_up").touch()
     with process(tmp_path, "a"):
         assert wait_until(lambda: sent(tmp_path) == ["a"])
+        assert wait_until(lambda: stored(tmp_path) == [])  # the process has noted it
     with process(tmp_path, "b"):
         assert wait_until(lambda: "b" in sent(tmp_path))
     assert sent(tmp_path) == ["a", "b"]
 
 
-def stored(runner: FilePost, folder: Path) -> list[tuple[str, str]]:
+def stored(folder: Path) -> list[tuple[str, str]]:
     """State and id of the tasks in the folder, but for those that were sent."""
     found = list_tasks(check_folder(folder / "tasks" / "outbox"))
     return [
@@ -673,7 +674,7 @@ def test_messages_are_stored_before_the_answer(tmp_path: Path) -> None:
         runner=runner,
     )
     body: Any = app(make_server_environ(), Looks().start_response)
-    seen.append(stored(runner, tmp_path))
+    seen.append(stored(tmp_path))
     list(body)
     body.close()
     assert seen == [[("waiting", added[0].id)]]
@@ -720,7 +721,7 @@ def test_a_view_that_fails_takes_its_messages_back(tmp_path: Path, log: Log) -> 
     with pytest.raises(ValueError, match="the view's own"):
         Server().run(app, make_server_environ())
     assert wait_until(lambda: sent(tmp_path) == ["error"])
-    assert wait_until(lambda: stored(runner, tmp_path) == [])
+    assert wait_until(lambda: stored(tmp_path) == [])
 
 
 def test_messages_beyond_max_unsent_wait_in_the_file(tmp_path: Path) -> None:
@@ -738,7 +739,7 @@ def test_late_tasks_are_stored_by_add_task(tmp_path: Path) -> None:
 
     def adds() -> None:
         background_tasks.add_task(send, 1)
-        seen.append(len(stored(runner, tmp_path)))
+        seen.append(len(stored(tmp_path)))
 
     request(runner, lambda: background_tasks.add_task(adds))
     assert seen == [1]
@@ -751,7 +752,7 @@ def test_after_hold_for_a_message_is_put_aside(tmp_path: Path, log: Log) -> None
     runner = FilePost(tmp_path, hold_for=0.05, publish_timeout=0.02)
     added: list[Any] = []
     request(runner, lambda: added.append(background_tasks.add_task(send, 1)))
-    assert wait_until(lambda: stored(runner, tmp_path) == [("aside", added[0].id)])
+    assert wait_until(lambda: stored(tmp_path) == [("aside", added[0].id)])
 
 
 @pytest.mark.usefixtures("quick")
@@ -763,9 +764,7 @@ def test_a_stored_message_goes_when_its_task_has_run_here(
     request(runner, add(fails if func == "fails" else func, 1))
     state = "failed" if func == "fails" else None
     assert wait_until(lambda: bool(post.here))
-    assert wait_until(
-        lambda: [each for each, _ in stored(runner, tmp_path)] == [state] * bool(state)
-    )
+    assert wait_until(lambda: [each for each, _ in stored(tmp_path)] == [state] * bool(state))
 
 
 @wsgi_bg.registered_task(name="post.fails")
@@ -797,7 +796,7 @@ def test_rows_of_unknown_tasks_wait_and_forged_rows_are_put_aside(
     wsgi_bg.registered_task(name="post.late")(late)
     assert wait_until(lambda: sent(tmp_path) == ["good", "late"])
     states = ["aside", "aside", "waiting"]
-    assert wait_until(lambda: sorted(each for each, _ in stored(runner, tmp_path)) == states)
+    assert wait_until(lambda: sorted(each for each, _ in stored(tmp_path)) == states)
 
 
 def late(value: Any) -> None:
@@ -844,7 +843,7 @@ def test_at_exit_stored_messages_stay_in_the_file(tmp_path: Path, log: Log) -> N
     request(runner, add(send, 1, 2))
     assert runner.drain(TIMEOUT) == []
     assert log.warnings == [] or "could not be reached" in log.warnings[0]
-    assert len(stored(runner, tmp_path)) == 2
+    assert len(stored(tmp_path)) == 2
 
 
 def test_a_message_that_was_discarded_by_hand_is_not_sent(tmp_path: Path) -> None:
@@ -856,10 +855,10 @@ def test_a_message_that_was_discarded_by_hand_is_not_sent(tmp_path: Path) -> Non
             ended.append(record.reason or "")
 
     request(runner, add(send, 1), hooks=Told())
-    ((_, task_id),) = stored(runner, tmp_path)
+    ((_, task_id),) = stored(tmp_path)
     command = [sys.executable, "-m", "wsgi_bg", "tasks", str(tmp_path / "tasks" / "outbox")]
     subprocess.run([*command, "discard", task_id], check=True, cwd=ROOT, timeout=TIMEOUT)
-    assert wait_until(lambda: stored(runner, tmp_path) == [])
+    assert wait_until(lambda: stored(tmp_path) == [])
     (tmp_path / "is_up").touch()
     request(runner, add(send, 2))
     assert wait_until(lambda: sent(tmp_path) == ["2"])
@@ -1018,7 +1017,7 @@ def test_a_stored_message_that_is_being_sent_at_exit_is_left_in_the_file(
     assert gate.begun.wait(TIMEOUT)
     assert runner.drain(0.01) != []
     assert runner.ledger.abandon_unsent() == []
-    assert len(stored(runner, tmp_path)) == 1
+    assert len(stored(tmp_path)) == 1
     gate.open()
 
 
@@ -1136,7 +1135,7 @@ def test_a_message_that_is_left_for_the_next_process_is_not_sent_by_this_one(
     outbox = runner._states.get().outbox
     assert wait_until(lambda: not outbox._busy)
     assert sent(tmp_path) == []
-    assert [state for state, _ in stored(runner, tmp_path)] == ["waiting"]
+    assert [state for state, _ in stored(tmp_path)] == ["waiting"]
 
 
 def test_a_message_that_is_given_up_while_a_thread_connects_is_not_sent(
