@@ -658,8 +658,7 @@ class Store:
         turn = self._reading.take(60.0)  # another thread may count the tasks
         self._reading.end()
         self._reader.close()
-        if turn is not None:
-            turn.give()
+        del turn  # gives it back
         self._writer.close()
         if is_removed:
             _unlink(self._folder, self.number)

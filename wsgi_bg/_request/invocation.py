@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Protocol, final
 
 from wsgi_bg._process import log
 from wsgi_bg._process.greenlets import event
-from wsgi_bg._process.interrupts import is_raised_here
 from wsgi_bg._request import servers
 from wsgi_bg._request.unclosed import collectors
 from wsgi_bg._tasks.task_log import fields
@@ -75,7 +74,7 @@ class Invocation:
         self._changed = event()  # set when a batch is done, and by interrupt()
         self._finish_began: float = time.monotonic()
         self._is_interrupted = False
-        self._unlogged: list[None] = [None]  # emptied by the thread that logs unfinished tasks
+        self._right_to_log = {"right": True}  # to name the unfinished tasks
 
     def __enter__(self) -> Invocation:
         running.add(self)
@@ -138,11 +137,7 @@ class Invocation:
         self._log_unfinished()
 
     def _log_unfinished(self) -> None:
-        try:
-            self._unlogged.pop()
-        except IndexError as exc:
-            if not is_raised_here(exc):
-                raise
+        if not self._right_to_log.pop("right", False):  # one atomic step
             return
         waited = time.monotonic() - self._finish_began
         unsent = [task for each in tasks_to_send() for task in each.tasks]
