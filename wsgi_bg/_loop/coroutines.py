@@ -30,7 +30,7 @@ loop_generation: int = 0
 def refuse_unrun(result: Any) -> None:
     """Raise if a call has only made a generator or a coroutine, which no one will run.
 
-    :param result: the result of a call that nobody uses; closed if refused.
+    :param result: the result of a call that nobody uses; a coroutine is closed if refused.
     :raises TypeError: if ``result`` is such an object that was not begun, or an async generator
         that has not ended: Python 3.11 does not tell if an async generator was begun.
     """
@@ -43,8 +43,8 @@ def refuse_unrun(result: Any) -> None:
     else:
         return
     if is_new:
-        if not inspect.isasyncgen(result):
-            result.close()  # or Python warns of a coroutine that was never awaited
+        if kind == "a coroutine":
+            result.close()  # or Python warns that the coroutine was never awaited
         raise TypeError(f"it returned {kind} that no one runs: nothing was done")
 
 

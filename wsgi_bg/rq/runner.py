@@ -92,8 +92,8 @@ class _Connection(Connection):
 
     def _enqueue(self, message: Message, pipeline: Any) -> None:
         call, queue, options = message.data, copy(self._queue), dict(message.data.options)
-        ours = {"max_crashes": 0, "at_front": False, "queue": queue.name, "job_timeout": None}
-        crashes, at_front, name, timeout = map(options.pop, ours, ours.values())
+        crashes, at_front = options.pop("max_crashes", 0), options.pop("at_front", False)
+        name, timeout = options.pop("queue", queue.name), options.pop("job_timeout", None)
         job = queue.create_job(
             worker.ENTRY,
             call[:3],
