@@ -886,13 +886,19 @@ def test_a_forged_value_keeps_no_other_row_from_running(
     assert wait_until(lambda: len(done()) == len(wanted))
 
 
-def test_rows_of_a_function_that_is_registered_later_wait_until_then(
-    runner: DurableRunner, tmp_path: Path, log: Log
-) -> None:
-    name = f"durable.late_{tmp_path.name}"
+def with_rows_of_an_unknown_function(runner: DurableRunner, tmp_path: Path, log: Log) -> str:
+    """Start ``runner`` on two rows of a function that is not registered; return its name."""
+    name = f"durable.unknown_{tmp_path.name}"
     left_by_a_dead_process(tmp_path / "tasks", Row(name, "[1,[1],{}]"), Row(name, "[1,[2],{}]"))
     runner.start()
     assert wait_until(lambda: len(log.errors) == 1)
+    return name
+
+
+def test_rows_of_a_function_that_is_registered_later_wait_until_then(
+    runner: DurableRunner, tmp_path: Path, log: Log
+) -> None:
+    name = with_rows_of_an_unknown_function(runner, tmp_path, log)
     assert "no function is registered by that name" in log.errors[0]
     registered_task(name=name)(shop.new_function())
     assert shop.wait_for(2) == [1, 2]
@@ -902,10 +908,7 @@ def test_rows_of_a_function_that_is_registered_later_wait_until_then(
 def test_only_the_file_holds_the_rows_of_a_function_that_is_not_registered(
     runner: DurableRunner, tmp_path: Path, log: Log
 ) -> None:
-    name = f"durable.gone_{tmp_path.name}"
-    left_by_a_dead_process(tmp_path / "tasks", Row(name, "[1,[1],{}]"), Row(name, "[1,[2],{}]"))
-    runner.start()
-    assert wait_until(lambda: len(log.errors) == 1)
+    name = with_rows_of_an_unknown_function(runner, tmp_path, log)
 
     def rows() -> list[Row]:
         return [each for each in gc.get_objects() if type(each) is Row and each.name == name]
