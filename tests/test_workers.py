@@ -6,6 +6,7 @@ import queue
 import threading
 from collections import deque
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,6 +89,27 @@ def test_a_light_load_uses_a_single_thread() -> None:
         assert idle.came.acquire(timeout=TIMEOUT)  # a thread is busy for a while after its task
     assert len(names) == 30
     assert len(set(names)) == 1
+
+
+def test_jobs_that_come_while_a_thread_sleeps_get_a_thread_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sleeps, awake = threading.Event(), threading.Event()
+    barrier = threading.Barrier(4)
+
+    def sleep(seconds: float) -> None:
+        sleeps.set()
+        assert awake.wait(TIMEOUT)
+
+    monkeypatch.setattr(workers, "time", SimpleNamespace(sleep=sleep))
+    runner = PoolRunner(threads=3)
+    submit(runner, int)
+    assert sleeps.wait(TIMEOUT)
+    for _ in range(3):
+        submit(runner, partial(barrier.wait, TIMEOUT))
+    awake.set()
+    barrier.wait(TIMEOUT)
+    assert runner.drain(TIMEOUT) == []
 
 
 @pytest.mark.usefixtures("no_collection")
@@ -270,12 +292,12 @@ def test_a_worker_that_is_chosen_as_its_time_is_up_works_on(
 
 def test_an_idle_worker_looks_for_a_job_again() -> None:
     class Late(deque[str]):
-        """Gets a job between the two looks of a worker."""
+        """Gets a job between the last two looks of a worker."""
 
         def __bool__(self) -> bool:
             if was_empty := super().__len__() == 0:
                 self.looks += 1
-                if self.looks == 2:
+                if self.looks == 3:
                     self.append("late")
                     was_empty = False
             return not was_empty

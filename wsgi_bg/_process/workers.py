@@ -12,6 +12,7 @@ published a change looks again for changes that further threads published meanwh
 from __future__ import annotations
 
 import queue
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,7 +20,7 @@ from itertools import count
 from operator import call
 from typing import Generic, TypeVar
 
-from wsgi_bg._process import log, per_process
+from wsgi_bg._process import greenlets, log, per_process
 from wsgi_bg._process.interrupts import is_raised_here
 from wsgi_bg._process.threads import start_daemon
 
@@ -27,6 +28,13 @@ Job = TypeVar("Job")
 
 IDLE_TIMEOUT = 60.0
 """Seconds after which a worker without work ends."""
+
+LINGER = 0.0001
+"""Seconds for which a worker without work sleeps before it waits for a wake.
+
+Under load the next job comes in this time. A wake makes the two threads compete for the GIL:
+without the sleep a flood of durable tasks takes a quarter more processor time.
+"""
 
 
 class Workers(Generic[Job]):
@@ -44,6 +52,7 @@ class Workers(Generic[Job]):
         self._backlog: deque[Job] = deque()
         self._alive: dict[_Worker, None] = {}
         self._idle: list[Callable[[None], object]] = []  # the idle workers' wake()
+        self._lingering: dict[_Worker, None] = {}
         self._numbers = count()
 
     @property
@@ -54,7 +63,7 @@ class Workers(Generic[Job]):
     @property
     def idle(self) -> int:
         """Number of threads that wait for work."""
-        return len(self._idle)
+        return len(self._idle) + len(self._lingering)
 
     def submit(self, job: Job) -> bool:
         """Submit ``job`` to a thread; does not block.
@@ -65,7 +74,7 @@ class Workers(Generic[Job]):
         :return: False if the job was not submitted, because no thread runs or can start.
         """
         self._backlog.append(job)
-        if self._wake() or self._start() or self._alive:
+        if self._lingering or self._wake() or self._start() or self._alive:
             return True
         try:
             self._backlog.remove(job)
@@ -110,6 +119,8 @@ class Workers(Generic[Job]):
         generation = per_process.generation
         try:
             while self._wait(worker):
+                if len(self._backlog) > 1:  # no job that came in a sleep has got a thread
+                    self._wake() or self._start()
                 try:
                     job = self._backlog.popleft()
                 except IndexError:
@@ -124,6 +135,7 @@ class Workers(Generic[Job]):
                     return
                 del job  # an idle thread holds no request
         finally:
+            self._lingering.pop(worker, None)
             self._alive.pop(worker, None)
             # A submit() may have counted on this worker.
             if self._backlog and per_process.generation == generation:
@@ -132,7 +144,7 @@ class Workers(Generic[Job]):
     def _wait(self, worker: _Worker) -> bool:
         """Wait until there is a backlog; False if the worker is to end."""
         while worker in self._alive:
-            if self._backlog:
+            if self._backlog or self._linger(worker):
                 return True
             self._idle.append(worker.wake)
             if self._backlog and self._withdraw(worker):  # submit() may have missed this worker
@@ -143,6 +155,14 @@ class Workers(Generic[Job]):
                 if self._withdraw(worker):
                     return False
         return False
+
+    def _linger(self, worker: _Worker) -> bool:
+        """Sleep for a moment, in which no job needs a wake; True if there is a backlog."""
+        if not greenlets.are_threads():  # greenlets share a GIL anyway
+            self._lingering[worker] = None
+            time.sleep(LINGER)
+            del self._lingering[worker]
+        return bool(self._backlog)
 
     def _withdraw(self, worker: _Worker) -> bool:
         with suppress(ValueError):
