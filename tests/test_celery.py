@@ -511,6 +511,7 @@ def test_an_application_that_takes_json_and_yaml_is_accepted() -> None:
             "on_publish_error must be None beside when_unsent; got 'local'",
         ),
         ({"when_unsent": "lose"}, "when_unsent must be 'hold', 'local' or 'discard'"),
+        ({"when_unsent": None}, "when_unsent must be 'hold', 'local' or 'discard'; got None"),
         ({"hold_for": 0}, "hold_for must be more than 0 seconds; got 0"),
         ({"max_unsent": 0}, "max_unsent must be 1 or more; got 0"),
         ({"outbox": 7}, "outbox must be the path of a folder; got 7"),

@@ -80,6 +80,6 @@ def entries(option: str, given: Mapping[str, object], known: Mapping[str, Kind])
 
 
 def check_when_unsent(given: object) -> None:
-    """Raise ``ValueError`` unless ``given`` is a value of ``when_unsent`` or None."""
-    if given is not None and given not in get_args(WhenUnsent):
+    """Raise ``ValueError`` unless ``given`` is a value of ``when_unsent``."""
+    if given not in get_args(WhenUnsent):
         raise OptionValueError("when_unsent", given, "'hold', 'local' or 'discard'")

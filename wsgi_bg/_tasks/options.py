@@ -123,7 +123,8 @@ class Options(Layer):
         if engine is not None:
             engine = copy_engine_options(engine)
         check_retry(retry)
-        check_when_unsent(when_unsent)
+        if when_unsent is not None:
+            check_when_unsent(when_unsent)
         if delay is not None:
             wait("delay", delay)
         given = {

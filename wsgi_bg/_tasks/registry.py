@@ -143,7 +143,8 @@ def registered_task(
     if retry is not None and celery is not None and "autoretry_for" in celery:
         wanted = "options without autoretry_for, since retry is given"
         raise OptionValueError("celery", celery, wanted)
-    check_when_unsent(when_unsent)
+    if when_unsent is not None:
+        check_when_unsent(when_unsent)
     if engine is not None:
         engine = copy_engine_options(engine)
     if func is not _NOT_GIVEN:
