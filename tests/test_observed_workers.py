@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -33,6 +33,7 @@ from wsgi_bg import (
     BackgroundTasksMiddleware,
     DurableRunner,
     Retry,
+    background_tasks,
     registered_task,
     status,
 )
@@ -231,6 +232,42 @@ def test_hooks_see_that_a_worker_of_celery_is_stopped(tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         app.tasks["observed.stops"].apply(args=(TEXT,))
     assert diary.notes == moments("discarded")
+
+
+@registered_task(name="observed.adds_and_stops")
+def add_and_stop() -> None:
+    background_tasks.add_task(works)
+    background_tasks.add_task(print)
+    raise SystemExit
+
+
+def stop_a_worker_of_celery(folder: Path) -> None:
+    app = filesystem(folder).app()
+    CeleryRunner(app)
+    app.tasks["observed.adds_and_stops"].apply(args=(TEXT,))
+
+
+def stop_another_worker(folder: Path) -> None:
+    run_call(ListRunner(), "observed.adds_and_stops", TEXT, {})
+
+
+@pytest.mark.parametrize("stop", [stop_a_worker_of_celery, stop_another_worker])
+def test_a_call_that_stops_its_worker_names_the_tasks_that_it_has_added(
+    stop: Callable[[Path], None], tmp_path: Path, log: Log
+) -> None:
+    with pytest.raises(SystemExit):
+        stop(tmp_path)
+    assert log.warnings == [
+        f"background task {name} was not run: SystemExit stopped its worker"
+        for name in ("tests.test_observed_workers.works", "builtins.print")
+    ]
+
+
+def test_a_call_without_a_worker_lets_a_system_exit_out(tmp_path: Path) -> None:
+    app = filesystem(tmp_path).app()
+    CeleryRunner(app)
+    with pytest.raises(SystemExit):
+        app.tasks["observed.stops"](TEXT)
 
 
 @registered_task(name="observed.leaves")

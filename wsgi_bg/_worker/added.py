@@ -7,7 +7,7 @@ import time
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg._tasks.options import Options
 from wsgi_bg._tasks.task import BackgroundTask
-from wsgi_bg._tasks.task_log import log_dropped
+from wsgi_bg._tasks.task_log import log_dropped, log_interrupted
 from wsgi_bg.exceptions import PublishError
 from wsgi_bg.runners.ledger import ledger_of
 from wsgi_bg.runners.timer import Deferring
@@ -54,3 +54,9 @@ class AddedTasks:
         for added in self.tasks.abandon():
             added.options.calls.forget(added)
             log_dropped(added, self._task)
+
+    def stop(self, exc: BaseException) -> None:
+        """Name the tasks, which are not run: ``exc`` stops the worker."""
+        for added in self.tasks.abandon():
+            added.options.calls.forget(added)
+            log_interrupted(added, exc, began=False)

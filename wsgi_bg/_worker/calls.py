@@ -102,7 +102,7 @@ def run_call(
         raise RetryLater(seconds) from exc
     except BaseException as exc:
         call.stopped(exc)
-        added.drop()
+        added.stop(exc)
         raise
     call.finished()
     added.hand_over()

@@ -177,6 +177,8 @@ def _run(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise self.retry(exc=exc, countdown=seconds, max_retries=retry.attempts - 1) from exc
     except BaseException as exc:
         observed.stopped(exc)
+        if not request.called_directly:
+            vars(request).pop(_ADDED).stop(exc)
         raise
     observed.finished()
     # Celery logs the result. The next task of a chain needs it, although none is stored.
