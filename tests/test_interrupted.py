@@ -281,6 +281,15 @@ class View:
         return wrapped
 
 
+class Discarding(View):
+    """Adds tasks that do not run, since each request succeeds."""
+
+    def add(self, environ: Environ) -> None:
+        tasks = get_background_tasks(environ).using(run_on="error")
+        for name, is_async in zip(self.names_of(self.number), self._kinds, strict=True):
+            tasks.add_task(make_task(name, is_async, self.ran))
+
+
 class PuttingOff(View):
     """Adds tasks that wait for a short time, or fail once and are called again.
 
@@ -378,7 +387,7 @@ class Case:
 
     def ends_of(self, name: str) -> int:
         """Number of ends of a task: the task ran, or the log names the task."""
-        return self._view.ran[name] + bool(self._names.said[name])
+        return self._view.ran[name] + self._names.said[name]
 
     def _is_settled(self, number: int, timeout: float) -> bool:
         pause, names = threading.Event(), self._view.names_of(number)
@@ -489,8 +498,9 @@ def check(
     tasks: str,
     kinds: list[str],
     layer: str,
+    view_type: type[View] = View,
 ) -> None:
-    view = PuttingOff(response, tasks) if tasks in PUT_OFF else View(response, tasks)
+    view = view_type(response, tasks)
     own = RUNNERS[runner]()
     if layer == "flask":
         app = flask_app(view, own)
@@ -591,5 +601,28 @@ def cases_put_off() -> Iterator[Any]:
 def test_each_task_that_is_put_off_runs_or_is_named_once(
     names: Names, layer: str, response: str, tasks: str, order: str
 ) -> None:
-    kinds = ORDERS[order]
-    check(names, layer=layer, response=response, runner="inline", tasks=tasks, kinds=kinds)
+    check(
+        names,
+        layer=layer,
+        response=response,
+        runner="inline",
+        tasks=tasks,
+        kinds=ORDERS[order],
+        view_type=PuttingOff,
+    )
+
+
+@pytest.mark.parametrize(
+    "order",
+    ["first", *(pytest.param(each, marks=pytest.mark.slow) for each in ("second", "third"))],
+)
+def test_each_task_that_is_discarded_is_named_once(names: Names, order: str) -> None:
+    check(
+        names,
+        layer="middleware",
+        response="list",
+        runner="inline",
+        tasks="mixed",
+        kinds=ORDERS[order],
+        view_type=Discarding,
+    )

@@ -615,9 +615,13 @@ class Batch:
             if task is None:
                 return None
             runs = not self._stopped and (task.options is self._let_run or self._begins(task))
-            if runs and task.is_async is not is_async and task.unclaimed:
+            if not runs:
+                # discard_excluded() may have logged the task: stop() must not log it again.
+                self._running = task if task.unclaimed else None
+            elif task.is_async is not is_async and task.unclaimed:
                 return None
-            self._running = task  # before the claim: a signal finds its name
+            else:
+                self._running = task  # before the claim: a signal finds its name
             try:
                 task.unclaimed.pop()  # task.claim(), without the call
             except IndexError as exc:
