@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from wsgi_bg import (
     BackgroundTasksMiddleware,
     DurableRunner,
     PoolRunner,
+    Retry,
     background_tasks,
     get_background_tasks,
     wait,
@@ -605,6 +607,46 @@ def test_a_task_that_another_thread_stores_begins_when_it_is_stored(
     assert shop.wait_for(1) == [1]
     assert order == ["stored"]
     assert wait_until(lambda: left(Path(runner.path)) == [])
+
+
+# A drain, while a task waits for a retry that holds its request.
+
+
+def test_a_drain_does_not_wait_for_a_retry_that_holds_its_request_in_the_file(
+    runner: DurableRunner,
+) -> None:
+    def add(environ: object) -> None:
+        tasks = background_tasks.using(stop_on_error=True, retry=Retry(2, first=3600.0))
+        tasks.add_task(fail, 1)
+        tasks.add_task(write, 2)
+
+    run_view(runner, add)
+    assert wait_until(lambda: runner.statistics().waiting == 2)
+    runner.prepare_drain()
+    assert runner.ledger.not_submitted(inf, runner) == []
+    assert waiting(Path(runner.path)) == ["durable.fail", "durable.write"]
+
+
+def test_a_task_that_raises_during_a_drain_is_not_called_again_in_this_process(
+    runner: DurableRunner,
+) -> None:
+    def add(environ: object) -> None:
+        tasks = background_tasks.using(stop_on_error=True, retry=Retry(2, first=0.0))
+        tasks.add_task(shop.wait_and_fail, "gate")
+        tasks.add_task(write, 2)
+
+    run_view(runner, add)
+    shop.gate("gate")
+    assert shop.begun["gate"].wait(TIMEOUT)
+    runner.prepare_drain()
+    shop.gate("gate").set()
+    assert runner.drain(TIMEOUT) == []
+    assert wait(TIMEOUT) == []
+    assert runner.ledger.not_submitted(inf, runner) == []
+    [failed, held] = left(Path(runner.path))
+    assert (failed.row.name, failed.row.attempts) == ("durable.wait_and_fail", 1)
+    assert (held.row.name, held.row.attempts) == ("durable.write", 0)
+    assert shop.calls == []
 
 
 # A drain that was given up.

@@ -674,13 +674,13 @@ class _State:
             task.message.store = store
             self.hold(task)
             task.message.settle()
-        if self._is_stopping:  # a task that was not stored yet has escaped stop_reading()
-            self.leave_in_file(tasks)
 
     def hold(self, task: BackgroundTask) -> None:
-        """Hold a stored task in memory."""
+        """Hold a stored task in memory, unless no stored task begins any more."""
         kept = task.message
         self._in_memory[kept.store.number, kept.row.key] = task
+        if self._is_stopping:  # the task has escaped stop_reading()
+            self.leave_in_file([task])
 
     def note_end(self, task: BackgroundTask, state: str, exc: BaseException | None) -> None:
         """Note the end of ``task``, and store the tasks that it has added."""

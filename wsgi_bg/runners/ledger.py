@@ -52,6 +52,9 @@ class WaitingTasks(UnsentTasks, Protocol):
     def length(self) -> int:
         """Approximate number of tasks."""
 
+    def left(self) -> list[BackgroundTask]:
+        """The tasks, also those that the exit has claimed."""
+
 
 class Ledger:
     """Counts the batches of one runner in one process, and lets a thread wait for them.
@@ -182,7 +185,9 @@ class Ledger:
         return [
             later
             for later in list(self.waiting)
-            if later.due <= due and (runner is None or runner is later.runner)
+            if later.due <= due
+            and (runner is None or runner is later.runner)
+            and any(task.unclaimed for task in later.left())  # else only a file has them
         ]
 
     def not_submitted(self, due: float, runner: object) -> list[WaitingTasks]:
