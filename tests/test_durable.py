@@ -640,6 +640,22 @@ def test_wrong_options_are_refused(tmp_path: Path, options: Any, error: Any) -> 
         DurableRunner(tmp_path, **options)
 
 
+@pytest.mark.parametrize("without_limit", [10**400, 2**63])
+def test_tasks_are_kept_with_numbers_that_are_no_limit(
+    tmp_path: Path, without_limit: int
+) -> None:
+    limits = (without_limit, without_limit)
+    runner = DurableRunner(
+        tmp_path, store_timeout=without_limit, keep_failed=limits, keep_done=limits
+    )
+    handle(runner, (write, 1), (fail, 2))
+    assert shop.wait_for(2) == [1, 2]
+    ended = [("done", "durable.write"), ("failed", "durable.fail")]
+    assert wait_until(lambda: sorted(stored(runner)) == ended)
+    assert runner.drain(TIMEOUT) == []
+    runner.abandon()
+
+
 def test_the_path_is_the_path_of_a_folder(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="path"):
         DurableRunner(None)  # type: ignore[arg-type]

@@ -75,7 +75,7 @@ def test_a_remote_file_system_is_refused_by_name(
     assert not (tmp_path / "tasks").exists()
 
 
-@pytest.mark.parametrize("path", ["", ":memory:", "file:tasks"])
+@pytest.mark.parametrize("path", ["", ":memory:", "file:tasks", "tasks\0"])
 def test_a_path_that_is_no_folder_is_refused(path: str) -> None:
     with pytest.raises(StoreError, match="need the path of a folder"):
         check_folder(path)

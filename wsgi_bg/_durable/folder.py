@@ -84,7 +84,7 @@ def check_folder(path: str | os.PathLike[str]) -> Folder:
         that cannot be written, a damaged file or a file of a newer version.
     """
     given = os.fspath(path)
-    if not given or given.startswith((":memory:", "file:")):
+    if not given or "\0" in given or given.startswith((":memory:", "file:")):
         instead = "use PoolRunner for tasks that are kept in memory"
         raise StoreError(given, f"durable tasks need the path of a folder; {instead}")
     path = os.path.realpath(given)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 from math import inf, nextafter
+from threading import TIMEOUT_MAX
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from wsgi_bg._durable.folder import Folder, check_folder, file_of_order
@@ -54,6 +55,7 @@ _PAUSE = 0.001  # seconds between two looks at a task that another thread stores
 _LAST_LOOK = 1.0  # seconds for which the exit waits for the last look
 _ROOM = 0.05  # seconds between two looks if there was no room for a task
 _PARK = 60.0  # a file of a dead process is closed if nothing is due for so many seconds
+_MOST = 2**63 - 1  # the greatest number of SQLite
 _SHARE = 0.5  # of the pool's max_pending that tasks from files may take
 
 
@@ -89,7 +91,8 @@ class DurableRunner(KeepingRunner):
     :param keep_failed: how many failed and put-aside tasks are kept, and for how many seconds.
     :param keep_done: how many ended tasks are kept by id, name and times, and for how many
         seconds.
-    :param drain_timeout: seconds for which interpreter exit waits for the running tasks.
+    :param drain_timeout: seconds for which interpreter exit waits for the running tasks. If
+        ``drain_timeout`` of the pool that runs the tasks is longer, that time counts.
     :raises StoreError: a ``RuntimeError``, if the folder cannot be used.
     :raises TypeError: if an option has the wrong type.
     :raises ValueError: if an option is out of range.
@@ -118,7 +121,7 @@ class DurableRunner(KeepingRunner):
         self._pool = self._local if isinstance(self._local, PoolRunner) else shared_pool
         self._settings = Settings(
             synchronous,
-            store_timeout,
+            min(store_timeout, TIMEOUT_MAX),
             _number_and_age("keep_failed", keep_failed),
             _number_and_age("keep_done", keep_done),
         )
@@ -1055,4 +1058,4 @@ def _number_and_age(option: str, given: Any) -> tuple[int, float]:
     number, age = given
     whole_number(f"{option}[0]", number, least=0)
     seconds(f"{option}[1]", age)
-    return number, min(age, inf)
+    return min(number, _MOST), min(age, TIMEOUT_MAX)
