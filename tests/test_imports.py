@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -153,6 +155,26 @@ def test_a_module_with_a_runner_lists_all_its_names_before_their_first_use(modul
         print(set(module.__all__) <= set(dir(module)), "{module}" in __import__("sys").modules)
     """
     assert run_python(code).stdout == "True False\n"
+
+
+@pytest.mark.parametrize("name", ["wait", "runners"])
+def test_a_single_thread_at_a_time_imports_names(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Two threads would import a package and its modules in two orders: _DeadlockError."""
+    may_import: list[bool] = []
+
+    def import_module(*args: str) -> Any:
+        other = threading.Thread(target=lambda: may_import.append(lock.acquire(blocking=False)))
+        other.start()
+        other.join(10)
+        return importlib.import_module(*args)
+
+    lock: Any = wsgi_bg._lock
+    monkeypatch.delitem(vars(wsgi_bg), name, raising=False)
+    monkeypatch.setattr(wsgi_bg, "_import_module", import_module)
+    getattr(wsgi_bg, name)
+    assert may_import == [False]
 
 
 def test_modules_that_0_2_had_loaded_need_no_import_of_their_own() -> None:

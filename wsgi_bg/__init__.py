@@ -10,6 +10,7 @@ that do not use the plugin should not pay for Werkzeug.
 # Imported here because concurrent.futures.thread cannot be imported after the main thread has
 # ended, and a thread may use one of the names below for the first time after that.
 import concurrent.futures.thread as _futures  # noqa: F401
+import threading as _threading
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,10 @@ _HOMES = {
     "wait": "runners.shutdown",
 }
 
+# Held while a name is imported. If two threads imported a package and a module of it at the
+# same moment, Python would raise a _DeadlockError.
+_lock = _threading.RLock()
+
 # Modules for which ``import wsgi_bg`` is enough; 0.2 imported the first four with the package.
 _MODULES = {"exceptions", "hooks", "runners", "shutdown", "status"}
 
@@ -79,11 +84,12 @@ if TYPE_CHECKING:
 else:  # hidden: a type checker would accept any name as an attribute
 
     def __getattr__(name: str) -> object:
-        if name in _MODULES:
-            return _import_module(f".{name}", __name__)
-        if name not in _HOMES:
+        if name not in _HOMES and name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(_import_module(f".{_HOMES[name]}", __name__), name)
+        with _lock:
+            if name in _MODULES:
+                return _import_module(f".{name}", __name__)
+            value = getattr(_import_module(f".{_HOMES[name]}", __name__), name)
         globals()[name] = value  # for the next use
         return value
 
