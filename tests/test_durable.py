@@ -10,7 +10,7 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from datetime import timedelta
@@ -428,6 +428,43 @@ def test_hooks_are_told_of_a_batch_of_the_file_when_there_is_room(tmp_path: Path
     assert sorted(map(str, shop.wait_for(2))) == ["1", "gate"]
     assert told == [1, 1]
     assert runner.drain(TIMEOUT) == []
+
+
+def test_a_task_that_has_waited_in_the_file_knows_its_request(tmp_path: Path) -> None:
+    started: list[tuple[str, int, str | None]] = []
+
+    class Started(Hooks):
+        def task_started(self, record: TaskRecord) -> None:
+            started.append((record.name.rpartition(".")[2], record.attempt, record.request))
+
+    runner = DurableRunner(tmp_path, local=PoolRunner(threads=1, max_pending=1))
+
+    def request(path: str, add: Callable[[], object]) -> None:
+        app = app_that(lambda _: add())
+        wrapped = BackgroundTasksMiddleware(app, runner=runner, hooks=Started())
+        Server().run(wrapped, make_server_environ(PATH_INFO=path))
+
+    gate = shop.gate("gate")
+    request("/holds", lambda: background_tasks.add_task(wait_at, "gate"))
+    assert shop.begun["gate"].wait(TIMEOUT)
+    request("/no-room", lambda: background_tasks.add_task(write, 1))
+    gate.set()
+    shop.wait_for(2)
+    request("/delay", lambda: background_tasks.using(delay=0.01).add_task(write_async, 2))
+    shop.wait_for(3)
+    request("/retry", lambda: background_tasks.add_task(shop.fail_twice, 3))
+    assert wait_until(lambda: runner.statistics().succeeded == 5)
+    assert started == [
+        ("wait_at", 1, "GET /holds"),
+        ("write", 1, "GET /no-room"),
+        ("write_async", 1, "GET /delay"),
+        ("fail_twice", 1, "GET /retry"),
+        ("fail_twice", 2, "GET /retry"),
+        ("fail_twice", 3, "GET /retry"),
+        ("note", 1, "GET /retry"),
+    ]
+    assert runner.drain(TIMEOUT) == []
+    runner.abandon()
 
 
 def test_a_drain_leaves_the_tasks_that_wait_in_the_file(tmp_path: Path, log: Log) -> None:

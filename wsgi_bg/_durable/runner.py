@@ -287,12 +287,12 @@ class DurableRunner(KeepingRunner):
         """True if the file keeps the task."""
         return isinstance(task.message, Kept) and task.message.store is not None
 
-    def postpone(self, task: BackgroundTask, wait: float | None) -> bool:
+    def postpone(self, task: BackgroundTask, wait: float | None, tasks: TaskQueue) -> bool:
         """Let a stored task wait in the file, for its next attempt or until its delay is over.
 
         :return: False if the task has to wait in memory, since the disk is full.
         """
-        return self._states.get().postpone(task, wait)
+        return self._states.get().postpone(task, wait, tasks)
 
     def hold_back(self, task: BackgroundTask, wait: float, tasks: TaskQueue) -> None:
         """Note in the file that a task and the rest of its request wait for a retry."""
@@ -445,6 +445,10 @@ class _Place(NamedTuple):
         )
 
 
+_AddedHere = tuple[Any, str | None]
+"""The options of a task that this process has added, and the label of its request."""
+
+
 _running: ContextVar[Kept | None] = ContextVar("wsgi_bg._durable", default=None)
 """The durable task that runs in this context."""
 
@@ -575,8 +579,9 @@ class _State:
         self._adopted: list[Store] = []
         # The durable tasks in memory, by their file's number and their key.
         self._in_memory: dict[tuple[int, int], BackgroundTask] = {}
-        # The options of tasks that ran or were added here, and that only the file holds now.
-        self._options: dict[tuple[int, int], Any] = {}
+        # The options of tasks that ran or were added here, and that only the file holds now,
+        # and the labels of their requests.
+        self._added_here: dict[tuple[int, int], _AddedHere] = {}
         self._lacks_room = False  # True if tasks were left in a file for want of room
         self._has_left_some = False  # True if stored tasks of the own file are in no memory
         # Tasks that ran when a process died: they run one at a time, other tasks meanwhile.
@@ -752,14 +757,14 @@ class _State:
                 self.ledger.add(batch)
                 batch.skip()
 
-    def postpone(self, task: BackgroundTask, wait: float | None) -> bool:
+    def postpone(self, task: BackgroundTask, wait: float | None, tasks: TaskQueue) -> bool:
         kept = task.message
         store, row = kept.store, kept.row
         assert store is not None
         kept.children = None  # a thread that adds a task from now on lets it be stored
         place = store.number, row.key
         self._in_memory.pop(place, None)  # first: the row may be read at once
-        self._options[place] = task.options
+        self._added_here[place] = task.options, tasks.request
         if wait is None:
             store.leave([row])
         else:
@@ -818,7 +823,8 @@ class _State:
             if kept.store is not None and task.claim():
                 store = self.drop(kept)
                 assert store is not None
-                self._options[store.number, kept.row.key] = task.options
+                place = store.number, kept.row.key
+                self._added_here[place] = task.options, task.request
                 store.leave([kept.row])
                 has_left_some = True
         if has_left_some:
@@ -990,8 +996,8 @@ class _State:
         if suspect is not None and self._has_suspect:
             self._more_suspects.append((store, rows))
             return True
-        added_under: dict[tuple[int, int], Any] = {}
-        batch = self._make_batch(store, rows, added_under)
+        added_here: dict[tuple[int, int], _AddedHere] = {}
+        batch = self._make_batch(store, rows, added_here)
         if batch is None:
             return True
         has_room = not self._is_stopping and self._pool.has_room(_SHARE)
@@ -1004,27 +1010,29 @@ class _State:
             batch.on_done((self._has_ended,))  # after the pool, which forgets the batch first
             batch.notify_if_ended()
             return True
-        self._options.update(added_under)
+        self._added_here.update(added_here)
         for kept in [task.message for task in batch.tasks if task.claim()]:
             self.leave(kept)
         batch.run()  # no task is left: only end the batch
         return False
 
     def _make_batch(
-        self, store: Store, rows: list[Row], added_under: dict[tuple[int, int], Any]
+        self, store: Store, rows: list[Row], added_here: dict[tuple[int, int], _AddedHere]
     ) -> Batch | None:
         """Make a batch of the rows of a request; None if no row can run.
 
-        :param added_under: gets the options of the tasks that this process has added.
+        :param added_here: gets what is known of the tasks that this process has added.
         """
         queue = Deferring()
         queue.options = self._reruns.options
         tasks = queue.open_list()
         for row in rows:
             place = store.number, row.key
-            if place in self._options:
-                added_under[place] = self._options.pop(place)
-            task = self._reruns.task(store, row, added_under.get(place), self.ledger)
+            options = None
+            if place in self._added_here:
+                added_here[place] = self._added_here.pop(place)
+                options, queue.request = added_here[place]
+            task = self._reruns.task(store, row, options, self.ledger)
             if task is not None:
                 tasks.append(task)
                 self._in_memory[place] = task
