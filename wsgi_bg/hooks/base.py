@@ -50,6 +50,8 @@ class _Record:
 class TaskRecord(_Record):
     """The state of a task; all hooks of a task get the same record, in each attempt.
 
+    A durable task that has waited in its file gets a new record.
+
     Times ending in ``_at`` are seconds by :func:`time.monotonic`, those ending in ``_time``
     are seconds by :func:`time.time`; each is None before the event. A record that is kept
     keeps alive the tasks of the request, and their arguments.
