@@ -54,8 +54,8 @@ def alone_on_3_11(request: pytest.FixtureRequest) -> None:
     """Skip a test of this module on Python 3.11 if the process runs other modules too.
 
     CPython 3.11.7 may crash under a tracer then: some other test, together with exceptions
-    from the tracer, leaves the interpreter with a trace function that is freed. No process
-    that runs this module alone has crashed.
+    from the tracer, leaves the interpreter with a trace function that is freed. A process
+    that runs this module alone has crashed in the slow cases only.
     """
     others = {item.path for item in request.session.items} - {request.path}
     if sys.version_info < (3, 12) and others:
