@@ -87,9 +87,8 @@ else:  # hidden: a type checker would accept any name as an attribute
         if name not in _HOMES and name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         with _lock:
-            if name in _MODULES:
-                return _import_module(f".{name}", __name__)
-            value = getattr(_import_module(f".{_HOMES[name]}", __name__), name)
+            module = _import_module(f".{_HOMES.get(name, name)}", __name__)
+        value = module if name in _MODULES else getattr(module, name)
         globals()[name] = value  # for the next use
         return value
 
