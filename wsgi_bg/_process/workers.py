@@ -52,7 +52,7 @@ class Workers(Generic[Job]):
         self._backlog: deque[Job] = deque()
         self._alive: dict[_Worker, None] = {}
         self._idle: list[Callable[[None], object]] = []  # the idle workers' wake()
-        self._lingering: dict[_Worker, None] = {}
+        self._lingering: dict[_Worker, None] = {}  # workers that sleep, then look for a job
         self._numbers = count()
 
     @property
@@ -119,7 +119,7 @@ class Workers(Generic[Job]):
         generation = per_process.generation
         try:
             while self._wait(worker):
-                if len(self._backlog) > 1:  # no job that came in a sleep has got a thread
+                if len(self._backlog) > 1:  # jobs that came in a sleep have woken no thread
                     self._wake() or self._start()
                 try:
                     job = self._backlog.popleft()
@@ -157,8 +157,8 @@ class Workers(Generic[Job]):
         return False
 
     def _linger(self, worker: _Worker) -> bool:
-        """Sleep for a moment, in which no job needs a wake; True if there is a backlog."""
-        if not greenlets.are_threads():  # greenlets share a GIL anyway
+        """Sleep a moment, so that the next job needs no wake; True if there is a backlog."""
+        if not greenlets.are_threads():  # greenlets share a thread
             self._lingering[worker] = None
             time.sleep(LINGER)
             del self._lingering[worker]
