@@ -84,10 +84,11 @@ class RequestTasks(Deferring):
         """Call the server's ``start_response`` and keep status and headers."""
         self.status = status
         self.headers = [*headers]  # the application may change its list later
+        start_response = self._start_response
         if exc_info is None:
-            return self._start_response(status, headers)
+            return start_response(status, headers)
         self.is_declared_late = True  # perhaps: the server may have sent a Content-Length
-        return self._start_response(status, headers, exc_info)
+        return start_response(status, headers, exc_info)
 
     def _begin(self) -> list[BackgroundTask]:
         # Make all objects that a later step may need with the first task: a garbage
