@@ -7,6 +7,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -308,6 +309,47 @@ def test_a_connection_that_cannot_be_closed_fails_no_task(
     assert pool.statistics().succeeded == 1
     assert len(log.errors) == 2
     assert log.errors[0].endswith("close raised")
+
+
+def test_under_gevent_async_tasks_use_the_orm_and_keep_no_connection(tmp_path: Path) -> None:
+    pytest.importorskip("gevent")
+    done = run_python(f"""
+        from gevent import monkey; monkey.patch_all()
+        import gevent
+        from tests.django_support import Order, settings
+        from django.db import connection, connections
+        from django.db.backends.signals import connection_created
+        from tests.support import Server, app_that, make_server_environ
+        from wsgi_bg import background_tasks, portal, wait
+        from asgiref.sync import sync_to_async
+        from wsgi_bg.django import application
+
+        connections.settings["default"]["NAME"] = {str(tmp_path / "orders.sqlite3")!r}
+        with connection.schema_editor() as editor:
+            editor.create_model(Order)
+        connection.close()
+        opened = []
+        note = lambda connection, **_: opened.append(connection)
+        connection_created.connect(note)
+
+        async def write():
+            await Order.objects.acreate()
+
+        def add(environ):
+            background_tasks.add_task(write)
+            background_tasks.add_task(Order.objects.create)
+
+        middleware = application.configured(
+            lambda **options: application._Middleware(app_that(add), **options)
+        )
+        for _ in range(2):
+            Server().run(middleware, make_server_environ())
+            assert wait(10) == []
+        portal().call(sync_to_async(int))  # behind earlier calls
+        is_open = [each.connection is not None for each in opened]
+        print(len(is_open), any(is_open), Order.objects.count())
+        """)
+    assert (done.stdout, done.returncode) == ("4 False 4\n", 0), done.stderr
 
 
 # Options

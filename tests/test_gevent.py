@@ -357,6 +357,47 @@ def test_the_process_ends_after_a_task_that_used_sync_to_async(start: str) -> No
 
 
 @each_start
+def test_sync_code_of_async_tasks_does_not_run_on_the_loops_thread(start: str) -> None:
+    """On that thread asyncio.run() fails, and Django's ORM refuses to run."""
+    pytest.importorskip("asgiref")
+    lines = run(
+        start,
+        """
+        from asgiref.sync import sync_to_async
+
+        async def use_sync_code():
+            await sync_to_async(asyncio.run)(asyncio.sleep(0))
+            await asyncio.to_thread(asyncio.run, asyncio.sleep(0))
+            passed.append("ran")
+
+        ask(serve([use_sync_code], "pool"))
+        ask(serve([use_sync_code, plain], "pool"))
+        until(lambda: len(passed) == 3)
+        print(sorted(passed))
+        """,
+    )
+    assert lines == ["['plain', 'ran', 'ran']"]
+
+
+@pytest.mark.parametrize("start", ["patched", "patched after the import"])
+def test_the_threads_for_sync_code_are_kept_and_do_not_leave_hubs_behind(start: str) -> None:
+    lines = run(
+        start,
+        """
+        import wsgi_bg
+        from wsgi_bg._process import workers
+
+        async def use_sync_code():
+            return await asyncio.to_thread(threading.get_native_id)
+
+        workers.IDLE_TIMEOUT = 0.0
+        print(len({wsgi_bg.portal().call(use_sync_code) for _ in range(5)}))
+        """,
+    )
+    assert lines == ["1"]
+
+
+@each_start
 @pytest.mark.parametrize("runner", ["inline", "pool"])
 def test_tasks_wait_for_their_time_beside_greenlets(start: str, runner: str) -> None:
     lines = run(

@@ -23,7 +23,8 @@ class LoopExecutor(ThreadPoolExecutor):
 
     def __init__(self, threads: int = min(32, (os.cpu_count() or 1) + 4)) -> None:
         super().__init__(max_workers=1)  # starts no thread before its own submit()
-        self._workers = Workers(_make, threads, "wsgi_bg-loop")
+        # Greenlets would run the calls on the thread of the loop.
+        self._workers = Workers(_make, threads, "wsgi_bg-loop", are_real=True)
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Call ``fn(*args, **kwargs)`` on a thread, or here if no thread can be started."""

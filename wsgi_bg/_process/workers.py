@@ -11,11 +11,13 @@ published a change looks again for changes that further threads published meanwh
 
 from __future__ import annotations
 
+import _queue
 import queue
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from operator import call
 from typing import Generic, TypeVar
@@ -43,9 +45,19 @@ class Workers(Generic[Job]):
     :param work: called with each job on a thread; must not raise.
     :param limit: the maximum number of threads; ``math.inf`` for no limit.
     :param name: prefix of the threads' names.
+    :param are_real: True for real threads under gevent, too, where a ``threading.Thread`` is a
+        greenlet of the thread that starts it.
     """
 
-    def __init__(self, work: Callable[[Job], object], limit: float, name: str) -> None:
+    def __init__(
+        self,
+        work: Callable[[Job], object],
+        limit: float,
+        name: str,
+        *,
+        are_real: bool = False,
+    ) -> None:
+        self._are_real = are_real
         self._work = work
         self._limit = limit
         self._name = name
@@ -54,6 +66,14 @@ class Workers(Generic[Job]):
         self._idle: list[Callable[[None], object]] = []  # the idle workers' wake()
         self._lingering: dict[_Worker, None] = {}  # workers that sleep, then look for a job
         self._numbers = count()
+
+    @property
+    def _is_beside_greenlets(self) -> bool:
+        """True for real threads under gevent; each has a hub, whose files nobody closes.
+
+        So these threads live on without work, and the number of hubs is limited.
+        """
+        return self._are_real and greenlets.are_threads()
 
     @property
     def alive(self) -> int:
@@ -99,13 +119,18 @@ class Workers(Generic[Job]):
     def _start(self) -> bool:
         if len(self._alive) >= self._limit:
             return False
-        worker = _Worker()
+        # gevent's queue, which replaces queue.SimpleQueue, serves a single thread.
+        worker = _Worker(_queue.SimpleQueue if self._are_real else queue.SimpleQueue)
         try:
             self._alive[worker] = None
             if len(self._alive) > self._limit:  # another thread was as quick
                 del self._alive[worker]
                 return False
-            start_daemon(self._run, f"{self._name}-{next(self._numbers)}", worker)
+            name = f"{self._name}-{next(self._numbers)}"
+            if self._is_beside_greenlets:
+                greenlets.start_real_thread(partial(self._run, worker), name)
+            else:
+                start_daemon(self._run, name, worker)
         except BaseException as exc:
             # RuntimeError: no memory for a stack, or the interpreter exits. A signal handler
             # may raise after the thread has started: then that thread ends.
@@ -150,7 +175,7 @@ class Workers(Generic[Job]):
             if self._backlog and self._withdraw(worker):  # submit() may have missed this worker
                 return True
             try:
-                worker.wakes.get(timeout=IDLE_TIMEOUT)
+                worker.wakes.get(timeout=None if self._is_beside_greenlets else IDLE_TIMEOUT)
             except queue.Empty:
                 if self._withdraw(worker):
                     return False
@@ -176,6 +201,6 @@ class _Worker:
 
     __slots__ = ("wake", "wakes")
 
-    def __init__(self) -> None:
-        self.wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
+    def __init__(self, simple_queue: type[queue.SimpleQueue[None]]) -> None:
+        self.wakes: queue.SimpleQueue[None] = simple_queue()
         self.wake = self.wakes.put

@@ -18,7 +18,7 @@ from wsgi_bg._tasks.callables import name_of
 from wsgi_bg.exceptions import ExtraMissingError
 
 try:
-    from asgiref.sync import SyncToAsync
+    from asgiref.sync import AsyncToSync, SyncToAsync
     from django.conf import settings
     from django.core import wsgi
     from django.core.cache import caches
@@ -134,10 +134,14 @@ def is_on_a_loop() -> bool:
 def call_on_asgirefs_thread(close: Callable[[], object]) -> None:
     """Queue ``close`` before or after the queries of an async task; does not block.
 
-    ``sync_to_async`` makes the queries on asgiref's thread, which makes its calls in order.
+    ``sync_to_async`` makes the queries on asgiref's thread, which makes its calls in order;
+    under gevent on a thread of the loop's own: see ``use_for_sync_code``.
     """
+    executor = SyncToAsync.single_thread_executor
+    with suppress(RuntimeError):  # no loop runs
+        executor = AsyncToSync.loop_thread_executors.get(asyncio.get_running_loop(), executor)
     with suppress(RuntimeError):  # the interpreter exits, and the thread has ended
-        SyncToAsync.single_thread_executor.submit(_call_safely, close)
+        executor.submit(_call_safely, close)
 
 
 def _call_safely(close: Callable[[], object]) -> None:
