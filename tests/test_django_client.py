@@ -375,6 +375,28 @@ def test_on_commit_adds_a_task_that_runs_at_once_in_a_test_case(
     run_case(test)
 
 
+@pytest.mark.parametrize("path", ["/", "/is_async"])
+@pytest.mark.parametrize("in_test_case", [False, True])
+def test_the_on_commit_of_a_task_adds_tasks(
+    in_test_case: bool, path: str, database: dict[str, Any], task: Run
+) -> None:
+    def task_with_a_commit() -> None:
+        on_commit(lambda: background_tasks.add_task(second_task))
+
+    def second_task() -> None:
+        on_commit(lambda: background_tasks.add_task(task))
+
+    def enter(request: Any) -> None:
+        background_tasks.add_task(task_with_a_commit)
+
+    def test(case: Any) -> None:
+        with case.captureOnCommitCallbacks(execute=True) if case else contextlib.nullcontext():
+            serve(enter).get(path)
+        assert task.count == 1
+
+    run_case(test) if in_test_case else test(None)
+
+
 @pytest.mark.parametrize("in_test_case", [False, True])
 def test_a_task_of_on_commit_runs_by_the_status_of_its_request(
     in_test_case: bool, database: dict[str, Any], task: Run

@@ -167,9 +167,11 @@ class _Visit(_ClientRequest):
         environ[self.KEY] = self
 
     def finish(self, status: str) -> None:
-        if not _awaits_commit():
-            self.leave()
-        super().finish(status)
+        try:
+            super().finish(status)
+        finally:
+            if not _awaits_commit():  # a task may have added a callback, too
+                self.leave()
 
     def leave(self) -> None:
         """Give ``background_tasks`` the value from before the request."""
