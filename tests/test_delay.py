@@ -104,6 +104,25 @@ def test_a_task_waits_for_its_time_and_holds_up_no_other(
         settle(lambda: own.statistics() == Statistics(0, 0, 2, 0, 0))
 
 
+@pytest.mark.parametrize("make", [InlineRunner, PoolRunner])
+@each_kind
+def test_the_drain_of_a_runner_waits_for_tasks_whose_time_comes_by_then(
+    make: Any, is_async: bool
+) -> None:
+    runner, calls, late = make(), Calls(1), Calls(0)
+
+    def add() -> None:
+        soon = background_tasks.using(delay=0.01, retry=Retry(2, first=0.01))
+        soon.add_task(calls.make(is_async))
+        background_tasks.using(delay=3600).add_task(late.make(is_async))
+
+    request(add, runner=runner)
+    assert runner.drain(TIMEOUT) == []
+    assert (calls.count, late.count) == (2, 0)
+    assert runner.statistics() == Statistics(0, 0, 1, 0, 0, waiting=1)
+    runner.ledger.abandon_waiting()
+
+
 def test_waiting_tasks_hold_no_thread_and_no_place_in_the_pool(clock: Clock) -> None:
     pool = PoolRunner(threads=1, max_pending=1)
     request(lambda: background_tasks.add_task(int))  # starts a thread of the process

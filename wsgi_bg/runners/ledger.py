@@ -190,10 +190,12 @@ class Ledger:
             and any(task.unclaimed for task in later.left())  # else only a file has them
         ]
 
-    def not_submitted(self, due: float, runner: object) -> list[WaitingTasks]:
-        """The tasks of ``runner`` that it has not got yet, and gets before ``due``."""
-        coming = self.due_by(due, runner)
-        return coming + [later for later in list(self._submitting) if later.runner is runner]
+    def not_submitted(self, due: float, runner: object = None) -> list[WaitingTasks]:
+        """The tasks that the runner has not got yet, and gets before ``due``; see due_by()."""
+        submitting = list(self._submitting)
+        if runner is not None:
+            submitting = [later for later in submitting if later.runner is runner]
+        return self.due_by(due, runner) + submitting
 
     def wait_for(self, batches: Iterable[Batch | UnsentTasks], deadline: float) -> bool:
         """Block until all ``batches`` have ended, or until ``deadline`` by the monotonic clock.
@@ -229,12 +231,16 @@ class Ledger:
         return batch in self._handed_over or batch in self._run_here
 
     def drain(self, timeout: float) -> list[BackgroundTask]:
-        """Wait ``timeout`` seconds at most for all batches; return the unfinished tasks."""
+        """Wait ``timeout`` seconds at most for all batches; return the unfinished tasks.
+
+        Tasks whose time comes within ``timeout`` are waited for, too.
+        """
         deadline = time.monotonic() + timeout
         self.is_draining = True
-        while (batches := self.batches) and self.wait_for(batches, deadline):
-            pass
-        return [task for batch in batches for task in batch.tasks]
+        left: list[Batch | UnsentTasks] = [*self.batches, *self.not_submitted(deadline)]
+        while left and self.wait_for(left, deadline):
+            left = [*self.batches, *self.not_submitted(deadline)]
+        return [task for batch in self.batches for task in batch.tasks]
 
     def abandon(self) -> list[BackgroundTask]:
         """Let no batch begin more tasks; return the unfinished tasks."""
@@ -353,7 +359,9 @@ class LedgerRunner:
     def drain(self, timeout: float) -> list[BackgroundTask]:
         """Hand no more batches over and wait until all batches have ended; blocks.
 
-        A batch submitted later runs in ``close()``.
+        A batch submitted later runs in ``close()``. ``drain`` waits for a delayed task, or for
+        a further attempt, if the time comes within ``timeout``; the others go on to wait, and
+        are not returned.
 
         :param timeout: seconds to wait at most.
         :return: the tasks that were not finished in time. They go on.
