@@ -384,17 +384,19 @@ def test_the_threads_for_sync_code_are_kept_and_do_not_leave_hubs_behind(start: 
     lines = run(
         start,
         """
-        import wsgi_bg
+        from wsgi_bg._loop.executor import LoopExecutor
         from wsgi_bg._process import workers
 
-        async def use_sync_code():
-            return await asyncio.to_thread(threading.get_native_id)
-
         workers.IDLE_TIMEOUT = 0.0
-        print(len({wsgi_bg.portal().call(use_sync_code) for _ in range(5)}))
+        executor, threads = LoopExecutor(), set()
+        for _ in range(5):
+            future = executor.submit(threading.get_native_id)
+            until(future.done)
+            threads.add(future.result())
+        print(len(threads), threading.get_native_id() in threads)
         """,
     )
-    assert lines == ["1"]
+    assert lines == ["1 False"]
 
 
 @each_start
