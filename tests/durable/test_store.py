@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from contextlib import closing
 from pathlib import Path
@@ -263,11 +264,26 @@ def test_an_own_file_with_nothing_in_it_goes_when_it_is_closed(folder: Folder) -
     again.close()
 
 
-def test_a_file_that_was_removed_while_the_process_runs_is_an_error(store: Store) -> None:
-    os.unlink(store.path)
-    with pytest.raises(StoreError, match="removed while this process runs"):
+@pytest.mark.parametrize("suffix", [".sqlite", ".sqlite-wal", ".notes"])
+def test_a_file_that_was_removed_while_the_process_runs_is_an_error(
+    store: Store, suffix: str
+) -> None:
+    os.unlink(os.path.splitext(store.path)[0] + suffix)
+    with pytest.raises(StoreError, match="removed or replaced while this process runs"):
         store.tidy()
-    with pytest.raises(StoreError, match="removed while this process runs"):
+    with pytest.raises(StoreError, match="removed or replaced while this process runs"):
+        store.add([task()])
+
+
+def test_a_copy_in_place_of_the_folder_is_an_error_while_the_process_runs(
+    store: Store, folder: Folder
+) -> None:
+    shutil.copytree(folder.path, folder.path + ".copy")
+    os.rename(folder.path, folder.path + ".old")
+    os.rename(folder.path + ".copy", folder.path)
+    with pytest.raises(StoreError, match="removed or replaced while this process runs"):
+        store.tidy()
+    with pytest.raises(StoreError, match="removed or replaced while this process runs"):
         store.add([task()])
 
 

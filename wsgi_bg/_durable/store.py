@@ -101,6 +101,7 @@ class Store:
             self._prepare()
             self._reader = connect(self.path, read_only=True)
             self._reader.text_factory = text_of
+            self._files = self._find_files()
         except BaseException:
             self._writer.close()
             raise
@@ -260,7 +261,19 @@ class Store:
 
     def _check_lost(self) -> None:
         if self._is_lost:
-            raise StoreError(self.path, "the file was removed while this process runs: restart")
+            what = "the file was removed or replaced"
+            raise StoreError(self.path, f"{what} while this process runs: restart")
+
+    def _find_files(self) -> list[tuple[int, int]]:
+        """Return device and inode of the files that keep the tasks; empty if one is missing."""
+        try:
+            found = [
+                os.stat(self._folder.file(self.number, suffix))
+                for suffix in (".sqlite", ".sqlite-wal", ".notes")
+            ]
+        except OSError:
+            return []
+        return [(status.st_dev, status.st_ino) for status in found]
 
     def begin(self, row: Row) -> bool:
         """Note that the task begins, so that SIGKILL cannot take the note back.
@@ -523,7 +536,8 @@ class Store:
         is_time = now >= self._next_look
         if is_time:
             self._next_look = now + 1.0
-            self._is_lost = not os.path.exists(self.path)
+            # No next process would find what is written to files that have lost their name.
+            self._is_lost = self._find_files() != self._files
             self._check_lost()
             self._obey()
         if now >= self._next_pruning:
