@@ -254,6 +254,29 @@ def test_an_event_while_another_thread_logs_is_counted_only(
     assert log.warnings == ["1 events", "2 events"]
 
 
+def test_errors_that_come_in_turns_are_logged_once_a_minute_each(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(repeated, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    error = repeated.RepeatedError("%s failed")
+    for clock[0] in (0.0, 1.0, 59.0):
+        error.log(ValueError(1), "first")
+        error.log(ValueError(2), "second")
+    assert log.errors == ["first failed", "second failed"]
+    clock[0] = 60.0
+    error.log(ValueError(1), "first")
+    assert log.errors == ["first failed", "second failed", "first failed"]
+
+
+def test_errors_with_ever_new_texts_do_not_fill_the_memory(log: Log) -> None:
+    error = repeated.RepeatedError("failed")
+    for number in range(1000):
+        error.log(ValueError(number))
+    assert len(log.errors) == 1000
+    assert len(error._until) <= 100
+
+
 def test_beyond_max_pending_an_incomplete_batch_is_still_taken(log: Log, gate: Gate) -> None:
     runner = PoolRunner(threads=1, max_pending=1)
     threads: list[int] = []

@@ -12,6 +12,8 @@ from wsgi_bg._process.interrupts import safe_repr
 INTERVAL = 60.0
 """Seconds that pass at least between two records of the same event."""
 
+_MOST_TEXTS = 100  # of errors that are remembered: each request may cause another text
+
 
 class RepeatedWarning:
     """A warning that is logged for the first event, and then at most once a minute.
@@ -58,12 +60,14 @@ class RepeatedError:
 
     def __init__(self, message: str) -> None:
         self._message = message
-        self._last = "", float("-inf")  # the repr of the error, and the end of its minute
+        self._until: dict[str, float] = {}  # the end of an error's minute, by its repr
 
     def log(self, exc: BaseException, *args: Any) -> None:
         """Log ``exc`` at ERROR, unless the last record of the same error is too young."""
         text, now = safe_repr(exc), time.monotonic()
-        last, until = self._last
-        if text != last or now >= until:
-            self._last = text, now + INTERVAL
-            log.error(self._message, *args, exc_info=exc)
+        if now < self._until.get(text, now):
+            return
+        if len(self._until) >= _MOST_TEXTS:
+            self._until.clear()
+        self._until[text] = now + INTERVAL
+        log.error(self._message, *args, exc_info=exc)
