@@ -275,6 +275,37 @@ def test_a_message_that_is_refused_holds_up_no_other(log: Log) -> None:
     assert (statistics.sent, statistics.failed) == (2, 1)
 
 
+def test_a_message_that_breaks_each_connection_holds_up_no_other(
+    monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    """Redis closes the connection if a message is too big, and takes nothing of its batch."""
+    monkeypatch.setattr(sending, "_PAUSES", (0.001, 1e6))
+    monkeypatch.setattr(sending, "_LONGEST_ALONE", 0.002)
+    runner = Post()
+    batches: list[list[Any]] = []
+    limit = 1
+    send_all = post.Connection.send
+
+    def send_small(self: Any, messages: Any, confirmed: Any) -> None:
+        batches.append([message.data[0] for message in messages])
+        if any(len(str(value)) > limit for value in batches[-1]):
+            raise post.AwayError
+        send_all(self, messages, confirmed)
+
+    monkeypatch.setattr(post.Connection, "send", send_small)
+    request(runner, add(send, 1, "too big", 2))
+    assert wait_until(lambda: sorted(runner.got) == [1, 2])
+    assert wait_until(lambda: batches.count(["too big"]) > 30)
+    request(runner, add(send, *range(3, 10)))
+    assert wait_until(lambda: sorted(runner.got) == [*range(1, 10)])
+    known = batches[batches.index(["too big"]) :]
+    assert all(batch == ["too big"] for batch in known if "too big" in batch)
+    limit = 10
+    assert settled(runner)
+    assert runner.got[-1] == "too big"
+    assert runner.statistics().sent == 10
+
+
 @pytest.mark.usefixtures("quick")
 def test_with_local_a_task_runs_here_after_publish_timeout(log: Log) -> None:
     runner = Post(when_unsent="local", publish_timeout=0.05, local="inline")

@@ -49,6 +49,7 @@ OF_MESSAGE = (LookupError, TypeError, ValueError, struct.error)
 """Errors of a message that cannot be encoded: they do not say that the broker is away."""
 
 _PAUSES = (0.5, 30.0)  # the first and the longest pause before the next try, in seconds
+_LONGEST_ALONE = 2.0  # seconds, if a single message may be at fault, and others wait behind it
 _SLACK = 0.001  # seconds: the tasks of a request are sent together, in order
 _AFTER_ERROR = 1.0  # seconds
 _BUSY = 1.0  # seconds after a task in which the manager's thread expects the next one
@@ -100,6 +101,8 @@ class Unsent:
     :ivar deadline: when the task is given up or runs here.
     :ivar moved_to: the batch in which the task runs in this process.
     :ivar was_tried: True if the message may have been sent.
+    :ivar goes_alone: True if a connection broke when this message alone was sent: perhaps the
+        broker does not take the message, and closes the connection instead of saying so.
     """
 
     __slots__ = (
@@ -107,6 +110,7 @@ class Unsent:
         "_right",
         "context",
         "deadline",
+        "goes_alone",
         "moved_to",
         "not_before",
         "stored",
@@ -129,6 +133,7 @@ class Unsent:
         self.not_before: float = now + START_DELAY
         self.deadline: float = now + wait
         self.was_tried: bool = False
+        self.goes_alone: bool = False
         self.moved_to: Batch | None = None
         self._ledger = ledger
         self._right = {"to end": True, "to begin": True}
@@ -350,6 +355,10 @@ class Outbox:
         unsent: list[Unsent] = []
         until = now + _SLACK
         while len(unsent) < size and self._queue and self._queue[0].not_before <= until:
+            if self._queue[0].goes_alone:  # the broker would take no message of the chunk
+                if unsent:
+                    break
+                size = 1
             each = self._queue.popleft()
             if not each.is_claimed:
                 unsent.append(each)
@@ -388,6 +397,9 @@ class Outbox:
             if connection is not None:
                 self._closer.submit(connection)
             if is_away:
+                has_broken = connection is not None and not isinstance(exc, NotKeptError)
+                if has_broken and len(unsent) == 1:
+                    unsent[0].goes_alone = True
                 self._wait_for_broker(left, exc)
             elif len(left) == 1:
                 self._refuse(left[0], exc)
@@ -446,10 +458,13 @@ class Outbox:
 
     def _wait_for_broker(self, left: list[Unsent], exc: Exception) -> None:
         """Send ``left`` again after a pause; each pause is twice as long as the last."""
+        is_alone = any(each.goes_alone for each in left)
         first, longest = _PAUSES
+        longest = min(longest, _LONGEST_ALONE) if is_alone else longest
         self._pause = min(longest, max(first, 2 * self._pause))
         self._next_try = time.monotonic() + self._pause
-        if isinstance(exc, NotKeptError):  # a full queue holds up no message to others
+        # Neither such a message nor a full queue holds up messages to others.
+        if is_alone or isinstance(exc, NotKeptError):
             self._queue.extend(left)
         else:
             self._queue.extendleft(reversed(left))
