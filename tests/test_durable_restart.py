@@ -649,6 +649,24 @@ def test_a_task_that_raises_during_a_drain_is_not_called_again_in_this_process(
     assert shop.calls == []
 
 
+def test_a_task_that_raises_during_a_drain_holds_the_tasks_that_the_drain_has_left(
+    runner: DurableRunner,
+) -> None:
+    def add(environ: object) -> None:
+        tasks = background_tasks.using(stop_on_error=True, retry=Retry(2, first=3600.0))
+        tasks.add_task(shop.wait_and_fail, "gate")
+        tasks.add_task(write, 2)
+
+    run_view(runner, add)
+    shop.gate("gate")
+    assert shop.begun["gate"].wait(TIMEOUT)
+    runner.prepare_drain()
+    shop.gate("gate").set()
+    assert runner.drain(TIMEOUT) == []
+    [failed, held] = left(Path(runner.path))
+    assert held.row.due == failed.row.due > time.time() + 100
+
+
 # A drain that was given up.
 
 

@@ -788,7 +788,10 @@ class _State:
         row = kept.row._replace(due=time.time() + wait, attempts=kept.row.attempts + 1)
         kept.children = None
         left = [each.message for each in tasks.left() if isinstance(each.message, Kept)]
-        rest = [each.row.key for each in left if each.store is store and each is not kept]
+        # A drain may have left some in the file: then no memory holds them.
+        rest = [
+            each.row.key for each in left if each.store in (store, None) and each is not kept
+        ]
         kept.row = row
         try:
             store.hold_back(row, rest)

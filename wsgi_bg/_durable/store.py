@@ -337,7 +337,7 @@ class Store:
     def hold_back(self, row: Row, keys: Iterable[int]) -> None:
         """Store that a running task waits for its next attempt, and the rows of ``keys`` too.
 
-        As ``postpone``, but the caller holds all of the rows still.
+        As ``postpone``, but rows that the caller holds are held still.
 
         :raises StoreError: if that cannot be stored; then nothing has changed.
         """
