@@ -391,6 +391,23 @@ def test_a_task_that_fails_in_the_next_process_skips_the_tasks_whose_time_has_no
     assert shop.calls == ["a"]
 
 
+def test_a_task_that_fails_again_after_its_delay_skips_no_other(
+    runner: DurableRunner, log: Log
+) -> None:
+    def add(environ: object) -> None:
+        failing = background_tasks.using(
+            delay=0.01, stop_on_error=True, retry=Retry(2, first=0.0)
+        )
+        failing.add_task(fail, "a")
+        background_tasks.using(delay=3600).add_task(write, 1)
+
+    run_view(runner, add)
+    assert shop.wait_for(2) == ["a", "a"]
+    assert wait_until(lambda: runner.statistics().failed == 1)
+    assert waiting(Path(runner.path)) == ["durable.write"]
+    assert runner.statistics().discarded == 0
+
+
 def test_skipped_tasks_are_gone_from_the_file_before_on_error_is_called(
     runner: DurableRunner, tmp_path: Path
 ) -> None:

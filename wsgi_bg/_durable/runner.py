@@ -745,7 +745,7 @@ class _State:
             if held_by is not None:
                 held_by.take_back([each.row])
         # A task after a delay is a batch of its own, and holds up no other.
-        if store is not None and (kept.row.attempts or not kept.row.due):
+        if store is not None and not json.loads(kept.row.options or "{}").get("is_delayed"):
             try:
                 rows = store.read_rest(kept.row)
             except StoreError as error:
@@ -1052,6 +1052,7 @@ def _options_of(task: BackgroundTask) -> str:
     given = {
         "stop_on_error": task.options.stop_on_error,
         "retry": None if retry is None else retries.to_text(retry),
+        "is_delayed": bool(task.options.delay),
     }
     return json.dumps(given)
 
