@@ -51,7 +51,8 @@ def test_a_document_is_read_as_it_was_written(folder: Folder) -> None:
     written = document(
         failures=[Failure("a", "2", "GET /", 1.0, 1, 7, "Error", "text", "traceback")],
         running=[(task, True)],
-        running_by_name={"a": 1},
+        running_by_name={"a": 1, "c": 4},
+        unlisted={"c": 4},
         waiting={"b": 2},
         ids={"1": "running"},
         durable={"/folder": [3]},

@@ -78,6 +78,29 @@ def test_the_tasks_of_a_killed_process_are_lost(folder: Path) -> None:
     assert status.of(task.id, folder) == "lost"
 
 
+def test_running_tasks_without_room_in_the_list_are_lost_with_their_process(
+    folder: Path,
+) -> None:
+    code = """
+        from wsgi_bg._status import live
+        live.MAX_RUNNING = 1
+        for _ in range(3):
+            handle(hang, status_path=PATH, runner="pool")
+        input()
+        """
+    with process(code, folder) as killed:
+        assert wait_until(lambda: has(folder).counts.running == 3)
+        assert len(status.snapshot(folder).running) == 1
+        killed.kill()
+    snapshot = status.snapshot(folder)
+    assert snapshot.counts.lost == 3
+    assert [(task.name, task.id is None) for task in snapshot.lost] == [
+        (HANG, False),
+        (HANG, True),
+        (HANG, True),
+    ]
+
+
 ENDS = """
     (first, second) = handle(nothing, fail, status_path=PATH)
     print(first.id, second.id)

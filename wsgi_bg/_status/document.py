@@ -6,6 +6,7 @@ wrong type raises ``ValueError``, and the reader ignores the document.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import astuple, dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -127,6 +128,7 @@ class Document(Numbers):
 
     :ivar running: each with True if a file keeps the task.
     :ivar running_by_name: also of tasks for which :attr:`running` has no room.
+    :ivar unlisted: the same of these tasks alone, without tasks that a file keeps.
     :ivar waiting: numbers by name, without tasks that a file keeps.
     :ivar ids: the states of tasks that wait or run, by id.
     :ivar durable: the folders of durable runners, and the numbers of the process's files.
@@ -137,6 +139,7 @@ class Document(Numbers):
     process: ProcessStatus | None = None
     running: list[tuple[RunningTask, bool]] = field(default_factory=list)
     running_by_name: dict[str, int] = field(default_factory=dict)
+    unlisted: dict[str, int] = field(default_factory=dict)
     waiting: dict[str, int] = field(default_factory=dict)
     ids: dict[str, State] = field(default_factory=dict)
     durable: dict[str, list[int]] = field(default_factory=dict)
@@ -152,6 +155,7 @@ class Document(Numbers):
             "process": astuple(self.process),
             "running": [(astuple(task), is_stored) for task, is_stored in self.running],
             "running_by_name": self.running_by_name,
+            "unlisted": self.unlisted,
             "waiting": self.waiting,
             "ids": self.ids,
             "durable": self.durable,
@@ -174,6 +178,7 @@ class Document(Numbers):
             (_load(RunningTask, task), bool(is_stored)) for task, is_stored in dumped["running"]
         ]
         document.running_by_name = _counts(dumped["running_by_name"])
+        document.unlisted = _counts(dumped["unlisted"])
         document.waiting = _counts(dumped["waiting"])
         document.ids = {id: _check(_TEXT, state) for id, state in dumped["ids"].items()}  # noqa: A001
         document.durable = {
@@ -188,14 +193,19 @@ class Document(Numbers):
     @property
     def was_killed(self) -> bool:
         """True if tasks were lost with the process, which has ended."""
-        lost = self.waiting or any(not is_stored for _, is_stored in self.running)
+        lost = self._counted or any(not is_stored for _, is_stored in self.running)
         return bool(lost) and not self.has_ended
+
+    @property
+    def _counted(self) -> Counter[str]:
+        """The tasks of which the document knows no more than the name and the number."""
+        return Counter(self.waiting) + Counter(self.unlisted)
 
     def lost(self) -> list[LostTask]:
         """Return the tasks that were lost with the process, which was killed.
 
-        Those that ran are the last: of them the request and the begin are known, and the last
-        tasks are kept. Counts the tasks by name, too.
+        Those in :attr:`running` are the last: of them the request and the begin are known, and
+        the last tasks are kept. Counts the tasks by name, too.
         """
         assert self.process is not None
         pid = self.process.pid
@@ -204,12 +214,12 @@ class Document(Numbers):
             if not is_stored:
                 self.tally_of(task.name).counts[LOST] += 1
                 ran.append(LostTask(task.name, task.id, task.request, task.since, pid))
-        waited: list[LostTask] = []
-        for name, count in self.waiting.items():
+        counted: list[LostTask] = []
+        for name, count in self._counted.items():
             self.tally_of(name).counts[LOST] += count
-            room = MAX_LOST - len(waited)
-            waited += [LostTask(name, None, None, None, pid)] * min(count, room)
-        return [*waited, *ran][-MAX_LOST:]
+            room = MAX_LOST - len(counted)
+            counted += [LostTask(name, None, None, None, pid)] * min(count, room)
+        return [*counted, *ran][-MAX_LOST:]
 
 
 @dataclass

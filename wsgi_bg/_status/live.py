@@ -51,11 +51,13 @@ class Live(NamedTuple):
     """The tasks that run and wait in this process.
 
     :attr:`running` has True for each task that a file keeps. Such tasks are not in
-    :attr:`waiting` and :attr:`ids`.
+    :attr:`unlisted`, :attr:`waiting` and :attr:`ids`. :attr:`unlisted` counts the running tasks
+    for which :attr:`running` has no room.
     """
 
     running: list[tuple[RunningTask, bool]]
     running_by_name: dict[str, int]
+    unlisted: dict[str, int]
     waiting: dict[str, int]
     ids: dict[str, State]
     load: Load
@@ -93,19 +95,22 @@ def look(wall: Callable[[float], float] | None) -> Live:
         for unsent in islice(ledger.unsent.copy(), MAX_WAITING):
             if not _is_in_file(unsent):
                 _count(unsent.tasks, waiting)
+    unlisted: Counter[str] = Counter()
+    _count(running[MAX_RUNNING:], unlisted)
     return Live(
         [_shown(task, wall) for task in running[:MAX_RUNNING]],
         dict(Counter(task.name for task in running)),
+        dict(unlisted),
         dict(waiting),
         _ids() if wall is not None else {},
         load(),
     )
 
 
-def _count(tasks: Iterable[BackgroundTask], waiting: Counter[str]) -> None:
+def _count(tasks: Iterable[BackgroundTask], counter: Counter[str]) -> None:
     for task in tasks:
         if not is_stored(task):
-            waiting[task.name] += 1
+            counter[task.name] += 1
 
 
 def _is_in_file(unsent: UnsentTasks) -> bool:

@@ -202,6 +202,7 @@ class Process:
             status_of_process(live, journal.started, self.lag.measure()),
             live.running,
             live.running_by_name,
+            live.unlisted,
             live.waiting,
             live.ids,
             places.durable,
