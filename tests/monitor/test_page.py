@@ -370,3 +370,29 @@ def test_the_page_is_dark_if_the_system_is(browser: Browser, url: str) -> None:
     light = browser.run(color)
     browser.look(1280, is_dark=True)
     assert browser.run(color) != light
+
+
+def test_a_long_name_of_a_thread_leaves_room_for_the_request(
+    site: Site, browser: Browser, url: str
+) -> None:
+    thread, path = "Thread-12 (process_request_thread)", "x" * 100
+    task = replace(site.snapshot.running[0], request=f"GET /{path}", thread=thread)
+    site.snapshot = replace(site.snapshot, running=(task,))
+    browser.look(760)
+    browser.open(url)
+    browser.wait(lambda: browser.text("#state") == "Live")
+    assert browser.run(LINES, "Request")[1] <= 10
+    browser.look(320)
+    assert browser.run(LINES, "Thread") == [True, 2]
+
+
+def test_a_moment_that_has_just_come_is_now(site: Site, browser: Browser, url: str) -> None:
+    taken = site.snapshot.taken
+    failure = replace(site.snapshot.failures[0], ended=taken)
+    process = replace(site.snapshot.processes[0], updated=taken + 60)  # by another clock
+    site.snapshot = replace(site.snapshot, failures=(failure,), processes=(process,))
+    browser.look(1280)
+    browser.open(url)
+    browser.wait(lambda: browser.text("#state") == "Live")
+    assert browser.text("#failures .facts :last-child") == "now"
+    assert browser.text("#processes td:last-child") == "now"

@@ -48,7 +48,10 @@ function length(seconds) {
 
 // How long ago by the server's clock: that of the browser may differ.
 const since = (time, taken) => (time === null ? "–" : length(Math.max(0, taken - time)));
-const ago = (time, taken) => (time === null ? "–" : `${since(time, taken).split(" ").slice(0, 2).join(" ")} ago`);
+const ago = (time, taken) => {
+  const text = since(time, taken).split(" ").slice(0, 2).join(" ");
+  return { "–": "–", "0": "now" }[text] ?? `${text} ago`;
+};
 
 // Children of an element, each with a key: an element whose key stays is kept, with the focus
 // and with what is unfolded.
@@ -236,7 +239,7 @@ const running = new Table(byId("running"), [
   ["For", (row, taken) => since(row.since, taken), "number", (row) => (row.since === null ? "" : `since ${moment(row.since)}`)],
   ["Attempt", (row) => number(row.attempt), "number"],
   ["Process", (row) => String(row.pid), "number"],
-  ["Thread", (row) => row.thread ?? "–", short],
+  ["Thread", (row) => row.thread ?? "–", "thread"],
   ["Id", (row) => row.id ?? "–", "name id"],
 ], (row) => `${row.pid} ${row.id ?? row.name} ${row.attempt} ${row.since}`, "No task runs.");
 
