@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -189,6 +190,33 @@ def test_a_forked_child_begins_a_status_of_its_own(folder: Path) -> None:
     snapshot = status.snapshot(folder)
     assert snapshot.counts.succeeded == 4
     assert child != str(parent.pid)
+
+
+def test_a_forked_child_shows_a_task_that_runs_before_any_task_has_ended(folder: Path) -> None:
+    code = """
+        tasks = [nothing, hang]
+        app = BackgroundTasksMiddleware(
+            app_that(lambda environ: background_tasks.add_task(tasks.pop(0))),
+            status_path=PATH,
+            runner="pool",
+        )
+        respond(app)
+        assert wait() == []
+        if os.fork() == 0:
+            status.snapshot()
+            respond(app)
+        else:
+            os.wait()
+        """
+    with process(code, folder) as parent:
+        assert parent.line() == "hangs"
+        assert wait_until(lambda: has(folder).counts.running == 1)
+        snapshot = status.snapshot(folder)
+        (task,) = snapshot.running
+        assert task.pid != parent.pid
+        assert {each.pid for each in snapshot.processes} == {parent.pid, task.pid}
+        os.kill(task.pid, signal.SIGKILL)
+        assert wait_until(lambda: has(folder).counts.lost == 1)
 
 
 def test_other_processes_know_at_once_what_was_sent_from_memory(folder: Path) -> None:

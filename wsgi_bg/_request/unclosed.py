@@ -23,6 +23,7 @@ from wsgi_bg._process.interrupts import is_raised_here, stops_worker
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._process.threads import start_daemon
 from wsgi_bg._request import servers
+from wsgi_bg._status.recorder import recorder
 from wsgi_bg.runners import shutdown
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ class Collector:
         self.unfinished: dict[int, tuple[UnfinishedRequest, list[BackgroundTask]]] = {}
         self.has_warned: bool = False
         self._right_to_start: list[None] = [None]  # popped by the thread that starts the thread
+        if recorder.is_on:  # the middleware of a forked child may have had its first request
+            recorder.start()
         gc.callbacks.append(collections.note)
         shutdown.register_drain(self.flush, self.abandon)
 
