@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -242,6 +243,24 @@ def test_ended_ids_are_bounded(folder: Folder) -> None:
     again.append([("y", "failed", 1.0)], 10)
     assert [id for id, _, _ in again.all()][-2:] == ["x5", "y"]  # noqa: A001
     assert len(again.all()) < 20
+
+
+def test_a_full_disk_displaces_no_ended_task(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = EndedFile(folder, "1")
+    ended.append([("before", "succeeded", 1.0)], 10)
+
+    def fill(*args: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", fill)
+        for _ in range(30):
+            with pytest.raises(OSError, match="No space"):
+                ended.append([("after", "succeeded", 2.0)], 10)
+    ended.append([("after", "succeeded", 2.0)], 10)
+    assert [id for id, _, _ in ended.all()] == ["before", "after"]  # noqa: A001
 
 
 def test_many_tasks_that_end_in_a_second_do_not_fill_the_folder(

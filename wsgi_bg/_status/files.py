@@ -137,10 +137,10 @@ class EndedFile:
         if self._count >= keep:
             os.replace(*self._paths)
             self._count = 0
-        self._count += len(lines)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         with open(os.open(self._paths[0], flags, 0o600), "w", encoding="utf-8") as file:
             file.write("".join(lines))
+        self._count += len(lines)  # last: on a full disk the same lines are tried every second
 
     def _read(self) -> list[bytes]:
         found = []
