@@ -301,6 +301,19 @@ def test_no_width_needs_a_scroll_bar_to_the_side(
     assert browser.run("return document.documentElement.scrollWidth") == width
 
 
+def test_a_task_that_is_in_the_same_state_after_an_order_has_its_buttons_again(
+    site: Site, browser: Browser, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsgi_bg.monitor.application.durable_folders", lambda path: [])
+    monkeypatch.setattr("wsgi_bg.monitor.application.give_order", lambda *_: CHARGE)
+    browser.open(url)
+    failed = "#durable .item:nth-child(4) .buttons"
+    browser.wait(lambda: browser.text(failed) == "Retry\nDiscard")
+    browser.click(f"{failed} button")
+    browser.wait(lambda: browser.text(failed) == "Retry ordered")
+    browser.wait(lambda: browser.text(failed) == "Retry\nDiscard")
+
+
 LINES = """
 const cell = document.querySelector(`#running td[data-label=${arguments[0]}]`);
 const label = document.createElement("span");

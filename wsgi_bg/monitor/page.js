@@ -359,7 +359,10 @@ async function act(item, row, order) {
   for (const button of buttons) button.disabled = true;
   try {
     await askPatiently(`${order}?id=${encodeURIComponent(row.id)}`, { method: "POST", headers: { "X-WSGI-BG-Token": TOKEN } });
-    item.buttons.replaceChildren(said); // until the state of the task changes
+    item.buttons.replaceChildren(said); // until the state of the task changes, or for some seconds
+    setTimeout(() => {
+      if (said.isConnected) item.state = ""; // the task may have failed again between two answers
+    }, 2 * PERIOD);
   } catch (error) {
     said.className = "bad";
     said.textContent = error.message;
