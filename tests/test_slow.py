@@ -380,7 +380,7 @@ def test_without_memory_for_a_thread_the_next_task_tries_again(
     open_gate(gate)
 
 
-@pytest.mark.parametrize("given", [-1, "1", float("nan"), True])
+@pytest.mark.parametrize("given", [-1, "1", float("nan"), float("inf"), 1e12, True])
 def test_a_wrong_number_is_refused(given: Any) -> None:
     with pytest.raises(OptionError, match="slow_after"):
         BackgroundTasksMiddleware(app_that(print), slow_after=given)

@@ -26,9 +26,9 @@ from wsgi_bg._request.unclosed import ABANDONED, RAISED, Outcome
 from wsgi_bg._status.recorder import recorder
 from wsgi_bg._tasks.background_tasks import OPEN, BackgroundTasks
 from wsgi_bg._tasks.callables import is_plain
-from wsgi_bg._tasks.checks import seconds
 from wsgi_bg._tasks.current import ENVIRON_KEY
 from wsgi_bg._tasks.options import OnError, Options
+from wsgi_bg._tasks.retry import wait
 from wsgi_bg._tasks.task import RunOn, current
 from wsgi_bg.exceptions import OptionTypeError
 from wsgi_bg.hooks.base import Hooks, OptionHooks
@@ -280,7 +280,7 @@ class BackgroundTasksMiddleware:
 
 
 def _slow_tasks(slow_after: float) -> OptionHooks:
-    seconds("slow_after", slow_after)
+    wait("slow_after", slow_after)
     from wsgi_bg.hooks.slow import SlowTasks
 
     return SlowTasks(slow_after)
