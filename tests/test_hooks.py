@@ -457,6 +457,12 @@ def test_async_hooks_are_refused_since_none_would_be_awaited() -> None:
         BackgroundTasksMiddleware(app_that(lambda environ: None), hooks=[Hooks(), Later()])
 
 
+def test_hooks_with_an_attribute_in_place_of_a_method_are_refused() -> None:
+    hooks = type("Switched", (Hooks,), {"task_finished": None})()
+    with pytest.raises(TypeError, match="hooks must be of plain functions"):
+        BackgroundTasksMiddleware(app_that(lambda environ: None), hooks=hooks)
+
+
 def test_a_runner_sees_a_task_before_the_hooks_do() -> None:
     class Choosy(PoolRunner):
         def check(self, task: Any) -> None:

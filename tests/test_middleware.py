@@ -578,6 +578,13 @@ class HalfARunner:
     def submit(self, batch: object) -> None: ...
 
 
+def runner_with(name: str, method: object) -> object:
+    return type("OwnRunner", (InlineRunner,), {name: method})()
+
+
+async def method_that_nobody_awaits(self: object, given: object) -> None: ...
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -595,6 +602,17 @@ class HalfARunner:
         ),
         ({"runner": HalfARunner()}, TypeError, "an object with submit, drain and statistics"),
         ({"runner": InlineRunner}, TypeError, "an object with submit, drain and statistics"),
+        (
+            {"runner": runner_with("submit", method_that_nobody_awaits)},
+            TypeError,
+            "runner must be a runner whose submit is a plain method",
+        ),
+        (
+            {"runner": runner_with("send", method_that_nobody_awaits)},
+            TypeError,
+            "runner must be a runner whose send is a plain method",
+        ),
+        ({"runner": runner_with("check", 5)}, TypeError, "a runner whose check is a plain"),
         ({"on_error": "log"}, TypeError, "on_error must be a plain function"),
         ({"stop_on_error": 1}, TypeError, "stop_on_error must be True or False; got 1"),
     ],

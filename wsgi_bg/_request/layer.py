@@ -138,8 +138,9 @@ def _as_tuple(hooks: Hooks | Sequence[Hooks]) -> tuple[Hooks, ...]:
     if not all(isinstance(each, Hooks) for each in several):
         raise OptionTypeError("hooks", hooks, "a wsgi_bg.hooks.Hooks object, or a list of them")
     for each in several:
-        if not all(is_plain(getattr(each, name)) for name in HOOKS):
-            wanted = "of plain functions; one is an async def or a generator function"
+        methods = [getattr(each, name) for name in HOOKS]
+        if not all(callable(method) and is_plain(method) for method in methods):
+            wanted = "of plain functions; one is an async def, a generator or no function"
             raise OptionTypeError("hooks", each, wanted)
     return several
 

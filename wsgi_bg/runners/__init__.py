@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from wsgi_bg._tasks.callables import is_plain
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError
 from wsgi_bg.runners.base import Runner, Statistics
 from wsgi_bg.runners.inline import InlineRunner
@@ -9,6 +10,9 @@ from wsgi_bg.runners.pool import PoolRunner, shared_pool
 from wsgi_bg.runners.shutdown import register
 
 __all__ = ["InlineRunner", "PoolRunner", "Runner", "Statistics", "resolve", "set_default"]
+
+# The methods of a runner. None in place of an optional method is no method.
+_METHODS = ("submit", "drain", "statistics", "check", "send", "may_send", "abandon")
 
 _shared: dict[str | None, Runner] = {"inline": InlineRunner(), "pool": shared_pool}
 _shared[None] = _shared["inline"]
@@ -29,7 +33,7 @@ def resolve(runner: Runner | str | None, option: str = "runner") -> Runner:
 
     :param option: the name of the option, for an error.
     :raises ValueError: if the name is unknown.
-    :raises TypeError: if the object is not a runner.
+    :raises TypeError: if the object is not a runner, or a method is no plain function.
     """
     if runner is None or isinstance(runner, str):
         if runner not in _shared:
@@ -38,5 +42,10 @@ def resolve(runner: Runner | str | None, option: str = "runner") -> Runner:
     if isinstance(runner, type) or not isinstance(runner, Runner):
         wanted = "'inline', 'pool' or a runner, an object with submit, drain and statistics"
         raise OptionTypeError(option, runner, wanted)
+    for name in _METHODS:
+        method = getattr(runner, name, None)
+        if method is not None and not (callable(method) and is_plain(method)):
+            wanted = f"a runner whose {name} is a plain method: no async def, no generator"
+            raise OptionTypeError(option, runner, wanted)
     register(runner)
     return runner
