@@ -320,6 +320,9 @@ REFUSED = {
     "shop:__name__": "shop:__name__ is not callable: it is a str",
     "shop:__name__ -- --call": "shop:__name__ is not callable: it is a str",
     "shop:wait -- --call": "shop:wait is not callable: it is a NoneType",
+    "shop:slow_async": (
+        "shop:slow_async is async, as ASGI applications are: give a WSGI application"
+    ),
     "shop:app --nothing": "unrecognized arguments: --nothing (see wsgi-bg --help)",
     "shop:app --por 1": "unrecognized arguments: --por 1 (see wsgi-bg --help)",
     "shop:app --port x": "argument --port: invalid int value: 'x' (see wsgi-bg --help)",

@@ -582,6 +582,10 @@ def runner_with(name: str, method: object) -> object:
     return type("OwnRunner", (InlineRunner,), {name: method})()
 
 
+class AsgiApp:
+    async def __call__(self, scope: object, receive: object, send: object) -> None: ...
+
+
 async def method_that_nobody_awaits(self: object, given: object) -> None: ...
 
 
@@ -590,6 +594,7 @@ async def method_that_nobody_awaits(self: object, given: object) -> None: ...
     [
         ({"app": sys}, TypeError, "app must be a WSGI application"),
         ({"app": None}, TypeError, "got None"),
+        ({"app": AsgiApp()}, TypeError, "app must be a WSGI application: app(environ, sta"),
         (
             {"run_on": "failure"},
             ValueError,

@@ -25,7 +25,7 @@ from wsgi_bg._request.servers import is_asked_for, refuse_eventlet
 from wsgi_bg._request.unclosed import ABANDONED, RAISED, Outcome
 from wsgi_bg._status.recorder import recorder
 from wsgi_bg._tasks.background_tasks import OPEN, BackgroundTasks
-from wsgi_bg._tasks.callables import is_plain
+from wsgi_bg._tasks.callables import is_coroutine_callable, is_plain
 from wsgi_bg._tasks.current import ENVIRON_KEY
 from wsgi_bg._tasks.options import OnError, Options
 from wsgi_bg._tasks.retry import wait
@@ -93,7 +93,8 @@ class BackgroundTasksMiddleware:
     :param status: True to record the status of the tasks, for :mod:`wsgi_bg.status`.
     :param status_path: the path of a folder on a local disk, made if there is none, in which
         all processes that are given this path write their status; implies ``status=True``.
-    :raises TypeError: if ``app`` is not callable, or an option is of the wrong type.
+    :raises TypeError: if ``app`` is not callable, or is an ASGI application, or an option is of
+        the wrong type.
     :raises ValueError: if ``runner`` or ``run_on`` is an unknown word, or
         ``failed_from`` is out of range, or the folder ``status_path`` cannot be used.
     """
@@ -118,10 +119,9 @@ class BackgroundTasksMiddleware:
         status: bool | None = None,
         status_path: str | os.PathLike[str] | None = None,
     ) -> None:
-        if not callable(app):
-            raise OptionTypeError(
-                "app", app, "a WSGI application: app(environ, start_response)"
-            )
+        if not callable(app) or is_coroutine_callable(app):
+            wanted = "a WSGI application: app(environ, start_response), and not async"
+            raise OptionTypeError("app", app, wanted)
         self._wrapped = app
         self._app: WSGIApplication = self._handle_first
         self._overrides = OptionOverrides(

@@ -20,6 +20,7 @@ from wsgi_bg._request.layer import everywhere
 from wsgi_bg._serving import serve as serving
 from wsgi_bg._serving.usage import Parser, UsageError
 from wsgi_bg._status.recorder import recorder
+from wsgi_bg._tasks.callables import is_coroutine_callable
 from wsgi_bg._version import __version__
 from wsgi_bg.exceptions import ExtraMissingError, OptionError, StoreError
 from wsgi_bg.runners import set_default
@@ -208,6 +209,9 @@ def _load(target: str, is_factory: bool) -> Any:
         app = app()
     if not callable(app):
         raise UsageError(f"{target} is not callable: it is a {type(app).__name__}")
+    if is_coroutine_callable(app):
+        reason = "is async, as ASGI applications are: give a WSGI application"
+        raise UsageError(f"{target} {reason}")
     return app
 
 

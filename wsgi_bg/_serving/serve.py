@@ -81,7 +81,7 @@ def serve(
     :param waitress_options: further arguments of ``waitress.serve``; ``listen``,
         ``unix_socket`` or ``sockets`` replace ``host`` and ``port``.
     :return: the unfinished requests and tasks.
-    :raises TypeError: if an option is of the wrong type, or ``app`` is not callable.
+    :raises TypeError: if an option is of the wrong type, or ``app`` is no WSGI application.
     :raises ValueError: if an option is out of range, or waitress refuses the option.
     :raises OSError: if the server cannot listen on the address.
     :raises RuntimeError: if this is not the main thread.
