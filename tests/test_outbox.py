@@ -470,6 +470,13 @@ def test_after_hold_for_a_task_is_given_up_and_named(log: Log) -> None:
     assert log.errors == ["background task tests.post.send raised PublishError"]
 
 
+def test_a_task_may_be_held_for_longer_than_any_float(log: Log) -> None:
+    runner = Post(hold_for=10**400)
+    request(runner, add(send, 1))
+    assert wait_until(lambda: runner.statistics().sent == 1)
+    assert log.errors == []
+
+
 def test_a_message_that_is_confirmed_too_late_is_named(log: Log, gate: Gate) -> None:
     runner = Post(when_unsent="local", publish_timeout=0.05, local="inline")
     runner.before = lambda value: gate.task()

@@ -322,6 +322,18 @@ def test_a_runner_of_the_programs_own_keeps_its_drain_time(tmp_path: Path) -> No
         assert command.end() == (0, [not_finished("shop.slow", reason)])
 
 
+def test_a_drain_time_larger_than_any_float_is_no_limit(tmp_path: Path) -> None:
+    write(tmp_path, "shop", SHOP)
+    source = (
+        "import wsgi_bg, shop\nshop.say(wsgi_bg.serve(shop.app, port=0, drain_timeout=10**400))"
+    )
+    write(tmp_path, "program", source)
+    with running([sys.executable, "program.py"], tmp_path) as command:
+        command.send(signal.SIGINT)
+        assert command.line() == "Unfinished(requests=0, tasks=[])"
+        assert command.end() == (0, [])
+
+
 # The server alone, in this process: requests that arrived before the stop, but were not read.
 
 
@@ -432,6 +444,8 @@ def test_an_ipv6_address_is_written_as_in_urls() -> None:
         ({"drain_timeout": "1"}, "drain_timeout must be a number of seconds or None; got '1'"),
         ({"drain_timeout": math.nan}, "drain_timeout must be 0 seconds or more, or None"),
         ({"runner": "poll"}, "runner must be 'inline', 'pool' or a runner object; got 'poll'"),
+        ({"runner": ""}, "runner must be 'inline', 'pool' or a runner object; got ''"),
+        ({"runner": False}, "runner must be 'inline', 'pool' or a runner"),
         ({"app": 1}, "app must be a WSGI application"),
         ({"thread": 4}, "Unknown adjustment 'thread'"),
     ],

@@ -22,7 +22,13 @@ from wsgi_bg._process.interrupts import type_name
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._process.repeated import RepeatedWarning
 from wsgi_bg._tasks import registry
-from wsgi_bg._tasks.checks import WhenUnsent, check_when_unsent, seconds, whole_number
+from wsgi_bg._tasks.checks import (
+    WhenUnsent,
+    bounded,
+    check_when_unsent,
+    seconds,
+    whole_number,
+)
 from wsgi_bg._tasks.options import Options
 from wsgi_bg._tasks.task import BackgroundTask, Queue, Queued, fill, plan_of
 from wsgi_bg.exceptions import MessageError, OptionTypeError, OptionValueError
@@ -123,7 +129,7 @@ class OutboxRunner(KeepingRunner):
         self.publish_timeout: float = publish_timeout
         self.drain_timeout = drain_timeout
         self._when_unsent = when_unsent
-        self._limits = Limits(publish_timeout, hold_for, max_unsent)
+        self._limits = Limits(publish_timeout, bounded(hold_for), max_unsent)
         self._long_delays = RepeatedWarning(
             "%d tasks are sent with a delay of more than 15 minutes, since the last record of "
             "this kind; the last is %s. Brokers may deliver such a message again: Redis after "

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from wsgi_bg._process import log
 from wsgi_bg._request.middleware import BackgroundTasksMiddleware
 from wsgi_bg._serving.signals import SECOND, StopSignals
-from wsgi_bg._tasks.checks import seconds, whole_number
+from wsgi_bg._tasks.checks import bounded, seconds, whole_number
 from wsgi_bg.exceptions import ExtraMissingError, MainThreadError, OptionTypeError
 from wsgi_bg.runners import shutdown
 from wsgi_bg.runners.waiting import Notice
@@ -89,7 +89,8 @@ def serve(
     """
     check(host=host, port=port, threads=threads, drain_timeout=drain_timeout)
     options = complete({"host": host, "port": port, "threads": threads, **waitress_options})
-    return run(listen(app, runner, options), drain_timeout)
+    limit = None if drain_timeout is None else bounded(drain_timeout)
+    return run(listen(app, runner, options), limit)
 
 
 def check(
@@ -128,7 +129,7 @@ def listen(
     from wsgi_bg._serving.server import GracefulServer
 
     around = _Outermost if runner is None else BackgroundTasksMiddleware
-    return GracefulServer(around(app, runner=runner or default), options)
+    return GracefulServer(around(app, runner=default if runner is None else runner), options)
 
 
 class _Outermost(BackgroundTasksMiddleware):

@@ -8,6 +8,8 @@ from typing import Literal, get_args
 
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError
 
+_FOR_EVER = 1e300
+
 Kind = tuple[tuple[type, ...], str]
 """The types of an option, and the words for them in an error message."""
 
@@ -58,6 +60,11 @@ def seconds(
         raise OptionValueError(option, given, f"{wanted}{', or None' * or_none}")
     if given > most:
         raise OptionValueError(option, given, "a bounded time")
+
+
+def bounded(given: float) -> float:
+    """``given`` as a float; infinite if the number, perhaps an int, is too large for that."""
+    return inf if given > _FOR_EVER else float(given)
 
 
 def entries(option: str, given: Mapping[str, object], known: Mapping[str, Kind]) -> None:

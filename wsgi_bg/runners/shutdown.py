@@ -40,7 +40,6 @@ _PORTAL_TIMEOUT = 0.5
 _Collector: TypeAlias = tuple[Callable[[], None], Callable[[], list[BackgroundTask]]]
 
 # In seconds; small enough for a time of the clock to be added without overflow.
-_FOR_EVER = 1e300
 
 # How long wait() waits for the timer to submit tasks whose time has come, in seconds.
 _SUBMIT_TIMEOUT = 1.0
@@ -179,12 +178,7 @@ def _check(name: str, timeout: float | None) -> float | None:
     is_in_task = tasks is not None and tasks.is_closed
     if is_in_task or (loop is not None and loop.is_current):
         raise InsideTaskError(name)
-    return None if timeout is None else _bounded(timeout)
-
-
-def _bounded(seconds: float) -> float:
-    """``seconds`` as a float; infinite if the number, perhaps an int, is too large for that."""
-    return math.inf if seconds > _FOR_EVER else float(seconds)
+    return None if timeout is None else checks.bounded(timeout)
 
 
 @contextmanager
@@ -392,7 +386,7 @@ def _left_of(runner: Runner) -> list[BackgroundTask]:
 
 def _limit_of(runner: Runner) -> float:
     try:
-        given = _bounded(getattr(runner, "drain_timeout", DRAIN_TIMEOUT))
+        given = checks.bounded(getattr(runner, "drain_timeout", DRAIN_TIMEOUT))
         if given >= 0:
             return given
         error: Exception = ValueError(f"{given:g} seconds")
