@@ -455,6 +455,23 @@ def test_the_applications_own_runner_has_the_tasks_and_join_waits_for_them(
     recorder.assert_added(send, "ada")
 
 
+@pytest.mark.parametrize(
+    ("timeout", "error"), [(None, TypeError), ("1", TypeError), (-1, ValueError)]
+)
+def test_join_refuses_what_is_no_timeout(
+    recorder: TaskRecorder, timeout: Any, error: type[Exception]
+) -> None:
+    with pytest.raises(error, match="timeout must be"):
+        recorder.join(timeout)
+
+
+@real
+def test_join_waits_without_a_limit(recorder: TaskRecorder) -> None:
+    by_werkzeug(whole((send, "ada"), runner="pool"))
+    recorder.join(10**400)
+    assert done == ["ada"]
+
+
 @real
 def test_join_names_unfinished_tasks_and_then_raises_the_first_error(
     recorder: TaskRecorder, gate: Gate

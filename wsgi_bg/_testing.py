@@ -20,6 +20,7 @@ from wsgi_bg._request.observer import RequestObserver, Response, observers
 from wsgi_bg._request.servers import declared_length, is_test_client
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg._tasks.callables import name_of
+from wsgi_bg._tasks.checks import bounded, seconds
 from wsgi_bg._tasks.task import plan_of
 from wsgi_bg._tasks.task_log import notify_discarded
 from wsgi_bg.runners import resolve
@@ -185,8 +186,12 @@ class TaskRecorder:
         :param timeout: seconds to wait at most.
         :raises TimeoutError: if a response or task is unfinished; the message names each.
         :raises BaseException: else, the first error that the test has not read.
+        :raises TypeError: if ``timeout`` is not a number.
+        :raises ValueError: if ``timeout`` is negative.
         """
         __tracebackhide__ = True
+        seconds("timeout", timeout)
+        timeout = bounded(timeout)
         self._close_streams()
         deadline = self._now() + timeout
         self._wait(timeout, lambda request: self.mode != "record" or request.batch is None)
