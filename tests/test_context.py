@@ -131,6 +131,12 @@ def test_a_missing_middleware_is_named() -> None:
     assert caught.value.key == "wsgi_bg.background_tasks"
 
 
+def test_an_object_in_place_of_the_environ_is_refused() -> None:
+    with pytest.raises(TypeError, match="environ must be the WSGI environ that") as caught:
+        get_background_tasks(object())  # type: ignore[arg-type]
+    assert isinstance(caught.value, OptionTypeError)
+
+
 # inject
 
 

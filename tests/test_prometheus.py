@@ -314,6 +314,7 @@ def test_a_metric_of_the_same_name_is_refused(registry: CollectorRegistry) -> No
         ({"max_names": -1}, ValueError, "max_names must be 0 or more"),
         ({"buckets": 5}, TypeError, "buckets must be a sequence of seconds; got 5"),
         ({"buckets": ["x"]}, TypeError, "buckets must be a sequence of seconds"),
+        ({"buckets": [10**400]}, TypeError, "buckets must be a sequence of seconds"),
         ({"buckets": []}, ValueError, "buckets must be seconds above 0, in ascending"),
         ({"buckets": [0, 1]}, ValueError, "buckets must be seconds above 0"),
         ({"buckets": [1, 1]}, ValueError, "buckets must be seconds above 0"),

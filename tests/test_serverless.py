@@ -522,9 +522,10 @@ def test_a_timeout_that_is_none_is_refused(timeout: Any, error: type[Exception])
         finish_tasks(timeout=timeout)
 
 
-def test_an_object_that_is_no_handler_is_refused() -> None:
+@pytest.mark.parametrize("handler", [5, None])
+def test_an_object_that_is_no_handler_is_refused(handler: Any) -> None:
     with pytest.raises(TypeError, match=r"handler must be a function: handler\(event, context"):
-        finish_tasks(5)  # type: ignore[call-overload]
+        finish_tasks(handler)
 
 
 def test_a_generator_function_is_refused_since_its_body_runs_later() -> None:

@@ -21,6 +21,8 @@ R = TypeVar("R")
 DEFAULT_TIMEOUT = 30.0
 """How long to wait if neither decorator nor runtime sets a limit, in seconds."""
 
+_NOT_GIVEN: Any = object()
+
 MARGIN = 0.5
 """The part of the time limit that the runtime needs to send the response, in seconds."""
 
@@ -34,7 +36,7 @@ def finish_tasks(
 
 
 def finish_tasks(
-    handler: Callable[..., Any] | None = None, /, *, timeout: float | None = None
+    handler: Any = _NOT_GIVEN, /, *, timeout: float | None = None
 ) -> Callable[..., Any]:
     """Decorate a serverless handler to return after the background tasks of its requests.
 
@@ -55,7 +57,7 @@ def finish_tasks(
     :raises ValueError: if ``timeout`` is negative.
     """
     seconds("timeout", timeout, or_none=True)
-    if handler is None:
+    if handler is _NOT_GIVEN:
         return functools.partial(_decorate, timeout=timeout)
     return _decorate(handler, timeout=timeout)
 

@@ -278,8 +278,9 @@ def test_an_id_must_be_a_text() -> None:
 
 
 def test_a_snapshot_of_an_unknown_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="path must be a folder that was given as status_path"):
-        status.snapshot(tmp_path)
+    for path in (tmp_path, "with\0NUL"):
+        with pytest.raises(ValueError, match="path must be a folder that was given as status_"):
+            status.snapshot(path)
     with pytest.raises(TypeError, match="path must be the path of a folder; got 3"):
         status.of("x", 3)  # type: ignore[arg-type]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 from wsgi_bg._durable.folder import Folder
@@ -51,7 +52,7 @@ def take_snapshot(path: str | os.PathLike[str] | None) -> Snapshot:
 
 def _folder(path: str | os.PathLike[str]) -> Folder:
     """Return the folder of ``path``, in which this process may not have written yet."""
-    if isinstance(path, (str, os.PathLike)):
+    with suppress(TypeError, ValueError):  # no path, or with NUL: find_folder() refuses it
         full = os.path.realpath(path)
         for folder in recorder.folders:
             if folder.path == full:

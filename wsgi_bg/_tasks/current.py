@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from werkzeug.local import LocalProxy
 
 from wsgi_bg._tasks.task import current
-from wsgi_bg.exceptions import MiddlewareMissingError, OutsideRequestError
+from wsgi_bg.exceptions import MiddlewareMissingError, OptionTypeError, OutsideRequestError
 
 if TYPE_CHECKING:
     from wsgi_bg._tasks.background_tasks import BackgroundTasks
@@ -47,8 +47,12 @@ def get_background_tasks(environ: Mapping[str, Any]) -> BackgroundTasks:
 
     :param environ: the WSGI environ that the application was called with.
     :raises LookupError: if the middleware is not installed.
+    :raises TypeError: if ``environ`` is no mapping, but a framework's request, for example.
     """
     try:
         return cast("BackgroundTasks", environ[ENVIRON_KEY])
     except KeyError:
         raise MiddlewareMissingError(ENVIRON_KEY) from None
+    except TypeError:
+        wanted = "the WSGI environ that the application was called with"
+        raise OptionTypeError("environ", environ, wanted) from None

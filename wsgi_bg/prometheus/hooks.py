@@ -147,7 +147,7 @@ class PrometheusHooks(Hooks):
 def _checked(buckets: Sequence[float]) -> tuple[float, ...]:
     try:
         bounds = tuple(float(each) for each in buckets)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise OptionTypeError("buckets", buckets, "a sequence of seconds") from None
     if not bounds or not bounds[0] > 0 or not all(low < high for low, high in pairwise(bounds)):
         raise OptionValueError("buckets", buckets, "seconds above 0, in ascending order")
