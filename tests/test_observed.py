@@ -146,6 +146,19 @@ def test_a_plain_task_with_an_async_context_manager_is_not_called() -> None:
     assert "for tests.test_observed.look: return None, or a context manager" in str(errors[0])
 
 
+@pytest.mark.parametrize("name", ["__enter__", "__aenter__"])
+@pytest.mark.parametrize("function", [look, look_async])
+def test_a_task_is_not_called_inside_of_an_object_that_cannot_be_left(
+    function: Any, name: str
+) -> None:
+    half = type("Half", (), {name: lambda self: None})()
+    hooks = type("Halving", (Hooks,), {"around": lambda self, record: half})()
+    errors: list[BaseException] = []
+    request(function, hooks=hooks, on_error=lambda task, exc: errors.append(exc))
+    assert seen == []
+    assert [type(exc) for exc in errors] == [AsyncContextError]
+
+
 @pytest.mark.parametrize("function", [look, look_async])
 @pytest.mark.parametrize("moment", ["around", "enter", "exit"])
 def test_an_error_of_the_context_manager_is_one_of_the_task(function: Any, moment: str) -> None:

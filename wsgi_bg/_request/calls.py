@@ -260,7 +260,7 @@ class Calls(Caller):
         record = [*task.record]
         for make in self._makers if record else self._outer:
             manager = make(*record)
-            if hasattr(manager, "__aenter__"):
+            if hasattr(manager, "__aenter__") and hasattr(manager, "__aexit__"):
                 await observe_async(task, manager.__aenter__)
                 stack.push_async_exit(partial(_leave_async, task, manager))
             else:
@@ -426,7 +426,7 @@ class _Inside:
         """
         if manager is None:
             return
-        if not hasattr(manager, "__enter__"):
+        if not (hasattr(manager, "__enter__") and hasattr(manager, "__exit__")):
             raise AsyncContextError(self._task.name, manager)
         observe(self._task, manager.__enter__)
         self._entered.append(manager)
