@@ -119,30 +119,39 @@ def test_the_files_and_benchmarks_that_contributing_names_exist() -> None:
     assert len(benchmarks) > 3
 
 
-def logged_messages() -> set[str]:
-    """The messages of all calls that log, with their placeholders."""
+LEVELS = {
+    "log.error": "ERROR",
+    "RepeatedError": "ERROR",
+    "log.warning": "WARNING",
+    "RepeatedWarning": "WARNING",
+    "log.info": "INFO",
+    "log.debug": "DEBUG",
+}
+
+
+def logged_messages() -> set[tuple[str, str]]:
+    """The levels and the messages of all calls that log, with their placeholders."""
     found = set()
     for path in ROOT.glob("wsgi_bg/**/*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in (
-                "log.error",
-                "log.warning",
-                "RepeatedWarning",
-            ):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in LEVELS:
+                level = LEVELS[ast.unparse(node.func)]
                 literals = ast.walk(node.args[0])
                 found |= {
-                    str(literal.value)
+                    (level, str(literal.value))
                     for literal in literals
                     if isinstance(literal, ast.Constant) and isinstance(literal.value, str)
                 }
     return found
 
 
-@pytest.mark.parametrize("message", sorted(logged_messages()))
-def test_the_page_about_log_records_has_each_message(message: str) -> None:
-    page = Page("docs/reference/log-records.md").text
+@pytest.mark.parametrize(("level", "message"), sorted(logged_messages()))
+def test_the_page_about_log_records_has_each_message_with_its_level(
+    level: str, message: str
+) -> None:
+    section = Page("docs/reference/log-records.md").section(level)
     fixed = re.split(r"%\.?\d*[a-z]", message)
-    assert all(part in page for part in fixed)
+    assert all(part in section for part in fixed)
 
 
 def test_a_table_says_for_each_runner_what_wait_and_drain_wait_for() -> None:
