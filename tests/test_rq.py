@@ -273,6 +273,22 @@ def test_a_job_that_rq_refuses_is_given_up_alone(engine: RQ) -> None:
     assert [type(each) for each in errors] == [PublishError]
 
 
+def test_a_queue_whose_key_is_no_list_holds_up_no_other(engine: RQ) -> None:
+    queue = make_queue(engine.url)
+    queue.connection.set("rq:queue:taken", "by another program")
+    runner, errors = engine.runner(), list[BaseException]()
+    refused = {
+        "engine": {"queue": "taken"},
+        "on_error": lambda task, exc: errors.append(exc),
+    }
+    send(runner, look, "", using=refused)
+    good = send(runner, look, "")
+    assert wait(TIMEOUT) == []
+    # Twice if both were in a transaction: Redis carries out its other commands all the same.
+    assert set(engine.ids()) == {good.id}
+    assert [type(each) for each in errors] == [PublishError]
+
+
 def test_a_job_with_a_delay_holds_up_no_other(engine: RQ, log: Log) -> None:
     runner = engine.runner()
 

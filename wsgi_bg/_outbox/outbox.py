@@ -75,7 +75,8 @@ class Connection(Protocol):
 
     def is_lost(self, exc: Exception) -> bool:
         """True if ``exc`` says that the broker is away; False if a message was refused."""
-        return not isinstance(exc, OF_MESSAGE)
+        # Redis: a key of the queue is of another type, so no message to that queue can be sent.
+        return not (isinstance(exc, OF_MESSAGE) or "WRONGTYPE" in str(log.shown(exc)))
 
     def close(self) -> None:
         """Close the connection; may block for some seconds."""
