@@ -159,9 +159,10 @@ def test_a_listener_gets_functions_registered_before_and_later() -> None:
         ({"countdown": "soon"}, r"celery\['countdown'\] must be a number of seconds; got"),
         (
             {"countdown": float("inf")},
-            r"celery\['countdown'\] must be a finite number; got inf",
+            r"celery\['countdown'\] must be a finite number, 1e15 at most; got inf",
         ),
-        ({"rate_limit": float("nan")}, r"celery\['rate_limit'\] must be a finite number; got"),
+        ({"rate_limit": float("nan")}, r"celery\['rate_limit'\] must be a finite number, 1e"),
+        ({"priority": -(10**30)}, r"celery\['priority'\] must be a finite number, 1e15 at"),
         ({"countdown": True}, r"celery\['countdown'\] must be a number of seconds; got True"),
         ({"priority": False}, r"celery\['priority'\] must be a whole number; got False"),
         ({"max_retries": True}, "must be a whole number, or None"),

@@ -93,6 +93,7 @@ def test_the_module_has_no_other_names() -> None:
         ({"ttl": "1"}, OptionTypeError, r"engine\['ttl'\] must be a whole number of seconds"),
         ({"ttl": True}, OptionTypeError, "whole number"),
         ({"at_front": 1}, OptionTypeError, "True or False"),
+        ({"ttl": 10**30}, OptionValueError, "a finite number, 1e15 at most"),
     ],
 )
 def test_a_wrong_option_raises_in_add_task(

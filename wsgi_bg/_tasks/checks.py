@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import inf, isfinite
+from math import inf
 from typing import Literal, get_args
 
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError
 
 _FOR_EVER = 1e300
+
+_MOST = 1e15  # brokers multiply by 1,000, and have 63 bits
 
 Kind = tuple[tuple[type, ...], str]
 """The types of an option, and the words for them in an error message."""
@@ -73,7 +75,7 @@ def entries(option: str, given: Mapping[str, object], known: Mapping[str, Kind])
     A bool is a number here only if ``bool`` is among the types.
 
     :raises TypeError: if a value has the wrong type.
-    :raises ValueError: if a key is unknown, or a number is infinite or NaN.
+    :raises ValueError: if a key is unknown, or a number is NaN, or more than 1e15.
     """
     for name, value in given.items():
         if name not in known:
@@ -82,8 +84,10 @@ def entries(option: str, given: Mapping[str, object], known: Mapping[str, Kind])
         types, words = known[name]
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise OptionTypeError(f"{option}[{name!r}]", value, words)
-        if isinstance(value, float) and not isfinite(value):
-            raise OptionValueError(f"{option}[{name!r}]", value, "a finite number")
+        if isinstance(value, (int, float)) and not abs(value) <= _MOST:
+            raise OptionValueError(
+                f"{option}[{name!r}]", value, "a finite number, 1e15 at most"
+            )
 
 
 def check_when_unsent(given: object) -> None:
