@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError
 
-_FOR_EVER = 1e300
+_FOR_EVER = 1e300  # seconds; a time of the clock can be added without overflow
 
 _MOST = 1e15  # brokers multiply by 1,000, and have 63 bits
 

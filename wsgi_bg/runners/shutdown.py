@@ -39,8 +39,6 @@ _PORTAL_TIMEOUT = 0.5
 
 _Collector: TypeAlias = tuple[Callable[[], None], Callable[[], list[BackgroundTask]]]
 
-# In seconds; small enough for a time of the clock to be added without overflow.
-
 # How long wait() waits for the timer to submit tasks whose time has come, in seconds.
 _SUBMIT_TIMEOUT = 1.0
 
