@@ -125,6 +125,15 @@ def test_rows_that_ran_when_the_process_died_have_a_crash_more(folder: Folder) -
         left._end(is_removed=False)  # as if this process had died, without its notes
 
 
+def test_a_row_that_was_taken_back_before_the_death_is_not_kept_as_done(folder: Folder) -> None:
+    dead_store(folder, "store.take_back(store.add([Row('a', '')]))")
+    assert list(list_tasks(folder)) == []
+    left = adopt(folder)
+    assert left.is_empty
+    assert list(list_tasks(folder)) == []
+    left.close()
+
+
 def test_the_last_attempt_of_a_task_that_failed_before_the_death_counts(folder: Folder) -> None:
     dead_store(
         folder,

@@ -153,6 +153,16 @@ def test_a_task_that_was_put_aside_is_aside(folder: Path) -> None:
     assert (counts.aside, counts.waiting) == (1, 0)
 
 
+def test_a_durable_task_that_its_request_takes_back_is_discarded_at_once(folder: Path) -> None:
+    store = store_of(folder)
+    store.take_back(store.add([Row("a", "", id="1")]))
+    found = check_folder(folder)
+    assert stored.state_of(found, "1") == "discarded"  # the end is only noted
+    assert stored.numbers(found).waiting == {}
+    store.tidy()
+    assert stored.state_of(found, "1") is None
+
+
 def test_an_unknown_id_is_in_no_file(folder: Path) -> None:
     store_of(folder, Row("a", "", id="1"))
     assert stored.state_of(check_folder(folder), "2") is None

@@ -138,7 +138,7 @@ def read_notes(path: str) -> tuple[int, dict[int, int]]:
         with open(path, "rb") as file:
             used = file.read().rstrip(b"\0")  # most of the 65,536 slots were never used
             slots = array("Q", used + bytes(-len(used) % 8))
-        return slots[0], {slot >> 2: slot & 3 for slot in slots[1:] if slot}
+        return slots[0], notes.states(slots[1:])
     except (OSError, ValueError, IndexError):
         return 0, {}
 

@@ -13,13 +13,18 @@ from collections.abc import Iterable
 from contextlib import suppress
 from itertools import count
 
-BEGUN, DONE, FAILED, ASIDE = range(4)
+BEGUN, DONE, FAILED, ASIDE, GONE = range(5)
 
-END_OF_KEYS = 1 << 62
-"""Keys are smaller: a note has a key and two bits for the state."""
+END_OF_KEYS = 1 << 61
+"""Keys are smaller: a note has a key and three bits for the state."""
 
 SLOTS = 65_536
 """The number of tasks that run, or have ended and could not be deleted yet."""
+
+
+def states(slots: Iterable[int]) -> dict[int, int]:
+    """Return the states of the slots that are in use, by key."""
+    return {slot >> 3: slot & 7 for slot in slots if slot}
 
 
 class Notes:
@@ -51,7 +56,7 @@ class Notes:
 
     def read(self) -> dict[int, int]:
         """Return the states by key, as a process has left them."""
-        return {slot >> 2: slot & 3 for slot in self._slots[1:] if slot}
+        return states(self._slots[1:])
 
     def reset(self, epoch: int) -> None:
         """Forget all notes, and then set the epoch."""
@@ -66,7 +71,7 @@ class Notes:
             if slot >= SLOTS:
                 return False
             self._slot_of[key] = slot
-        self._slots[slot] = key << 2 | state
+        self._slots[slot] = key << 3 | state
         return True
 
     def _take(self) -> int:

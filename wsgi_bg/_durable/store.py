@@ -11,7 +11,7 @@ import json
 import os
 import sqlite3
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from itertools import count, islice, takewhile
@@ -55,7 +55,7 @@ STATES = {
     "done": notes.DONE,
     "failed": notes.FAILED,
     "aside": notes.ASIDE,
-    "gone": notes.DONE,  # taken back
+    "gone": notes.GONE,  # taken back
 }
 
 
@@ -207,10 +207,10 @@ class Store:
         of_file = read_epoch(self._writer.connection, self.path)
         epoch = max(of_file, self._notes.epoch) + 1
         states = self._notes.read() if self._notes.epoch >= of_file else {}
-        keys: dict[int, list[int]] = {state: [] for state in range(4)}
+        keys: dict[int, list[int]] = defaultdict(list)
         for key, state in states.items():
             keys[state].append(key)
-        ended = {name: keys[STATES[name]] for name in ("done", "failed", "aside")}
+        ended = {name: keys[state] for name, state in STATES.items()}
         self._writer.execute(sql.take_over(keys[notes.BEGUN], ended, epoch))
         self._notes.reset(epoch)
         return epoch

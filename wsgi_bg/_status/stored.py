@@ -35,6 +35,7 @@ _NOTED: Mapping[int | None, State] = {
     notes.DONE: "succeeded",
     notes.FAILED: "failed",
     notes.ASIDE: "aside",
+    notes.GONE: "discarded",
 }
 
 _TASKS = "SELECT id, name, added, due, attempts, key FROM tasks"
