@@ -717,7 +717,8 @@ def test_tasks_that_are_run_by_hand_have_records_of_their_ends_too(
         for each in caplog.records
         if each.levelno == logging.DEBUG and __name__ in each.getMessage()
     ]
-    assert ends == [("look", "succeeded"), ("fail_async", "failed")] * (level == logging.DEBUG)
+    all_ends = [("look", "succeeded"), ("fail", "failed"), ("fail_async", "failed")]
+    assert ends == all_ends * (level == logging.DEBUG)
 
 
 def test_a_record_about_a_task_that_is_no_object_has_all_fields_too() -> None:

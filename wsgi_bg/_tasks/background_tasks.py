@@ -304,6 +304,8 @@ class BackgroundTasks:
                     raise
                 if first is None:
                     first = exc
+                    if began is not None:
+                        context.run(task_log.log_end, task, began, exc)
                 else:
                     context.run(task_log.log_failure, task, exc, None, began)
                     context.run(self.notify_failure, task, exc)
