@@ -32,6 +32,7 @@ from wsgi_bg import (
     BackgroundTasks,
     BackgroundTasksMiddleware,
     InlineRunner,
+    Retry,
     background_tasks,
     get_background_tasks,
 )
@@ -57,7 +58,7 @@ def test_the_object_in_the_environ_is_the_object_behind_the_proxy() -> None:
 
 
 def test_each_request_has_a_new_object() -> None:
-    seen: list[BackgroundTasks] = []
+    seen: list[Any] = []
     app = BackgroundTasksMiddleware(app_that(lambda e: seen.append(get_background_tasks(e))))
     respond(app)
     respond(app)
@@ -314,6 +315,30 @@ def test_options_of_an_inner_layer_hold_while_its_stream_goes_on() -> None:
     inner = BackgroundTasksMiddleware(stream, run_on="error")
     respond(BackgroundTasksMiddleware(inner))
     assert seen == ["ran"]
+
+
+@pytest.mark.parametrize("options", [{}, {"run_on": "always", "retry": Retry()}])
+def test_a_task_that_an_inner_layer_adds_in_a_stream_adds_tasks_under_its_options(
+    options: dict[str, Any],
+) -> None:
+    seen: list[Any] = []
+
+    def first() -> None:
+        background_tasks.add_task(second)
+
+    def second() -> None:
+        seen.append(background_tasks.options)
+
+    def stream(environ: Environ, start_response: Any) -> Iterator[bytes]:
+        start_response("500 OOPS", [])
+        yield b""
+        get_background_tasks(environ).using(**options).add_task(first)
+        options_of_layer.append(get_background_tasks(environ).options)
+
+    options_of_layer: list[Any] = []
+    inner = BackgroundTasksMiddleware(stream, run_on="error")
+    respond(BackgroundTasksMiddleware(inner))
+    assert seen == options_of_layer
 
 
 def test_an_inner_application_that_raises_leaves_the_outer_options(log: Log) -> None:

@@ -7,6 +7,7 @@ import logging
 import math
 import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -29,6 +30,7 @@ from tests.retry_support import (
 from tests.support import (
     TIMEOUT,
     Clock,
+    Environ,
     Server,
     Subject,
     app_that,
@@ -42,6 +44,7 @@ from wsgi_bg import (
     PoolRunner,
     Retry,
     background_tasks,
+    get_background_tasks,
     registered_task,
 )
 from wsgi_bg._tasks import registry
@@ -400,8 +403,9 @@ def test_a_child_that_the_attempt_has_run_by_hand_is_not_dropped(
     assert not [each for each in log.at(logging.DEBUG) if "was dropped" in each]
 
 
+@pytest.mark.parametrize("in_stream", [False, True])
 def test_a_repeated_task_may_add_tasks_with_the_options_of_its_layer(
-    clock: Clock, log: Log
+    in_stream: bool, clock: Clock, log: Log
 ) -> None:
     calls = Calls(failures=1)
     seen: list[bool] = []
@@ -415,12 +419,19 @@ def test_a_repeated_task_may_add_tasks_with_the_options_of_its_layer(
         if calls.count == 2:
             background_tasks.add_task(see)
 
+    def stream(environ: Environ, start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", [])
+        yield b""
+        add(environ)
+
+    def add(environ: Environ) -> None:
+        get_background_tasks(environ).using(retry=SOON).add_task(calls.task)
+
     calls.during = during
-    inner = BackgroundTasksMiddleware(
-        app_that(lambda environ: background_tasks.using(retry=SOON).add_task(calls.task)),
-        stop_on_error=True,
-    )
+    app = stream if in_stream else app_that(add)
+    inner = BackgroundTasksMiddleware(app, stop_on_error=True)
     Server().run(BackgroundTasksMiddleware(inner), make_server_environ())
+    assert wsgi_bg.wait(TIMEOUT) == []  # a stream's tasks run on the pool
     clock.advance(60)
     assert done.wait(TIMEOUT)
     assert seen == [True]

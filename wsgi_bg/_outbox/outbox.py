@@ -515,9 +515,8 @@ class Outbox:
         queue = Deferring()
         copy = task.successor()
         options: Any = task.options
-        copy.options = options.override(run_on="always")
-        of_task = {"celery": None, "engine": None, "retry": None, "when_unsent": None}
-        added: Any = replace(options, run_on="always", delay=0.0, **of_task)
+        added: Any = replace(options.of_layer(options), run_on="always")
+        copy.options = replace(options, run_on="always", layer=added)
         queue.options = added  # of the tasks that the task adds: nothing of a single task
         copy.context, copy.message = unsent.context, unsent.stored
         unsent.stored.runs_here = True

@@ -75,7 +75,7 @@ def merge_options(
     """
     options = outer
     if overrides and any(value is not None for value in overrides.values()):
-        options = outer.override(**overrides)
+        options = replace(outer.override(**overrides), layer=None)
     if hooks is None and around is None and runner is None and not option_hooks:
         return options
     calls = outer.calls

@@ -15,7 +15,15 @@ from wsgi_bg._tasks import successors, task_log
 from wsgi_bg._tasks.checks import WhenUnsent
 from wsgi_bg._tasks.options import DEFAULTS, OnError, Options
 from wsgi_bg._tasks.retry import Retry
-from wsgi_bg._tasks.task import BackgroundTask, RunOn, WasDiscarded, current, fill, plan_of
+from wsgi_bg._tasks.task import (
+    BackgroundTask,
+    Layer,
+    RunOn,
+    WasDiscarded,
+    current,
+    fill,
+    plan_of,
+)
 from wsgi_bg.exceptions import BatchEndedError, TaskTypeError
 
 P = ParamSpec("P")
@@ -133,6 +141,11 @@ class BackgroundTasks:
     @handed_over_at.setter
     def handed_over_at(self, moment: float) -> None:
         self._handed_over_at = moment
+
+    def as_seen_in(self, options: Layer) -> BackgroundTasks:
+        """Return this object as the layer of middleware sees it whose task has ``options``."""
+        layer = options.of_layer(self.options)
+        return self if layer is self.options else View(self, layer)
 
     def open_list(self) -> list[BackgroundTask]:
         """Return the list that :meth:`add_task` appends to."""

@@ -35,6 +35,7 @@ class Options(Layer):
     :ivar calls: calls the tasks.
     :ivar check: the runner's method, called with each added task; may return a message.
     :ivar added: called with each added task, to record the place of the call.
+    :ivar layer: the options of the layer, if ``using`` has made these options; else None.
     :ivar is_watched: True if :meth:`admit` must be called for each added task.
     """
 
@@ -53,12 +54,17 @@ class Options(Layer):
     calls: Caller = DIRECT
     check: Callable[[BackgroundTask], Any] | None = None
     added: Callable[[BackgroundTask], object] | None = None
+    layer: Options | None = None
     is_watched: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         is_watched = bool(self.check or self.added or self.on_error or self.calls is not DIRECT)
         is_watched = is_watched or bool(self.retry or self.delay)
         object.__setattr__(self, "is_watched", is_watched)  # the class is frozen
+
+    def of_layer(self, default: Options) -> Options:
+        """See :class:`Layer`."""
+        return self.layer or self
 
     def admit(self, task: BackgroundTask, batch: Any) -> None:
         """Let the runner check a task that is about to join ``batch``, and call the hooks.
@@ -141,7 +147,7 @@ class Options(Layer):
         set_here: dict[str, Any] = {
             name: value for name, value in given.items() if value is not None
         }
-        options = replace(self, **set_here)
+        options = replace(self, layer=self.of_layer(self), **set_here)
         if options.delay and options.celery:
             options_of("celery").refuse_time(options.celery, options.delay)
         return options

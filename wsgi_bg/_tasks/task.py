@@ -22,6 +22,7 @@ from wsgi_bg._tasks.callables import NOT_PLAIN, is_async_callable, name_of
 
 if TYPE_CHECKING:
     from wsgi_bg._tasks.checks import WhenUnsent
+    from wsgi_bg._tasks.options import Options
     from wsgi_bg._tasks.retry import Plan, Retry
 
 P = ParamSpec("P")
@@ -261,6 +262,10 @@ class Layer:
     retry: Retry | None = None
     delay: float = 0.0
     when_unsent: WhenUnsent | None = None
+
+    def of_layer(self, default: Options) -> Options:
+        """The options of the layer, without those of ``using``; ``default`` without a layer."""
+        return default
 
     def lets_run(self, status: int) -> bool:
         """True if a task runs after a request of this outcome.
@@ -502,7 +507,7 @@ class BackgroundTask:
             inside = context.get(current)
             if inside is not batch and (inside is None or inside.root is not batch):
                 # The task was added in a stream or on another thread.
-                context.run(current.set, batch)
+                context.run(current.set, batch.as_seen_in(self.options))
         return context
 
     def new_context(self) -> Context:

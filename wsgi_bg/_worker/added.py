@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg._tasks.options import Options
@@ -24,7 +25,7 @@ class AddedTasks:
     def __init__(self, task: BackgroundTask, options: Options) -> None:
         self.tasks = Deferring()
         # The request is long over: its outcome was known when the message was sent.
-        self.tasks.options = options.override(run_on="always")
+        self.tasks.options = replace(options, run_on="always")
         self._task = task
 
     def hand_over(self) -> None:

@@ -32,7 +32,7 @@ from wsgi_bg._tasks.background_tasks import (
 )
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg._tasks.options import Options
-from wsgi_bg._tasks.task import BackgroundTask, current
+from wsgi_bg._tasks.task import BackgroundTask
 from wsgi_bg._tasks.task_log import WAITING, log_unfinished
 from wsgi_bg.exceptions import WaitingLimitError
 from wsgi_bg.runners.keeping import KeepingRunner
@@ -228,11 +228,7 @@ class LaterTasks(Deferring):
         self.front = self._start_response = None
         self.phase = CLOSED
         # The layer of middleware in which the task was added; see also take_context().
-        context = copy.plan.context or copy.context
-        inside = None if context is None else context.get(current)
-        self.options = tasks.options
-        if inside is not None and inside.root is tasks:
-            self.options = inside.options
+        self.options = copy.options.of_layer(tasks.options)
         self.observer = tasks.observer
         self.origin = tasks.origin or tasks
         self.invocation = tasks.invocation
