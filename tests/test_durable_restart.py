@@ -718,3 +718,27 @@ def test_a_task_that_raises_after_its_drain_was_given_up_stays_for_the_next_proc
 
 def full_disk(*args: Any, **kwargs: Any) -> None:
     raise StoreError("tasks", "the disk is full")
+
+
+@pytest.mark.parametrize("is_of_this_process", [True, False])
+def test_a_task_from_the_file_adds_tasks_although_its_request_failed(
+    tmp_path: Path, runner: DurableRunner, is_of_this_process: bool
+) -> None:
+    def view(environ: object) -> None:
+        if is_of_this_process:
+            background_tasks.using(delay=0.01).add_task(shop.add_two, 1)
+
+    if not is_of_this_process:
+        code = """
+            gate("gate")
+            handle(runner, (wait_at, "gate"), (add_two, 1))
+            begun["gate"].wait()
+            die()
+            """
+        killed(tmp_path, code)
+    shop.gate("gate").set()
+    app = BackgroundTasksMiddleware(
+        app_that(view, status="500 OOPS"), runner=runner, run_on="error"
+    )
+    Server().run(app, make_server_environ())
+    assert shop.wait_for(3 if is_of_this_process else 4)[-3:] == [1, "1.1", "1.2"]

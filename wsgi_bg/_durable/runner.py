@@ -127,7 +127,8 @@ class DurableRunner(KeepingRunner):
         )
         self.drain_timeout = drain_timeout
         self._folder = check_folder(path)
-        without_middleware = Options(runner=self, calls=KeepingCaller(self, DIRECT))
+        calls = KeepingCaller(self, DIRECT)
+        without_middleware = Options(runner=self, calls=calls, run_on="always")
         self._reruns = Reruns(self._folder.path, max_crashes, without_middleware)
         self._states = PerProcess(self._make_state)
 
@@ -463,6 +464,10 @@ class Reruns(Attached):
         # Keys of rows, by the name of a function that is not registered yet, or no more.
         self._unknown: dict[str, dict[Store, list[int]]] = {}
 
+    def attach(self, options: Options) -> None:
+        """See :class:`Attached`; the outcome of the request of a stored task was known then."""
+        super().attach(replace(options, run_on="always"))
+
     def task(
         self, store: Store, row: Row, added_under: Options | None, ledger: Ledger
     ) -> BackgroundTask | None:
@@ -496,8 +501,12 @@ class Reruns(Attached):
             given: dict[str, Any] = json.loads(row.options or "{}")
             stops = given.get("stop_on_error") is True
             retry = retries.find(given.get("retry"), registration.retry)
-            options = (added_under or self.options).override(
-                run_on="always", stop_on_error=stops, delay=0.0
+            options = added_under or self.options
+            layer = options.of_layer(options)  # of the tasks that the task adds
+            if layer.run_on != "always":
+                layer = replace(layer, run_on="always")
+            options = replace(
+                options, run_on="always", stop_on_error=stops, delay=0.0, layer=layer
             )
             context = copy_context()
             headers.restore(context, json.loads(row.context or "{}"))
