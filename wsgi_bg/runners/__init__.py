@@ -11,8 +11,9 @@ from wsgi_bg.runners.shutdown import register
 
 __all__ = ["InlineRunner", "PoolRunner", "Runner", "Statistics", "resolve", "set_default"]
 
-# The methods of a runner. None in place of an optional method is no method.
-_METHODS = ("submit", "drain", "statistics", "check", "send", "may_send", "abandon")
+# The methods of a runner that handle tasks; None in place of an optional method is no method.
+# Errors of abandon() are logged at exit, where each runner has to be drained.
+_METHODS = ("submit", "drain", "statistics", "check", "send", "may_send")
 
 _shared: dict[str | None, Runner] = {"inline": InlineRunner(), "pool": shared_pool}
 _shared[None] = _shared["inline"]
