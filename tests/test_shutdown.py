@@ -237,6 +237,33 @@ def test_a_runner_that_cannot_be_drained_keeps_no_further_runner_from_draining()
     ) == (0, ["ran"])
 
 
+def test_the_exit_drains_a_users_runner_again_for_a_task_that_is_called_again() -> None:
+    assert run(
+        """
+        from wsgi_bg import Retry, registered_task
+
+        class Own:
+            def __init__(self): self.batches = []
+            def submit(self, batch): self.batches.append(batch)
+            def statistics(self): raise NotImplementedError
+            def drain(self, timeout):
+                while self.batches:
+                    self.batches.pop(0).run()
+                return []
+
+        left = ["first", "second"]
+
+        @registered_task(name="shop.again", retry=Retry(first=0.01))
+        def task():
+            print(left.pop(0))
+            assert not left
+
+        logging.disable(logging.WARNING)
+        request(Own(), task)
+        """
+    ) == (0, ["first", "second"])
+
+
 def test_a_runner_that_cannot_be_drained_is_complained_of_once() -> None:
     code, lines = run(
         """

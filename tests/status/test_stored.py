@@ -12,11 +12,18 @@ from typing import Any
 
 import pytest
 
+from tests.durable.support import dead_store
 from tests.durable_shop import gate, wait_at, write
 from tests.status.support import process, visit
-from tests.support import TIMEOUT
+from tests.support import TIMEOUT, app_that
 from tests.test_examples import wait_until
-from wsgi_bg import DurableRunner, background_tasks, status, wait
+from wsgi_bg import (
+    BackgroundTasksMiddleware,
+    DurableRunner,
+    background_tasks,
+    status,
+    wait,
+)
 from wsgi_bg._durable.folder import check_folder
 from wsgi_bg._durable.inspection import list_tasks, order
 from wsgi_bg._durable.rows import Outcome, Row, Settings
@@ -318,3 +325,18 @@ def test_messages_in_memory_are_known_to_their_process(broker: type[Broker]) -> 
     assert snapshot.processes[0].outbox == 1
     broker.is_away = False
     assert wait_until(lambda: status.of(unsent) == "sent")
+
+
+def test_a_process_without_requests_records_the_tasks_that_it_takes_over(
+    folder: Path,
+) -> None:
+    registration = find(write)
+    assert registration is not None
+    text = encode(registration, ["left"], {})
+    dead_store(check_folder(folder), f"store.add([Row({registration.name!r}, {text!r})])")
+    runner = DurableRunner(folder)
+    BackgroundTasksMiddleware(app_that(print), runner=runner, status=True)
+    runner.start()
+    assert wait_until(lambda: runner.statistics().succeeded == 1)
+    (left,) = status.snapshot().names
+    assert (left.name, left.succeeded) == ("tests.durable_shop.write", 1)
