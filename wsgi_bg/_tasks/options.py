@@ -62,7 +62,7 @@ class Options(Layer):
         is_watched = is_watched or bool(self.retry or self.delay)
         object.__setattr__(self, "is_watched", is_watched)  # the class is frozen
 
-    def of_layer(self, default: Options) -> Options:
+    def of_layer(self, default: Layer) -> Options:
         """See :class:`Layer`."""
         return self.layer or self
 

@@ -22,7 +22,6 @@ from wsgi_bg._tasks.callables import NOT_PLAIN, is_async_callable, name_of
 
 if TYPE_CHECKING:
     from wsgi_bg._tasks.checks import WhenUnsent
-    from wsgi_bg._tasks.options import Options
     from wsgi_bg._tasks.retry import Plan, Retry
 
 P = ParamSpec("P")
@@ -263,7 +262,7 @@ class Layer:
     delay: float = 0.0
     when_unsent: WhenUnsent | None = None
 
-    def of_layer(self, default: Options) -> Options:
+    def of_layer(self, default: Layer) -> Any:
         """The options of the layer, without those of ``using``; ``default`` without a layer."""
         return default
 
