@@ -23,7 +23,6 @@ from wsgi_bg._process.interrupts import is_raised_here, stops_worker
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._process.threads import start_daemon
 from wsgi_bg._request import servers
-from wsgi_bg._status.recorder import recorder
 from wsgi_bg.runners import shutdown
 
 if TYPE_CHECKING:
@@ -90,6 +89,9 @@ class Collector:
         self.unfinished: dict[int, tuple[UnfinishedRequest, list[BackgroundTask]]] = {}
         self.has_warned: bool = False
         self._right_to_start: list[None] = [None]  # popped by the thread that starts the thread
+        # Here, so that the modules of the status are no floor below those of the request.
+        from wsgi_bg._status.recorder import recorder
+
         if recorder.is_on:  # the middleware of a forked child may have had its first request
             recorder.start()
         gc.callbacks.append(collections.note)
