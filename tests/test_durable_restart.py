@@ -644,11 +644,14 @@ def test_a_drain_does_not_wait_for_a_retry_that_holds_its_request_in_the_file(
     assert waiting(Path(runner.path)) == ["durable.fail", "durable.write"]
 
 
-def test_a_task_that_raises_during_a_drain_is_not_called_again_in_this_process(
-    runner: DurableRunner,
-) -> None:
+def fail_during_a_drain(runner: DurableRunner, first: float) -> None:
+    """Let a task raise during a drain, and hold the task behind it until a retry.
+
+    :param first: the seconds until the retry.
+    """
+
     def add(environ: object) -> None:
-        tasks = background_tasks.using(stop_on_error=True, retry=Retry(2, first=0.0))
+        tasks = background_tasks.using(stop_on_error=True, retry=Retry(2, first=first))
         tasks.add_task(shop.wait_and_fail, "gate")
         tasks.add_task(write, 2)
 
@@ -658,6 +661,12 @@ def test_a_task_that_raises_during_a_drain_is_not_called_again_in_this_process(
     runner.prepare_drain()
     shop.gate("gate").set()
     assert runner.drain(TIMEOUT) == []
+
+
+def test_a_task_that_raises_during_a_drain_is_not_called_again_in_this_process(
+    runner: DurableRunner,
+) -> None:
+    fail_during_a_drain(runner, first=0.0)
     assert wait(TIMEOUT) == []
     assert runner.ledger.not_submitted(inf, runner) == []
     [failed, held] = left(Path(runner.path))
@@ -669,17 +678,7 @@ def test_a_task_that_raises_during_a_drain_is_not_called_again_in_this_process(
 def test_a_task_that_raises_during_a_drain_holds_the_tasks_that_the_drain_has_left(
     runner: DurableRunner,
 ) -> None:
-    def add(environ: object) -> None:
-        tasks = background_tasks.using(stop_on_error=True, retry=Retry(2, first=3600.0))
-        tasks.add_task(shop.wait_and_fail, "gate")
-        tasks.add_task(write, 2)
-
-    run_view(runner, add)
-    shop.gate("gate")
-    assert shop.begun["gate"].wait(TIMEOUT)
-    runner.prepare_drain()
-    shop.gate("gate").set()
-    assert runner.drain(TIMEOUT) == []
+    fail_during_a_drain(runner, first=3600.0)
     [failed, held] = left(Path(runner.path))
     assert held.row.due == failed.row.due > time.time() + 100
 
