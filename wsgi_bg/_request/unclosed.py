@@ -89,7 +89,7 @@ class Collector:
         self.unfinished: dict[int, tuple[UnfinishedRequest, list[BackgroundTask]]] = {}
         self.has_warned: bool = False
         self._right_to_start: list[None] = [None]  # popped by the thread that starts the thread
-        # Here, so that the modules of the status are no floor below those of the request.
+        # Not at the top of this module: the chain of imports would be two modules longer.
         from wsgi_bg._status.recorder import recorder
 
         if recorder.is_on:  # the middleware of a forked child may have had its first request
