@@ -573,3 +573,25 @@ successor.append(wsgi_bg.portal())
 """
     )
     assert (done.stdout, done.stderr) == ("cleaned up\n", "")
+
+
+def test_the_exit_waits_for_the_clean_up_of_calls_of_a_portal_without_tasks() -> None:
+    done = run_python(
+        """
+import asyncio, threading, wsgi_bg
+
+begun = threading.Event()
+
+async def clean_up():
+    begun.set()
+    try:
+        await asyncio.Event().wait()
+    finally:
+        await asyncio.sleep(0.05)
+        print("cleaned up")
+
+wsgi_bg.portal().start_task_soon(clean_up)
+assert begun.wait(10)
+"""
+    )
+    assert (done.stdout, done.stderr) == ("cleaned up\n", "")

@@ -14,6 +14,7 @@ asyncio half imported, and the next import would fail.
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 from collections import deque
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
 
 
 THREAD_NAME = "wsgi_bg-portal"
+
+STOP_TIMEOUT = 0.5
+"""Seconds for which the exit of the process waits for the end of the portal's thread."""
 
 
 class LoopJob(NamedTuple):
@@ -321,3 +325,9 @@ def stop(timeout: float) -> None:
         thread.stop(0.0)
     for thread in running:
         thread.stop(max(0.0, deadline - time.monotonic()))
+
+
+# Registered with the import, and so called after the drain. A portal may have no drain, if only
+# portal() is used. A daemon thread that the interpreter ends inside of a greenlet's switch
+# damages the memory of the process.
+atexit.register(stop, STOP_TIMEOUT)

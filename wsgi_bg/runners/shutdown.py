@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 DRAIN_TIMEOUT = 30.0
 """How long exit waits for a runner that has no ``drain_timeout``, in seconds."""
 
-# How long the portal's thread may take to end once its tasks are cancelled, in seconds.
-_PORTAL_TIMEOUT = 0.5
-
 _Collector: TypeAlias = tuple[Callable[[], None], Callable[[], list[BackgroundTask]]]
 
 # How long wait() waits for the timer to submit tasks whose time has come, in seconds.
@@ -250,7 +247,7 @@ def finish(
                 wait_for(batches | late, latest, notice)
         return _log_left(reasons, "by the end of the process", names_requests=names_requests)
     finally:
-        portal.stop(_PORTAL_TIMEOUT if waiting else 0.0)
+        portal.stop(portal.STOP_TIMEOUT if waiting else 0.0)
         for call in _after_drain.get(os.getpid(), ()):
             call()
 
