@@ -10,8 +10,8 @@ from weakref import WeakValueDictionary
 import pytest
 
 from tests.conftest import Log
-from tests.support import run_python
-from wsgi_bg import BackgroundTask, InlineRunner
+from tests.support import TIMEOUT, run_python
+from wsgi_bg import BackgroundTask, InlineRunner, wait
 from wsgi_bg.runners import shutdown
 from wsgi_bg.runners.waiting import Notice
 
@@ -641,6 +641,7 @@ def test_tasks_are_named_without_a_wait_when_there_is_no_time(
     busy = [Busy(), Busy()]
     for runner in busy:
         shutdown.register(runner)
+    wait(TIMEOUT)  # tasks of other tests that have not quite ended would be named
     shutdown.log_all_unfinished("since time was up")
     message = "background task builtins.int was not finished since time was up: "
     assert log.errors == 2 * [f"{message}the process ends without it"]
