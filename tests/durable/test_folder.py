@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,13 @@ def without_wal(path: str) -> None:
     with closing(sqlite3.connect(path)) as connection:  # copies the WAL when it closes
         connection.execute("SELECT * FROM tasks").fetchall()
     assert not os.path.exists(path + "-wal")
+
+
+def test_a_path_may_be_an_object_whose_path_is_bytes(tmp_path: Path) -> None:
+    os.mkdir(tmp_path / "tasks")
+    entry: Any
+    (entry,) = os.scandir(os.fsencode(tmp_path))
+    assert check_folder(entry).path == os.path.realpath(tmp_path / "tasks")
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def check_folder(path: str | os.PathLike[str]) -> Folder:
     :raises StoreError: for ``:memory:``, a file system of the network or of FUSE, a folder
         that cannot be written, a damaged file or a file of a newer version.
     """
-    given = os.fspath(path)
+    given = os.fsdecode(path)
     if not given or "\0" in given or given.startswith((":memory:", "file:")):
         instead = "use PoolRunner for tasks that are kept in memory"
         raise StoreError(given, f"durable tasks need the path of a folder; {instead}")
