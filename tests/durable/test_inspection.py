@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -155,6 +156,33 @@ def test_orders_that_nobody_can_obey_go_after_a_minute(store: Store, folder: Fol
         Path(folder.path, "bad.order").write_text(text)
         look(store)
         assert folder.orders() == [os.path.join(folder.path, "bad.order")]
+
+
+def test_each_of_the_calls_that_come_once_a_second_looks_for_orders(
+    store: Store, folder: Folder, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moment = time.monotonic() + 10.0
+    clock = SimpleNamespace(time=time.time, monotonic=lambda: moment)
+    monkeypatch.setattr("wsgi_bg._durable.store.time", clock)
+    store.tidy()
+    inspection.order(folder, find(folder, "failed"), "discard")
+    moment += 0.999  # the first call was the slower one to get here
+    store.tidy()
+    assert folder.orders() == []
+
+
+def test_an_order_that_cannot_be_read_holds_up_no_other(
+    store: Store, folder: Folder, rows: list[Row]
+) -> None:
+    """As one of root, in a container in which root may not give files away."""
+    unreadable = os.path.join(folder.path, "00000000.order")
+    os.mkdir(unreadable)  # the tests may run as root, who may read each file
+    too_deep = os.path.join(folder.path, "00000001-0.order")
+    Path(too_deep).write_text("[" * 50_000)
+    inspection.order(folder, find(folder, "failed"), "discard")
+    look(store)
+    assert folder.orders() == [unreadable, too_deep]
+    assert "failed" not in states(folder)
 
 
 def test_an_order_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:

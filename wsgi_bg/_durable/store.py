@@ -51,6 +51,9 @@ WAL_LIMIT = 12 << 20
 WAL_COMMITS = 500
 """The number of transactions after which ``tidy`` looks at the size of the WAL."""
 
+LOOK = 0.9
+"""Seconds between two looks of ``tidy`` for orders: less than the second between two calls."""
+
 STATES = {
     "done": notes.DONE,
     "failed": notes.FAILED,
@@ -535,7 +538,7 @@ class Store:
         now = time.monotonic()
         is_time = now >= self._next_look
         if is_time:
-            self._next_look = now + 1.0
+            self._next_look = now + LOOK
             # No next process would find what is written to files that have lost their name.
             self._is_lost = self._find_files() != self._files
             self._check_lost()
@@ -550,9 +553,10 @@ class Store:
         """Carry out orders of the command line: see ``inspection``."""
         for path in self._folder.orders():
             is_done = False
-            with suppress(FileNotFoundError):  # another process has obeyed
+            # Another process has obeyed, or the order cannot be read, and holds up no other.
+            with suppress(OSError):
                 is_done = os.stat(path).st_mtime < time.time() - 60.0
-                with open(path, encoding="utf-8") as file, suppress(TypeError, ValueError):
+                with open(path, encoding="utf-8") as file, suppress(*_FORGED):
                     is_done |= self._carry_out(**json.load(file))
                 if is_done:
                     os.unlink(path)
@@ -691,6 +695,9 @@ class Parked(NamedTuple):
 
 
 _own: dict[tuple[int, int], PerProcess[Store]] = {}
+
+_FORGED = (TypeError, ValueError, RecursionError)
+"""Errors of an order that the command line has not written."""
 
 
 def _unlink(folder: Folder, number: int) -> None:
