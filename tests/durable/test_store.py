@@ -149,6 +149,19 @@ def test_kept_tasks_are_limited_by_number_and_age(tmp_path: Path) -> None:
     assert (counts["failed"], counts["done"]) == (2, 3)
 
 
+def test_tasks_that_are_kept_for_a_short_time_go_at_the_next_look(tmp_path: Path) -> None:
+    settings = Settings(keep_failed=(9, 0.0), keep_done=(9, 0.0))
+    with open_folder(tmp_path, settings) as (_, store):
+        store.tidy()
+        (row,) = store.add([task()])
+        store.end(Outcome(row, "done", 1.0, 2.0))
+        store.tidy()
+        assert store.count()["done"] == 1
+        store._next_look = 0.0
+        store.tidy()
+        assert store.count()["done"] == 0
+
+
 def test_a_request_without_tasks_is_not_written(store: Store) -> None:
     assert store.add([]) == []
 

@@ -543,8 +543,9 @@ class Store:
             self._is_lost = self._find_files() != self._files
             self._check_lost()
             self._obey()
-        if now >= self._next_pruning:
-            self._next_pruning = now + 60.0
+        if is_time and now >= self._next_pruning:
+            ages = self.settings.keep_failed[1], self.settings.keep_done[1]
+            self._next_pruning = now + min(60.0, *ages)
             self._write(sql.prune(self.settings), is_synced=False)
         if is_time or not self._is_wal_busy:
             self._empty_wal()
