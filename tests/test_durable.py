@@ -877,6 +877,25 @@ def test_a_file_that_was_closed_is_worked_off_when_its_time_has_come(
     assert wait_until(lambda: runner.file_numbers() == [2])
 
 
+def test_tasks_are_taken_over_in_time_if_the_clock_was_set_back_during_a_look(
+    runner: DurableRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tidy, now = Store.tidy, time.time
+    is_set_back = threading.Event()
+
+    def set_back(store: Store) -> None:
+        if not is_set_back.is_set():
+            monkeypatch.setattr(time, "time", lambda: now() - 3600)
+            is_set_back.set()
+        tidy(store)
+
+    monkeypatch.setattr(Store, "tidy", set_back)
+    runner.start()
+    assert is_set_back.wait(TIMEOUT)
+    left_by_a_dead_process(tmp_path / "tasks", Row("durable.write", "[1,[1],{}]"))
+    assert shop.wait_for(1) == [1]
+
+
 @pytest.mark.parametrize(
     "row",
     [

@@ -878,7 +878,8 @@ class _State:
     def _work(self) -> None:
         while not self._is_stopping:
             self._try(self._look)
-            self._wake.wait(max(0.0, self._next_look - time.time()))
+            # Not longer than between two looks: the clock may be set back meanwhile.
+            self._wake.wait(min(max(0.0, self._next_look - time.time()), _LOOK))
             self._wake.clear()
         self._try(self.store.tidy)
         self._has_looked.set()
