@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -631,6 +632,30 @@ def test_a_second_thread_finds_room_while_the_first_one_counts(
         assert runner.ledger.may_wait()
         gate.open()
         assert first.result(TIMEOUT)
+
+
+def test_the_longer_a_count_of_waiting_tasks_takes_the_later_is_the_next(
+    runner: DurableRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moment, waiting_in_file, counts = 0.0, 1, 0
+
+    def count_waiting() -> int:
+        nonlocal moment, counts
+        moment += 0.001
+        counts += 1
+        return waiting_in_file
+
+    ledger = runner.ledger
+    ledger.max_waiting = 1
+    monkeypatch.setattr(ledger, "_count_waiting", count_waiting)
+    clock = SimpleNamespace(monotonic=lambda: moment)
+    monkeypatch.setattr("wsgi_bg._durable.runner.time", clock)
+    assert not ledger.may_wait()
+    waiting_in_file = 0
+    assert not ledger.may_wait()
+    assert counts == 1
+    moment += 0.04
+    assert ledger.may_wait()
 
 
 def test_there_is_room_to_wait_again_when_tasks_have_run(tmp_path: Path) -> None:
