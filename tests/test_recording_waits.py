@@ -9,8 +9,15 @@ import pytest
 
 from tests.conftest import Log
 from tests.recording_support import by_werkzeug, done, recording
-from tests.support import app_that
-from wsgi_bg import BackgroundTasksMiddleware, PoolRunner, Retry, _testing, background_tasks
+from tests.support import Clock, app_that
+from tests.test_examples import wait_until
+from wsgi_bg import (
+    BackgroundTasksMiddleware,
+    PoolRunner,
+    Retry,
+    _testing,
+    background_tasks,
+)
 from wsgi_bg.runners.timer import timers
 
 LATER: dict[str, Any] = {"delay": 600, "retry": Retry(3, first=600)}
@@ -98,6 +105,17 @@ def test_real_waits_as_in_production() -> None:
         tasks.join()
         assert [task.attempts for task in tasks.tasks] == [3, 1]
     assert pool.statistics().succeeded == 2
+
+
+def test_a_delayed_task_has_no_attempt_before_it_was_called(clock: Clock) -> None:
+    with recording("real") as tasks:
+        by_werkzeug(app(fail, runner=PoolRunner(), delay=600))
+        assert wait_until(lambda: done == ["beside"])
+        assert [task.attempts for task in tasks.tasks] == [0, 1]
+        clock.advance(600)
+        with pytest.raises(ValueError, match="never"):
+            tasks.join()
+        assert [task.attempts for task in tasks.tasks] == [1, 1]
 
 
 def test_real_records_what_a_task_adds_that_has_waited() -> None:

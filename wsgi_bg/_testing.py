@@ -340,7 +340,7 @@ class _Request(RequestObserver):
     def attempts_of(self, task: BackgroundTask) -> int:
         """How often ``task``, one of :attr:`added`, was called."""
         plan = plan_of(task)
-        if plan is not None and plan.retry is not None:
+        if plan is not None and (plan.retry is not None or not plan.is_due):
             return plan.calls
         return 0 if task.unclaimed else 1
 
