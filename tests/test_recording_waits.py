@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import Log
 from tests.recording_support import by_werkzeug, done, recording
-from tests.support import Clock, app_that
+from tests.support import TIMEOUT, Clock, app_that
 from tests.test_examples import wait_until
 from wsgi_bg import (
     BackgroundTasksMiddleware,
+    DurableRunner,
     PoolRunner,
     Retry,
     _testing,
     background_tasks,
+    registered_task,
 )
+from wsgi_bg._durable.folder import check_folder
+from wsgi_bg._durable.inspection import list_tasks
 from wsgi_bg.runners.timer import timers
 
 LATER: dict[str, Any] = {"delay": 600, "retry": Retry(3, first=600)}
@@ -32,6 +37,7 @@ def clear() -> None:
 calls: list[int] = []  # the threads
 
 
+@registered_task
 def fail_twice() -> None:
     calls.append(threading.get_ident())
     if len(calls) < 3:
@@ -43,6 +49,7 @@ async def fail_twice_async() -> None:
     fail_twice()
 
 
+@registered_task
 def fail() -> None:
     calls.append(threading.get_ident())
     raise ValueError("never")
@@ -105,6 +112,47 @@ def test_real_waits_as_in_production() -> None:
         tasks.join()
         assert [task.attempts for task in tasks.tasks] == [3, 1]
     assert pool.statistics().succeeded == 2
+
+
+@pytest.mark.parametrize("func", [fail_twice, fail])
+@pytest.mark.parametrize("stop_on_error", [False, True])
+def test_real_waits_for_durable_tasks_and_has_their_errors(
+    func: Any, stop_on_error: bool, tmp_path: Path
+) -> None:
+    runner = DurableRunner(tmp_path)
+    options = {"delay": 0.01, "retry": Retry(3, first=0.01), "stop_on_error": stop_on_error}
+    with recording("real") as tasks:
+        by_werkzeug(app(func, runner=runner, **options))
+        if func is fail:
+            with pytest.raises(ValueError, match="never"):
+                tasks.join()
+        else:
+            tasks.join()
+        assert tasks.tasks[0].attempts == 3
+        assert len(tasks.errors) == (func is fail)
+    assert len(calls) == 3
+    assert runner.drain(TIMEOUT) == []
+    runner.abandon()
+
+
+@pytest.mark.parametrize("options", [{"delay": 600}, {"retry": Retry(3, first=600)}])
+def test_a_durable_task_that_waits_when_the_test_ends_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: Any
+) -> None:
+    runner = DurableRunner(tmp_path)
+    monkeypatch.setattr(_testing, "TEARDOWN_TIMEOUT", 0.01)
+
+    def use() -> None:
+        with recording("real"):
+            by_werkzeug(app(fail, runner=runner, **options))
+            assert wait_until(lambda: runner.statistics().waiting == 1)
+
+    with pytest.raises(TimeoutError, match=r"test_recording_waits\.fail"):
+        use()
+    assert runner.statistics().waiting == 0
+    assert runner.drain(TIMEOUT) == []
+    runner.abandon()
+    assert list_tasks(check_folder(tmp_path)) == []
 
 
 def test_a_delayed_task_has_no_attempt_before_it_was_called(clock: Clock) -> None:

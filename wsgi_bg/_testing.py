@@ -364,6 +364,7 @@ class _Request(RequestObserver):
         for later in self._later:
             if not later.has_begun:
                 for task in later.give_up():
+                    task.options.calls.forget(task)
                     notify_discarded(task, _OVER)
 
     def drop(self) -> None:

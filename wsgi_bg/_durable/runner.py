@@ -292,7 +292,8 @@ class DurableRunner(KeepingRunner):
     def postpone(self, task: BackgroundTask, wait: float | None, tasks: TaskQueue) -> bool:
         """Let a stored task wait in the file, for its next attempt or until its delay is over.
 
-        :return: False if the task has to wait in memory, since the disk is full.
+        :return: False if the task has to wait in memory, since the disk is full or a test has
+            to know how the task ends.
         """
         return self._states.get().postpone(task, wait, tasks)
 
@@ -770,11 +771,15 @@ class _State:
                 self.ledger.add(batch)
                 batch.skip()
 
-    def postpone(self, task: BackgroundTask, wait: float | None, tasks: TaskQueue) -> bool:
+    def postpone(self, task: BackgroundTask, wait: float | None, tasks: Any) -> bool:
         kept = task.message
         store, row = kept.store, kept.row
         assert store is not None
         kept.children = None  # a thread that adds a task from now on lets it be stored
+        if tasks.observer is not None:  # of a test, which waits for the task and gets its error
+            if wait is not None:
+                self._store_wait(task, wait, ())
+            return False
         place = store.number, row.key
         self._in_memory.pop(place, None)  # first: the row may be read at once
         self._added_here[place] = task.options, tasks.request
@@ -798,22 +803,29 @@ class _State:
     def hold_back(self, task: BackgroundTask, wait: float, tasks: TaskQueue) -> None:
         kept = task.message
         store = kept.store
-        row = kept.row._replace(due=time.time() + wait, attempts=kept.row.attempts + 1)
         kept.children = None
         left = [each.message for each in tasks.left() if isinstance(each.message, Kept)]
         # A drain may have left some in the file: then no memory holds them.
         rest = [
             each.row.key for each in left if each.store in (store, None) and each is not kept
         ]
+        if self._store_wait(task, wait, rest) and store is self._store:
+            row = kept.row
+            tasks.stored_as = _Place(abs(row.request), row.due, row.added)
+
+    def _store_wait(self, task: BackgroundTask, wait: float, rest: Iterable[int]) -> bool:
+        """Note in the file that a task in memory waits, and the rows of ``rest`` as long."""
+        kept = task.message
+        store = kept.store
+        row = kept.row._replace(due=time.time() + wait, attempts=kept.row.attempts + 1)
         kept.row = row
         try:
             store.hold_back(row, rest)
         except StoreError as exc:
             log.error(_IN_MEMORY, task.name, exc_info=exc, extra=fields(task))
             store.pause(row)
-            return
-        if store is self._store:
-            tasks.stored_as = _Place(abs(row.request), row.due, row.added)
+            return False
+        return True
 
     def leave(self, kept: Kept) -> None:
         """Forget a stored task: the row may be read again."""
