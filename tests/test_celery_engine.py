@@ -11,6 +11,7 @@ from tests.celery_shop import note
 from tests.celery_support import filesystem, messages
 from tests.engine_support import TIMEOUT, send
 from wsgi_bg import registered_task, wait
+from wsgi_bg.celery import CeleryRunner
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError
 
 
@@ -32,6 +33,16 @@ def test_options_for_the_engine_are_options_of_the_message(tmp_path: Path) -> No
         ("heavy", 3),
         ("urgent", 7),
     ]
+
+
+def test_options_for_the_engine_hold_for_plain_calls(tmp_path: Path) -> None:
+    broker = filesystem(tmp_path)
+    app = broker.app()
+    CeleryRunner(app, plain_calls=True)
+    app.tasks[weigh.__module__ + ".weigh"].delay()
+    [message] = messages(broker)
+    assert message["properties"]["delivery_info"]["routing_key"] == "heavy"
+    assert message["properties"]["priority"] == 3
 
 
 @pytest.mark.parametrize(

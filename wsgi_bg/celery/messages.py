@@ -10,7 +10,7 @@ from wsgi_bg._messages import headers
 from wsgi_bg._messages.codec import decode
 from wsgi_bg._tasks import registry
 from wsgi_bg._tasks.registry import Registration
-from wsgi_bg.celery.options import NO_OPTIONS, override
+from wsgi_bg.celery.options import for_messages, override
 from wsgi_bg.exceptions import ArgumentError, MessageError
 
 HIDDEN = "(...)"
@@ -90,6 +90,7 @@ def for_plain_call(
     :param given: the positional arguments of Celery's ``apply_async``.
     :param options: the keyword arguments of ``apply_async``.
     :raises TypeError: if the function does not take the arguments.
+    :raises ValueError: if the function has an option for its engine that Celery has not.
     """
     args = (given[0] if given else options.get("args")) or ()
     kwargs = (given[1] if len(given) > 1 else options.get("kwargs")) or {}
@@ -99,9 +100,8 @@ def for_plain_call(
         registration.signature.bind(*args, **kwargs)
     except TypeError as exc:
         raise ArgumentError(name, "", str(exc)) from None
-    of_function = (registration.celery or NO_OPTIONS).message
     carried = {**headers.current(), **(options.get("headers") or {}), CALL: PLAIN}
-    return {**override(of_function, options), "headers": carried}
+    return {**override(for_messages(registration), options), "headers": carried}
 
 
 def hide_arguments_in_log() -> None:

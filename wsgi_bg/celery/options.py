@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wsgi_bg._tasks.checks import Kind, entries
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError
+
+if TYPE_CHECKING:
+    from wsgi_bg._tasks.registry import Registration
 
 _FLAG: Kind = (bool,), "True or False"
 _SECONDS: Kind = (int, float), "a number of seconds"
@@ -88,6 +91,16 @@ def for_one_call(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     _check(given, _OF_MESSAGE)
     return dict(given)
+
+
+def for_messages(registration: Registration) -> dict[str, Any]:
+    """Return the options of a registered function's messages.
+
+    :raises TypeError: as :func:`for_one_call` does for ``registered_task(engine=...)``.
+    :raises ValueError: as :func:`for_one_call` does for ``registered_task(engine=...)``.
+    """
+    engine = for_one_call(registration.engine or {})
+    return {**(registration.celery or NO_OPTIONS).message, **engine}
 
 
 def override(of_function: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from wsgi_bg._tasks import registry
 from wsgi_bg._tasks.checks import WhenUnsent
 from wsgi_bg._tasks.options import Options
 from wsgi_bg._tasks.registry import Registration
-from wsgi_bg.celery.options import NO_OPTIONS, TIMES, for_one_call, override, refuse_time
+from wsgi_bg.celery.options import TIMES, for_messages, for_one_call, override, refuse_time
 from wsgi_bg.exceptions import (
     ExtraMissingError,
     NameTakenError,
@@ -173,9 +173,7 @@ class CeleryRunner(OutboxRunner):
             raise NameTakenError(name, f"a task of {self._app!r}")
         text = encode(registration, task.args, task.kwargs)
         carried = headers_of_call(task.options.retry)
-        of_function = (registration.celery or NO_OPTIONS).message
-        engine = for_one_call(registration.engine or {})
-        options = _with_delay(task, override({**of_function, **engine}, _given(task)))
+        options = _with_delay(task, override(for_messages(registration), _given(task)))
         options.update(headers={**carried, CALL: ENCODED}, serializer="json")
         apply_async = partial(celery_task.apply_async, (text,), **options)
         # Of the function, or of the application's own task class.
