@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from dramatiq.brokers.rabbitmq import RabbitmqBroker
 
 from tests.brokers import RedisServer
+from tests.conftest import Log
 from tests.engine_shop import (
     NAME,
     fail_always,
@@ -23,12 +25,13 @@ from tests.engine_shop import (
     spread_and_fail,
 )
 from tests.engine_support import RQ, TIMEOUT, Dramatiq, Engine, Worker, request, send, worker
-from tests.support import run_python
+from tests.support import free_port, run_python
 from tests.test_encoding import CARRIED
 from tests.test_examples import text_of, wait_until
 from wsgi_bg import Retry, background_tasks, wait
 from wsgi_bg._messages.codec import encode
 from wsgi_bg._tasks.registry import find
+from wsgi_bg.dramatiq import DramatiqRunner
 from wsgi_bg.outbox import OutboxRunner, correlation_id
 
 
@@ -220,6 +223,22 @@ def test_tasks_that_are_added_while_redis_is_away_are_sent_when_it_is_back(
         assert set(engine.ids()) == ids
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize("kind", ["rq", "dramatiq", "rabbitmq"])
+def test_a_task_that_no_broker_has_seen_has_not_been_sent(kind: str, log: Log) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    limits: dict[str, Any] = {"when_unsent": "discard", "publish_timeout": 0.1}
+    if kind == "rabbitmq":
+        rabbit = RabbitmqBroker(url=f"amqp://{address}", confirm_delivery=True)
+        runner: OutboxRunner = DramatiqRunner(rabbit, **limits)
+    else:
+        engine = {"rq": RQ, "dramatiq": Dramatiq}[kind]
+        runner = engine(f"redis://{address}").runner(**limits)
+    send(runner, note_call, "")
+    assert wait(TIMEOUT) == []
+    [error] = log.tracebacks
+    assert str(error).endswith("was not sent: the broker has not answered in time")
 
 
 @pytest.mark.parametrize("kind", [RQ, Dramatiq], ids=["rq", "dramatiq"])

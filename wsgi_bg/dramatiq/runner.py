@@ -7,20 +7,14 @@ from collections.abc import Callable, Sequence
 from math import ceil
 from typing import Any, ClassVar, Unpack
 
-from wsgi_bg import BackgroundTask
+from wsgi_bg import BackgroundTask, exceptions
 from wsgi_bg._outbox.address import address_of
-from wsgi_bg.exceptions import (
-    ExtraMissingError,
-    NameTakenError,
-    OptionTypeError,
-    OptionValueError,
-)
 from wsgi_bg.outbox import Connection, EngineOptions, Message, OutboxOptions, OutboxRunner
 
 try:
     import dramatiq
 except ImportError as _exc:
-    raise ExtraMissingError("dramatiq", "wsgi_bg.dramatiq") from _exc
+    raise exceptions.ExtraMissingError("dramatiq", "wsgi_bg.dramatiq") from _exc
 
 from wsgi_bg.dramatiq.actors import CALL, QUEUE, Actors
 
@@ -53,15 +47,16 @@ class DramatiqRunner(OutboxRunner):
 
     def __init__(self, broker: dramatiq.Broker, **options: Unpack[OutboxOptions]) -> None:
         if not isinstance(broker, dramatiq.Broker):
-            raise OptionTypeError("broker", broker, "a dramatiq.Broker")
+            raise exceptions.OptionTypeError("broker", broker, "a dramatiq.Broker")
         if isinstance(dramatiq.get_encoder(), dramatiq.PickleEncoder):
             wanted = "a broker, and JSON: dramatiq.set_encoder(dramatiq.JSONEncoder())"
-            raise OptionValueError("broker", broker, wanted)
+            raise exceptions.OptionValueError("broker", broker, wanted)
         if "retry_when" not in broker.actor_options:
-            raise OptionValueError("broker", broker, "a broker with the middleware Retries")
+            wanted = "a broker with the middleware Retries"
+            raise exceptions.OptionValueError("broker", broker, wanted)
         if not getattr(broker, "confirm_delivery", True):
             wanted = "a RabbitmqBroker(..., confirm_delivery=True): else messages are lost"
-            raise OptionValueError("broker", broker, wanted)
+            raise exceptions.OptionValueError("broker", broker, wanted)
         super().__init__(**options)
         self.holds_delays: bool = not _is_rabbitmq(broker)  # which closes the worker's channel
         self._broker, self._actors = broker, Actors(self, broker)
@@ -79,16 +74,16 @@ class DramatiqRunner(OutboxRunner):
         message = super().message(task)
         if message is not None:
             if not self._actors.has(message.name):
-                raise NameTakenError(message.name, "an actor of the broker")
+                raise exceptions.NameTakenError(message.name, "an actor of the broker")
             queue = message.data.options.get("queue_name", QUEUE)
             known = self._broker.get_declared_queues() - self._broker.delay_queues
             if queue not in known:
                 wanted = f"one of {', '.join(sorted(known))}"
-                raise OptionValueError("engine['queue_name']", queue, wanted)
+                raise exceptions.OptionValueError("engine['queue_name']", queue, wanted)
         return message
 
     def connect(self) -> Connection:
-        """Return a way to the broker, which connects with the first message."""
+        """Connect to the broker; blocks until the broker has answered."""
         return _Connection(self._broker)
 
     def __repr__(self) -> str:
@@ -96,8 +91,12 @@ class DramatiqRunner(OutboxRunner):
 
 
 class _Connection(Connection):
-    def __init__(self, broker: dramatiq.Broker) -> None:
+    def __init__(self, broker: Any) -> None:
         self._broker = broker
+        if _is_rabbitmq(broker):
+            _ = broker.connection  # or Dramatiq would connect with the first message
+        elif hasattr(broker, "client"):
+            broker.client.ping()
 
     def send(self, messages: Sequence[Message], confirmed: Callable[[int], object]) -> None:
         """Enqueue the messages one by one, since Dramatiq sends no batches; blocks."""

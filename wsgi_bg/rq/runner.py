@@ -78,6 +78,7 @@ class _Connection(Connection):
         limits = {"socket_timeout": timeout, "socket_connect_timeout": timeout}
         options = {**given.connection_kwargs, **limits, "retry": RedisRetry(NoBackoff(), 0)}
         self._redis = Redis.from_pool(ConnectionPool(given.connection_class, **options))
+        self._redis.ping()  # or the client would connect with the first message
         self._queue = copy(queue)
         self._queue.connection = self._redis
 
@@ -106,8 +107,7 @@ class _Connection(Connection):
             **options,
         )
         if name != queue.name:
-            queue = type(queue)(name, self._redis, serializer=JSONSerializer)
-            job.origin = name
+            job.origin, queue = name, type(queue)(name, self._redis, serializer=JSONSerializer)
         if call.due:
             job.enqueue_at_front = at_front  # by the scheduler, which keeps whole seconds
             queue.schedule_job(job, datetime.fromtimestamp(ceil(call.due), UTC), pipeline)
