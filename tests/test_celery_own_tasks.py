@@ -487,7 +487,7 @@ def test_celerys_times_are_those_of_the_message(app: Celery, runner: CeleryRunne
     assert found[1].expires == math.inf
 
 
-def test_a_bound_task_never_runs_here(app: Celery, broker: Broker) -> None:
+def test_a_task_that_needs_celery_never_runs_here(app: Celery, broker: Broker) -> None:
     @app.task(name="own.bound", bind=True, shared=False)  # type: ignore[untyped-decorator]
     def bound(self: Any) -> None:
         raise NotImplementedError
@@ -505,12 +505,17 @@ def test_a_bound_task_never_runs_here(app: Celery, broker: Broker) -> None:
             background_tasks.add_task(each).message.message.when_unsent
             for each in (bound, own, chain(own.si(), own.si()), own.si(), retried, own.delay)
         )
+        linked = own.si()
+        linked.link(own.si())
+        found.append(background_tasks.add_task(linked).message.message.when_unsent)
+        watched = background_tasks.add_task(own.apply_async, link_error=own.si())
+        found.append(watched.message.message.when_unsent)
         with pytest.raises(OptionError, match="bind=True cannot run in this process"):
             background_tasks.using(when_unsent="local").add_task(bound)
         assert background_tasks.add_task(repeated).message.message.when_unsent == "hold"
 
     request(runner, do)
-    assert found == ["hold", "local", "hold", "local", "hold", "local"]
+    assert found == ["hold", "local", "hold", "local", "hold", "local", "hold", "hold"]
 
 
 def test_the_retries_of_the_applications_task_class_hold_for_registered_tasks(

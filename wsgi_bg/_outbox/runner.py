@@ -269,7 +269,7 @@ class OutboxRunner(KeepingRunner):
                 "when_unsent",
                 own,
                 f"'hold' or 'discard' for {task.name}: a task with a time, a Retry, "
-                "autoretry_for or bind=True cannot run in this process",
+                "a link, autoretry_for or bind=True cannot run in this process",
             )
         return "hold"
 

@@ -16,6 +16,9 @@ from wsgi_bg._tasks.task import BackgroundTask
 from wsgi_bg.celery.options import TIMES
 from wsgi_bg.exceptions import RegistrationError
 
+_LINKS = ("link", "link_error")
+"""The options of a message that name tasks which are sent when its task has ended."""
+
 
 class Call(NamedTuple):
     """How Celery is to make the call of a task."""
@@ -26,7 +29,7 @@ class Call(NamedTuple):
     """Called with further options, such as ``task_id``."""
     ignores_result: bool
     runs_only_there: bool
-    """True if the call needs Celery: ``bind=True``, ``autoretry_for``, or a chain."""
+    """True if the call needs Celery: ``bind=True``, ``autoretry_for``, links, or a chain."""
     id: str | None = None
     """The id that the user has given to the task."""
     here: Callable[[], Any] | None = None
@@ -74,7 +77,7 @@ def find(app: Celery, task: BackgroundTask, options: dict[str, Any]) -> Call | N
         own.name,
         partial(apply_async, *given, **options),
         bool(set_before.get("ignore_result", own.ignore_result)),
-        first is not func or _needs_celery(own),
+        first is not func or _needs_celery(own) or any(map(set_before.get, _LINKS)),
         options.get("task_id") or (func.options.get("task_id") if is_signature else None),
         here,
     )
