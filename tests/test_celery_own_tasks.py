@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -288,6 +289,16 @@ def test_a_task_of_another_application_is_refused(runner: CeleryRunner) -> None:
     Server().run(
         BackgroundTasksMiddleware(app_that(view), runner=runner), make_server_environ()
     )
+
+
+def test_a_method_whose_function_has_no_name_runs_here(runner: CeleryRunner) -> None:
+    class Nameless:
+        def __call__(self, *args: Any) -> None:
+            ran.append(args)
+
+    method = MethodType(Nameless(), "self")  # as a decorator with its own __get__ makes it
+    handle(runner, lambda environ: background_tasks.add_task(method, 1))
+    assert ran == [("self", 1)]
 
 
 def test_another_runner_calls_the_task_directly(app: Celery) -> None:

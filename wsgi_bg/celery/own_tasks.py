@@ -46,7 +46,8 @@ def find(app: Celery, task: BackgroundTask, options: dict[str, Any]) -> Call | N
     func: Any = task.func
     if type(func) is FunctionType:
         return None
-    how = func.__name__ if type(func) is MethodType else ""
+    # The function of a method may be any callable, without a name.
+    how = getattr(func, "__name__", "") if type(func) is MethodType else ""
     if how in ("delay", "apply_async"):
         func = func.__self__
     if not isinstance(func, (Signature, Task)):
