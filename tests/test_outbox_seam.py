@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -23,6 +25,8 @@ from wsgi_bg import (
     registered_task,
     wait,
 )
+from wsgi_bg._durable.folder import check_folder
+from wsgi_bg._durable.inspection import list_tasks
 from wsgi_bg.exceptions import (
     MessageError,
     OptionTypeError,
@@ -244,3 +248,45 @@ def test_a_call_fails_if_the_broker_does_not_take_the_tasks_that_it_has_added(
     runner.away = False
     assert wait(TIMEOUT) == []
     assert len(runner.sent) == 1
+
+
+@registered_task
+def spread_to(folder: str, delay: float) -> list[str]:
+    background_tasks.using(delay=delay).add_task(weighed)
+    return files_of(folder)
+
+
+def files_of(folder: Any) -> list[str]:
+    return sorted(each.name for each in Path(folder, "outbox").glob("*.sqlite"))
+
+
+def test_the_folder_has_no_message_of_a_call_that_has_not_ended(tmp_path: Path) -> None:
+    runner = ListRunner(outbox=tmp_path)
+    assert run_call(runner, f"{NAME}.spread_to", text(str(tmp_path), 0), {}) == []
+    assert [[each.name for each in batch] for batch in runner.sent] == [["seam.weighed"]]
+    assert (
+        files_of(tmp_path) == []
+    )  # a worker of RQ has a process, and so a file, for each call
+
+
+def test_the_folder_keeps_messages_of_a_call_that_the_broker_does_not_take(
+    tmp_path: Path,
+) -> None:
+    runner = ListRunner(outbox=tmp_path, drain_timeout=0.0)
+    runner.away = True
+    with pytest.raises(PublishError):
+        run_call(runner, f"{NAME}.spread_to", text(str(tmp_path), 0), {})
+    [found] = list_tasks(check_folder(tmp_path / "outbox"))
+    assert found.outcome.row.name == "seam.weighed"
+    runner.away = False
+    assert wait(TIMEOUT) == []
+    assert len(runner.sent) == 1
+
+
+def test_a_long_delay_of_a_call_waits_in_the_folder(tmp_path: Path) -> None:
+    runner = ListRunner(outbox=tmp_path)
+    run_call(runner, f"{NAME}.spread_to", text(str(tmp_path), 1000), {})
+    assert wait(TIMEOUT) == []
+    assert runner.sent == []
+    assert runner.statistics().waiting == 1
+    assert "wsgi_bg-outbox-files" in {each.name for each in threading.enumerate()}

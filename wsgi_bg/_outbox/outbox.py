@@ -241,6 +241,11 @@ class Outbox:
         """How many more tasks may wait to be sent."""
         return self._limits.max_unsent - len(self._unsent)
 
+    @property
+    def messages(self) -> list[Stored]:
+        """The messages that wait to be sent."""
+        return [each.stored for each in list(self._unsent)]
+
     def put(self, task: BackgroundTask, stored: Stored) -> Queue:
         """Return a function that puts a claimed task into the outbox, without a bytecode."""
         self._reserved.discard(stored)

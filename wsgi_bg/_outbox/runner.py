@@ -283,6 +283,15 @@ class OutboxRunner(KeepingRunner):
         if files is not None and new:
             files.keep(new)
 
+    def keep_unsent(self) -> None:
+        """Store the messages that wait in memory alone to be sent; blocks.
+
+        :raises StoreError: as :meth:`keep` does.
+        """
+        state = self._states.get()
+        assert state.files is not None
+        state.files.keep(state.outbox.messages)
+
     def added(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
         """Store the message of a task that is added after the answer has begun.
 
@@ -333,10 +342,13 @@ class OutboxRunner(KeepingRunner):
         return False
 
     def send(self, task: BackgroundTask, message: Stored | None = None) -> bool | Queue:
-        """Return a function that puts a task into the outbox; does not block.
+        """Return a function that puts a task into the outbox.
+
+        Does not block, but on a worker, where a message with a long delay is stored now.
 
         :param message: the message that :meth:`check` returned for the task.
         :return: False if the task is to run in this process.
+        :raises StoreError: if the message cannot be stored.
         """
         if message is None:
             return False
@@ -344,6 +356,9 @@ class OutboxRunner(KeepingRunner):
             task.message = message  # until the task has ended: see finished()
             return False
         state = self._states.get()
+        if message.store is None and message.message.due and state.files is not None:
+            state.files.keep([message])  # a task on a worker has added it
+            state.files.start()
         is_stored = message.store is not None
         if is_stored and (message.message.due or state.outbox.room <= 0):
             assert state.files is not None

@@ -10,8 +10,21 @@ from wsgi_bg._tasks.options import Options
 from wsgi_bg._tasks.task import BackgroundTask
 from wsgi_bg._tasks.task_log import log_dropped, log_interrupted
 from wsgi_bg.exceptions import PublishError
+from wsgi_bg.runners.keeping import keeps_tasks
 from wsgi_bg.runners.ledger import ledger_of
 from wsgi_bg.runners.timer import Deferring
+
+
+class _Tasks(Deferring):
+    """No message is stored before the call has ended.
+
+    If the process dies in the call, the engine repeats the call, and another process of the
+    folder would send the message all the same.
+    """
+
+    __slots__ = ()
+
+    is_answered = False
 
 
 class AddedTasks:
@@ -23,7 +36,7 @@ class AddedTasks:
     """
 
     def __init__(self, task: BackgroundTask, options: Options) -> None:
-        self.tasks = Deferring()
+        self.tasks = _Tasks()
         # The request is long over: its outcome was known when the message was sent.
         self.tasks.options = replace(options, run_on="always")
         self._task = task
@@ -35,19 +48,23 @@ class AddedTasks:
         some engines end the process after each call. The worker has not finished with the
         message meanwhile: the broker may deliver the message again if the process dies.
 
-        :raises PublishError: if the broker has not confirmed in the runner's ``drain_timeout``.
+        :raises PublishError: if the broker has not confirmed in the runner's ``drain_timeout``;
+            the messages are in the folder of the outbox then, if there is a folder.
         """
         if self.tasks.close():
             return
         batch = Batch(self.tasks, response_complete=True)
         batch.sends = True
-        ledger = ledger_of(self.tasks.runner)
+        runner = self.tasks.runner
+        ledger = ledger_of(runner)
         ledger.add(batch)
-        deadline = time.monotonic() + getattr(self.tasks.runner, "drain_timeout", 30.0)
+        deadline = time.monotonic() + getattr(runner, "drain_timeout", 30.0)
         batch.send()
         are_sent = ledger.wait_for(list(ledger.unsent), deadline)
         batch.run()
         if not (ledger.wait_for(list(ledger.unsent), deadline) and are_sent):
+            if keeps_tasks(runner):  # else memory alone keeps them
+                runner.keep_unsent()
             raise PublishError(self._task.name, "tasks that it has added wait for the broker")
 
     def drop(self) -> None:

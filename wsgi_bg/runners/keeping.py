@@ -46,6 +46,12 @@ class KeepingRunner(LedgerRunner):
         """
         raise NotImplementedError
 
+    def keep_unsent(self) -> None:
+        """Store the messages that wait in memory alone to be sent; blocks.
+
+        :raises RuntimeError: as ``keep`` does.
+        """
+
     def added(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
         """``task`` is about to join ``batch``; may store the task, and raise as ``keep``."""
         raise NotImplementedError
