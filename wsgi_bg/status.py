@@ -51,6 +51,8 @@ def snapshot(path: str | os.PathLike[str] | None = None) -> Snapshot:
         this process, and the files of its durable runner.
     :raises TypeError: if ``path`` is not a path.
     :raises ValueError: if no process has ever used that folder.
+    :raises OSError: or ``StoreError``, if the files cannot be read, for example since too many
+        files are open.
     """
     return take_snapshot(path)
 
@@ -77,6 +79,7 @@ def of(id: str, path: str | os.PathLike[str] | None = None) -> State | None:  # 
     :return: None if no task with that id is known, or is known any more.
     :raises TypeError: if ``id`` is no text, or ``path`` is not a path.
     :raises ValueError: if no process has ever used the folder ``path``.
+    :raises OSError: or ``StoreError``, as :func:`snapshot` does.
     """
     if not isinstance(id, str):
         raise OptionTypeError("id", id, "the id of a task, a text")

@@ -263,6 +263,48 @@ def test_a_full_disk_displaces_no_ended_task(
     assert [id for id, _, _ in ended.all()] == ["before", "after"]  # noqa: A001
 
 
+@pytest.mark.parametrize("name", ["past.status", "3.status", "3.ended"])
+def test_no_numbers_are_lost_while_a_file_cannot_be_read(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    ended = [("1", "succeeded", time.time())]
+    write_as_dead(folder, document())
+    alive = ProcessFile(folder)
+    alive.add_ended_processes()
+    write_as_dead(folder, document(), ended=ended)
+
+    def refuse(path: Any, *args: Any, **options: Any) -> Any:
+        if str(path).endswith(f"{os.sep}{name}"):
+            raise OSError(errno.EMFILE, "Too many open files")
+        return open(path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("wsgi_bg._status.files.open", refuse, raising=False)
+        with pytest.raises(OSError, match="Too many open files"):
+            alive.add_ended_processes()
+        with pytest.raises(OSError, match="Too many open files"):
+            status.of("1", folder.path)
+    alive.add_ended_processes()
+    assert status.snapshot(folder.path).counts.succeeded == 2
+    assert status.of("1", folder.path) == "succeeded"
+
+
+@pytest.mark.parametrize("name", ["2.status", "2.ended"])
+def test_a_file_of_another_user_is_passed_over(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def refuse(path: Any, *args: Any, **options: Any) -> Any:
+        if str(path).endswith(f"{os.sep}{name}"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return open(path, *args, **options)
+
+    monkeypatch.setattr("wsgi_bg._status.files.open", refuse, raising=False)
+    write_as_dead(folder, document(), document())
+    assert status.snapshot(folder.path).counts.succeeded >= 1
+    ProcessFile(folder).add_ended_processes()
+    assert sorted(os.listdir(folder.path)) == ["owners.lock", "past.status"]
+
+
 def test_many_tasks_that_end_in_a_second_do_not_fill_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,12 @@ _TURN = 0  # the number of the lock of the process that adds files to the past
 _PAST = "past"
 _MARKS = ("owners.lock", os.path.join(OUTBOX, "owners.lock"))
 
+_GONE = (FileNotFoundError, IsADirectoryError, PermissionError)
+"""The errors of a file that is not there, or not for this user.
+
+After any other error, such as too many open files, the numbers of the file must not be lost.
+"""
+
 Ended = tuple[str, str, float]
 """The id of a task, its state and the time of its end."""
 
@@ -145,7 +151,7 @@ class EndedFile:
     def _read(self) -> list[bytes]:
         found = []
         for path in self._paths:
-            with suppress(OSError), open(path, "rb") as file:
+            with suppress(*_GONE), open(path, "rb") as file:
                 found.append(file.read())
         return found
 
@@ -293,9 +299,9 @@ def _read_past(folder: Folder) -> Past:
 
 
 _DAMAGES = (
-    OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError,
+    *_GONE, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError,
 )  # fmt: skip
-"""The errors of a file that does not have what a process writes."""
+"""The errors of a file that is gone, or does not have what a process writes."""
 
 
 def _refuse_constant(name: str) -> None:
