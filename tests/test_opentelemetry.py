@@ -300,6 +300,28 @@ def test_a_span_that_is_not_sampled_notes_nothing() -> None:
     assert recording == [False]
 
 
+@pytest.mark.parametrize("parent", ["link", "child"])
+@pytest.mark.parametrize("function", [succeed, succeed_async])
+def test_without_an_sdk_a_task_keeps_the_trace_of_its_request(
+    parent: Any, function: Any
+) -> None:
+    seen: list[trace.SpanContext] = []
+
+    def look() -> Any:
+        seen.append(trace.get_current_span().get_span_context())
+        return function()
+
+    context = trace.SpanContext(1, 2, is_remote=True)
+
+    def add(environ: object) -> None:
+        with trace.use_span(trace.NonRecordingSpan(context)):
+            background_tasks.add_task(look)
+
+    hooks = OpenTelemetryHooks(trace.NoOpTracerProvider(), parent)
+    respond(BackgroundTasksMiddleware(app_that(add), hooks=hooks))
+    assert seen == [context]
+
+
 @pytest.mark.parametrize("moment", ["on_start", "on_end"])
 def test_an_error_of_a_processor_is_logged_and_the_task_runs(
     moment: str, log: Log, caplog: pytest.LogCaptureFixture

@@ -129,7 +129,7 @@ class _Attempt:
             elif not _is_inside.get():  # an instrumentation of the engine has made a span
                 kind, is_child = SpanKind.INTERNAL, True
             _is_inside.set(True)  # for this task only, whose context is a copy
-        links = None
+        links, outside = None, parent
         if origin.is_valid and not is_child:
             links = [Link(origin)]
             parent = set_span_in_context(INVALID_SPAN, parent)
@@ -146,7 +146,9 @@ class _Attempt:
             if record.attempt > 1:
                 span.set_attribute("wsgi_bg.attempt", record.attempt)
         self._span = span
-        attach(set_span_in_context(span, parent))
+        # Without an SDK the span is none: the task keeps the trace of its request.
+        is_valid = span.get_span_context().is_valid
+        attach(set_span_in_context(span, parent) if is_valid else outside)
 
     def __exit__(
         self,
