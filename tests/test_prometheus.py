@@ -217,6 +217,16 @@ def make_tasks(count: int) -> Iterator[Callable[[], None]]:
         yield task
 
 
+def test_a_name_that_is_no_text_fails_no_scrape(registry: CollectorRegistry) -> None:
+    def task() -> None:
+        pass
+
+    task.__qualname__ = "task_\udcff"  # half of a surrogate pair
+    request(PrometheusHooks(registry), lambda: background_tasks.add_task(task))
+    [(name, _)] = counted(registry)
+    assert name == f"{__name__}.task_\\udcff"
+
+
 def test_the_names_beyond_the_limit_are_counted_as_other(registry: CollectorRegistry) -> None:
     tasks = [*make_tasks(10)]
 

@@ -238,6 +238,8 @@ class _Metrics:
             return self._add(name)
 
     def _add(self, name: str) -> _Series:
+        # Half of a surrogate pair would make every scrape of the registry fail.
+        name = name.encode("utf-8", "backslashreplace").decode()
         with self._lock.get():
             if name not in self._series and len(self._series) >= self._max_names:
                 name = OTHER
