@@ -504,7 +504,19 @@ def test_a_function_makes_the_label() -> None:
     assert labels(make) == ["GET of\\n127.0.0.1"]
 
 
-@pytest.mark.parametrize("make", [lambda environ: environ["none"], lambda environ: None])
+class Unreadable(str):
+    """A text of a class of the user's own."""
+
+    __slots__ = ()
+
+    def __getitem__(self, place: Any) -> str:
+        raise RuntimeError
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda environ: environ["none"], lambda environ: None, lambda environ: Unreadable("GET")],
+)
 def test_a_function_without_a_label_is_logged(make: Any, log: Log) -> None:
     assert labels(make) == [None]
     assert log.errors[0] == "request_label raised"

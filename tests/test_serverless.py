@@ -184,6 +184,20 @@ def test_an_open_response_needs_no_collection(runner: str) -> None:
 
 
 @pytest.mark.usefixtures("no_collection")
+def test_the_label_of_an_open_response_is_not_asked_for(log: Log) -> None:
+    """Its environ is not known: the function would raise for an empty one."""
+    seen: list[str | None] = []
+    app = BackgroundTasksMiddleware(
+        app_that(lambda _: background_tasks.add_task(int, "one")),
+        request_label=lambda environ: str(environ["PATH_INFO"]),
+        on_error=lambda task, exc: seen.append(task.request),
+    )
+    finish_tasks(invoke)(app)
+    assert seen == [None]
+    assert log.errors == ["background task builtins.int raised ValueError"]
+
+
+@pytest.mark.usefixtures("no_collection")
 def test_a_handler_that_raises_has_failed_and_its_tasks_run_first() -> None:
     seen: list[str] = []
 

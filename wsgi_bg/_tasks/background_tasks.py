@@ -117,7 +117,7 @@ class BackgroundTasks:
     def note_request(self, environ: Mapping[str, Any]) -> None:
         """Note the label of the request that ``environ`` belongs to, for logs and hooks."""
         make = self.options.request_label
-        if make is None:
+        if make is None or not environ:  # empty for a response that was not closed, nor freed
             method = environ.get("REQUEST_METHOD")
             if method is not None:
                 self._request = method, environ.get("SCRIPT_NAME"), environ.get("PATH_INFO")
@@ -126,12 +126,11 @@ class BackgroundTasks:
             label = make(environ)
             if not isinstance(label, str):
                 raise TypeError(f"a str is wanted, and not {safe_repr(label)}")
+            self._request = _shortened(label)
         except BaseException as exc:
             if is_from_signal_handler(exc):
                 raise
             log.error("request_label raised", exc_info=exc)
-        else:
-            self._request = _shortened(label)
 
     @property
     def handed_over_at(self) -> float | None:
