@@ -339,7 +339,14 @@ def run(self):
         variable_of.append((self.name.rpartition("-")[0] or self.name, variable.get()))
     real(self)
 
+real_start = threading.Thread.start
+
+def start(self):  # Sentry copies the context here
+    variable_of.append((self.name, variable.get()))
+    real_start(self)
+
 threading.Thread.run = run
+threading.Thread.start = start
 
 def add(environ):
     variable.set("the first request's")

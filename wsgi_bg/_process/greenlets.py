@@ -16,6 +16,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from wsgi_bg._process.threads import start_daemon
+
 
 def are_threads() -> bool:
     """True if a ``threading.Thread`` is a greenlet (of the thread that starts it)."""
@@ -44,7 +46,7 @@ def start_real_thread(target: Callable[[], object], name: str) -> None:
         sys.modules["gevent"].get_hub()
         sys.modules["gevent.monkey"].get_original("_thread", "start_new_thread")(run, ())
     else:
-        threading.Thread(target=run, name=name, daemon=True).start()
+        start_daemon(run, name)
 
 
 class _Event:
