@@ -363,7 +363,7 @@ def test_the_watch_keeps_no_request_alive_that_has_ended(
 def test_without_memory_for_a_thread_the_next_task_tries_again(
     monkeypatch: pytest.MonkeyPatch, gate: Gate, log: Log
 ) -> None:
-    from wsgi_bg._process.threads import start_daemon
+    from wsgi_bg._process.greenlets import start_daemon
 
     fails = [True]
 

@@ -22,11 +22,10 @@ from wsgi_bg._durable.store import Parked, Store
 from wsgi_bg._messages import headers, retries
 from wsgi_bg._messages.codec import decode, encode
 from wsgi_bg._process import log
-from wsgi_bg._process.greenlets import event
+from wsgi_bg._process.greenlets import event, start_daemon
 from wsgi_bg._process.interrupts import type_name
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._process.repeated import RepeatedError
-from wsgi_bg._process.threads import start_daemon
 from wsgi_bg._tasks import registry
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg._tasks.checks import seconds, whole_number

@@ -13,9 +13,8 @@ from wsgi_bg._durable.folder import Folder
 from wsgi_bg._durable.rows import Outcome, Row, Settings
 from wsgi_bg._durable.store import Store
 from wsgi_bg._process import log
-from wsgi_bg._process.greenlets import event
+from wsgi_bg._process.greenlets import event, start_daemon
 from wsgi_bg._process.repeated import RepeatedError
-from wsgi_bg._process.threads import start_daemon
 from wsgi_bg._tasks.checks import WhenUnsent
 from wsgi_bg._tasks.task_log import fields_of
 from wsgi_bg.exceptions import MessageError, StoreError

@@ -1,4 +1,4 @@
-"""Threads and waits under gevent, whose threads are greenlets and whose hub a wait may block.
+"""Threads and waits, also under gevent, where threads are greenlets and a wait may block all.
 
 gevent runs many greenlets on a thread, and switches between greenlets when a greenlet waits
 by gevent's functions. After ``monkey.patch_all()``, waits of :mod:`threading` are gevent's, and
@@ -13,10 +13,9 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import Context
 from functools import partial
 from typing import Any
-
-from wsgi_bg._process.threads import start_daemon
 
 
 def are_threads() -> bool:
@@ -31,6 +30,21 @@ def is_on_greenlet() -> bool:
     return gevent is not None and (
         are_threads() or isinstance(gevent.getcurrent(), gevent.Greenlet)
     )
+
+
+def start_daemon(target: Callable[..., object], name: str, *args: Any) -> threading.Thread:
+    """Call ``target(*args)`` on a new daemon thread, with no context variable set.
+
+    Free-threaded Python 3.14 and Sentry give a new thread a copy of the context in which
+    ``start()`` is called. With that copy the thread would keep the first request alive as long
+    as the thread lives, and Sentry would add that request to each record of the thread.
+
+    :raises RuntimeError: if no thread can be started: there is no memory for a stack, or the
+        interpreter exits.
+    """
+    thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+    Context().run(thread.start)
+    return thread
 
 
 def start_real_thread(target: Callable[[], object], name: str) -> None:

@@ -23,8 +23,8 @@ from operator import call
 from typing import Generic, TypeVar
 
 from wsgi_bg._process import greenlets, log, per_process
+from wsgi_bg._process.greenlets import start_daemon
 from wsgi_bg._process.interrupts import is_raised_here
-from wsgi_bg._process.threads import start_daemon
 
 Job = TypeVar("Job")
 

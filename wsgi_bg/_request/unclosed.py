@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from wsgi_bg._process import log
 from wsgi_bg._process.exit import is_exiting
-from wsgi_bg._process.greenlets import event
+from wsgi_bg._process.greenlets import event, start_daemon
 from wsgi_bg._process.interrupts import is_raised_here, stops_worker
 from wsgi_bg._process.per_process import PerProcess
-from wsgi_bg._process.threads import start_daemon
 from wsgi_bg._request import servers
 from wsgi_bg.runners import shutdown
 

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 from wsgi_bg._durable.writer import Turns
 from wsgi_bg._loop import portal
 from wsgi_bg._process import per_process
-from wsgi_bg._process.greenlets import event, event_for_thread
+from wsgi_bg._process.greenlets import event, event_for_thread, start_daemon
 from wsgi_bg._process.repeated import RepeatedError
-from wsgi_bg._process.threads import start_daemon
 from wsgi_bg._status.document import Document, KeepDone
 from wsgi_bg._status.files import ProcessFile, open_folder
 from wsgi_bg._status.journal import Journal

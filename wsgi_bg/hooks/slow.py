@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from wsgi_bg._loop import portal
 from wsgi_bg._process import greenlets
+from wsgi_bg._process.greenlets import start_daemon
 from wsgi_bg._process.interrupts import type_name
 from wsgi_bg._process.per_process import PerProcess
-from wsgi_bg._process.threads import start_daemon
 from wsgi_bg._tasks.task_log import log_slow
 from wsgi_bg.hooks.base import OptionHooks, TaskRecord
 
