@@ -129,10 +129,10 @@ class _Attempt:
             elif not _is_inside.get():  # an instrumentation of the engine has made a span
                 kind, is_child = SpanKind.INTERNAL, True
             _is_inside.set(True)  # for this task only, whose context is a copy
-        links, outside = None, parent
+        links, start_in = None, parent
         if origin.is_valid and not is_child:
             links = [Link(origin)]
-            parent = set_span_in_context(INVALID_SPAN, parent)
+            start_in = set_span_in_context(INVALID_SPAN, parent)
         attributes = {
             "messaging.system": "wsgi_bg",
             "messaging.operation.name": "process",
@@ -140,15 +140,15 @@ class _Attempt:
             "messaging.destination.name": name,
             "code.function.name": name,
         }
-        span = self._tracer.start_span(f"process {name}", parent, kind, attributes, links)
+        span = self._tracer.start_span(f"process {name}", start_in, kind, attributes, links)
         if span.is_recording():
             span.set_attribute("messaging.message.id", record.id)
             if record.attempt > 1:
                 span.set_attribute("wsgi_bg.attempt", record.attempt)
         self._span = span
-        # Without an SDK the span is none: the task keeps the trace of its request.
+        # Without an SDK the span is not valid: the task keeps the trace of its request.
         is_valid = span.get_span_context().is_valid
-        attach(set_span_in_context(span, parent) if is_valid else outside)
+        attach(set_span_in_context(span, parent) if is_valid else parent)
 
     def __exit__(
         self,
