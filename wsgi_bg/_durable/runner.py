@@ -770,7 +770,7 @@ class _State:
                 self.ledger.add(batch)
                 batch.skip()
 
-    def postpone(self, task: BackgroundTask, wait: float | None, tasks: Any) -> bool:
+    def postpone(self, task: BackgroundTask, wait: float | None, tasks: TaskQueue) -> bool:
         kept = task.message
         store, row = kept.store, kept.row
         assert store is not None

@@ -358,6 +358,7 @@ class TaskQueue(BackgroundTasks):
     front: list[BackgroundTask] | None
     stored_as: Any  # a slot that most requests do not set
     phase: int  # a slot of the base class
+    observer: Any  # of a test, or None: a class attribute of the subclasses
 
     has_waited: bool = False  # True for tasks whose batch the timer submits
 
