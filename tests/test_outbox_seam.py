@@ -264,9 +264,8 @@ def test_the_folder_has_no_message_of_a_call_that_has_not_ended(tmp_path: Path) 
     runner = ListRunner(outbox=tmp_path)
     assert run_call(runner, f"{NAME}.spread_to", text(str(tmp_path), 0), {}) == []
     assert [[each.name for each in batch] for batch in runner.sent] == [["seam.weighed"]]
-    assert (
-        files_of(tmp_path) == []
-    )  # a worker of RQ has a process, and so a file, for each call
+    # A worker of RQ has a process for each call, and each process would leave a file.
+    assert files_of(tmp_path) == []
 
 
 def test_the_folder_keeps_messages_of_a_call_that_the_broker_does_not_take(

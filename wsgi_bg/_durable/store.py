@@ -54,6 +54,9 @@ WAL_COMMITS = 500
 LOOK = 0.9
 """Seconds between two looks of ``tidy`` for orders: less than the second between two calls."""
 
+_FORGED = (TypeError, ValueError, RecursionError)
+"""Errors of an order that the command line has not written."""
+
 STATES = {
     "done": notes.DONE,
     "failed": notes.FAILED,
@@ -696,9 +699,6 @@ class Parked(NamedTuple):
 
 
 _own: dict[tuple[int, int], PerProcess[Store]] = {}
-
-_FORGED = (TypeError, ValueError, RecursionError)
-"""Errors of an order that the command line has not written."""
 
 
 def _unlink(folder: Folder, number: int) -> None:
