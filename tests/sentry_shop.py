@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import threading
-from pathlib import Path
 from typing import Any
 
 import dramatiq
@@ -24,7 +23,7 @@ from sentry_sdk.integrations.rq import RqIntegration
 from sentry_sdk.transport import Transport
 
 import wsgi_bg
-from tests.support import Server, app_that, make_server_environ
+from tests.support import Server, app_that, append_json, make_server_environ
 from wsgi_bg import (
     BackgroundTasksMiddleware,
     DurableRunner,
@@ -56,14 +55,7 @@ class Recorder(Transport):
                 found = {"type": item.type, **json.loads(item.get_bytes())}
                 self.items.append(found)
                 if "SENTRY_ITEMS" in os.environ:
-                    with open(os.environ["SENTRY_ITEMS"], "a", encoding="utf-8") as file:
-                        file.write(json.dumps(found) + "\n")
-
-
-def items_in(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+                    append_json(os.environ["SENTRY_ITEMS"], found)
 
 
 def set_one() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import os
 import secrets
 import socket
@@ -15,6 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 from wsgiref.util import setup_testing_defaults
 
@@ -96,6 +98,18 @@ def app_that(
         return body()
 
     return app
+
+
+def append_json(path: str, value: object) -> None:
+    """Add a line to the file by one call of the system, so that threads' lines do not mix."""
+    with open(path, "ab", buffering=0) as file:
+        file.write(json.dumps(value).encode() + b"\n")
+
+
+def json_lines(path: Path) -> list[Any]:
+    """The lines of :func:`append_json` that are whole: another process may be in the last."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 class Gate:

@@ -34,13 +34,14 @@ from tests.support import (
     Gate,
     Server,
     app_that,
+    json_lines,
     make_server_environ,
     respond,
     run_python,
 )
 from tests.test_examples import wait_until
 from tests.test_outbox_seam import ListRunner
-from tests.traced_shop import as_dict, provider_for, spans_in
+from tests.traced_shop import as_dict, provider_for
 from wsgi_bg import (
     BackgroundTasksMiddleware,
     DurableRunner,
@@ -608,7 +609,7 @@ def test_a_stored_task_of_a_process_that_was_killed_continues_the_trace(
         f"store_and_die({str(folder)!r})", TRACED_SPANS=str(before), TRACED_PARENT=parent
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    [outer] = spans_in(before)
+    [outer] = json_lines(before)
     hooks = OpenTelemetryHooks(spans.provider, parent)
     app = app_that(lambda _: None)
     runner = DurableRunner(folder)
@@ -635,8 +636,8 @@ def test_a_message_to_a_worker_of_celery_continues_the_trace(
         web = in_process("send()", TRACED_SPANS=str(here), **environ)
         assert web.returncode == 0, web.stderr
         count = 3 if instruments_celery else 2  # Celery's own comes last
-        assert wait_until(lambda: len(spans_in(there)) == count, 30), started.log
-    spans = {span["name"]: span for span in (*spans_in(there), *spans_in(here))}
+        assert wait_until(lambda: len(json_lines(there)) == count, 30), started.log
+    spans = {span["name"]: span for span in (*json_lines(there), *json_lines(here))}
     assert len({span["trace"] for span in spans.values()}) == 1
     task = spans["process tests.traced_shop.work"]
     expected = ["inside", "process tests.traced_shop.work", "request"]

@@ -21,8 +21,15 @@ from tests import sentry_shop
 from tests.brokers import RedisServer
 from tests.celery_support import filesystem, worker
 from tests.conftest import Log
-from tests.sentry_shop import DSN, Recorder, items_in
-from tests.support import Server, app_that, make_server_environ, respond, run_python
+from tests.sentry_shop import DSN, Recorder
+from tests.support import (
+    Server,
+    app_that,
+    json_lines,
+    make_server_environ,
+    respond,
+    run_python,
+)
 from tests.test_examples import wait_until
 from tests.test_outbox_seam import ListRunner
 from wsgi_bg import BackgroundTasksMiddleware, DurableRunner, background_tasks
@@ -74,7 +81,7 @@ def shop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     path = tmp_path_factory.mktemp("sentry") / "items"
     done = in_process(f"run_flask({request.param!r})", SENTRY_ITEMS=str(path))
     assert done.returncode == 0, done.stderr
-    return items_in(path)
+    return json_lines(path)
 
 
 def test_the_tags_of_a_task_are_in_no_other_task_and_not_in_the_request(shop: Any) -> None:
@@ -142,7 +149,7 @@ def test_spans_that_are_streamed_continue_the_trace(tmp_path: Path) -> None:
     call = 'run_flask(trace_lifecycle="stream")'
     done = in_process(call, SENTRY_ITEMS=str(path))
     assert done.returncode == 0, done.stderr
-    items = items_in(path)
+    items = json_lines(path)
     spans = {span["name"]: span for item in of_type("span", items) for span in item["items"]}
     task = spans["tests.sentry_shop.set_two"]
     assert task["trace_id"] == spans["good"]["trace_id"]
@@ -158,9 +165,9 @@ def test_a_worker_with_sentrys_own_integration_keeps_to_it(tmp_path: Path) -> No
     with worker(broker, tmp_path, "--pool=solo", **options) as started:
         web = in_process("send()", SENTRY_ITEMS=str(here), **environ)
         assert web.returncode == 0, web.stderr
-        assert wait_until(lambda: len(items_in(there)) >= 3, 30), started.log
-    [request] = of_type("transaction", items_in(here))
-    items = items_in(there)
+        assert wait_until(lambda: len(json_lines(there)) >= 3, 30), started.log
+    [request] = of_type("transaction", json_lines(here))
+    items = json_lines(there)
     tasks = of_type("transaction", items)
     assert sorted(task["transaction"] for task in tasks) == ["sentry.fail", "sentry.work"]
     for task in tasks:
@@ -187,10 +194,10 @@ def test_a_worker_of_rq_with_sentrys_integration_continues_the_trace(
         check=True,
         timeout=60,
     )
-    items = items_in(there)
+    items = json_lines(there)
     [event] = of_type("event", items)
     assert event["exception"]["values"][0]["mechanism"]["type"] == "rq", done.stderr
-    [request] = of_type("transaction", items_in(here))
+    [request] = of_type("transaction", json_lines(here))
     tasks = of_type("transaction", items)
     assert all(continues(task, request) for task in tasks)
     assert {trace_of(task)["op"] for task in tasks} == {"queue.task.rq"}
@@ -203,7 +210,7 @@ def test_an_error_that_an_engine_logs_is_one_event(tmp_path: Path) -> None:
     done = in_process("run_dramatiq()", SENTRY_ITEMS=str(path))
     assert done.returncode == 0, done.stderr
     assert "with unhandled exception" in done.stderr
-    [event] = of_type("event", items_in(path))
+    [event] = of_type("event", json_lines(path))
     assert event["exception"]["values"][0]["mechanism"]["type"] == "wsgi_bg"
 
 
@@ -423,7 +430,7 @@ def test_a_stored_task_of_a_process_that_was_killed_continues_the_trace(
     before, folder = tmp_path / "items", tmp_path / "tasks"
     killed = in_process(f"store_and_die({str(folder)!r})", SENTRY_ITEMS=str(before))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    [request] = of_type("transaction", items_in(before))
+    [request] = of_type("transaction", json_lines(before))
     app = BackgroundTasksMiddleware(
         app_that(lambda _: None), runner=DurableRunner(folder), hooks=SentryHooks()
     )

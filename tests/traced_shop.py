@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
 
 import wsgi_bg
-from tests.support import Server, app_that, make_server_environ
+from tests.support import Server, app_that, append_json, make_server_environ
 from wsgi_bg import (
     BackgroundTasksMiddleware,
     DurableRunner,
@@ -38,9 +38,8 @@ class ToFile(SpanExporter):
         self._path = path
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        lines = [json.dumps(as_dict(span)) + "\n" for span in spans]
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write("".join(lines))
+        for span in spans:
+            append_json(self._path, as_dict(span))
         return SpanExportResult.SUCCESS
 
 
@@ -57,12 +56,6 @@ def as_dict(span: ReadableSpan) -> dict[str, Any]:
         "attributes": dict(span.attributes or {}),
         "events": [[event.name, dict(event.attributes or {})] for event in span.events],
     }
-
-
-def spans_in(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def provider_for(exporter: SpanExporter) -> TracerProvider:
