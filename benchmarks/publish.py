@@ -21,8 +21,8 @@ from typing import Any
 from celery import Celery
 
 from benchmarks.measure import HEADERS, begin, in_turns, options, row, run, time_calls
-from tests.brokers import BrokerServer, find, proxy_to, rabbit_server, redis_server
 from tests.support import waitress
+from tests.support.brokers import BrokerServer, find, proxy_to, rabbit_server, redis_server
 from wsgi_bg import ENVIRON_KEY, BackgroundTasksMiddleware, registered_task, wait
 from wsgi_bg.celery import CeleryRunner
 

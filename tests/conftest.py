@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.brokers import RabbitServer, RedisServer, rabbit_server, redis_server
 from tests.servers import table
 from tests.support import TIMEOUT, Clock, Gate
+from tests.support.brokers import RabbitServer, RedisServer, rabbit_server, redis_server
 from wsgi_bg._durable import store as stores
 from wsgi_bg._loop import portal
 from wsgi_bg._loop.portal import PortalThread
@@ -26,7 +26,7 @@ from wsgi_bg._tasks.task import current
 from wsgi_bg.runners import shutdown, timer
 from wsgi_bg.runners.ledger import ledgers_here
 
-pytest_plugins = ["pytester", "tests.django_fixtures"]
+pytest_plugins = ["pytester", "tests.support.django_fixtures"]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

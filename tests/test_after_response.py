@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 
-from tests.client import ask
 from tests.support import TIMEOUT, app_that, waitress
+from tests.support.client import ask
 from wsgi_bg import BackgroundTasksMiddleware, background_tasks
 
 

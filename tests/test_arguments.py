@@ -24,7 +24,6 @@ from werkzeug.local import LocalProxy
 from werkzeug.wrappers import Request, Response
 
 from tests.conftest import Log
-from tests.django_support import RequestFactory
 from tests.support import (
     TIMEOUT,
     Environ,
@@ -33,6 +32,7 @@ from tests.support import (
     make_server_environ,
     respond,
 )
+from tests.support.django import RequestFactory
 from wsgi_bg import (
     BackgroundTasks,
     BackgroundTasksMiddleware,

@@ -19,8 +19,7 @@ from asgiref.sync import (
 )
 from flask import Flask
 
-from tests import client
-from tests.support import TIMEOUT, run_python, waitress
+from tests.support import TIMEOUT, client, run_python, waitress
 from wsgi_bg import BackgroundTask, BackgroundTasks, background_tasks
 from wsgi_bg._loop import asgiref_state
 from wsgi_bg.flask import Background

@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 from kombu import Connection
 
-from tests import celery_site, client
-from tests.brokers import (
+from tests.support import app_that, celery_site, client, waitress
+from tests.support.brokers import (
     PROGRAMS,
     REQUIRED,
     Broker,
@@ -33,9 +33,8 @@ from tests.brokers import (
     proxy_to,
     waiting,
 )
-from tests.celery_shop import note_line, note_line_late
-from tests.celery_support import worker
-from tests.support import app_that, waitress
+from tests.support.celery import worker
+from tests.support.celery_shop import note_line, note_line_late
 from tests.test_examples import text_of, wait_until
 from wsgi_bg import BackgroundTasksMiddleware, background_tasks, wait
 
@@ -299,7 +298,7 @@ def test_no_process_of_a_broker_outlives_a_killed_process_of_the_tests(
     kind = type(server).__name__
     code = f"""
         import pathlib, sys, time
-        from tests.brokers import {kind}
+        from tests.support.brokers import {kind}
         print({kind}(pathlib.Path({str(tmp_path)!r})).sessions)
         sys.stdout.flush()
         time.sleep(600)

@@ -14,12 +14,18 @@ import pytest
 from celery import Celery
 from kombu import Connection, Exchange, Queue
 
-from tests import celery_site, client
-from tests.brokers import Broker, BrokerServer, RabbitServer, RedisServer, proxy_to, waiting
-from tests.celery_shop import note, note_line_late
-from tests.celery_support import request, worker
 from tests.conftest import Log
-from tests.support import TIMEOUT, app_that, free_port, waitress
+from tests.support import TIMEOUT, app_that, celery_site, client, free_port, waitress
+from tests.support.brokers import (
+    Broker,
+    BrokerServer,
+    RabbitServer,
+    RedisServer,
+    proxy_to,
+    waiting,
+)
+from tests.support.celery import request, worker
+from tests.support.celery_shop import note, note_line_late
 from tests.test_examples import text_of, wait_until
 from wsgi_bg import BackgroundTasksMiddleware, background_tasks, wait
 from wsgi_bg._outbox import outbox as sending
@@ -27,7 +33,7 @@ from wsgi_bg.celery import CeleryRunner, connection
 from wsgi_bg.celery.connection import BrokerConnection
 from wsgi_bg.exceptions import PublishError
 
-NOTE = "tests.celery_shop.note"
+NOTE = "tests.support.celery_shop.note"
 
 
 @pytest.fixture(params=["rabbitmq", "redis"])

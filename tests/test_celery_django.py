@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.celery_django import MODULE, query, query_async
-from tests.celery_support import Shop, filesystem, worker
+from tests.support.celery import Shop, filesystem, worker
+from tests.support.celery_django import MODULE, query, query_async
 from tests.test_examples import text_of, wait_until
 
 

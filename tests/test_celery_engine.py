@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.celery_shop import note
-from tests.celery_support import filesystem, messages
-from tests.engine_support import TIMEOUT, send
+from tests.support.celery import filesystem, messages
+from tests.support.celery_shop import note
+from tests.support.engines import TIMEOUT, send
 from wsgi_bg import registered_task, wait
 from wsgi_bg.celery import CeleryRunner
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError

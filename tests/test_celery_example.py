@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.celery_support import redis_server
+from tests.support.celery import redis_server
 from tests.test_examples import FOLDER, TIMEOUT, Example, ask, serving, text_of, wait_until
 
 EXAMPLE = Example(

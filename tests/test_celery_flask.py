@@ -21,8 +21,18 @@ from celery.beat import Scheduler
 from celery.exceptions import MaxRetriesExceededError
 from celery.schedules import schedule
 
-from tests import celery_flask
-from tests.celery_flask import (
+from tests.support import celery_flask
+from tests.support.celery import (
+    TIMEOUT,
+    Shop,
+    Worker,
+    filesystem,
+    messages,
+    request,
+    wait_for,
+    worker,
+)
+from tests.support.celery_flask import (
     NAME,
     Order,
     db,
@@ -40,16 +50,6 @@ from tests.celery_flask import (
     spread_and_fail,
     spread_and_retry,
     spread_async,
-)
-from tests.celery_support import (
-    TIMEOUT,
-    Shop,
-    Worker,
-    filesystem,
-    messages,
-    request,
-    wait_for,
-    worker,
 )
 from tests.test_examples import text_of, wait_until
 from wsgi_bg import background_tasks
@@ -123,7 +123,7 @@ def test_the_context_is_entered_once_whatever_the_task_class(
 
     celery_app = Celery("own", task_cls=OwnTask, set_as_current=False)
     Background(app, runner=CeleryRunner(celery_app, plain_calls=True))
-    task = celery_app.tasks[f"tests.celery_flask.{name}"]
+    task = celery_app.tasks[f"tests.support.celery_flask.{name}"]
     with app.app_context() if is_open else nullcontext():
         task.apply(args=(str(path),))
         task.apply(args=(str(path),))
@@ -210,7 +210,7 @@ def test_the_error_after_the_last_retry_has_no_arguments(site: Shop) -> None:
 
 
 def test_celery_gets_the_error_of_an_async_task(site: Shop, tmp_path: Path) -> None:
-    task = plain_app(site).tasks["tests.celery_shop.fail_always"]
+    task = plain_app(site).tasks["tests.support.celery_shop.fail_always"]
     result = task.apply(args=(str(tmp_path / "path"),), max_retries=0)
     assert isinstance(result.result, ConnectionResetError)
 
@@ -263,12 +263,12 @@ def test_a_task_that_is_dropped_before_a_retry_is_named(
 ) -> None:
     caplog.set_level(logging.DEBUG, "wsgi_bg")
     path, sent = str(tmp_path / "path"), str(tmp_path / "sent")
-    plain_app(site).tasks["tests.celery_flask.spread_async"].apply(args=(path, sent))
-    adder = "tests.celery_flask.spread_async"
+    plain_app(site).tasks["tests.support.celery_flask.spread_async"].apply(args=(path, sent))
+    adder = "tests.support.celery_flask.spread_async"
     dropped = [each for each in caplog.messages if "was dropped" in each]
     assert dropped == [
         f"background task {name} was dropped: {adder}, which has added it, is called again"
-        for name in ("tests.celery_shop.append", "tests.celery_shop.note")
+        for name in ("tests.support.celery_shop.append", "tests.support.celery_shop.note")
     ]
 
 
@@ -342,7 +342,7 @@ def test_delay_and_a_chain_work_as_with_celerys_own_tasks(site: Shop, tmp_path: 
 def test_a_correlation_id_goes_with_a_plain_call_of_this_application(
     site: Shop, tmp_path: Path
 ) -> None:
-    task = plain_app(site).tasks["tests.celery_flask.spread"]
+    task = plain_app(site).tasks["tests.support.celery_flask.spread"]
 
     def call() -> None:
         correlation_id.set("request-8")
@@ -367,7 +367,9 @@ def test_a_plain_text_that_looks_like_encoded_arguments_is_a_text(
     site: Shop, tmp_path: Path
 ) -> None:
     path, marker = tmp_path / "seen", f"{uuid.uuid4()}"
-    site.forge("tests.celery_flask.look", [json.dumps([1, [str(path)], {}])], task_id=marker)
+    site.forge(
+        "tests.support.celery_flask.look", [json.dumps([1, [str(path)], {}])], task_id=marker
+    )
     assert wait_until(lambda: f"look[{marker}] raised" in site.worker.log)
     assert not path.exists()
 
@@ -377,7 +379,7 @@ def test_a_message_of_the_version_before_is_read_among_plain_calls(
 ) -> None:
     path = tmp_path / "seen"
     site.forge(
-        "tests.celery_flask.look_and_fail",
+        "tests.support.celery_flask.look_and_fail",
         [json.dumps([1, [str(path)], {}])],
         argsrepr="(...)",
         kwargsrepr="(...)",
@@ -397,7 +399,7 @@ def test_celerys_eager_mode_takes_plain_calls(site: Shop, tmp_path: Path) -> Non
     app = plain_app(site)
     app.conf.task_always_eager = True
     path, sent = tmp_path / "path", tmp_path / "sent"
-    app.tasks["tests.celery_flask.spread"].delay(str(path), str(sent))
+    app.tasks["tests.support.celery_flask.spread"].delay(str(path), str(sent))
     pid = os.getpid()
     assert lines(path) == [f"attempt {pid}", f"attempt {pid}", f"local {pid}"]
     assert sent.exists()
@@ -408,7 +410,7 @@ def test_a_direct_call_of_the_task_is_a_call(site: Shop) -> None:
     app = plain_app(site)
     assert app.tasks["site.total"](3, second=4) == 7
     with pytest.raises(RuntimeError, match="background_tasks works while"):
-        app.tasks["tests.celery_flask.spread_and_fail"]("path", "sent")
+        app.tasks["tests.support.celery_flask.spread_and_fail"]("path", "sent")
 
 
 def test_without_plain_calls_the_refusal_names_the_option(site: Shop, tmp_path: Path) -> None:

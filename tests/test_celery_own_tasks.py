@@ -17,12 +17,12 @@ from celery.signals import before_task_publish
 from kombu import Exchange
 from kombu.exceptions import EncodeError
 
-from tests.brokers import Broker
-from tests.celery_support import filesystem, messages, request
 from tests.conftest import Log
-from tests.post import Post
-from tests.recording_support import recording
 from tests.support import TIMEOUT, Server, app_that, make_server_environ
+from tests.support.brokers import Broker
+from tests.support.celery import filesystem, messages, request
+from tests.support.post import Post
+from tests.support.recording import recording
 from tests.test_examples import wait_until
 from wsgi_bg import (
     BackgroundTasksMiddleware,

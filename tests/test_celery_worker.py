@@ -20,7 +20,17 @@ from typing import Any
 import pytest
 from kombu import Connection
 
-from tests.celery_shop import (
+from tests.support.celery import (
+    TIMEOUT,
+    RedisServer,
+    Shop,
+    Worker,
+    filesystem,
+    request,
+    wait_for,
+    worker,
+)
+from tests.support.celery_shop import (
     add_line,
     fail_always,
     fail_once,
@@ -35,16 +45,6 @@ from tests.celery_shop import (
     note_on_other_queue,
     note_time,
     outlast,
-)
-from tests.celery_support import (
-    TIMEOUT,
-    RedisServer,
-    Shop,
-    Worker,
-    filesystem,
-    request,
-    wait_for,
-    worker,
 )
 from tests.test_celery import PARENT
 from tests.test_encoding import CARRIED
@@ -232,7 +232,7 @@ def text(func: Any, *args: Any) -> str:
         "subprocess.check_call",
         "builtins.eval",
         "os.getcwd",
-        "tests.celery_shop.not_registered",
+        "tests.support.celery_shop.not_registered",
         "antigravity.geohash",
     ],
 )
@@ -273,7 +273,7 @@ def test_a_forged_body_for_a_registered_name_fails_and_calls_nothing(
 ) -> None:
     path, marker = tmp_path / "forged", str(uuid.uuid4())
     args = json.loads(json.dumps(args).replace("path", str(path)))
-    shop.forge("tests.celery_shop.note", args, kwargs, task_id=marker)
+    shop.forge("tests.support.celery_shop.note", args, kwargs, task_id=marker)
     shop.works(tmp_path / "after")
     failed = f"note[{marker}] raised unexpected: MessageError("
     assert wait_until(lambda: failed in shop.worker.log), shop.worker.log
@@ -283,10 +283,10 @@ def test_a_forged_body_for_a_registered_name_fails_and_calls_nothing(
 CANVAS: list[tuple[str, Any]] = [
     ("celery.map", [{"task": "subprocess.check_call"}, [["touch", "path"]]]),
     ("celery.starmap", [{"task": "subprocess.check_call"}, [[["touch", "path"]]]]),
-    ("celery.starmap", [{"task": "tests.celery_shop.not_registered"}, [["path"]]]),
-    ("celery.map", [{"task": "tests.celery_shop.stand_still"}, ["path"]]),
-    ("celery.chunks", [{"task": "tests.celery_shop.not_registered"}, [["path"]], 1]),
-    ("celery.chain", [{"task": "tests.celery_shop.not_registered", "args": ["path"]}]),
+    ("celery.starmap", [{"task": "tests.support.celery_shop.not_registered"}, [["path"]]]),
+    ("celery.map", [{"task": "tests.support.celery_shop.stand_still"}, ["path"]]),
+    ("celery.chunks", [{"task": "tests.support.celery_shop.not_registered"}, [["path"]], 1]),
+    ("celery.chain", [{"task": "tests.support.celery_shop.not_registered", "args": ["path"]}]),
 ]
 
 
@@ -307,11 +307,18 @@ def test_a_callback_in_a_message_reaches_no_unregistered_function(
     shop: Shop, tmp_path: Path
 ) -> None:
     path = tmp_path / "forged"
-    callback = {"task": "tests.celery_shop.not_registered", "args": [str(path)], "options": {}}
+    callback = {
+        "task": "tests.support.celery_shop.not_registered",
+        "args": [str(path)],
+        "options": {},
+    }
     marker = str(uuid.uuid4())
     called = tmp_path / "called"
     shop.forge(
-        "tests.celery_shop.note", [text(note, str(called))], link=[callback], task_id=marker
+        "tests.support.celery_shop.note",
+        [text(note, str(called))],
+        link=[callback],
+        task_id=marker,
     )
     wait_for(called, shop.worker)
     shop.works(tmp_path / "after")
@@ -332,7 +339,7 @@ def test_a_pickled_message_is_refused(shop: Shop, tmp_path: Path) -> None:
             routing_key="celery",
             content_type="application/x-python-serialize",
             content_encoding="binary",
-            headers={"task": "tests.celery_shop.note", "id": marker, "lang": "py"},
+            headers={"task": "tests.support.celery_shop.note", "id": marker, "lang": "py"},
         )
     shop.works(tmp_path / "after")
     assert wait_until(lambda: "Refusing to deserialize" in shop.worker.log), shop.worker.log

@@ -17,8 +17,8 @@ from subprocess import PIPE
 import pytest
 
 import wsgi_bg
-from tests.command import MODULE, SHOP, running, serving, write
 from tests.support import TIMEOUT
+from tests.support.command import MODULE, SHOP, running, serving, write
 from wsgi_bg._serving.cli import main
 from wsgi_bg._serving.serve import announce
 

@@ -14,7 +14,7 @@ from flask import Flask, abort
 from werkzeug.test import Client
 
 from tests.conftest import Log
-from tests.pages import Page, run
+from tests.support.pages import Page, run
 from wsgi_bg import BackgroundTasks
 from wsgi_bg.flask import Background
 

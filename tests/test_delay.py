@@ -13,7 +13,8 @@ import pytest
 
 import wsgi_bg
 from tests.conftest import Log
-from tests.retry_support import (
+from tests.support import TIMEOUT, Clock, Gate, no_threads, run_python
+from tests.support.retry import (
     RUNNERS,
     SOON,
     Calls,
@@ -23,7 +24,6 @@ from tests.retry_support import (
     request,
     settle,
 )
-from tests.support import TIMEOUT, Clock, Gate, no_threads, run_python
 from wsgi_bg import (
     BackgroundTask,
     BackgroundTasks,
@@ -493,7 +493,7 @@ def test_a_task_that_is_put_off_after_the_last_drain_is_named(
     assert log.errors == [
         "background task builtins.int was not finished since it was waiting for its time: the "
         "process ends without it",
-        "background task tests.retry_support.Calls.task raised ValueError in attempt 1 of 3",
+        "background task tests.support.retry.Calls.task raised ValueError in attempt 1 of 3",
     ]
 
 
@@ -561,7 +561,7 @@ def test_a_drain_runs_what_is_due_in_its_time_and_names_the_rest(
     assert calls.count == 2
     assert [task.func for task in left] == [never.task]
     assert log.errors == [
-        "background task tests.retry_support.Calls.task was not finished since it was waiting "
+        "background task tests.support.retry.Calls.task was not finished since it was waiting "
         "for its time: the process ends without it"
     ]
     assert pool.statistics() == Statistics(0, 0, 1, 0, 0)

@@ -8,11 +8,10 @@ from queue import SimpleQueue
 import pytest
 from django.db import transaction
 
-from tests import client
 from tests.conftest import Log
-from tests.django_support import Order, settings
-from tests.frameworks import Seen, Site, make_django, service, via_werkzeug
-from tests.support import TIMEOUT, Gate, waitress
+from tests.support import TIMEOUT, Gate, client, waitress
+from tests.support.django import Order, settings
+from tests.support.frameworks import Seen, Site, make_django, service, via_werkzeug
 from tests.test_frameworks import DJANGO, check_failure
 from wsgi_bg import BackgroundTasks, BackgroundTasksMiddleware, PoolRunner, background_tasks
 

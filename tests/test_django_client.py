@@ -18,10 +18,10 @@ from django.test import Client, RequestFactory, TestCase
 from django.test.utils import override_settings
 from django.urls import path
 
-from tests.command import ROOT
 from tests.conftest import Log
-from tests.django_support import Order, settings
 from tests.support import TIMEOUT, run_python
+from tests.support.command import ROOT
+from tests.support.django import Order, settings
 from wsgi_bg import BackgroundTasks, background_tasks, get_background_tasks, inject
 from wsgi_bg._tasks.task import current
 from wsgi_bg.django import get_wsgi_application

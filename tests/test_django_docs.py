@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.pages import Page
+from tests.support.pages import Page
 
 PAGE = Page("docs/how-to/django.md").text
 

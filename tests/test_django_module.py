@@ -24,10 +24,9 @@ from django.test.utils import override_settings
 from django.urls import path
 from django.utils import timezone, translation
 
-from tests import client
 from tests.conftest import Log
-from tests.django_support import Order, settings
-from tests.support import TIMEOUT, run_python, waitress
+from tests.support import TIMEOUT, client, run_python, waitress
+from tests.support.django import Order, settings
 from wsgi_bg import BackgroundTask, BackgroundTasksMiddleware, PoolRunner, background_tasks
 from wsgi_bg.django import get_wsgi_application
 from wsgi_bg.hooks import Hooks
@@ -316,7 +315,7 @@ def test_under_gevent_async_tasks_use_the_orm_and_keep_no_connection(tmp_path: P
     done = run_python(f"""
         from gevent import monkey; monkey.patch_all()
         import gevent
-        from tests.django_support import Order, settings
+        from tests.support.django import Order, settings
         from django.db import connection, connections
         from django.db.backends.signals import connection_created
         from tests.support import Server, app_that, make_server_environ

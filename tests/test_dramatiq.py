@@ -20,10 +20,10 @@ from dramatiq.middleware import (
     TimeLimitExceeded,
 )
 
-from tests.brokers import RabbitServer, RedisServer
-from tests.engine_shop import block, fail_twice, look, note_call, note_slowly
-from tests.engine_support import TIMEOUT, Dramatiq, Worker, send, worker
 from tests.support import app_that
+from tests.support.brokers import RabbitServer, RedisServer
+from tests.support.engine_shop import block, fail_twice, look, note_call, note_slowly
+from tests.support.engines import TIMEOUT, Dramatiq, Worker, send, worker
 from tests.test_examples import text_of, wait_until
 from wsgi_bg import BackgroundTasksMiddleware, Retry, registered_task, wait
 from wsgi_bg.dramatiq import DramatiqRunner
@@ -64,14 +64,14 @@ def test_no_log_of_dramatiq_shows_arguments(
     with working(broker):
         send(runner, block, "sec-ret/not a path")  # cannot be written
         assert wait_until(lambda: "with unhandled exception" in caplog.text)
-    assert "Failed to process message tests.engine_shop.block()" in caplog.text
+    assert "Failed to process message tests.support.engine_shop.block()" in caplog.text
     assert "sec-ret" not in "".join(record.getMessage() for record in caplog.records)
 
 
 def test_a_message_without_a_call_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     broker = stub()
     DramatiqRunner(broker)
-    actor: Any = broker.actors["tests.engine_shop.look"]
+    actor: Any = broker.actors["tests.support.engine_shop.look"]
     with working(broker):
         actor.send_with_options(wsgi_bg=["only a text"])
         actor.send()
@@ -113,9 +113,9 @@ def test_a_wrong_option_raises_in_add_task(
 
 def test_an_own_actor_keeps_its_name() -> None:
     broker = stub()
-    own = dramatiq.actor(actor_name="tests.engine_shop.look", broker=broker)(print)
+    own = dramatiq.actor(actor_name="tests.support.engine_shop.look", broker=broker)(print)
     runner = DramatiqRunner(broker)
-    assert broker.actors["tests.engine_shop.look"] is own
+    assert broker.actors["tests.support.engine_shop.look"] is own
     with pytest.raises(NameTakenError, match="taken by an actor of the broker"):
         send(runner, look, "")
 
@@ -133,7 +133,7 @@ def test_two_runners_may_have_the_same_broker(tmp_path: Path) -> None:
 def test_a_worker_that_stops_gives_its_message_back() -> None:
     broker = stub()
     DramatiqRunner(broker)
-    is_retried: Any = broker.actors["tests.engine_shop.look"].options["retry_when"]
+    is_retried: Any = broker.actors["tests.support.engine_shop.look"].options["retry_when"]
     assert is_retried(0, Shutdown())
     assert not is_retried(0, KeyError())
 
@@ -194,7 +194,7 @@ def test_a_function_may_have_a_queue_of_its_own(tmp_path: Path) -> None:
     with working(broker):
         send(DramatiqRunner(broker), note_slowly, str(path))
         assert wait_until(path.exists)
-    assert broker.actors["tests.engine_shop.note_slowly"].queue_name == "slow"
+    assert broker.actors["tests.support.engine_shop.note_slowly"].queue_name == "slow"
 
 
 def test_rabbitmq_confirms_messages(rabbitmq: RabbitServer, tmp_path: Path) -> None:

@@ -21,9 +21,18 @@ from typing import Any
 import pytest
 from flask import Flask, current_app
 
-from tests import durable_shop as shop
 from tests.conftest import Log
-from tests.durable_shop import (
+from tests.support import (
+    TIMEOUT,
+    Clock,
+    Gate,
+    Server,
+    app_that,
+    make_server_environ,
+    run_python,
+)
+from tests.support import durable_shop as shop
+from tests.support.durable_shop import (
     add_two,
     fail,
     fail_for_long,
@@ -33,15 +42,6 @@ from tests.durable_shop import (
     wait_at,
     write,
     write_async,
-)
-from tests.support import (
-    TIMEOUT,
-    Clock,
-    Gate,
-    Server,
-    app_that,
-    make_server_environ,
-    run_python,
 )
 from tests.test_examples import wait_until
 from wsgi_bg import (
@@ -358,7 +358,7 @@ def test_tasks_beyond_max_pending_stay_in_the_file_until_there_is_room(tmp_path:
         handle(runner, (write, number))
     assert shop.calls == []
     assert len(waiting(runner)) == 6
-    assert [task.name for task in wait(0)] == ["tests.durable_shop.wait_at"]
+    assert [task.name for task in wait(0)] == ["tests.support.durable_shop.wait_at"]
     shop.gate("gate").set()
     assert shop.wait_for(6)[0] == "gate"
     assert sorted(shop.calls[1:]) == [0, 1, 2, 3, 4]
@@ -604,7 +604,7 @@ def test_beyond_max_waiting_a_delay_is_refused_and_a_retry_is_kept(tmp_path: Pat
     for waits in (1, 2, 2, 2):
         run_view(runner, add)
         assert wait_until(lambda wanted=waits: runner.statistics().waiting == wanted)  # type: ignore[misc]
-    assert [exc.name for exc in refused] == ["tests.durable_shop.write"] * 2
+    assert [exc.name for exc in refused] == ["tests.support.durable_shop.write"] * 2
     assert refused[0].limit == 2
     handle(runner, (fail_for_long, 3))
     assert wait_until(lambda: runner.statistics().waiting == 3)
@@ -792,8 +792,8 @@ def test_a_task_that_waits_in_memory_can_be_discarded(
     assert (statistics.succeeded, statistics.failed, statistics.discarded) == (2, 0, 1)
     ends = [message.partition(" after ")[0] for message in log.at(logging.DEBUG)]
     assert ends == [
-        "background task tests.durable_shop.wait_at has succeeded",
-        "background task tests.durable_shop.write has succeeded",
+        "background task tests.support.durable_shop.wait_at has succeeded",
+        "background task tests.support.durable_shop.write has succeeded",
     ]
 
 
@@ -1058,13 +1058,13 @@ def test_the_fixture_checks_arguments_and_touches_no_file(
         f"""
         import os, sys, threading, pytest
         sys.path.insert(0, {str(ROOT)!r})
-        from tests.durable_shop import DurableRunner, add_two, handle, write
+        from tests.support.durable_shop import DurableRunner, add_two, handle, write
 
         @pytest.mark.wsgi_bg(mode={mode!r})
         def test_it(background_tasks, tmp_path):
             runner = DurableRunner(tmp_path)
             handle(runner, (add_two, 1))
-            assert background_tasks.tasks[0].name == "tests.durable_shop.add_two"
+            assert background_tasks.tasks[0].name == "tests.support.durable_shop.add_two"
             with pytest.raises(TypeError):
                 handle(runner, (write, object()))
             assert os.listdir(tmp_path) == []
@@ -1082,7 +1082,7 @@ def test_with_the_fixture_in_mode_real_tasks_are_stored_before_the_answer(
         f"""
         import sys, pytest
         sys.path.insert(0, {str(ROOT)!r})
-        from tests.durable_shop import *
+        from tests.support.durable_shop import *
         from wsgi_bg._durable.folder import check_folder
         from wsgi_bg._durable.inspection import list_tasks
 
@@ -1218,7 +1218,7 @@ def test_a_task_that_runs_at_the_exit_is_not_counted_as_having_crashed(tmp_path:
     handle(runner, (wait_at, "gate"))
     shop.gate("gate")
     assert shop.begun["gate"].wait(TIMEOUT)
-    assert [task.name for task in runner.drain(0)] == ["tests.durable_shop.wait_at"]
+    assert [task.name for task in runner.drain(0)] == ["tests.support.durable_shop.wait_at"]
     runner.abandon()
     assert stored(runner) == [("waiting", "durable.wait_at")]
     shop.gate("gate").set()
@@ -1260,7 +1260,7 @@ def test_hooks_of_an_inner_layer_see_durable_tasks(runner: DurableRunner) -> Non
     inner = BackgroundTasksMiddleware(app, hooks=Seen())
     Server().run(BackgroundTasksMiddleware(inner, runner=runner), make_server_environ())
     assert shop.wait_for(2) == [1, "seen"]
-    assert seen == ["tests.durable_shop.write"]
+    assert seen == ["tests.support.durable_shop.write"]
 
 
 def test_the_command_refuses_a_folder_in_a_line(tmp_path: Path) -> None:
@@ -1353,7 +1353,7 @@ def test_a_task_that_waited_has_the_context_and_the_options_of_its_layer(
     app.wsgi_app = BackgroundTasksMiddleware(app.wsgi_app, runner=runner)  # type: ignore[method-assign]
     assert app.test_client().post("/").text == "ok"
     assert sorted(map(str, shop.wait_for(2))) == ["1", "shop"]
-    assert wait_until(lambda: failed == ["tests.durable_shop.fail"])
+    assert wait_until(lambda: failed == ["tests.support.durable_shop.fail"])
 
 
 def test_a_task_that_is_read_in_vain_has_the_options_of_its_layer(tmp_path: Path) -> None:
@@ -1378,7 +1378,7 @@ def test_a_task_that_is_read_in_vain_has_the_options_of_its_layer(tmp_path: Path
     run_view(runner, add)
     assert wait_until(lambda: len(refused) > 0)
     shop.gate("gate").set()
-    assert wait_until(lambda: failed == ["tests.durable_shop.fail"])
+    assert wait_until(lambda: failed == ["tests.support.durable_shop.fail"])
 
 
 def test_a_task_that_is_refused_after_the_end_is_not_stored(runner: DurableRunner) -> None:
@@ -1551,9 +1551,9 @@ def test_at_exit_no_pool_begins_stored_tasks() -> None:
         f"""
         import logging, sys, tempfile, threading
         sys.path.insert(0, {str(ROOT)!r})
-        from tests import durable_shop as shop
-        from tests.durable_shop import *
-        from tests.durable_shop import DurableRunner, PoolRunner
+        from tests.support import durable_shop as shop
+        from tests.support.durable_shop import *
+        from tests.support.durable_shop import DurableRunner, PoolRunner
         import wsgi_bg
 
         class Open(logging.Handler):

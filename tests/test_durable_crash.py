@@ -55,7 +55,12 @@ class Shop:
         """Run ``code``, which has a ``runner``, in a process that is killed at the end."""
         runner = f"runner = DurableRunner({str(self.folder)!r}, {options})\n"
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.durable_shop", runner + textwrap.dedent(code)],
+            [
+                sys.executable,
+                "-m",
+                "tests.support.durable_shop",
+                runner + textwrap.dedent(code),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -193,7 +198,7 @@ def test_wsgi_bg_serves_with_a_folder_and_runs_what_a_kill_has_left(
     shop: Shop, tmp_path: Path
 ) -> None:
     site = """
-        from tests.durable_shop import *
+        from tests.support.durable_shop import *
 
         def app(environ, start_response):
             background_tasks.add_task(hang, environ["PATH_INFO"])
@@ -241,7 +246,7 @@ def gunicorn(tmp_path: Path, site: str, *options: str) -> Iterator[str]:
     """Serve the application of ``site``, and yield the address."""
     pytest.importorskip("gunicorn")
     (tmp_path / "site_of_test.py").write_text(
-        "from tests.durable_shop import *\n" + textwrap.dedent(site)
+        "from tests.support.durable_shop import *\n" + textwrap.dedent(site)
     )
     hooks = "from wsgi_bg.gunicorn import post_fork, worker_exit\n"
     ready = "def when_ready(server): print(server.LISTENERS[0].getsockname()[1], flush=True)\n"

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from tests import durable_shop as shop
 from tests.conftest import Log
-from tests.durable_shop import fail, handle, run_view, wait_at, write
 from tests.support import TIMEOUT, Server, app_that, make_server_environ, run_python
+from tests.support import durable_shop as shop
+from tests.support.durable_shop import fail, handle, run_view, wait_at, write
 from tests.test_examples import wait_until
 from wsgi_bg import (
     BackgroundTasksMiddleware,
@@ -63,7 +63,7 @@ def killed(path: Path, code: str) -> None:
     begin = f"""
         import os, sys, time
         sys.path.insert(0, {str(ROOT)!r})
-        from tests.durable_shop import *
+        from tests.support.durable_shop import *
         from wsgi_bg import get_background_tasks
         from wsgi_bg._durable.folder import check_folder
         from wsgi_bg._durable.inspection import list_tasks
@@ -347,7 +347,7 @@ def stopped_by(func: Any, *arguments: Any) -> Any:
 
 
 SKIPPED = (
-    "background task tests.durable_shop.write was not run: "
+    "background task tests.support.durable_shop.write was not run: "
     "a task before it failed, with stop_on_error set"
 )
 
@@ -702,7 +702,10 @@ def test_a_task_that_raises_after_its_drain_was_given_up_stays_for_the_next_proc
     assert shop.begun["gate"].wait(TIMEOUT)
     runner.drain(0.0)
     names = [task.name for task in runner.abandon()]
-    assert names == ["tests.durable_shop.wait_and_fail", "tests.durable_shop.note"]
+    assert names == [
+        "tests.support.durable_shop.wait_and_fail",
+        "tests.support.durable_shop.note",
+    ]
     if is_full:
         monkeypatch.setattr(Store, "hold_back", full_disk)
         monkeypatch.setattr(Store, "postpone", full_disk)

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import pytest
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
 
-from tests.brokers import RedisServer
 from tests.conftest import Log
-from tests.engine_shop import (
+from tests.support import free_port, run_python
+from tests.support.brokers import RedisServer
+from tests.support.engine_shop import (
     NAME,
     fail_always,
     fail_twice,
@@ -24,8 +25,7 @@ from tests.engine_shop import (
     spread,
     spread_and_fail,
 )
-from tests.engine_support import RQ, TIMEOUT, Dramatiq, Engine, Worker, request, send, worker
-from tests.support import free_port, run_python
+from tests.support.engines import RQ, TIMEOUT, Dramatiq, Engine, Worker, request, send, worker
 from tests.test_encoding import CARRIED
 from tests.test_examples import text_of, wait_until
 from wsgi_bg import Retry, background_tasks, wait
@@ -166,7 +166,13 @@ def text_for(func: Any, *args: Any) -> str:
 
 @pytest.mark.parametrize(
     "name",
-    ["tests.engine_shop.not_registered", "os.system", "", "tests.engine_shop", "builtins.eval"],
+    [
+        "tests.support.engine_shop.not_registered",
+        "os.system",
+        "",
+        "tests.support.engine_shop",
+        "builtins.eval",
+    ],
 )
 def test_a_forged_name_runs_nothing(shop: Shop, tmp_path: Path, name: str) -> None:
     path = tmp_path / "forged"
@@ -187,7 +193,7 @@ def test_a_forged_name_runs_nothing(shop: Shop, tmp_path: Path, name: str) -> No
     ],
 )
 def test_forged_arguments_run_nothing(shop: Shop, tmp_path: Path, message: Any) -> None:
-    id_ = shop.engine.forge("tests.engine_shop.look", *message)
+    id_ = shop.engine.forge("tests.support.engine_shop.look", *message)
     _assert_refused(shop, id_)
     assert "the function does not take" in shop.worker.log or message[0] != "[1,[],{}]"
 
@@ -195,7 +201,7 @@ def test_forged_arguments_run_nothing(shop: Shop, tmp_path: Path, message: Any) 
 def test_forged_headers_are_ignored(shop: Shop, tmp_path: Path) -> None:
     path = tmp_path / "seen"
     headers = {"x-correlation-id": 3, "x-wsgi-bg-retry": '{"on": 3}'}
-    shop.engine.forge("tests.engine_shop.look", text_for(look, str(path)), headers)
+    shop.engine.forge("tests.support.engine_shop.look", text_for(look, str(path)), headers)
     assert shop.worker.wait_for_lines(path, 2) == [f"{NAME}, False, None", "torn down"]
 
 
@@ -249,8 +255,8 @@ def test_a_folder_keeps_the_messages_of_a_process_that_has_died(
     done = run_python(
         f"""
         import os
-        from tests.engine_support import {kind.__name__}, send
-        from tests.engine_shop import look
+        from tests.support.engines import {kind.__name__}, send
+        from tests.support.engine_shop import look
         runner = {kind.__name__}("redis://127.0.0.1:1/0").runner(outbox={str(folder)!r})
         print(send(runner, look, "nowhere", using={{"delay": 3600}}).id, flush=True)
         os.kill(os.getpid(), 9)
@@ -267,7 +273,7 @@ def test_a_folder_keeps_the_messages_of_a_process_that_has_died(
 def _scheduled(engine: Engine) -> Any:
     if isinstance(engine, Dramatiq):
         return engine.ids
-    from tests.engine_shop import make_queue
+    from tests.support.engine_shop import make_queue
 
     return make_queue(engine.url).scheduled_job_registry.get_job_ids
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import SHOP, Command, running, write
 from tests.support import TIMEOUT, free_port
+from tests.support.command import SHOP, Command, running, write
 
 needs_threads_at_exit = pytest.mark.skipif(
     (3, 12, 0) <= sys.version_info < (3, 12, 2),

@@ -255,7 +255,7 @@ def test_a_child_of_a_pools_task_is_not_seen_by_a_real_servers_clients(end: str)
     done = run(
         end,
         """
-        from tests.client import ask
+        from tests.support.client import ask
 
         app = app_with(PoolRunner(threads=1), fork, plain, coroutine, plain)
         with waitress(app) as port:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import falcon.testing
 import pytest
 
-from tests import client, frameworks
 from tests.conftest import Log
-from tests.frameworks import (
+from tests.support import Gate, client, frameworks, waitress
+from tests.support.frameworks import (
     Answer,
     Seen,
     Site,
@@ -24,8 +24,7 @@ from tests.frameworks import (
     via_webtest,
     via_werkzeug,
 )
-from tests.pages import Page
-from tests.support import Gate, waitress
+from tests.support.pages import Page
 from wsgi_bg import (
     BackgroundTasks,
     BackgroundTasksMiddleware,

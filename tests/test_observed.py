@@ -15,7 +15,6 @@ import pytest
 
 import wsgi_bg
 from tests.conftest import Log
-from tests.post import Post, send
 from tests.support import (
     TIMEOUT,
     Environ,
@@ -26,6 +25,7 @@ from tests.support import (
     make_server_environ,
     respond,
 )
+from tests.support.post import Post, send
 from tests.test_examples import wait_until
 from wsgi_bg import (
     BackgroundTask,

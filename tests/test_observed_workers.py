@@ -23,10 +23,10 @@ from celery.exceptions import Ignore, Reject
 from celery.signals import task_prerun
 from flask import Flask
 
-from tests.celery_support import filesystem, messages
 from tests.conftest import Log
 from tests.status.support import handle, hang, nothing, process
 from tests.support import TIMEOUT, Server, app_that, make_server_environ
+from tests.support.celery import filesystem, messages
 from tests.test_examples import wait_until
 from tests.test_outbox_seam import ListRunner
 from wsgi_bg import (

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.recording_support import done, fail, send, stream, whole
 from tests.support import Server, make_environ
+from tests.support.recording import done, fail, send, stream, whole
 from wsgi_bg import PoolRunner
 from wsgi_bg._request.body import Body
 from wsgi_bg._request.observer import RequestObserver, observers

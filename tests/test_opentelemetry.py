@@ -26,8 +26,6 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
 import wsgi_bg
-from tests import traced_shop
-from tests.celery_support import filesystem, worker
 from tests.conftest import Log
 from tests.support import (
     TIMEOUT,
@@ -38,10 +36,12 @@ from tests.support import (
     make_server_environ,
     respond,
     run_python,
+    traced_shop,
 )
+from tests.support.celery import filesystem, worker
+from tests.support.traced_shop import as_dict, provider_for
 from tests.test_examples import wait_until
 from tests.test_outbox_seam import ListRunner
-from tests.traced_shop import as_dict, provider_for
 from wsgi_bg import (
     BackgroundTasksMiddleware,
     DurableRunner,
@@ -590,7 +590,7 @@ def test_an_error_of_a_propagator_is_logged_and_the_task_is_sent(
 
 def in_process(call: str, **environ: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", f"from tests.traced_shop import *; {call}"],
+        [sys.executable, "-c", f"from tests.support.traced_shop import *; {call}"],
         cwd=ROOT,
         env={**os.environ, **environ},
         capture_output=True,
@@ -639,8 +639,8 @@ def test_a_message_to_a_worker_of_celery_continues_the_trace(
         assert wait_until(lambda: len(json_lines(there)) == count, 30), started.log
     spans = {span["name"]: span for span in (*json_lines(there), *json_lines(here))}
     assert len({span["trace"] for span in spans.values()}) == 1
-    task = spans["process tests.traced_shop.work"]
-    expected = ["inside", "process tests.traced_shop.work", "request"]
+    task = spans["process tests.support.traced_shop.work"]
+    expected = ["inside", "process tests.support.traced_shop.work", "request"]
     if instruments_celery:
         expected[2:2] = ["run/traced.work", "apply_async/traced.work"]
     by_id = {span["span"]: span for span in spans.values()}

@@ -19,12 +19,11 @@ import pytest
 from werkzeug.test import Client
 
 import wsgi_bg
-from tests import post
 from tests.conftest import Log
-from tests.post import FilePost, Post, add, request, send, send_or_run
-from tests.recording_support import late as late_stream
-from tests.recording_support import recording
-from tests.support import TIMEOUT, Gate, Server, app_that, make_server_environ, no_threads
+from tests.support import TIMEOUT, Gate, Server, app_that, make_server_environ, no_threads, post
+from tests.support.post import FilePost, Post, add, request, send, send_or_run
+from tests.support.recording import late as late_stream
+from tests.support.recording import recording
 from tests.test_examples import text_of, wait_until
 from wsgi_bg import (
     BackgroundTasksMiddleware,
@@ -270,7 +269,7 @@ def test_a_message_that_is_refused_holds_up_no_other(log: Log) -> None:
     assert args == ("refused",)
     assert isinstance(error, PublishError)
     assert isinstance(error.__cause__, ValueError)
-    assert log.errors == ["background task tests.post.send raised PublishError"]
+    assert log.errors == ["background task tests.support.post.send raised PublishError"]
     statistics = runner.statistics()
     assert (statistics.sent, statistics.failed) == (2, 1)
 
@@ -324,8 +323,8 @@ def test_with_local_a_task_runs_here_after_publish_timeout(log: Log) -> None:
     assert runner.statistics().succeeded == 1
     (warning,) = [each for each in log.warnings if each.startswith("background task")]
     assert warning == (
-        "background task tests.post.send runs in this process: tests.post.send was not sent: "
-        "the broker has not answered in time"
+        "background task tests.support.post.send runs in this process: tests.support.post.send "
+        "was not sent: the broker has not answered in time"
     )
 
 
@@ -406,7 +405,7 @@ def test_with_local_a_task_that_has_expired_does_not_run(log: Log) -> None:
     assert post.here == []
     assert len(errors) == 1
     assert errors[0].endswith("has not answered in time, and it has expired")
-    assert log.errors == ["background task tests.post.send raised PublishError"]
+    assert log.errors == ["background task tests.support.post.send raised PublishError"]
 
 
 @pytest.mark.usefixtures("quick")
@@ -423,7 +422,7 @@ def test_the_function_and_the_view_say_what_becomes_of_a_task(log: Log) -> None:
     assert wait_until(lambda: post.here == ["local"])
     assert wait_until(lambda: runner.statistics().failed == 1)
     assert runner.statistics().waiting == 1
-    assert log.errors == ["background task tests.post.send_or_run raised PublishError"]
+    assert log.errors == ["background task tests.support.post.send_or_run raised PublishError"]
     runner.is_up = True
     assert settled(runner)
     assert runner.got == ["held"]
@@ -467,7 +466,7 @@ def test_after_hold_for_a_task_is_given_up_and_named(log: Log) -> None:
     assert isinstance(failed[0], PublishError)
     assert settled(runner)
     assert runner.statistics().failed == 1
-    assert log.errors == ["background task tests.post.send raised PublishError"]
+    assert log.errors == ["background task tests.support.post.send raised PublishError"]
 
 
 def test_a_task_may_be_held_for_longer_than_any_float(log: Log) -> None:
@@ -484,8 +483,8 @@ def test_a_message_that_is_confirmed_too_late_is_named(log: Log, gate: Gate) -> 
     assert gate.begun.wait(TIMEOUT)
     assert wait_until(lambda: post.here == [1])
     gate.open()
-    late = "background task tests.post.send was sent after its time was up: it may run twice"
-    assert wait_until(lambda: late in log.warnings)
+    late = "post.send was sent after its time was up: it may run twice"
+    assert wait_until(lambda: f"background task tests.support.{late}" in log.warnings)
     assert "the broker has not answered in time, and it may have been sent" in log.warnings[0]
 
 
@@ -506,7 +505,7 @@ def test_the_view_is_told_if_the_outbox_is_full(gate: Gate) -> None:
     Server().run(
         BackgroundTasksMiddleware(app_that(view), runner=runner), make_server_environ()
     )
-    assert (refused[0].name, refused[0].limit) == ("tests.post.send", 2)
+    assert (refused[0].name, refused[0].limit) == ("tests.support.post.send", 2)
     gate.open()
     assert wsgi_bg.wait(TIMEOUT) == []
     request(runner, add(send, 4))
@@ -594,7 +593,7 @@ def test_drain_waits_for_the_engine_and_abandon_names_what_was_not_sent(
     assert gate.begun.wait(TIMEOUT)
     assert [task.func for task in runner.drain(0.01)] == [send]
     assert [task.func for task in runner.ledger.abandon_unsent()] == [send]
-    assert log.warnings == ["background task tests.post.send may have been sent"]
+    assert log.warnings == ["background task tests.support.post.send may have been sent"]
     assert runner.drain(0) == []
     gate.open()
     assert wait_until(lambda: len(log.warnings) == 2)
@@ -603,7 +602,7 @@ def test_drain_waits_for_the_engine_and_abandon_names_what_was_not_sent(
 EXIT = """
 import logging, sys
 logging.basicConfig(format="%(levelname)s %(message)s", level="INFO", stream=sys.stdout)
-from tests.post import *
+from tests.support.post import *
 runner = Post(drain_timeout=float(sys.argv[1]))
 runner.is_up = sys.argv[2] == "up"
 request(runner, add(send, 1))
@@ -622,8 +621,8 @@ def test_exit_sends_what_only_memory_holds_or_names_it(is_up: str, got: str) -> 
     )
     assert f"got {got}" in done.stdout, done.stderr
     named = (
-        "ERROR background task tests.post.send was not finished since it was not sent: the "
-        "process ends without it"
+        "ERROR background task tests.support.post.send was not finished since it was not sent: "
+        "the process ends without it"
     )
     assert (named in done.stdout) == (is_up == "away")
 
@@ -635,7 +634,7 @@ def test_exit_sends_what_only_memory_holds_or_names_it(is_up: str, got: str) -> 
 def process(folder: Path, *values: str) -> Iterator[subprocess.Popen[str]]:
     """A process that adds a task for each of ``values``, or takes over those of others."""
     started = subprocess.Popen(
-        [sys.executable, "-m", "tests.post_process", str(folder), *values],
+        [sys.executable, "-m", "tests.support.post_process", str(folder), *values],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 
 import pytest
 
-from tests.engine_shop import (
+from tests.support.engine_shop import (
     fail_always,
 )
-from tests.engine_support import TIMEOUT, request, send
+from tests.support.engines import TIMEOUT, request, send
 from wsgi_bg import (
     BackgroundTask,
     BackgroundTasks,
@@ -202,7 +202,7 @@ def test_the_retry_of_the_message_or_the_function_says_when_to_call_again(
     tmp_path: Any, log: Any
 ) -> None:
     path = str(tmp_path / "path")
-    name = "tests.engine_shop.fail_always"
+    name = "tests.support.engine_shop.fail_always"
     with pytest.raises(RetryLater, match="again in 0 seconds") as caught:
         run_call(ListRunner(), name, text(path), {}, 8)
     assert isinstance(caught.value.__cause__, ConnectionResetError)
@@ -225,15 +225,20 @@ def test_tasks_that_a_call_adds_are_sent_by_the_runner_also_without_a_middleware
 ) -> None:
     runner, path = ListRunner(), tmp_path / "path"
     with pytest.raises(KeyError):
-        run_call(runner, "tests.engine_shop.spread_and_fail", text(str(path)), {})
+        run_call(runner, "tests.support.engine_shop.spread_and_fail", text(str(path)), {})
     ((call,),) = runner.sent
-    assert call.name == "tests.engine_shop.look"
+    assert call.name == "tests.support.engine_shop.look"
 
 
 def test_tasks_that_an_interrupted_call_has_added_are_dropped(tmp_path: Any) -> None:
     runner = ListRunner()
     with pytest.raises(SystemExit):
-        run_call(runner, "tests.engine_shop.spread_and_leave", text(str(tmp_path / "sent")), {})
+        run_call(
+            runner,
+            "tests.support.engine_shop.spread_and_leave",
+            text(str(tmp_path / "sent")),
+            {},
+        )
     assert wait(TIMEOUT) == []
     assert runner.sent == []
 
@@ -244,7 +249,9 @@ def test_a_call_fails_if_the_broker_does_not_take_the_tasks_that_it_has_added(
     runner = ListRunner(drain_timeout=0.0)
     runner.away = True
     with pytest.raises(PublishError, match="tasks that it has added wait for the broker"):
-        run_call(runner, "tests.engine_shop.spread_and_fail", text(str(tmp_path / "x")), {})
+        run_call(
+            runner, "tests.support.engine_shop.spread_and_fail", text(str(tmp_path / "x")), {}
+        )
     runner.away = False
     assert wait(TIMEOUT) == []
     assert len(runner.sent) == 1

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.pages import CHANGELOG, CONTRIBUTING, DOCS, README, ROOT, Page, run
+from tests.support.pages import CHANGELOG, CONTRIBUTING, DOCS, README, ROOT, Page, run
 from wsgi_bg._status.recorder import recorder
 
 WITH_TESTS_OF_THEIR_OWN = {

@@ -24,11 +24,10 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from prometheus_client.samples import Sample
 
 import wsgi_bg
-from tests import post
 from tests.conftest import Log
-from tests.post import Post, send
-from tests.support import TIMEOUT, Clock, Gate, app_that, make_server_environ, run_python
+from tests.support import TIMEOUT, Clock, Gate, app_that, make_server_environ, post, run_python
 from tests.support import Server as FakeServer
+from tests.support.post import Post, send
 from tests.test_examples import wait_until
 from wsgi_bg import (
     BackgroundTasksMiddleware,
@@ -173,7 +172,7 @@ def test_tasks_are_counted_as_unsent_until_they_are_sent(
     gate.open()
     assert wsgi_bg.wait(TIMEOUT) == []
     assert gauge(registry, "unsent_tasks") == 0
-    assert counted(registry) == {("tests.post.send", "sent"): 1}
+    assert counted(registry) == {("tests.support.post.send", "sent"): 1}
     assert counted(registry, "wsgi_bg_task_wait_seconds_count") == {}
     assert post.here == []
 
@@ -184,7 +183,7 @@ def test_a_task_that_could_not_be_sent_has_failed_without_a_call(
     hooks = PrometheusHooks(registry)
     request(hooks, lambda: background_tasks.add_task(send, "refused"), runner=Post())
     assert wsgi_bg.wait(TIMEOUT) == []
-    assert counted(registry) == {("tests.post.send", "failed"): 1}
+    assert counted(registry) == {("tests.support.post.send", "failed"): 1}
     assert counted(registry, "wsgi_bg_task_run_seconds_count") == {}
     assert not any("PrometheusHooks" in message for message in log.errors)
 
@@ -198,9 +197,11 @@ def test_a_call_on_a_worker_has_no_wait(registry: CollectorRegistry, log: Log) -
         run_call(runner, "post.send", "[1, [], {}]", {})
     finally:
         post.here.clear()
-    assert counted(registry) == {("tests.post.send", "succeeded"): 1}
+    assert counted(registry) == {("tests.support.post.send", "succeeded"): 1}
     assert counted(registry, "wsgi_bg_task_wait_seconds_count") == {}
-    assert counted(registry, "wsgi_bg_task_run_seconds_count") == {("tests.post.send",): 1}
+    assert counted(registry, "wsgi_bg_task_run_seconds_count") == {
+        ("tests.support.post.send",): 1
+    }
     assert log.errors == []
 
 

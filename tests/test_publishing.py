@@ -11,11 +11,10 @@ import pytest
 from celery import Celery
 from celery.signals import before_task_publish
 
-from tests import registry_samples
-from tests.celery_shop import local_calls, not_registered, note
-from tests.celery_support import Broker, filesystem, messages, request
-from tests.recording_support import recording
-from tests.support import TIMEOUT
+from tests.support import TIMEOUT, registry_samples
+from tests.support.celery import Broker, filesystem, messages, request
+from tests.support.celery_shop import local_calls, not_registered, note
+from tests.support.recording import recording
 from tests.test_encoding import written
 from tests.test_examples import wait_until
 from wsgi_bg import InlineRunner, background_tasks, registered_task
@@ -28,7 +27,7 @@ from wsgi_bg.exceptions import ArgumentError, MessageError, OptionError
 
 pytestmark = pytest.mark.usefixtures("one_sender")
 
-NOTE = "tests.celery_shop.note"
+NOTE = "tests.support.celery_shop.note"
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from queue import SimpleQueue
 import pytest
 
 import wsgi_bg
-from tests.pages import CHANGELOG, README, ROOT, run
+from tests.support.pages import CHANGELOG, README, ROOT, run
 from tests.test_examples import EXAMPLES
 
 TIMEOUT = 10.0  # seconds

@@ -18,9 +18,20 @@ from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.test import Client
 from werkzeug.wsgi import ClosingIterator
 
-from tests.client import ask
 from tests.conftest import Log
-from tests.recording_support import (
+from tests.support import (
+    TIMEOUT,
+    Environ,
+    Gate,
+    Server,
+    app_that,
+    make_environ,
+    make_server_environ,
+    respond,
+    waitress,
+)
+from tests.support.client import ask
+from tests.support.recording import (
     LENGTH,
     TYPE,
     add,
@@ -35,17 +46,6 @@ from tests.recording_support import (
     send_async,
     stream,
     whole,
-)
-from tests.support import (
-    TIMEOUT,
-    Environ,
-    Gate,
-    Server,
-    app_that,
-    make_environ,
-    make_server_environ,
-    respond,
-    waitress,
 )
 from wsgi_bg import (
     BackgroundTasks,
@@ -77,7 +77,7 @@ def _clear() -> None:
 def test_a_task_is_recorded_and_not_run(recorder: TaskRecorder, client: Any, app: Any) -> None:
     assert recorder.mode == "record"
     assert body_of(client(app((send, "ada")))) == b"ok"
-    name = "tests.recording_support.send"
+    name = "tests.support.recording.send"
     assert recorder.tasks == [RecordedTask(send, ("ada",), {}, "/", name)]
     recorder.assert_added(send, "ada")
     assert recorder.errors == done == []
@@ -296,17 +296,17 @@ def test_assert_added_shows_added_tasks_and_skipped_tasks(
     with pytest.raises(AssertionError) as nothing:
         recorder.assert_added(send, "ada", copies=2)
     assert str(nothing.value) == (
-        "tests.recording_support.send('ada', copies=2) was not added; no task was added"
+        "tests.support.recording.send('ada', copies=2) was not added; no task was added"
     )
     by_werkzeug(whole((send, "grace")))
     by_werkzeug(whole((send, "joan"), status="503 OOPS"))
     with pytest.raises(AssertionError) as other:
         recorder.assert_added(send, "ada")
     assert str(other.value) == (
-        "tests.recording_support.send('ada') was not added; added were:\n"
-        "  tests.recording_support.send('grace') by /\n"
+        "tests.support.recording.send('ada') was not added; added were:\n"
+        "  tests.support.recording.send('grace') by /\n"
         "not to run, after the way their request ended:\n"
-        "  tests.recording_support.send('joan') by /"
+        "  tests.support.recording.send('joan') by /"
     )
 
 
@@ -481,7 +481,7 @@ def test_join_names_unfinished_tasks_and_then_raises_the_first_error(
     with pytest.raises(TimeoutError) as info:
         recorder.join(0.01)
     assert str(info.value) == (
-        "not finished after 0.01 s: tests.support.Gate.task, tests.recording_support.send"
+        "not finished after 0.01 s: tests.support.Gate.task, tests.support.recording.send"
     )
     gate.open()
     with pytest.raises(ValueError, match="boom"):
@@ -583,7 +583,7 @@ def test_join_finds_no_request_in_an_environ_that_the_application_has_emptied(
 def test_a_batch_without_a_name_is_described_by_its_path(recorder: TaskRecorder) -> None:
     by_werkzeug(whole((send, "ada")))
     request = recorder._requests[0]
-    assert request.describe() == "tests.recording_support.send"
+    assert request.describe() == "tests.support.recording.send"
     recorder.run()
     assert request.describe() == "tasks of /"
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import Log
-from tests.recording_support import by_werkzeug, done, recording
 from tests.support import TIMEOUT, Clock, app_that
+from tests.support.recording import by_werkzeug, done, recording
 from tests.test_examples import wait_until
 from wsgi_bg import (
     BackgroundTasksMiddleware,

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests import registry_samples
-from tests.registry_samples import Sample, generator, plain, taken
-from tests.support import run_python
+from tests.support import registry_samples, run_python
+from tests.support.registry_samples import Sample, generator, plain, taken
 from wsgi_bg import BackgroundTasks, registered_task
 from wsgi_bg._tasks import registry
 from wsgi_bg.exceptions import NameTakenError, OptionError, RegistrationError, WsgiBgError

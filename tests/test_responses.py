@@ -12,7 +12,8 @@ from webtest import TestApp
 from werkzeug.test import Client
 from werkzeug.wsgi import ClosingIterator, FileWrapper
 
-from tests.recording_support import (
+from tests.support import Environ, Server, app_that, make_environ, make_server_environ
+from tests.support.recording import (
     LENGTH,
     TYPE,
     add,
@@ -29,7 +30,6 @@ from tests.recording_support import (
     stream,
     whole,
 )
-from tests.support import Environ, Server, app_that, make_environ, make_server_environ
 from wsgi_bg import BackgroundTasksMiddleware, get_background_tasks
 from wsgi_bg._request.body import Body
 from wsgi_bg.pytest_plugin import TaskRecorder

@@ -16,7 +16,16 @@ import pytest
 
 import wsgi_bg
 from tests.conftest import Log
-from tests.retry_support import (
+from tests.support import (
+    TIMEOUT,
+    Clock,
+    Environ,
+    Server,
+    Subject,
+    app_that,
+    make_server_environ,
+)
+from tests.support.retry import (
     RUNNERS,
     SOON,
     Calls,
@@ -26,15 +35,6 @@ from tests.retry_support import (
     logged,
     request,
     settle,
-)
-from tests.support import (
-    TIMEOUT,
-    Clock,
-    Environ,
-    Server,
-    Subject,
-    app_that,
-    make_server_environ,
 )
 from wsgi_bg import (
     BackgroundTask,
@@ -187,7 +187,7 @@ def test_the_last_failure_is_the_error_of_the_task(clock: Clock, log: Log) -> No
     clock.advance(60)
     assert done.wait(TIMEOUT)
     assert [attempt for attempt, _ in failed] == [2]
-    name = "tests.retry_support.Calls.task"
+    name = "tests.support.retry.Calls.task"
     assert log.warnings == [
         f"background task {name} raised ValueError in attempt 1 of 2, and is called again in "
         "60 seconds"
@@ -212,7 +212,7 @@ def test_without_a_retry_a_task_that_raises_has_failed(clock: Clock, log: Log) -
     inline = InlineRunner()
     request(lambda: background_tasks.add_task(calls.task), runner=inline)
     assert inline.statistics() == Statistics(0, 0, 0, 1, 0)
-    assert log.errors == ["background task tests.retry_support.Calls.task raised ValueError"]
+    assert log.errors == ["background task tests.support.retry.Calls.task raised ValueError"]
 
 
 registered = Calls(failures=1)
@@ -532,7 +532,7 @@ def test_beyond_max_waiting_a_task_that_raised_is_not_called_again(
     request(lambda: background_tasks.using(retry=SOON).add_task(calls.task), runner=pool)
     settle(lambda: log.errors)
     assert log.errors == [
-        "background task tests.retry_support.Calls.task raised ValueError in attempt 1 of 3"
+        "background task tests.support.retry.Calls.task raised ValueError in attempt 1 of 3"
     ]
     assert pool.statistics().failed == 1
     assert log.warnings == [
@@ -556,7 +556,7 @@ def test_a_runner_that_refuses_the_batch_of_an_attempt_loses_no_task(
     clock.advance(60)
     calls.wait()
     calls.wait()
-    assert logged(log, "did not take tests.retry_support.Calls.task, which run in this process")
+    assert logged(log, "did not take tests.support.retry.Calls.task, which run in this process")
 
 
 def test_an_error_of_submit_after_the_attempt_is_logged(clock: Clock, log: Log) -> None:

@@ -16,9 +16,10 @@ from rq import Queue
 from rq.serializers import JSONSerializer
 from rq.worker import SpawnWorker
 
-from tests.brokers import RedisServer
 from tests.conftest import Log
-from tests.engine_shop import (
+from tests.support import app_that
+from tests.support.brokers import RedisServer
+from tests.support.engine_shop import (
     SpawningWorker,
     block,
     fail_always,
@@ -29,8 +30,7 @@ from tests.engine_shop import (
     spread_and_fail,
     spread_and_leave,
 )
-from tests.engine_support import RQ, TIMEOUT, Worker, request, send, worker
-from tests.support import app_that
+from tests.support.engines import RQ, TIMEOUT, Worker, request, send, worker
 from tests.test_examples import text_of, wait_until
 from wsgi_bg import (
     BackgroundTasksMiddleware,
@@ -152,7 +152,7 @@ def test_neither_the_description_nor_the_result_shows_data(
     task = send(engine.runner(), note_call, str(tmp_path / "call"), "sec-ret")
     job = engine.job(task.id)
     assert wait_until(lambda: job.get_status() == "finished", TIMEOUT), started.log
-    assert job.description == "tests.engine_shop.note_call"
+    assert job.description == "tests.support.engine_shop.note_call"
     assert job.return_value() is None
     assert "sec-ret" not in started.log
 
@@ -256,7 +256,7 @@ def test_a_spawned_work_horse_needs_a_class_of_the_module_that_makes_the_runner(
 
 def test_the_entry_function_is_for_jobs() -> None:
     with pytest.raises(MessageError, match=r"no RQRunner is in this worker"):
-        rq_worker.run("tests.engine_shop.look", "[1,[],{}]", {})
+        rq_worker.run("tests.support.engine_shop.look", "[1,[],{}]", {})
 
 
 def test_a_job_that_rq_refuses_is_given_up_alone(engine: RQ) -> None:
@@ -307,17 +307,17 @@ def test_a_job_with_a_delay_holds_up_no_other(engine: RQ, log: Log) -> None:
     "row",
     [
         "[]",
-        '["tests.engine_shop.look", "", {}, {}, "id"]',
+        '["tests.support.engine_shop.look", "", {}, {}, "id"]',
         '["other", "", {}, {}, "id", 0.0]',
-        '["tests.engine_shop.look", 3, {}, {}, "id", 0.0]',
-        '["tests.engine_shop.look", "", {}, {}, "id", 1e18]',
-        '["tests.engine_shop.look", "", {}, {}, "id", NaN]',
-        '["tests.engine_shop.look", "", {}, {"ttl": "x"}, "id", 0.0]',
+        '["tests.support.engine_shop.look", 3, {}, {}, "id", 0.0]',
+        '["tests.support.engine_shop.look", "", {}, {}, "id", 1e18]',
+        '["tests.support.engine_shop.look", "", {}, {}, "id", NaN]',
+        '["tests.support.engine_shop.look", "", {}, {"ttl": "x"}, "id", 0.0]',
     ],
 )
 def test_a_forged_row_of_the_outbox_is_no_message(engine: RQ, row: str) -> None:
     with pytest.raises((TypeError, ValueError)):
-        engine.runner().load("tests.engine_shop.look", row)
+        engine.runner().load("tests.support.engine_shop.look", row)
 
 
 def test_engine_options_are_a_dict() -> None:

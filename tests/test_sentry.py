@@ -17,11 +17,7 @@ from typing import Any
 import pytest
 import sentry_sdk
 
-from tests import sentry_shop
-from tests.brokers import RedisServer
-from tests.celery_support import filesystem, worker
 from tests.conftest import Log
-from tests.sentry_shop import DSN, Recorder
 from tests.support import (
     Server,
     app_that,
@@ -29,7 +25,11 @@ from tests.support import (
     make_server_environ,
     respond,
     run_python,
+    sentry_shop,
 )
+from tests.support.brokers import RedisServer
+from tests.support.celery import filesystem, worker
+from tests.support.sentry_shop import DSN, Recorder
 from tests.test_examples import wait_until
 from tests.test_outbox_seam import ListRunner
 from wsgi_bg import BackgroundTasksMiddleware, DurableRunner, background_tasks
@@ -45,7 +45,7 @@ Item = dict[str, Any]
 
 def in_process(call: str, **environ: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", f"from tests.sentry_shop import *; {call}"],
+        [sys.executable, "-c", f"from tests.support.sentry_shop import *; {call}"],
         cwd=ROOT,
         env={**os.environ, **environ},
         capture_output=True,
@@ -151,7 +151,7 @@ def test_spans_that_are_streamed_continue_the_trace(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     items = json_lines(path)
     spans = {span["name"]: span for item in of_type("span", items) for span in item["items"]}
-    task = spans["tests.sentry_shop.set_two"]
+    task = spans["tests.support.sentry_shop.set_two"]
     assert task["trace_id"] == spans["good"]["trace_id"]
     assert task["parent_span_id"] == spans["good"]["span_id"]
     assert len(of_type("event", items)) == 4  # of which a log record is one
@@ -421,7 +421,7 @@ def test_a_streamed_span_with_the_name_of_the_packages_function_gets_the_tasks(
     span = sentry_sdk.traces.start_span(entry, attributes, parent_span=None)
     with span, pytest.raises(ValueError, match="a bug"):
         run_call(runner, "sentry.fail", '[1,["x"],{}]', {})
-    assert span.name == "tests.sentry_shop.fail_there"
+    assert span.name == "tests.support.sentry_shop.fail_there"
 
 
 def test_a_stored_task_of_a_process_that_was_killed_continues_the_trace(

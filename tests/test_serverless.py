@@ -20,12 +20,7 @@ import pytest
 from werkzeug.wsgi import ClosingIterator
 
 import wsgi_bg
-from tests.celery_shop import note
-from tests.celery_support import filesystem, messages
 from tests.conftest import Log
-from tests.lambda_process import EVENT, HANDLERS
-from tests.pages import Page
-from tests.retry_support import SOON
 from tests.support import (
     TIMEOUT,
     App,
@@ -38,6 +33,11 @@ from tests.support import (
     make_server_environ,
     run_python,
 )
+from tests.support.celery import filesystem, messages
+from tests.support.celery_shop import note
+from tests.support.lambda_process import EVENT, HANDLERS
+from tests.support.pages import Page
+from tests.support.retry import SOON
 from wsgi_bg import (
     BackgroundTask,
     BackgroundTasksMiddleware,
@@ -64,11 +64,11 @@ CLOSES = 0
 
 
 class Frozen:
-    """``tests.lambda_process``, which is stopped between two invocations."""
+    """``tests.support.lambda_process``, which is stopped between two invocations."""
 
     def __init__(self, *arguments: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.lambda_process", *arguments],
+            [sys.executable, "-m", "tests.support.lambda_process", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

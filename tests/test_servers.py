@@ -17,8 +17,8 @@ from webob import Request
 from webtest import TestApp
 from werkzeug.test import Client, EnvironBuilder
 
-from tests.django_support import RequestFactory
 from tests.support import TIMEOUT, Environ, Server, app_that, make_environ, make_server_environ
+from tests.support.django import RequestFactory
 from wsgi_bg import BackgroundTasksMiddleware, background_tasks
 from wsgi_bg._request import servers
 

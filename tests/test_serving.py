@@ -23,8 +23,8 @@ import pytest
 
 import wsgi_bg
 import wsgi_bg._serving.serve as wsgi_bg_serving
-from tests.command import MODULE, SHOP, running, serving, write
 from tests.support import TIMEOUT, App, app_that
+from tests.support.command import MODULE, SHOP, running, serving, write
 from wsgi_bg._serving import server as graceful
 from wsgi_bg._serving.server import GracefulServer
 from wsgi_bg._serving.signals import StopSignals

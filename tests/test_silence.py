@@ -17,9 +17,9 @@ from typing import Any
 import flask
 import pytest
 
-from tests.command import MODULE, running, write
 from tests.conftest import Log
 from tests.support import TIMEOUT, Server, app_that, make_server_environ, respond, run_python
+from tests.support.command import MODULE, running, write
 from wsgi_bg import (
     BackgroundTask,
     BackgroundTasksMiddleware,
@@ -636,7 +636,7 @@ def test_the_tasks_of_an_unfinished_request_are_named_at_exit(how: str, runner: 
     done = run_python(
         SETUP
         + f"""
-from tests.client import Connection
+from tests.support.client import Connection
 from waitress.server import create_server
 
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")

@@ -18,8 +18,8 @@ import pytest
 
 import wsgi_bg
 from tests.conftest import Log
-from tests.retry_support import settle
 from tests.support import TIMEOUT, Server, Subject, app_that, make_server_environ
+from tests.support.retry import settle
 from wsgi_bg import (
     BackgroundTask,
     BackgroundTasks,

@@ -15,9 +15,9 @@ import pytest
 from simple_websocket import Client, ConnectionClosed
 from werkzeug.serving import make_server
 
-from tests.client import ask
 from tests.support import TIMEOUT, Environ, Server, free_port, make_server_environ
-from tests.taken_over_app import add_tasks, sock
+from tests.support.client import ask
+from tests.support.taken_over_app import add_tasks, sock
 from tests.test_examples import text_of, wait_until
 from wsgi_bg import BackgroundTasksMiddleware, background_tasks
 from wsgi_bg._request.servers import is_asked_for
@@ -25,8 +25,8 @@ from wsgi_bg._request.servers import is_asked_for
 SUCCESS = "the task of success"
 UWSGI = Path(sys.executable).with_name("uwsgi")
 NOT_RUN = (
-    "background task tests.taken_over_app.say was not run: the request succeeded, and run_on "
-    "is 'error'"
+    "background task tests.support.taken_over_app.say was not run: the request succeeded, and "
+    "run_on is 'error'"
 )
 
 
@@ -45,7 +45,13 @@ def served(log: Path, up: str, *command: str) -> Iterator[None]:
 @contextmanager
 def gunicorn(worker: str, app: str, log: Path) -> Iterator[int]:
     options = ["-b", "127.0.0.1:0", "-k", worker, "--threads", "2"]
-    command = [sys.executable, "-m", "gunicorn", *options, f"tests.taken_over_app:{app}"]
+    command = [
+        sys.executable,
+        "-m",
+        "gunicorn",
+        *options,
+        f"tests.support.taken_over_app:{app}",
+    ]
     with served(log, "Booting worker", *command):
         yield int(text_of(log).split("http://127.0.0.1:")[1].split()[0])
 
@@ -94,7 +100,7 @@ def test_a_websocket_under_werkzeug_is_a_success(capfd: pytest.CaptureFixture[st
 def test_a_websocket_under_uwsgi_is_a_success(tmp_path: Path) -> None:
     log, port = tmp_path / "log", free_port()
     options = ["--http-socket", f"127.0.0.1:{port}", "--enable-threads", "--threads", "2"]
-    module = ["--module", "tests.taken_over_app:by_uwsgi"]
+    module = ["--module", "tests.support.taken_over_app:by_uwsgi"]
     with served(log, "spawned uWSGI worker 1", str(UWSGI), *options, *module):
         assert exchange(port) == "hello"
         assert wait_until(lambda: SUCCESS in text_of(log)), text_of(log)

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from tests.command import write as write_module
 from tests.support import TIMEOUT
+from tests.support.command import write as write_module
 from tests.test_durable_crash import ROOT, Shop, kill, said
 from tests.test_examples import wait_until
 from wsgi_bg._durable.folder import Folder, check_folder

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.pages import Page
 from tests.support import run_python
+from tests.support.pages import Page
 
 BLOCKS = [
     pytest.param(block, id=f"{page.path}-{number}")

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.client import Connection
 from tests.conftest import Log
 from tests.monitor.support import POLICY, Answer, open_monitor, yes
 from tests.support import waitress
+from tests.support.client import Connection
 from wsgi_bg.exceptions import OptionTypeError
 from wsgi_bg.monitor import Monitor
 

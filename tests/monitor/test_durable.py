@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import running
 from tests.conftest import Log
 from tests.monitor.support import Answer, open_monitor, post, token_of
 from tests.support import TIMEOUT
+from tests.support.command import running
 from tests.test_durable_crash import Shop
 from tests.test_examples import wait_until
 from tests.test_tasks_command import at_gate, forge, id_of, leave_failed

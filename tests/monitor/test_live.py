@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.command import ROOT, Command, running
 from tests.monitor.browser import Browser
 from tests.support import TIMEOUT
+from tests.support.command import ROOT, Command, running
 
 
 class Worker:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from configparser import ConfigParser
 
-from tests.pages import Page
+from tests.support.pages import Page
 
 PAGE = Page("docs/how-to/servers.md")
 

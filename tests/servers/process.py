@@ -13,12 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tests.client import ask
 from tests.servers.app import NONCE
 from tests.servers.commands import Launch
 from tests.servers.control import Control
 from tests.servers.gate import ADDRESS
 from tests.support import TIMEOUT
+from tests.support.client import ask
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,12 +6,12 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.client import ask
 from tests.servers.app import PARENT
 from tests.servers.control import Control
 from tests.servers.fleet import start
 from tests.servers.process import PATIENT
 from tests.servers.setups import HERE, Setup
+from tests.support.client import ask
 
 
 @pytest.mark.column("fork")

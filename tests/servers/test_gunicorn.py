@@ -9,13 +9,13 @@ from contextlib import ExitStack, suppress
 
 import pytest
 
-from tests.client import ask
 from tests.servers import docs
 from tests.servers.app import DRAIN
 from tests.servers.control import Control
 from tests.servers.fleet import start
 from tests.servers.process import PATIENT, Process
 from tests.servers.setups import HERE, Setup
+from tests.support.client import ask
 
 HOOKS, OWN_HOOKS = docs.PAGE.blocks("python", "gunicorn")
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from tests.client import ask
 from tests.servers.control import Control
 from tests.servers.fleet import start
 from tests.servers.process import PATIENT, Process
 from tests.servers.setups import HERE, Setup
+from tests.support.client import ask
 from tests.test_examples import wait_until
 
 SETUPS = [

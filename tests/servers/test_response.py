@@ -11,11 +11,11 @@ from __future__ import annotations
 import h11
 import pytest
 
-from tests.client import Connection, ask, connect
 from tests.servers.control import Control
 from tests.servers.fleet import Fleet
 from tests.servers.kinds import KINDS
 from tests.servers.setups import CLOSES, HERE, SILENT, Setup
+from tests.support.client import Connection, ask, connect
 
 
 @pytest.mark.parametrize("task", ["plain", "async"])

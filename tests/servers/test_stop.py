@@ -12,7 +12,6 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.client import Connection, ask
 from tests.servers import commands, docs
 from tests.servers.app import DRAIN
 from tests.servers.control import Control
@@ -20,6 +19,7 @@ from tests.servers.fleet import start
 from tests.servers.process import PATIENT, Process
 from tests.servers.setups import HERE, MISSING, SETUPS, Setup
 from tests.support import TIMEOUT
+from tests.support.client import Connection, ask
 
 ALONE, HOOK, _ = range(3)
 """The columns of the table "SIGTERM"."""

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.command import ROOT
 from tests.support import TIMEOUT, Server, app_that, make_server_environ
+from tests.support.command import ROOT
 from wsgi_bg import BackgroundTask, BackgroundTasksMiddleware, background_tasks
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.command import ROOT, serving
 from tests.status.support import fail, handle, nothing, process
 from tests.support import TIMEOUT, run_python
+from tests.support.command import ROOT, serving
 from tests.test_examples import wait_until
 from wsgi_bg import BackgroundTasks, status
 from wsgi_bg._serving import cli
@@ -88,7 +88,7 @@ def test_durable_tasks_and_a_pool_without_a_limit_are_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = """
-        from tests.durable_shop import write
+        from tests.support.durable_shop import write
         from wsgi_bg import portal
         runner = DurableRunner(PATH, local=PoolRunner(max_pending=None))
         handle(nothing, status_path=PATH, runner=runner)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import running, write
 from tests.status.support import fail, handle, nothing, process
 from tests.support import TIMEOUT, free_port
+from tests.support.command import running, write
 from tests.test_examples import wait_until
 from wsgi_bg import status
 from wsgi_bg.status import Snapshot
@@ -221,7 +221,7 @@ def test_a_forked_child_shows_a_task_that_runs_before_any_task_has_ended(folder:
 
 def test_other_processes_know_at_once_what_was_sent_from_memory(folder: Path) -> None:
     code = """
-    from tests.post import Post, send
+    from tests.support.post import Post, send
 
     ids = []
     for number in range(5):

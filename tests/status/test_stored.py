@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from tests.durable.support import dead_store
-from tests.durable_shop import gate, wait_at, write
 from tests.status.support import process, visit
 from tests.support import TIMEOUT, app_that
+from tests.support.durable_shop import gate, wait_at, write
 from tests.test_examples import wait_until
 from wsgi_bg import (
     BackgroundTasksMiddleware,
@@ -60,7 +60,7 @@ def add(runner: Any, function: Any, *args: Any, delay: float = 0.0, **options: A
 
 def test_another_process_knows_the_states_of_durable_tasks_at_once(folder: Path) -> None:
     code = """
-        from tests.durable_shop import fail, hang, write
+        from tests.support.durable_shop import fail, hang, write
         runner = DurableRunner(PATH, keep_done=(5, 60.0))
         ids = []
         def view():
@@ -308,7 +308,7 @@ def test_the_call_of_a_worker_is_shown(tmp_path: Path) -> None:
     call.start()
     assert wait_until(lambda: status.of("an-id") == "running")
     (running,) = status.snapshot().running
-    assert (running.name, running.request) == ("tests.durable_shop.wait_at", None)
+    assert (running.name, running.request) == ("tests.support.durable_shop.wait_at", None)
     held.set()
     call.join(TIMEOUT)
     assert status.of("an-id") == "succeeded"
@@ -321,7 +321,7 @@ def test_messages_in_memory_are_known_to_their_process(broker: type[Broker]) -> 
     unsent = add(runner, write, 1)
     assert status.of(unsent) == "waiting"
     snapshot = status.snapshot()
-    assert snapshot.waiting == {"tests.durable_shop.write": 1}
+    assert snapshot.waiting == {"tests.support.durable_shop.write": 1}
     assert snapshot.processes[0].outbox == 1
     broker.is_away = False
     assert wait_until(lambda: status.of(unsent) == "sent")
@@ -339,4 +339,4 @@ def test_a_process_without_requests_records_the_tasks_that_it_takes_over(
     runner.start()
     assert wait_until(lambda: runner.statistics().succeeded == 1)
     (left,) = status.snapshot().names
-    assert (left.name, left.succeeded) == ("tests.durable_shop.write", 1)
+    assert (left.name, left.succeeded) == ("tests.support.durable_shop.write", 1)

@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests import client
-from tests.brokers import Broker
-from tests.celery_shop import note_line
-from tests.support import app_that, free_port
+from tests.support import app_that, client, free_port
+from tests.support.brokers import Broker
+from tests.support.celery_shop import note_line
 from tests.test_examples import text_of, wait_until
 from wsgi_bg import background_tasks, serve
 
@@ -36,7 +35,7 @@ class Site:
         arguments = json.dumps([self.port, broker, str(lines), options])
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.celery_site", arguments],
+                [sys.executable, "-m", "tests.support.celery_site", arguments],
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

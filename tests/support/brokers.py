@@ -66,7 +66,7 @@ class Broker(NamedTuple):
 
     # The imports are here because the benchmarks have tasks of their own.
     def app(self, **options: Any) -> Celery:
-        from tests.celery_shop import make_app
+        from tests.support.celery_shop import make_app
 
         return make_app(self.url, {**self.options, **options})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tests.post import FilePost, add, request, send
+from tests.support.post import FilePost, add, request, send
 
 runner = FilePost(Path(sys.argv[1]))
 if sys.argv[2:]:

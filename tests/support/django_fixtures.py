@@ -14,7 +14,7 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[s
     """Settings of a database in a file with a table of orders."""
     from django.db import connection, connections
 
-    from tests.django_support import Order
+    from tests.support.django import Order
 
     connections.close_all()
     options: dict[str, Any] = connections.settings["default"]

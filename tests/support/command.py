@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tests.support import TIMEOUT
 
-ROOT = str(Path(__file__).parent.parent)
+ROOT = str(Path(__file__).parents[2])
 """The folder of the package and its tests, from which programs of tests import too."""
 
 MODULE = (sys.executable, "-m", "wsgi_bg")

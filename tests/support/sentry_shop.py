@@ -36,7 +36,7 @@ from wsgi_bg.flask import Background
 from wsgi_bg.outbox import OutboxRunner
 from wsgi_bg.sentry import SentryHooks
 
-MODULE = "tests.sentry_shop"
+MODULE = "tests.support.sentry_shop"
 DSN = "https://key@sentry.invalid/1"
 
 
@@ -181,7 +181,7 @@ def send() -> None:
 
 
 if "SHOP_BROKER" in os.environ:
-    from tests.celery_shop import make_app
+    from tests.support.celery_shop import make_app
     from wsgi_bg.celery import CeleryRunner
 
     start()
@@ -190,7 +190,7 @@ if "SHOP_BROKER" in os.environ:
     BackgroundTasksMiddleware(app_that(print), runner=runner, hooks=SentryHooks())
 
 if "SHOP_REDIS" in os.environ:
-    from tests.engine_shop import make_queue
+    from tests.support.engine_shop import make_queue
     from wsgi_bg.rq import RQRunner
 
     start()

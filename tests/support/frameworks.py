@@ -126,7 +126,7 @@ def make_django(site: Site) -> Any:
     from django.http import Http404, HttpResponse, StreamingHttpResponse
     from django.urls import path
 
-    from tests.django_support import settings
+    from tests.support.django import settings
     from wsgi_bg.django import get_wsgi_application
 
     def index(request: Any) -> Any:

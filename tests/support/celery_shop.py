@@ -16,13 +16,13 @@ from typing import Any
 
 from celery import Celery, current_task
 
-from tests.celery_filesystem import install
 from tests.support import app_that
+from tests.support.celery_filesystem import install
 from tests.test_examples import text_of
 from wsgi_bg import BackgroundTasksMiddleware, Retry, registered_task
 from wsgi_bg.celery import CeleryRunner, correlation_id, traceparent
 
-MODULE = "tests.celery_shop"
+MODULE = "tests.support.celery_shop"
 
 not_travelling: ContextVar[str] = ContextVar("not_travelling", default="not set")
 local_calls: list[tuple[Any, ...]] = []

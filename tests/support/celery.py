@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 from celery import Celery
 
-from tests.brokers import Broker as Broker
-from tests.brokers import RedisServer as RedisServer
-from tests.brokers import redis_server as redis_server
-from tests.celery_shop import MODULE, note
 from tests.support import Server, app_that, make_server_environ
+from tests.support.brokers import Broker as Broker
+from tests.support.brokers import RedisServer as RedisServer
+from tests.support.brokers import redis_server as redis_server
+from tests.support.celery_shop import MODULE, note
 from tests.test_examples import text_of, wait_until
 from wsgi_bg import BackgroundTasksMiddleware, background_tasks
 from wsgi_bg.celery import CeleryRunner

@@ -28,7 +28,7 @@ from wsgi_bg import (
 )
 from wsgi_bg.opentelemetry import OpenTelemetryHooks
 
-MODULE = "tests.traced_shop"
+MODULE = "tests.support.traced_shop"
 
 
 class ToFile(SpanExporter):
@@ -104,7 +104,7 @@ if "TRACED_SPANS" in os.environ:
 PARENT: Any = os.environ.get("TRACED_PARENT", "child")
 
 if "SHOP_BROKER" in os.environ:
-    from tests.celery_shop import make_app
+    from tests.support.celery_shop import make_app
     from wsgi_bg.celery import CeleryRunner
 
     if "TRACED_CELERY" in os.environ:

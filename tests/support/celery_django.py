@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 from asgiref.sync import sync_to_async
 
-from tests.celery_shop import append, make_app
+from tests.support.celery_shop import append, make_app
 from wsgi_bg import registered_task
 from wsgi_bg.celery import CeleryRunner
 
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
 
-MODULE = "tests.celery_django"
+MODULE = "tests.support.celery_django"
 
 
 def connect(path: str) -> None:

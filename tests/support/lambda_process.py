@@ -1,9 +1,9 @@
 """A process like AWS Lambda's: the process is stopped when the handler has returned.
 
-``python -m tests.lambda_process ADAPTER RUNNER [decorated]`` reads a line of standard input for
-each invocation, writes the status of the response to standard output and stops itself with
-SIGSTOP. SIGCONT continues the process with the next invocation. Tasks write to standard output
-too.
+``python -m tests.support.lambda_process ADAPTER RUNNER [decorated]`` reads a line of standard
+input for each invocation, writes the status of the response to standard output and stops itself
+with SIGSTOP. SIGCONT continues the process with the next invocation. Tasks write to standard
+output too.
 """
 
 from __future__ import annotations
