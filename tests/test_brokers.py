@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from kombu import Connection
 
-from tests.support import app_that, celery_site, client, waitress
+from tests.support import app_that, celery_site, client, text_of, wait_until, waitress
 from tests.support.brokers import (
     PROGRAMS,
     REQUIRED,
@@ -35,7 +35,6 @@ from tests.support.brokers import (
 )
 from tests.support.celery import worker
 from tests.support.celery_shop import note_line, note_line_late
-from tests.test_examples import text_of, wait_until
 from wsgi_bg import BackgroundTasksMiddleware, background_tasks, wait
 
 TIMEOUT = 60.0

@@ -28,8 +28,9 @@ from tests.support import (
     no_threads,
     respond,
     run_python,
+    wait_until,
 )
-from tests.support.celery import Broker, filesystem, messages, request
+from tests.support.celery import PARENT, Broker, filesystem, messages, request
 from tests.support.celery_shop import (
     local_calls,
     not_registered,
@@ -37,7 +38,6 @@ from tests.support.celery_shop import (
     note_on_other_queue,
     stand_still,
 )
-from tests.test_examples import wait_until
 from wsgi_bg import (
     BackgroundTasksMiddleware,
     InlineRunner,
@@ -79,9 +79,6 @@ def note_here() -> None:
 @registered_task
 async def note_here_async() -> None:
     here.append(os.getpid())
-
-
-PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 @pytest.fixture

@@ -15,7 +15,16 @@ from celery import Celery
 from kombu import Connection, Exchange, Queue
 
 from tests.conftest import Log
-from tests.support import TIMEOUT, app_that, celery_site, client, free_port, waitress
+from tests.support import (
+    TIMEOUT,
+    app_that,
+    celery_site,
+    client,
+    free_port,
+    text_of,
+    wait_until,
+    waitress,
+)
 from tests.support.brokers import (
     Broker,
     BrokerServer,
@@ -26,7 +35,6 @@ from tests.support.brokers import (
 )
 from tests.support.celery import request, worker
 from tests.support.celery_shop import note, note_line_late
-from tests.test_examples import text_of, wait_until
 from wsgi_bg import BackgroundTasksMiddleware, background_tasks, wait
 from wsgi_bg._outbox import outbox as sending
 from wsgi_bg.celery import CeleryRunner, connection

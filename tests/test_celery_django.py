@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from tests.support import text_of, wait_until
 from tests.support.celery import Shop, filesystem, worker
 from tests.support.celery_django import MODULE, query, query_async
-from tests.test_examples import text_of, wait_until
 
 
 @pytest.mark.parametrize(("func", "thread"), [(query, "main"), (query_async, "other")])

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import text_of, wait_until
 from tests.support.celery import redis_server
-from tests.test_examples import FOLDER, TIMEOUT, Example, ask, serving, text_of, wait_until
+from tests.support.examples import FOLDER, TIMEOUT, Example, ask, serving
 
 EXAMPLE = Example(
     "celery_app.py",

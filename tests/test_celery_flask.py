@@ -21,7 +21,7 @@ from celery.beat import Scheduler
 from celery.exceptions import MaxRetriesExceededError
 from celery.schedules import schedule
 
-from tests.support import celery_flask
+from tests.support import celery_flask, text_of, wait_until
 from tests.support.celery import (
     TIMEOUT,
     Shop,
@@ -51,7 +51,6 @@ from tests.support.celery_flask import (
     spread_and_retry,
     spread_async,
 )
-from tests.test_examples import text_of, wait_until
 from wsgi_bg import background_tasks
 from wsgi_bg.celery import CeleryRunner, correlation_id
 from wsgi_bg.exceptions import ArgumentError, OptionError, PlainCallError

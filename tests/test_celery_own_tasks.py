@@ -18,12 +18,11 @@ from kombu import Exchange
 from kombu.exceptions import EncodeError
 
 from tests.conftest import Log
-from tests.support import TIMEOUT, Server, app_that, make_server_environ
+from tests.support import TIMEOUT, Server, app_that, make_server_environ, wait_until
 from tests.support.brokers import Broker
 from tests.support.celery import filesystem, messages, request
 from tests.support.post import Post
 from tests.support.recording import recording
-from tests.test_examples import wait_until
 from wsgi_bg import (
     BackgroundTasksMiddleware,
     PoolRunner,

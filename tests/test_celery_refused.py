@@ -12,10 +12,10 @@ from urllib.parse import urlsplit
 import pytest
 from kombu import Connection
 
+from tests.support import wait_until
 from tests.support.brokers import RabbitServer, RedisServer, waiting
 from tests.support.celery import Shop, worker
 from tests.support.celery_shop import hold, note
-from tests.test_examples import wait_until
 from wsgi_bg import registered_task
 from wsgi_bg._tasks.registry import find
 

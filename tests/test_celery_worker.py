@@ -20,7 +20,9 @@ from typing import Any
 import pytest
 from kombu import Connection
 
+from tests.support import text_of, wait_until
 from tests.support.celery import (
+    PARENT,
     TIMEOUT,
     RedisServer,
     Shop,
@@ -46,9 +48,7 @@ from tests.support.celery_shop import (
     note_time,
     outlast,
 )
-from tests.test_celery import PARENT
-from tests.test_encoding import CARRIED
-from tests.test_examples import text_of, wait_until
+from tests.support.encoding import CARRIED
 from wsgi_bg import BackgroundTask, Retry, background_tasks, status
 from wsgi_bg._messages.codec import encode
 from wsgi_bg._tasks.registry import Registration, find

@@ -11,8 +11,15 @@ from django.db import transaction
 from tests.conftest import Log
 from tests.support import TIMEOUT, Gate, client, waitress
 from tests.support.django import Order, settings
-from tests.support.frameworks import Seen, Site, make_django, service, via_werkzeug
-from tests.test_frameworks import DJANGO, check_failure
+from tests.support.frameworks import (
+    DJANGO,
+    Seen,
+    Site,
+    check_failure,
+    make_django,
+    service,
+    via_werkzeug,
+)
 from wsgi_bg import BackgroundTasks, BackgroundTasksMiddleware, PoolRunner, background_tasks
 
 

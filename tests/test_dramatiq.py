@@ -20,11 +20,10 @@ from dramatiq.middleware import (
     TimeLimitExceeded,
 )
 
-from tests.support import app_that
+from tests.support import app_that, text_of, wait_until
 from tests.support.brokers import RabbitServer, RedisServer
 from tests.support.engine_shop import block, fail_twice, look, note_call, note_slowly
 from tests.support.engines import TIMEOUT, Dramatiq, Worker, send, worker
-from tests.test_examples import text_of, wait_until
 from wsgi_bg import BackgroundTasksMiddleware, Retry, registered_task, wait
 from wsgi_bg.dramatiq import DramatiqRunner
 from wsgi_bg.exceptions import MessageError, NameTakenError, OptionTypeError, OptionValueError

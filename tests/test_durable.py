@@ -30,6 +30,7 @@ from tests.support import (
     app_that,
     make_server_environ,
     run_python,
+    wait_until,
 )
 from tests.support import durable_shop as shop
 from tests.support.durable_shop import (
@@ -43,7 +44,6 @@ from tests.support.durable_shop import (
     write,
     write_async,
 )
-from tests.test_examples import wait_until
 from wsgi_bg import (
     BackgroundTask,
     BackgroundTasksMiddleware,

@@ -11,87 +11,20 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from urllib.request import urlopen
 
 import pytest
 
-from tests.support import TIMEOUT
-from tests.test_examples import text_of, wait_until
+from tests.support import TIMEOUT, wait_until
+from tests.support.durable import ROOT, Shop, kill, said
 from wsgi_bg._durable.folder import check_folder
-from wsgi_bg._durable.inspection import list_tasks
 from wsgi_bg._durable.rows import Settings
 from wsgi_bg._durable.store import Store
-
-ROOT = Path(__file__).parents[1]
-
-
-class Shop:
-    """Processes that share a folder of durable tasks and a log of the calls."""
-
-    def __init__(self, path: Path) -> None:
-        self.folder = path / "tasks"
-        self._log = path / "calls"
-
-    @property
-    def calls(self) -> list[str]:
-        """The arguments of the calls of all processes so far."""
-        return text_of(self._log).splitlines()
-
-    @property
-    def states(self) -> list[str]:
-        """The states of all tasks that are not done."""
-        found = list_tasks(check_folder(self.folder))
-        return [each.outcome.state for each in found if each.outcome.state != "done"]
-
-    @property
-    def dues(self) -> list[bool]:
-        """For each task that is not done: True if it waits for its time."""
-        found = list_tasks(check_folder(self.folder))
-        return [each.outcome.row.due > 0 for each in found if each.outcome.state != "done"]
-
-    @contextmanager
-    def process(self, code: str, options: str = "") -> Iterator[subprocess.Popen[str]]:
-        """Run ``code``, which has a ``runner``, in a process that is killed at the end."""
-        runner = f"runner = DurableRunner({str(self.folder)!r}, {options})\n"
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "tests.support.durable_shop",
-                runner + textwrap.dedent(code),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "DURABLE_LOG": str(self._log)},
-        )
-        with process:
-            try:
-                yield process
-            finally:
-                process.kill()
-
-    def run_all(self, count: int, options: str = "") -> None:
-        """Run a process until ``count`` calls were made in all."""
-        with self.process("runner.start(); input()", options):
-            assert wait_until(lambda: len(self.calls) >= count), self.calls
 
 
 @pytest.fixture
 def shop(tmp_path: Path) -> Shop:
     return Shop(tmp_path)
-
-
-def said(process: subprocess.Popen[Any], line: str) -> None:
-    assert process.stdout is not None
-    assert process.stdout.readline() == f"{line}\n"
-
-
-def kill(process: subprocess.Popen[Any]) -> None:
-    process.kill()
-    process.wait(TIMEOUT)
 
 
 def test_a_task_that_ran_when_its_process_was_killed_runs_again(shop: Shop) -> None:

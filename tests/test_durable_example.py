@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
-from tests.test_examples import Example, ask, serving, text_of, wait_until
+from tests.support import text_of, wait_until
+from tests.support.examples import Example, ask, serving
 
 EXAMPLE = Example(
     "durable_app.py", "POST", "/orders/7", "", '{"message":"Ordered"}\n', "Charged order 7\n"

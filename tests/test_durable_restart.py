@@ -15,10 +15,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import Log
-from tests.support import TIMEOUT, Server, app_that, make_server_environ, run_python
+from tests.support import TIMEOUT, Server, app_that, make_server_environ, run_python, wait_until
 from tests.support import durable_shop as shop
 from tests.support.durable_shop import fail, handle, run_view, wait_at, write
-from tests.test_examples import wait_until
 from wsgi_bg import (
     BackgroundTasksMiddleware,
     DurableRunner,

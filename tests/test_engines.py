@@ -12,8 +12,9 @@ import pytest
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
 
 from tests.conftest import Log
-from tests.support import free_port, run_python
+from tests.support import free_port, run_python, text_of, wait_until
 from tests.support.brokers import RedisServer
+from tests.support.encoding import CARRIED
 from tests.support.engine_shop import (
     NAME,
     fail_always,
@@ -26,8 +27,6 @@ from tests.support.engine_shop import (
     spread_and_fail,
 )
 from tests.support.engines import RQ, TIMEOUT, Dramatiq, Engine, Worker, request, send, worker
-from tests.test_encoding import CARRIED
-from tests.test_examples import text_of, wait_until
 from wsgi_bg import Retry, background_tasks, wait
 from wsgi_bg._messages.codec import encode
 from wsgi_bg._tasks.registry import find

@@ -11,13 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import TIMEOUT, free_port
+from tests.support import TIMEOUT, free_port, needs_threads_at_exit
 from tests.support.command import SHOP, Command, running, write
-
-needs_threads_at_exit = pytest.mark.skipif(
-    (3, 12, 0) <= sys.version_info < (3, 12, 2),
-    reason="Python 3.12.0 and 3.12.1 start no thread once the main one has ended (gh-113964)",
-)
 
 TASKS = (
     SHOP

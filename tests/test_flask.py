@@ -17,7 +17,7 @@ from sqlalchemy.exc import IntegrityError
 
 from tests.conftest import Log
 from tests.support import TIMEOUT, Gate, run_python
-from tests.test_hooks import Diary
+from tests.support.hooks import Diary
 from wsgi_bg import (
     BackgroundTask,
     BackgroundTasks,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import falcon.testing
 import pytest
@@ -15,13 +14,15 @@ import pytest
 from tests.conftest import Log
 from tests.support import Gate, client, frameworks, waitress
 from tests.support.frameworks import (
-    Answer,
+    FRAMEWORKS,
+    STRICT_BOTTLE,
+    Framework,
     Seen,
     Site,
+    check_failure,
     injected,
     service,
     via_falcon,
-    via_webtest,
     via_werkzeug,
 )
 from tests.support.pages import Page
@@ -30,32 +31,6 @@ from wsgi_bg import (
     BackgroundTasksMiddleware,
     background_tasks,
     get_background_tasks,
-)
-
-
-class Framework(NamedTuple):
-    """A row of the page's table, and the way to test the framework."""
-
-    name: str
-    make: Callable[[Site], Any]
-    get: Callable[[Any, str], Answer]
-    lets_errors_out: bool = False
-    """Whether an exception in a view leaves the application; else there is a 500."""
-
-
-FLASK = Framework("Flask", frameworks.make_flask, via_werkzeug)
-WERKZEUG = Framework("Werkzeug", frameworks.make_werkzeug, via_werkzeug, True)
-DJANGO = Framework("Django", frameworks.make_django, via_werkzeug)
-BOTTLE = Framework("Bottle", frameworks.make_bottle, via_webtest)
-PYRAMID = Framework("Pyramid", frameworks.make_pyramid, via_webtest, True)
-FALCON = Framework("Falcon", frameworks.make_falcon, via_falcon)
-PLAIN = Framework("any other", frameworks.make_plain, via_werkzeug, True)
-FRAMEWORKS = [FLASK, WERKZEUG, DJANGO, BOTTLE, PYRAMID, FALCON, PLAIN]
-STRICT_BOTTLE = Framework(
-    "Bottle without catchall",
-    functools.partial(frameworks.make_bottle, catchall=False),
-    via_webtest,
-    True,
 )
 
 
@@ -103,28 +78,6 @@ def test_a_404_of_the_framework_is_no_failure(framework: Framework) -> None:
     status, _ = framework.get(app, "/missing")
     assert status == 404
     assert seen.next(1) == ["ran"]
-
-
-def check_failure(framework: Framework, log: Log) -> None:
-    seen = Seen()
-
-    def send_receipt() -> None:
-        seen.put("a receipt for what failed")
-
-    def enter(tasks: BackgroundTasks) -> None:
-        tasks.add_task(send_receipt)
-        tasks.using(run_on="error").add_task(seen.put, "an alarm")
-
-    app = framework.make(Site(enter))
-    if framework.lets_errors_out:
-        with pytest.raises(ValueError, match="a bug"):
-            framework.get(app, "/broken")
-    else:
-        assert framework.get(app, "/broken")[0] == 500
-    assert seen.next(1) == ["an alarm"]
-    assert seen.empty()
-    [warning] = log.warnings
-    assert "send_receipt was not run: the request failed" in warning
 
 
 @pytest.mark.parametrize("framework", [*FRAMEWORKS, STRICT_BOTTLE], ids=name_of)

@@ -27,6 +27,7 @@ from tests.support import (
     run_python,
     submit,
 )
+from tests.support.hooks import Diary
 from wsgi_bg import (
     BackgroundTask,
     BackgroundTasks,
@@ -43,33 +44,6 @@ from wsgi_bg.exceptions import OptionTypeError
 from wsgi_bg.hooks import Hooks, TaskRecord
 
 MOMENTS = ("added", "sent", "started", "finished", "failed", "discarded")
-
-
-class Diary(Hooks):
-    """Records the hook calls of each task."""
-
-    def __init__(self) -> None:
-        self.moments: list[str] = []
-        self.records: list[TaskRecord] = []
-
-    def note(self, moment: str, record: TaskRecord) -> None:
-        self.moments.append(f"{moment} {record.task.name.rpartition('.')[2]}")
-        self.records.append(record)
-
-    def task_added(self, record: TaskRecord) -> None:
-        self.note("added", record)
-
-    def task_started(self, record: TaskRecord) -> None:
-        self.note("started", record)
-
-    def task_finished(self, record: TaskRecord) -> None:
-        self.note("finished", record)
-
-    def task_failed(self, record: TaskRecord) -> None:
-        self.note("failed", record)
-
-    def task_discarded(self, record: TaskRecord) -> None:
-        self.note("discarded", record)
 
 
 def plain(*args: object) -> None:
@@ -186,7 +160,7 @@ def test_tasks_left_at_the_exit_are_discarded() -> None:
     result = run_python("""
         import threading
         from tests.support import submit
-        from tests.test_hooks import Diary
+        from tests.support.hooks import Diary
         from wsgi_bg import BackgroundTasksMiddleware, PoolRunner, background_tasks
         from tests.support import app_that, respond
 

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.support import TIMEOUT, Server, app_that, make_server_environ, run_python
+from tests.support import TIMEOUT, Server, app_that, make_server_environ, run_python, wait_until
 from tests.support import durable_shop as shop
-from tests.test_examples import wait_until
 from wsgi_bg import (
     BackgroundTask,
     BackgroundTasks,

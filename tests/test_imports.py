@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 
 import wsgi_bg
-from tests.support import run_python
-from tests.test_exit import needs_threads_at_exit
+from tests.support import needs_threads_at_exit, run_python
 from wsgi_bg import exceptions, pytest_plugin
 from wsgi_bg.exceptions import OutsideRequestError
 

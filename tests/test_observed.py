@@ -24,9 +24,9 @@ from tests.support import (
     make_environ,
     make_server_environ,
     respond,
+    wait_until,
 )
 from tests.support.post import Post, send
-from tests.test_examples import wait_until
 from wsgi_bg import (
     BackgroundTask,
     BackgroundTasks,

@@ -25,10 +25,9 @@ from flask import Flask
 
 from tests.conftest import Log
 from tests.status.support import handle, hang, nothing, process
-from tests.support import TIMEOUT, Server, app_that, make_server_environ
+from tests.support import TIMEOUT, Server, app_that, make_server_environ, wait_until
 from tests.support.celery import filesystem, messages
-from tests.test_examples import wait_until
-from tests.test_outbox_seam import ListRunner
+from tests.support.list_runner import ListRunner
 from wsgi_bg import (
     BackgroundTasksMiddleware,
     DurableRunner,

@@ -37,11 +37,11 @@ from tests.support import (
     respond,
     run_python,
     traced_shop,
+    wait_until,
 )
 from tests.support.celery import filesystem, worker
+from tests.support.list_runner import ListRunner
 from tests.support.traced_shop import as_dict, provider_for
-from tests.test_examples import wait_until
-from tests.test_outbox_seam import ListRunner
 from wsgi_bg import (
     BackgroundTasksMiddleware,
     DurableRunner,

@@ -20,11 +20,20 @@ from werkzeug.test import Client
 
 import wsgi_bg
 from tests.conftest import Log
-from tests.support import TIMEOUT, Gate, Server, app_that, make_server_environ, no_threads, post
+from tests.support import (
+    TIMEOUT,
+    Gate,
+    Server,
+    app_that,
+    make_server_environ,
+    no_threads,
+    post,
+    text_of,
+    wait_until,
+)
 from tests.support.post import FilePost, Post, add, request, send, send_or_run
 from tests.support.recording import late as late_stream
 from tests.support.recording import recording
-from tests.test_examples import text_of, wait_until
 from wsgi_bg import (
     BackgroundTasksMiddleware,
     InlineRunner,

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
@@ -15,6 +14,7 @@ from tests.support.engine_shop import (
     fail_always,
 )
 from tests.support.engines import TIMEOUT, request, send
+from tests.support.list_runner import ListRunner, ToList
 from wsgi_bg import (
     BackgroundTask,
     BackgroundTasks,
@@ -35,42 +35,11 @@ from wsgi_bg.exceptions import (
     RegistrationError,
 )
 from wsgi_bg.outbox import (
-    Connection,
-    EncodedCall,
-    EngineOptions,
-    Message,
-    OutboxRunner,
     RetryLater,
     correlation_id,
     encode_call,
     run_call,
 )
-
-
-class ListRunner(OutboxRunner):
-    """Sends to a list. ``sent`` has the batches; ``away`` makes the broker refuse."""
-
-    engine_options: ClassVar[EngineOptions] = {"weight": ((int, float), "a number")}
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.sent: list[list[EncodedCall]] = []
-        self.away = False
-
-    def connect(self) -> Connection:
-        return ToList(self)
-
-
-class ToList(Connection):
-    def __init__(self, runner: ListRunner) -> None:
-        self._runner = runner
-
-    def send(self, messages: Sequence[Message], confirmed: Callable[[int], object]) -> None:
-        if self._runner.away:
-            raise ConnectionError
-        self._runner.sent.append([each.data for each in messages])
-        for index in range(len(messages)):
-            confirmed(index)
 
 
 @registered_task

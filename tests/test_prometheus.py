@@ -25,10 +25,18 @@ from prometheus_client.samples import Sample
 
 import wsgi_bg
 from tests.conftest import Log
-from tests.support import TIMEOUT, Clock, Gate, app_that, make_server_environ, post, run_python
+from tests.support import (
+    TIMEOUT,
+    Clock,
+    Gate,
+    app_that,
+    make_server_environ,
+    post,
+    run_python,
+    wait_until,
+)
 from tests.support import Server as FakeServer
 from tests.support.post import Post, send
-from tests.test_examples import wait_until
 from wsgi_bg import (
     BackgroundTasksMiddleware,
     PoolRunner,

@@ -11,12 +11,11 @@ import pytest
 from celery import Celery
 from celery.signals import before_task_publish
 
-from tests.support import TIMEOUT, registry_samples
+from tests.support import TIMEOUT, registry_samples, wait_until
 from tests.support.celery import Broker, filesystem, messages, request
 from tests.support.celery_shop import local_calls, not_registered, note
+from tests.support.encoding import written
 from tests.support.recording import recording
-from tests.test_encoding import written
-from tests.test_examples import wait_until
 from wsgi_bg import InlineRunner, background_tasks, registered_task
 from wsgi_bg._messages import headers
 from wsgi_bg._messages.codec import decode

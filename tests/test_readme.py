@@ -9,8 +9,8 @@ from queue import SimpleQueue
 import pytest
 
 import wsgi_bg
+from tests.support.examples import EXAMPLES
 from tests.support.pages import CHANGELOG, README, ROOT, run
-from tests.test_examples import EXAMPLES
 
 TIMEOUT = 10.0  # seconds
 

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import Log
-from tests.support import TIMEOUT, Clock, app_that
+from tests.support import TIMEOUT, Clock, app_that, wait_until
 from tests.support.recording import by_werkzeug, done, recording
-from tests.test_examples import wait_until
 from wsgi_bg import (
     BackgroundTasksMiddleware,
     DurableRunner,

@@ -17,7 +17,7 @@ from rq.serializers import JSONSerializer
 from rq.worker import SpawnWorker
 
 from tests.conftest import Log
-from tests.support import app_that
+from tests.support import app_that, text_of, wait_until
 from tests.support.brokers import RedisServer
 from tests.support.engine_shop import (
     SpawningWorker,
@@ -31,7 +31,6 @@ from tests.support.engine_shop import (
     spread_and_leave,
 )
 from tests.support.engines import RQ, TIMEOUT, Worker, request, send, worker
-from tests.test_examples import text_of, wait_until
 from wsgi_bg import (
     BackgroundTasksMiddleware,
     Retry,

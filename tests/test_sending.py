@@ -18,8 +18,8 @@ from tests.support import (
     events,
     make_server_environ,
     respond,
+    wait_until,
 )
-from tests.test_examples import wait_until
 from wsgi_bg import (
     BackgroundTask,
     BackgroundTasksMiddleware,

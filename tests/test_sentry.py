@@ -26,12 +26,12 @@ from tests.support import (
     respond,
     run_python,
     sentry_shop,
+    wait_until,
 )
 from tests.support.brokers import RedisServer
 from tests.support.celery import filesystem, worker
+from tests.support.list_runner import ListRunner
 from tests.support.sentry_shop import DSN, Recorder
-from tests.test_examples import wait_until
-from tests.test_outbox_seam import ListRunner
 from wsgi_bg import BackgroundTasksMiddleware, DurableRunner, background_tasks
 from wsgi_bg._messages import headers
 from wsgi_bg.exceptions import OptionTypeError

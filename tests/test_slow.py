@@ -16,8 +16,7 @@ import pytest
 
 import wsgi_bg
 from tests.conftest import Log
-from tests.support import TIMEOUT, Gate, app_that, make_environ, respond, run_python
-from tests.test_examples import wait_until
+from tests.support import TIMEOUT, Gate, app_that, make_environ, respond, run_python, wait_until
 from wsgi_bg import BackgroundTasksMiddleware, Retry, background_tasks, portal
 from wsgi_bg.exceptions import OptionError
 from wsgi_bg.hooks import Hooks, TaskRecord

@@ -32,8 +32,8 @@ from tests.support import (
     nothing,
     respond,
     submit,
+    wait_until,
 )
-from tests.test_examples import wait_until
 from wsgi_bg import (
     BackgroundTask,
     BackgroundTasksMiddleware,

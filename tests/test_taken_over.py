@@ -15,10 +15,17 @@ import pytest
 from simple_websocket import Client, ConnectionClosed
 from werkzeug.serving import make_server
 
-from tests.support import TIMEOUT, Environ, Server, free_port, make_server_environ
+from tests.support import (
+    TIMEOUT,
+    Environ,
+    Server,
+    free_port,
+    make_server_environ,
+    text_of,
+    wait_until,
+)
 from tests.support.client import ask
 from tests.support.taken_over_app import add_tasks, sock
-from tests.test_examples import text_of, wait_until
 from wsgi_bg import BackgroundTasksMiddleware, background_tasks
 from wsgi_bg._request.servers import is_asked_for
 

@@ -14,14 +14,25 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.support import TIMEOUT
+from tests.support import TIMEOUT, wait_until
 from tests.support.command import write as write_module
-from tests.test_durable_crash import ROOT, Shop, kill, said
-from tests.test_examples import wait_until
+from tests.support.durable import (
+    COMMAND,
+    ROOT,
+    Shop,
+    at_gate,
+    change,
+    forge,
+    id_of,
+    kill,
+    leave_failed,
+    listed,
+    said,
+    tasks,
+)
 from wsgi_bg._durable.folder import Folder, check_folder
 from wsgi_bg._durable.inspection import Found, list_tasks, order
 from wsgi_bg._durable.rows import Outcome, Row, Settings
@@ -30,11 +41,7 @@ from wsgi_bg._serving import tasks_command
 from wsgi_bg._serving.cli import main
 from wsgi_bg.exceptions import StoreError
 
-COMMAND = (sys.executable, "-m", "wsgi_bg", "tasks")
-
 NOBODY = "wsgi-bg tasks: no process uses the folder now: the next one that starts"
-
-Result = subprocess.CompletedProcess[str]
 
 
 @pytest.fixture
@@ -42,33 +49,8 @@ def shop(tmp_path: Path) -> Shop:
     return Shop(tmp_path)
 
 
-def tasks(path: Path, *arguments: str, **environ: str) -> Result:
-    """Run the command on the folder ``path``."""
-    return subprocess.run(
-        [*COMMAND, str(path), *arguments],
-        capture_output=True,
-        encoding="utf-8",
-        timeout=3 * TIMEOUT,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, **environ},
-    )
-
-
-def listed(shop: Shop, *arguments: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(
-        tasks(shop.folder, "list", "--json", *arguments).stdout
-    )
-    return found
-
-
 def names_and_states(shop: Shop, *arguments: str) -> list[tuple[str, str]]:
     return [(task["name"], task["state"]) for task in listed(shop, *arguments)]
-
-
-def id_of(shop: Shop, name: str) -> str:
-    (found,) = [task["id"] for task in listed(shop) if task["name"] == name]
-    return str(found)
 
 
 def proceed(process: subprocess.Popen[str]) -> None:
@@ -76,41 +58,6 @@ def proceed(process: subprocess.Popen[str]) -> None:
     assert process.stdin is not None
     process.stdin.write("\n")
     process.stdin.flush()
-
-
-@contextmanager
-def at_gate(
-    shop: Shop, rest: str = "threading.Event().wait()"
-) -> Iterator[subprocess.Popen[str]]:
-    """A process with a failed task, a task that waits for a line, and two behind that one."""
-    code = f"""
-        handle(runner, (fail, 1), (wait_for_line,), (write, 2), (add_two, 3))
-        {rest}
-        """
-    with shop.process(code) as process:
-        said(process, "waits")
-        assert wait_until(lambda: "failed" in shop.states)  # when its end is written
-        yield process
-
-
-def leave_failed(shop: Shop, *values: int) -> None:
-    """Leave failed tasks of a process that was killed."""
-    calls = ", ".join(f"(fail, {value})" for value in values)
-    with shop.process(f"handle(runner, {calls}); input()") as process:
-        assert wait_until(lambda: shop.states == ["failed"] * len(values)), shop.states
-        kill(process)
-
-
-def change(shop: Shop, statement: str, *values: Any) -> None:
-    (path,) = shop.folder.glob("*.sqlite")
-    with closing(sqlite3.connect(path)) as file, file:
-        file.execute(statement, values)
-
-
-def forge(shop: Shop, table: str, *values: Any) -> None:
-    """Insert a row; bytes become a text, which may be no UTF-8."""
-    marks = ("CAST(? AS TEXT)" if type(value) is bytes else "?" for value in values)
-    change(shop, f"INSERT INTO {table} VALUES ({', '.join(marks)})", *values)
 
 
 # Looking.

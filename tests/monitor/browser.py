@@ -18,8 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import TIMEOUT
-from tests.test_examples import wait_until
+from tests.support import TIMEOUT, wait_until
 
 PROGRAMS = ("chromium", "chromedriver")
 

@@ -14,7 +14,7 @@ import pytest
 from tests.monitor import samples
 from tests.monitor.browser import chromium
 from tests.monitor.support import open_monitor, serving
-from tests.test_examples import wait_until
+from tests.support import wait_until
 
 
 def take(folder: Path) -> None:

@@ -13,11 +13,9 @@ import pytest
 
 from tests.conftest import Log
 from tests.monitor.support import Answer, open_monitor, post, token_of
-from tests.support import TIMEOUT
+from tests.support import TIMEOUT, wait_until
 from tests.support.command import running
-from tests.test_durable_crash import Shop
-from tests.test_examples import wait_until
-from tests.test_tasks_command import at_gate, forge, id_of, leave_failed
+from tests.support.durable import Shop, at_gate, forge, id_of, leave_failed
 from wsgi_bg._durable import folder as folders
 from wsgi_bg._messages.codec import encode
 from wsgi_bg._tasks.registry import Registration

@@ -14,8 +14,8 @@ from tests.servers.control import Control
 from tests.servers.fleet import start
 from tests.servers.process import PATIENT, Process
 from tests.servers.setups import HERE, Setup
+from tests.support import wait_until
 from tests.support.client import ask
-from tests.test_examples import wait_until
 
 SETUPS = [
     s for s in HERE if s.name in ("gunicorn-gthread", "gunicorn-preload", "gunicorn-gevent")

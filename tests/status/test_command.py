@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 
 from tests.status.support import fail, handle, nothing, process
-from tests.support import TIMEOUT, run_python
+from tests.support import TIMEOUT, run_python, wait_until
 from tests.support.command import ROOT, serving
-from tests.test_examples import wait_until
 from wsgi_bg import BackgroundTasks, status
 from wsgi_bg._serving import cli
 from wsgi_bg._serving.cli import main

@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import Log
 from tests.status.support import fail, handle, nothing
-from tests.test_examples import wait_until
+from tests.support import wait_until
 from wsgi_bg import status
 from wsgi_bg._durable.folder import Folder
 from wsgi_bg._durable.owner import locks_of

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.status.support import fail, handle, nothing, process
-from tests.support import TIMEOUT, free_port
+from tests.support import TIMEOUT, free_port, wait_until
 from tests.support.command import running, write
-from tests.test_examples import wait_until
 from wsgi_bg import status
 from wsgi_bg.status import Snapshot
 

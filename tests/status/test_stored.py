@@ -14,9 +14,8 @@ import pytest
 
 from tests.durable.support import dead_store
 from tests.status.support import process, visit
-from tests.support import TIMEOUT, app_that
+from tests.support import TIMEOUT, app_that, wait_until
 from tests.support.durable_shop import gate, wait_at, write
-from tests.test_examples import wait_until
 from wsgi_bg import (
     BackgroundTasksMiddleware,
     DurableRunner,

@@ -138,6 +138,20 @@ class Gate:
         assert self._done.wait(TIMEOUT), "the task did not run"
 
 
+def wait_until(predicate: Callable[[], object], timeout: float = 2 * TIMEOUT) -> bool:
+    """True if ``predicate`` comes true within ``timeout`` seconds."""
+    pause = threading.Event()
+    for _ in range(int(timeout / 0.01)):
+        if predicate():
+            return True
+        pause.wait(0.01)
+    return False
+
+
+def text_of(file: Path) -> str:
+    return file.read_text(encoding="utf-8") if file.exists() else ""
+
+
 @contextmanager
 def _in_thread(serve: Callable[[], object], stop: Callable[[], object]) -> Iterator[None]:
     thread = threading.Thread(target=serve, daemon=True)
@@ -284,3 +298,9 @@ class Subject:
 
     def fail(self) -> None:
         raise ValueError
+
+
+needs_threads_at_exit = pytest.mark.skipif(
+    (3, 12, 0) <= sys.version_info < (3, 12, 2),
+    reason="Python 3.12.0 and 3.12.1 start no thread once the main one has ended (gh-113964)",
+)

@@ -28,8 +28,7 @@ import pytest
 import redis
 from kombu import Connection
 
-from tests.support import free_port
-from tests.test_examples import text_of, wait_until
+from tests.support import free_port, text_of, wait_until
 
 if TYPE_CHECKING:
     from celery import Celery

@@ -18,16 +18,16 @@ from typing import Any, NamedTuple
 
 from celery import Celery
 
-from tests.support import Server, app_that, make_server_environ
+from tests.support import Server, app_that, make_server_environ, text_of, wait_until
 from tests.support.brokers import Broker as Broker
 from tests.support.brokers import RedisServer as RedisServer
 from tests.support.brokers import redis_server as redis_server
 from tests.support.celery_shop import MODULE, note
-from tests.test_examples import text_of, wait_until
 from wsgi_bg import BackgroundTasksMiddleware, background_tasks
 from wsgi_bg.celery import CeleryRunner
 
 TIMEOUT = 30.0
+PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 def filesystem(folder: Path) -> Broker:

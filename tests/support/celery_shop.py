@@ -16,9 +16,8 @@ from typing import Any
 
 from celery import Celery, current_task
 
-from tests.support import app_that
+from tests.support import app_that, text_of
 from tests.support.celery_filesystem import install
-from tests.test_examples import text_of
 from wsgi_bg import BackgroundTasksMiddleware, Retry, registered_task
 from wsgi_bg.celery import CeleryRunner, correlation_id, traceparent
 

@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.support import app_that, client, free_port
+from tests.support import app_that, client, free_port, text_of, wait_until
 from tests.support.brokers import Broker
 from tests.support.celery_shop import note_line
-from tests.test_examples import text_of, wait_until
 from wsgi_bg import background_tasks, serve
 
 TIMEOUT = 30.0

@@ -16,9 +16,15 @@ from typing import Any
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from tests.support import Server, app_that, engine_shop, make_server_environ
+from tests.support import (
+    Server,
+    app_that,
+    engine_shop,
+    make_server_environ,
+    text_of,
+    wait_until,
+)
 from tests.support.engine_shop import make_broker, make_queue
-from tests.test_examples import text_of, wait_until
 from wsgi_bg import BackgroundTask, BackgroundTasksMiddleware, background_tasks, wait
 from wsgi_bg.dramatiq import DramatiqRunner
 from wsgi_bg.outbox import OutboxRunner

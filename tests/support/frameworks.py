@@ -9,10 +9,14 @@ that installs the middleware and finds the tasks stands here as on that page.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
+import pytest
+
+from tests.conftest import Log
 from tests.support import TIMEOUT
 from wsgi_bg import (
     BackgroundTasks,
@@ -240,3 +244,51 @@ def via_falcon(app: Any, path: str) -> Answer:
 
     response = TestClient(app).simulate_get(path)
     return response.status_code, response.content
+
+
+class Framework(NamedTuple):
+    """A row of the page's table, and the way to test the framework."""
+
+    name: str
+    make: Callable[[Site], Any]
+    get: Callable[[Any, str], Answer]
+    lets_errors_out: bool = False
+    """Whether an exception in a view leaves the application; else there is a 500."""
+
+
+FLASK = Framework("Flask", make_flask, via_werkzeug)
+WERKZEUG = Framework("Werkzeug", make_werkzeug, via_werkzeug, True)
+DJANGO = Framework("Django", make_django, via_werkzeug)
+BOTTLE = Framework("Bottle", make_bottle, via_webtest)
+PYRAMID = Framework("Pyramid", make_pyramid, via_webtest, True)
+FALCON = Framework("Falcon", make_falcon, via_falcon)
+PLAIN = Framework("any other", make_plain, via_werkzeug, True)
+FRAMEWORKS = [FLASK, WERKZEUG, DJANGO, BOTTLE, PYRAMID, FALCON, PLAIN]
+STRICT_BOTTLE = Framework(
+    "Bottle without catchall",
+    functools.partial(make_bottle, catchall=False),
+    via_webtest,
+    True,
+)
+
+
+def check_failure(framework: Framework, log: Log) -> None:
+    seen = Seen()
+
+    def send_receipt() -> None:
+        seen.put("a receipt for what failed")
+
+    def enter(tasks: BackgroundTasks) -> None:
+        tasks.add_task(send_receipt)
+        tasks.using(run_on="error").add_task(seen.put, "an alarm")
+
+    app = framework.make(Site(enter))
+    if framework.lets_errors_out:
+        with pytest.raises(ValueError, match="a bug"):
+            framework.get(app, "/broken")
+    else:
+        assert framework.get(app, "/broken")[0] == 500
+    assert seen.next(1) == ["an alarm"]
+    assert seen.empty()
+    [warning] = log.warnings
+    assert "send_receipt was not run: the request failed" in warning
