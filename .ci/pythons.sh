@@ -4,18 +4,18 @@
 # These tests depend on a server, an engine or a browser more than on the Python, or take minutes:
 # half of the time. The gate runs them on the oldest Python, and .ci/long on each.
 outer=(
+    --ignore=tests/celery/test_{away,brokers,django,engine,flask,own_tasks,refused,worker}.py
+    --ignore=tests/docs/test_celery_example.py
+    --ignore=tests/dramatiq
     --ignore=tests/monitor
+    --ignore=tests/opentelemetry
+    --ignore=tests/outbox/test_engines.py
+    --ignore=tests/request/test_interrupted.py
+    --ignore=tests/rq
+    --ignore=tests/sentry
     --ignore=tests/servers
-    --ignore=tests/test_brokers.py
-    --ignore-glob="tests/test_celery_*.py"
-    --ignore=tests/test_dramatiq.py
-    --ignore=tests/test_engines.py
-    --ignore=tests/test_interrupted.py
-    --ignore=tests/test_observed_workers.py
-    --ignore=tests/test_opentelemetry.py
-    --ignore=tests/test_rq.py
-    --ignore=tests/test_sentry.py
-    --ignore=tests/test_tasks_command.py
+    --ignore=tests/serving/test_tasks_command.py
+    --ignore=tests/worker
 )
 
 # The interpreter of a version: on the path, or one that pyenv keeps.
