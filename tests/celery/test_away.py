@@ -359,8 +359,8 @@ def test_no_message_is_sent_twice_while_rabbitmq_blocks_its_senders(
     try:
         request(runner, lambda: [add("first")(), add("second")()], sends=False)
         assert wait_until(lambda: len(timeouts) >= 2, TIMEOUT)
-        assert len(log.warnings) == 1
-        assert "RabbitMQ takes no messages at present" in log.warnings[0]
+        [warning] = set(log.warnings)  # a record for each connection: two may send the two
+        assert "RabbitMQ takes no messages at present" in warning
     finally:
         rabbitmq.control("set_disk_free_limit", "1MB")
     assert wait(TIMEOUT) == []
