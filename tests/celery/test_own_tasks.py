@@ -277,6 +277,24 @@ def test_several_tasks_at_once_are_refused(app: Celery, runner: CeleryRunner) ->
     )
 
 
+def test_what_only_makes_a_signature_is_refused(app: Celery, runner: CeleryRunner) -> None:
+    own = of(app)
+
+    class Users:
+        def s(self, value: int) -> None:  # named as Celery's method
+            ran.append(value)
+
+    def view(environ: Any) -> None:
+        methods = own.s, own.si, own.signature, own.subtask, own.map, own.starmap, own.chunks
+        for makes_a_signature in (*methods, chain, group, chord):
+            with pytest.raises(RegistrationError, match="only makes a signature"):
+                background_tasks.add_task(makes_a_signature, 1)
+        background_tasks.add_task(Users().s, 1)
+
+    handle(runner, view)
+    assert ran == [1]
+
+
 def test_a_task_of_another_application_is_refused(runner: CeleryRunner) -> None:
     other = Celery("other", set_as_current=False)
     own = of(other)

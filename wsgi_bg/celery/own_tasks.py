@@ -16,6 +16,9 @@ from wsgi_bg._tasks.task import BackgroundTask
 from wsgi_bg.celery.options import TIMES
 from wsgi_bg.exceptions import RegistrationError
 
+_BUILDERS = ("s", "si", "signature", "map", "starmap", "chunks")
+"""The methods of a task that only make a signature."""
+
 _LINKS = ("link", "link_error")
 """The options of a message that name tasks which are sent when its task has ended."""
 
@@ -40,14 +43,23 @@ def find(app: Celery, task: BackgroundTask, options: dict[str, Any]) -> Call | N
     """Return the call of ``task`` if its function belongs to Celery, else None.
 
     :param options: for ``apply_async``.
-    :raises TypeError: if the function belongs to another application, or Celery would have to
-        ask the result backend before it sends the task.
+    :raises TypeError: if the function belongs to another application, Celery would have to
+        ask the result backend before it sends the task, or the function only makes a
+        signature.
     """
     func: Any = task.func
     if type(func) is FunctionType:
         return None
     # The function of a method may be any callable, without a name.
     how = getattr(func, "__name__", "") if type(func) is MethodType else ""
+    if (isinstance(func, type) and issubclass(func, Signature)) or (
+        how in _BUILDERS and isinstance(func.__self__, Task)
+    ):
+        raise RegistrationError(
+            f"{task.name} only makes a signature, and sends nothing: write "
+            "add_task(celery_task, ...) or add_task(celery_task.s(...))",
+            func,
+        )
     if how in ("delay", "apply_async"):
         func = func.__self__
     if not isinstance(func, (Signature, Task)):
