@@ -70,9 +70,11 @@ def test_a_call_runs_in_a_copy_of_the_callers_context() -> None:
     assert number.get() == 7
 
 
-@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    "error", [SystemExit, KeyboardInterrupt, GeneratorExit, pytest.fail.Exception]
+)
 @pytest.mark.parametrize("is_async", [True, False])
-def test_an_exit_is_raised_in_the_caller_and_the_loop_goes_on(
+def test_an_error_that_is_no_exception_is_raised_in_the_caller_and_the_loop_goes_on(
     error: type[BaseException], is_async: bool
 ) -> None:
     def leave() -> None:

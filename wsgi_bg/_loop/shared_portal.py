@@ -34,8 +34,8 @@ _name_library: Callable[[str], object] = (
 class SharedPortal(BlockingPortal):
     """anyio's portal on asyncio, with five differences.
 
-    - A ``SystemExit`` or ``KeyboardInterrupt`` of a call is raised in the caller only.
-      asyncio would end the loop, and with it the portal of all requests.
+    - An error of a call that is no ``Exception``, such as ``SystemExit``, is raised in the
+      caller only. anyio would end the portal of all requests for it.
     - A call cannot be left in a state that ends the portal's task group, such as an asyncio
       task that has cancelled itself: each coroutine runs in an asyncio task of its own.
     - :meth:`stop` and ``async with`` are refused: the portal ends with the process.
@@ -166,8 +166,8 @@ class SharedPortal(BlockingPortal):
             self._calls[future] = current_task()
             if func is not separately:
                 func = partial(_separate, func)
-            # anyio's method settles the future before it raises either of these.
-            with suppress(SystemExit, KeyboardInterrupt):
+            # anyio's method settles the future, and then raises an error that is no Exception.
+            with suppress(BaseException):
                 await super()._call_func(func, args, kwargs, future)
         finally:
             self._calls.pop(future, None)
