@@ -278,6 +278,23 @@ def test_a_parents_portal_raises_in_a_forked_process_and_does_not_hang() -> None
     assert done.stdout == "True\nTrue\n0 called\n", done.stderr
 
 
+def test_a_call_of_a_finalizer_raises_and_does_not_keep_the_process() -> None:
+    done = run_python(
+        """
+        import os, wsgi_bg
+        class Client:
+            def __del__(self):
+                try:
+                    wsgi_bg.portal().call(int)
+                except RuntimeError:
+                    os.write(1, b"refused")
+        client = Client()
+        wsgi_bg.portal().call(int)
+        """
+    )
+    assert done.stdout == "refused", done.stderr
+
+
 @pytest.mark.parametrize("start", ["", "from gevent import monkey; monkey.patch_all()"])
 def test_greenlets_run_while_another_one_waits_for_its_call(start: str) -> None:
     pytest.importorskip("gevent")

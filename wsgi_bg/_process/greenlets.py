@@ -42,6 +42,9 @@ def start_daemon(target: Callable[..., object], name: str, *args: Any) -> thread
     :raises RuntimeError: if no thread can be started: there is no memory for a stack, or the
         interpreter exits.
     """
+    # Python 3.11 would wait for ever for the thread to begin. (Coverage has ended then.)
+    if sys.is_finalizing():  # pragma: no cover
+        raise RuntimeError("can't start a thread while the interpreter exits")
     thread = threading.Thread(target=target, args=args, name=name, daemon=True)
     Context().run(thread.start)
     return thread
