@@ -139,6 +139,28 @@ class TestCase(unittest.TestCase):
     result.assert_outcomes(passed=3)
 
 
+def test_a_marked_test_does_not_see_the_requests_of_fixtures_of_several_tests(
+    inner: Inner,
+) -> None:
+    result = inner.run(
+        """
+def setup_module():
+    shop.client.get("/send", buffered=True)
+
+@pytest.fixture(scope="session")
+def logged_in():
+    shop.client.get("/send", buffered=True)
+
+@pytest.mark.wsgi_bg
+@pytest.mark.parametrize("number", [1, 2])
+def test_it(number, logged_in, background_tasks):
+    assert shop.sent == ["ada", "ada"]
+    background_tasks.assert_none()
+"""
+    )
+    result.assert_outcomes(passed=2)
+
+
 def test_a_marker_does_not_keep_items_without_fixtures_from_running(
     inner: Inner, pytester: pytest.Pytester
 ) -> None:

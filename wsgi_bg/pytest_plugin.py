@@ -61,13 +61,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if not hasattr(item.config, "workerinput"):  # a UsageError crashes xdist's workers
                 _mode_of(item)  # check now: one error before the first test
             names: list[str] = getattr(item, "fixturenames", [])
-            # The fixture comes first, to see requests of other fixtures and setup_method().
+            # The fixture comes first of its scope, to see requests of other fixtures and
+            # setup_method(), and not those of setup_module(), which only one test would see.
             # A new list, since the variants of a parametrized test share the old list.
-            others = [name for name in names if name != _FIXTURE]
-            item.fixturenames = [_FIXTURE, *others]  # type: ignore[attr-defined]
+            wider = [name for name in names if _outlives(item, name)]
+            others = [name for name in names if name not in (*wider, _FIXTURE)]
+            item.fixturenames = [*wider, _FIXTURE, *others]  # type: ignore[attr-defined]
         if _FIXTURE in getattr(item, "fixturenames", []):
             # Import now: some tests freeze the time or patch the standard library.
             from wsgi_bg import _testing  # noqa: F401
+
+
+def _outlives(item: pytest.Item, name: str) -> bool:
+    """True if the fixture of that name may serve several tests."""
+    known = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
+    return any(fixture.scope != "function" for fixture in known.get(name, ())[-1:])
 
 
 def _mode_of(item: pytest.Item) -> Mode:
