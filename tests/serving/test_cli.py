@@ -319,7 +319,7 @@ REFUSED = {
     "shop:app.nothing": "module 'shop' has no attribute 'app.nothing'",
     "shop:__name__": "shop:__name__ is not callable: it is a str",
     "shop:__name__ -- --call": "shop:__name__ is not callable: it is a str",
-    "shop:wait -- --call": "shop:wait is not callable: it is a NoneType",
+    "shop:wait -- --call": "shop:wait() is not callable: it is a NoneType",
     "shop:slow_async": (
         "shop:slow_async is async, as ASGI applications are: give a WSGI application"
     ),

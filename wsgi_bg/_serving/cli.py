@@ -207,6 +207,7 @@ def _load(target: str, is_factory: bool) -> Any:
     app = _find(module_name, path)
     if is_factory and callable(app):
         app = app()
+        target += "()"  # its result is meant below
     if not callable(app):
         raise UsageError(f"{target} is not callable: it is a {type(app).__name__}")
     if is_coroutine_callable(app):
