@@ -16,7 +16,7 @@ from itertools import chain, islice
 from reprlib import Repr
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
-from wsgi_bg._request.observer import RequestObserver, Response, observers
+from wsgi_bg._request.observer import Later, RequestObserver, Response, observers
 from wsgi_bg._request.servers import declared_length, is_test_client
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg._tasks.callables import name_of
@@ -24,7 +24,6 @@ from wsgi_bg._tasks.checks import bounded, seconds
 from wsgi_bg._tasks.task import plan_of
 from wsgi_bg._tasks.task_log import notify_discarded
 from wsgi_bg.runners import resolve
-from wsgi_bg.runners.ledger import tasks_to_send
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from wsgi_bg._tasks.background_tasks import TaskQueue
     from wsgi_bg._tasks.task import BackgroundTask
     from wsgi_bg.runners import Runner
-    from wsgi_bg.runners.timer import LaterTasks
 
 P = ParamSpec("P")
 
@@ -181,7 +179,7 @@ class TaskRecorder:
         With a real server call this method before you read the tasks: a client may have its
         response before the server closes the response. In mode ``"record"`` this method
         waits for responses only. In mode ``"real"`` a task for another process is waited for
-        until its broker has confirmed the message.
+        until its broker has confirmed the message, or the task has run here in place of that.
 
         :param timeout: seconds to wait at most.
         :raises TimeoutError: if a response or task is unfinished; the message names each.
@@ -193,13 +191,7 @@ class TaskRecorder:
         seconds("timeout", timeout)
         timeout = bounded(timeout)
         self._close_streams()
-        deadline = self._now() + timeout
         self._wait(timeout, lambda request: self.mode != "record" or request.batch is None)
-        while unsent := tasks_to_send():
-            if self._now() >= deadline:
-                names = ", ".join(task.name for each in unsent for task in each.tasks)
-                raise TimeoutError(f"not sent after {timeout:g} s: {names}")
-            self._sleep(_POLL)
         self._raise_first()
 
     def _finish(self) -> None:
@@ -298,7 +290,7 @@ class _Request(RequestObserver):
         self.batch: Batch | None = None
         self.recorder = recorder
         self.waits = recorder.mode == "real"
-        self._later: list[LaterTasks] = []
+        self._later: list[Later] = []
         self.is_of_test_client = is_test_client(environ)
         # WebTest reads every response, and drops a TypeError meanwhile.
         self.is_of_webtest = "paste.testing" in environ
@@ -331,7 +323,7 @@ class _Request(RequestObserver):
         else:
             self.recorder._not_run.append(batch)
 
-    def put_off(self, later: LaterTasks) -> None:
+    def put_off(self, later: Later) -> None:
         self._later.append(later)
 
     def dropped(self, task: BackgroundTask) -> None:
@@ -349,7 +341,7 @@ class _Request(RequestObserver):
 
     @property
     def is_over(self) -> bool:
-        """True if the response is closed and all tasks are done, even if they had to wait."""
+        """True if the response is closed and all tasks are done or sent, even after a wait."""
         return self._unsubmitted.has_ended and all(later.has_ended for later in self._later)
 
     def describe(self) -> str:
@@ -360,7 +352,7 @@ class _Request(RequestObserver):
         return ", ".join(task.name for task in tasks) or f"tasks of {self.path}"
 
     def give_up(self) -> None:
-        """Let no task of this request wait any longer for its time."""
+        """Let no task of this request wait any longer for its time, or to be sent."""
         for later in self._later:
             if not later.has_begun:
                 for task in later.give_up():

@@ -38,6 +38,7 @@ from wsgi_bg import (
     BackgroundTasksMiddleware,
     InlineRunner,
     Retry,
+    _testing,
     background_tasks,
     registered_task,
 )
@@ -951,11 +952,57 @@ def test_in_a_test_with_real_tasks_join_waits_for_the_engine(gate: Gate) -> None
     runner.before = lambda value: gate.task()
     with recording("real") as recorder:
         request(runner, add(send, 1))
-        with pytest.raises(TimeoutError, match=r"not sent after 0\.05 s: .*\.post\.send"):
+        with pytest.raises(TimeoutError, match=r"not finished after 0\.05 s: .*\.post\.send"):
             recorder.join(0.05)
         gate.open()
         recorder.join(TIMEOUT)
         assert runner.got == [1]
+
+
+def test_in_a_test_with_real_tasks_join_raises_that_a_task_was_not_sent() -> None:
+    runner = Post()
+    with recording("real") as recorder:
+        request(runner, add(send, "refused"))
+        with pytest.raises(PublishError, match="does not like it"):
+            recorder.join(TIMEOUT)
+        assert [type(error) for error in recorder.errors] == [PublishError]
+
+
+@registered_task(name="outbox.wait_and_fail")
+def wait_and_fail() -> None:
+    gates.pop().task()
+    raise ValueError("failed here")
+
+
+@pytest.mark.usefixtures("quick")
+def test_in_a_test_with_real_tasks_join_waits_for_what_runs_here_and_raises_its_error(
+    gate: Gate,
+) -> None:
+    runner = Post(when_unsent="local", publish_timeout=0.05)
+    runner.is_up = False
+    gates.append(gate)
+    with recording("real") as recorder:
+        request(runner, lambda: background_tasks.add_task(wait_and_fail))
+        assert gate.begun.wait(TIMEOUT)
+        with pytest.raises(TimeoutError, match="wait_and_fail"):
+            recorder.join(0.0)
+        gate.open()
+        with pytest.raises(ValueError, match="failed here"):
+            recorder.join(TIMEOUT)
+
+
+def test_the_end_of_a_test_with_real_tasks_gives_up_what_is_not_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runner = Post()
+    runner.is_up = False
+    monkeypatch.setattr(_testing, "TEARDOWN_TIMEOUT", 0.01)
+    with (
+        pytest.raises(TimeoutError, match=r"finished after 0\.01 s: tests\.post\.send"),
+        recording("real"),
+    ):
+        request(runner, add(send, 1))
+    assert runner.statistics().waiting == 0
 
 
 def test_a_message_waits_for_a_moment_since_the_server_may_still_write() -> None:

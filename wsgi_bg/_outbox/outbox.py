@@ -101,6 +101,7 @@ class Unsent:
         server may still be writing the response.
     :ivar deadline: when the task is given up or runs here.
     :ivar moved_to: the batch in which the task runs in this process.
+    :ivar observer: the observer of the task's request, in a test; None without a test.
     :ivar was_tried: True if the message may have been sent.
     :ivar goes_alone: True if a connection broke when this message alone was sent: perhaps the
         broker does not take the message, and closes the connection instead of saying so.
@@ -114,6 +115,7 @@ class Unsent:
         "goes_alone",
         "moved_to",
         "not_before",
+        "observer",
         "stored",
         "task",
         "was_tried",
@@ -136,6 +138,7 @@ class Unsent:
         self.was_tried: bool = False
         self.goes_alone: bool = False
         self.moved_to: Batch | None = None
+        self.observer: Any = getattr(task.root, "observer", None)
         self._ledger = ledger
         self._right = {"to end": True, "to begin": True}
 
@@ -144,6 +147,16 @@ class Unsent:
         if self.moved_to is not None:
             return self.moved_to.tasks
         return [self.task] if self in self._ledger.unsent else []
+
+    @property
+    def has_ended(self) -> bool:
+        """True if the task was sent or given up, or has run here."""
+        return not self.tasks
+
+    @property
+    def has_begun(self) -> bool:
+        """True if the task waits no more."""
+        return self.is_claimed
 
     @property
     def is_claimed(self) -> bool:
@@ -255,6 +268,8 @@ class Outbox:
         context = task.context or task.new_context()
         now = time.monotonic()
         unsent = Unsent(task, context, stored, now, wait, self._ledger)
+        if unsent.observer is not None:
+            unsent.observer.put_off(unsent)
         self._last_put = now  # before the next line: see _is_over()
         self.start()
         # Calls the function that wakes the manager's thread, or int() if it does not sleep.
@@ -509,6 +524,8 @@ class Outbox:
         task = unsent.task
         unsent.stored.end("aside", type_name(error.__cause__ or error))
         unsent.context.run(task_log.log_failure, task, error)
+        if unsent.observer is not None:
+            unsent.observer.task_failed(task, error)
         unsent.context.run(task_log.notify_failure, task, error)
         self._ledger.end_unsent(unsent, failed=1)
 
@@ -517,7 +534,8 @@ class Outbox:
         extra = unsent.context.run(task_log.fields, task)
         message = "background task %s runs in this process: %s"
         log.warning(message, task.name, error, extra=extra)
-        queue = Deferring()
+        queue = _TaskHere()
+        queue.observer = unsent.observer
         copy = task.successor()
         options: Any = task.options
         added: Any = replace(options.of_layer(options), run_on="always")
@@ -536,6 +554,14 @@ class Outbox:
         self._ledger.end_unsent(unsent)
         if not self._submitters.submit(batch):
             submit_later(self._local, batch)
+
+
+class _TaskHere(Deferring):
+    """A task that could not be sent and runs in this process, in a batch of its own."""
+
+    __slots__ = ("observer",)
+
+    observer: Any
 
 
 class _Chunk:

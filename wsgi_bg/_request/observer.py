@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from wsgi_bg._tasks.batch import Batch
     from wsgi_bg._tasks.task import BackgroundTask
     from wsgi_bg.runners import Runner
-    from wsgi_bg.runners.timer import LaterTasks
 
 
 class Response(Protocol):
@@ -32,6 +31,25 @@ class Response(Protocol):
     def __iter__(self) -> Iterator[bytes]: ...
 
     def close(self) -> None: ...
+
+
+class Later(Protocol):
+    """Tasks that wait for their time or to be sent, in no batch of the request."""
+
+    @property
+    def tasks(self) -> list[BackgroundTask]:
+        """The tasks that are not done or sent."""
+
+    @property
+    def has_begun(self) -> bool:
+        """True if the tasks do not wait any more."""
+
+    @property
+    def has_ended(self) -> bool:
+        """True if no task is left."""
+
+    def give_up(self) -> list[BackgroundTask]:
+        """Wait no longer; claim and return the tasks."""
 
 
 class RequestObserver:
@@ -63,8 +81,8 @@ class RequestObserver:
         """
         runner.submit(batch)
 
-    def put_off(self, later: LaterTasks) -> None:
-        """A task is about to wait for its time; called on the thread that runs the tasks."""
+    def put_off(self, later: Later) -> None:
+        """A task is about to wait for its time, or to be sent; called before its wait."""
 
     def dropped(self, task: BackgroundTask) -> None:
         """A task will not run, since the attempt that has added it is repeated."""
