@@ -100,6 +100,10 @@ def test_options_reach_the_message(redis: RedisServer) -> None:
     [
         ({"queue": "x"}, OptionValueError, "broker_priority, max_age, queue_name, time_limit"),
         ({"max_age": 1.5}, OptionTypeError, "a whole number of milliseconds"),
+        ({"max_age": 0}, OptionValueError, "1 or more; got 0"),
+        ({"time_limit": -1}, OptionValueError, "1 or more"),
+        ({"broker_priority": 256}, OptionValueError, "must be 0 to 255; got 256"),
+        ({"broker_priority": -1}, OptionValueError, "0 to 255"),
         ({"queue_name": "nobody's"}, OptionValueError, "one of default, slow; got"),
     ],
 )
@@ -215,9 +219,15 @@ def test_rabbitmq_confirms_messages(rabbitmq: RabbitServer, tmp_path: Path) -> N
 
 
 def test_a_message_that_rabbitmq_cannot_have_holds_up_no_other(rabbitmq: RabbitServer) -> None:
+    class Refusing(dramatiq.Middleware):
+        def before_enqueue(self, broker: Any, message: Any, delay: int | None) -> None:
+            if "broker_priority" in message.options:
+                message.options["broker_priority"] = 256
+
     broker = RabbitmqBroker(url=rabbitmq.fresh_url(), confirm_delivery=True)
+    broker.add_middleware(Refusing())
     runner = DramatiqRunner(broker)
-    send(runner, note_call, "", using={"engine": {"broker_priority": 256}})
+    send(runner, note_call, "", using={"engine": {"broker_priority": 9}})
     send(runner, note_call, "")
     assert wait(TIMEOUT) == []
     assert (runner.statistics().sent, runner.statistics().failed) == (1, 1)

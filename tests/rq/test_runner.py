@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from redis import Redis
 from rq import Queue
+from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.worker import SpawnWorker
 
@@ -93,6 +94,13 @@ def test_the_module_has_no_other_names() -> None:
         ({"ttl": True}, OptionTypeError, "whole number"),
         ({"at_front": 1}, OptionTypeError, "True or False"),
         ({"ttl": 10**30}, OptionValueError, "a finite number, 1e15 at most"),
+        ({"ttl": 0}, OptionValueError, r"engine\['ttl'\] must be .*, 1 or more; got 0"),
+        ({"ttl": -1}, OptionValueError, "1 or more"),
+        ({"job_timeout": 0}, OptionValueError, "-1 for no limit"),
+        ({"job_timeout": -2}, OptionValueError, "-1 for no limit"),
+        ({"result_ttl": -2}, OptionValueError, "seconds, or -1"),
+        ({"failure_ttl": -2}, OptionValueError, "seconds, or -1"),
+        ({"max_crashes": -1}, OptionValueError, "0 or more"),
     ],
 )
 def test_a_wrong_option_raises_in_add_task(
@@ -259,13 +267,20 @@ def test_the_entry_function_is_for_jobs() -> None:
 
 
 def test_a_job_that_rq_refuses_is_given_up_alone(engine: RQ) -> None:
+    class Refusing(Queue):
+        def create_job(self, *args: Any, **kwargs: Any) -> Job:
+            if "ttl" in kwargs:
+                raise ValueError
+            return super().create_job(*args, **kwargs)
+
     errors: list[BaseException] = []
-    runner = engine.runner()
+    queue = make_queue(engine.url)
+    runner = RQRunner(Refusing(queue.name, queue.connection, serializer=JSONSerializer))
 
     def note(task: object, exc: BaseException) -> None:
         errors.append(exc)
 
-    refused = {"engine": {"ttl": -1}, "on_error": note}
+    refused = {"engine": {"ttl": 1}, "on_error": note}
     send(runner, look, "", using=refused)
     good = send(runner, look, "")
     assert wait(TIMEOUT) == []

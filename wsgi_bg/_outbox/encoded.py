@@ -15,8 +15,9 @@ from wsgi_bg._tasks.task import BackgroundTask
 from wsgi_bg.exceptions import MessageError, RegistrationError
 
 EngineOptions = Mapping[str, Kind]
-"""The options of an engine, each with its types and the words for them in an error message:
-``{"ttl": ((int, float), "a number of seconds")}``."""
+"""The options of an engine, each with its types, the words for them in an error message, and
+perhaps a function that says whether a value is in range:
+``{"ttl": ((int,), "a whole number of seconds, 1 or more", lambda each: each > 0)}``."""
 
 _YEAR_10000 = 253402300800.0
 
@@ -46,7 +47,7 @@ def encode_call(task: BackgroundTask, known: EngineOptions | None = None) -> Enc
     :param known: the options of the engine; none by default.
     :raises TypeError: if an argument cannot be sent, an option for the engine has the wrong
         type, or there are such options for a function that is not registered.
-    :raises ValueError: if an option for the engine is unknown, or a number is infinite or NaN.
+    :raises ValueError: if an option for the engine is unknown or out of range.
     """
     registration = registry.find(task.func)
     given = task.options.engine or {}

@@ -96,8 +96,8 @@ class OutboxRunner(KeepingRunner):
     :raises TypeError: if an option has the wrong type.
     :raises StoreError: a ``RuntimeError``, if the folder cannot be used.
 
-    :ivar engine_options: the options of the engine for a function or a task, each with its
-        types and the words for them: ``{"ttl": ((int,), "a whole number of seconds")}``.
+    :ivar engine_options: the options of the engine for a function or a task, see
+        :data:`~wsgi_bg.outbox.EngineOptions`.
     :ivar destination: where the messages are sent to; equal for runners that may share a
         folder. A subclass sets it.
     :ivar holds_delays: True if the engine keeps a message with a long delay as safely as any
@@ -165,7 +165,7 @@ class OutboxRunner(KeepingRunner):
         This method encodes the call of a registered function.
 
         :raises TypeError: to refuse the task.
-        :raises ValueError: if an option for the engine is unknown.
+        :raises ValueError: if an option for the engine is unknown or out of range.
         """
         call = encode_call(task, self.engine_options)
         return None if call is None else Message(call.name, call, call.due)

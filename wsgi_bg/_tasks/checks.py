@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import inf
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError
 
@@ -12,8 +12,9 @@ _FOR_EVER = 1e300  # seconds; a time of the clock can be added without overflow
 
 _MOST = 1e15  # brokers multiply by 1,000, and have 63 bits
 
-Kind = tuple[tuple[type, ...], str]
-"""The types of an option, and the words for them in an error message."""
+Kind = tuple[tuple[type, ...], str] | tuple[tuple[type, ...], str, Callable[[Any], bool]]
+"""The types of an option, the words for them in an error message, and a function that says
+whether a value is in range."""
 
 WhenUnsent = Literal["hold", "local", "discard"]
 """For a task that cannot be sent: keep it, run it in this process, or give it up."""
@@ -75,19 +76,22 @@ def entries(option: str, given: Mapping[str, object], known: Mapping[str, Kind])
     A bool is a number here only if ``bool`` is among the types.
 
     :raises TypeError: if a value has the wrong type.
-    :raises ValueError: if a key is unknown, or a number is NaN, or more than 1e15.
+    :raises ValueError: if a key is unknown, a number is NaN or more than 1e15, or a value is
+        out of range.
     """
     for name, value in given.items():
         if name not in known:
             wanted = f"a dict with keys of {', '.join(sorted(known))}"
             raise OptionValueError(option, name, wanted)
-        types, words = known[name]
+        types, words, *allows = known[name]
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise OptionTypeError(f"{option}[{name!r}]", value, words)
         if isinstance(value, (int, float)) and not abs(value) <= _MOST:
             raise OptionValueError(
                 f"{option}[{name!r}]", value, "a finite number, 1e15 at most"
             )
+        if not all(allow(value) for allow in allows):
+            raise OptionValueError(f"{option}[{name!r}]", value, words)
 
 
 def check_when_unsent(given: object) -> None:

@@ -1,7 +1,7 @@
 """The Celery options that ``registered_task`` and ``using(celery=...)`` accept.
 
 The options are checked without Celery, so that a mistake raises in the call that made the
-mistake, even in a process whose runner ignores the options. Only the type of a value is
+mistake, even in a process whose runner ignores the options. Of most values only the type is
 checked; Celery knows the rest.
 """
 
@@ -23,6 +23,8 @@ _SECONDS: Kind = (int, float), "a number of seconds"
 _TEXT: Kind = (str,), "a str"
 _DICT: Kind = (dict,), "a dict"
 _ERRORS: Kind = (tuple,), "a tuple of exception classes"
+
+_MODES = (1, 2, "transient", "persistent")
 
 
 def _each(kind: Kind, names: str) -> dict[str, Kind]:
@@ -46,10 +48,10 @@ _OF_MESSAGE = {
     **_each(_TEXT, "compression exchange queue routing_key shadow"),
     **_each(_SECONDS, "countdown soft_time_limit time_limit"),
     **_each(_DICT, "retry_policy"),
-    "delivery_mode": ((str, int), "a str or a whole number"),
+    "delivery_mode": ((str, int), f"one of {_MODES}", _MODES.__contains__),
     "eta": ((datetime,), "a datetime"),
     "expires": ((int, float, datetime), "a number of seconds or a datetime"),
-    "priority": ((int,), "a whole number"),
+    "priority": ((int,), "a whole number from 0 to 255", range(256).__contains__),
 }
 
 

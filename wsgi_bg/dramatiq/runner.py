@@ -18,7 +18,7 @@ except ImportError as _exc:
 
 from wsgi_bg.dramatiq.actors import CALL, QUEUE, Actors
 
-_MILLISECONDS = (int,), "a whole number of milliseconds"
+_LIMIT = (int,), "a whole number of milliseconds, 1 or more", lambda each: each > 0
 
 
 class DramatiqRunner(OutboxRunner):
@@ -41,8 +41,8 @@ class DramatiqRunner(OutboxRunner):
 
     engine_options: ClassVar[EngineOptions] = {
         "queue_name": ((str,), "the name of a queue"),
-        **dict.fromkeys(("time_limit", "max_age"), _MILLISECONDS),
-        "broker_priority": ((int,), "a whole number"),
+        **dict.fromkeys(("time_limit", "max_age"), _LIMIT),
+        "broker_priority": ((int,), "0 to 255", lambda each: 0 <= each <= 255),
     }
 
     def __init__(self, broker: dramatiq.Broker, **options: Unpack[OutboxOptions]) -> None:

@@ -23,7 +23,6 @@ except ImportError as _exc:
 
 from wsgi_bg.rq import worker
 
-_SECONDS = (int,), "a whole number of seconds"
 _SENTRY = "_sentry_trace_headers"
 
 
@@ -31,10 +30,9 @@ class RQRunner(OutboxRunner):
     """Sends each task whose function is registered to RQ; other tasks run on ``local``.
 
     The worker imports the module that makes the runner: ``rq worker -c MODULE``. Delays, and a
-    ``Retry`` with a wait, need ``--with-scheduler``. The id of a task is the id of its job.
-    Options for a function or a task, by ``engine={...}``: RQ's ``at_front``, ``job_timeout``,
-    ``ttl``, ``result_ttl`` and ``failure_ttl``; ``queue``, the name of another queue;
-    ``max_crashes``, how often a job begins again whose process has died (0).
+    ``Retry`` with a wait, need ``--with-scheduler``. Options by ``engine={...}``: RQ's
+    ``at_front``, ``job_timeout``, ``ttl``, ``result_ttl`` and ``failure_ttl``; the name of a
+    ``queue``; ``max_crashes``, how often a job begins again whose process has died (0).
 
     :param queue: an :class:`rq.Queue` with ``serializer=JSONSerializer``.
     :param options: see :class:`~wsgi_bg.outbox.OutboxRunner`.
@@ -47,8 +45,10 @@ class RQRunner(OutboxRunner):
     engine_options: ClassVar[EngineOptions] = {
         "queue": ((str,), "the name of a queue"),
         "at_front": ((bool,), "True or False"),
-        "max_crashes": ((int,), "a whole number"),
-        **dict.fromkeys(("job_timeout", "ttl", "result_ttl", "failure_ttl"), _SECONDS),
+        "max_crashes": ((int,), "a whole number, 0 or more", lambda each: each >= 0),
+        "job_timeout": ((int,), "seconds, or -1 for no limit", lambda n: n > 0 or n == -1),
+        "ttl": ((int,), "a whole number of seconds, 1 or more", lambda each: each > 0),
+        **dict.fromkeys(("result_ttl", "failure_ttl"), ((int,), "seconds, or -1", (-1).__le__)),
     }
 
     def __init__(self, queue: Queue, **options: Unpack[OutboxOptions]) -> None:
@@ -101,7 +101,7 @@ class _Connection(Connection):
             job_id=call.id,
             description=call.name,  # RQ's own would show the arguments
             timeout=timeout,
-            retry=Retry(crashes) if crashes > 0 else None,
+            retry=Retry(crashes) if crashes else None,
             # Sentry's integration would take the trace from this thread, which has none.
             meta={_SENTRY: call.headers} if "sentry-trace" in call.headers else None,
             **options,
