@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import weakref
+from asyncio import CancelledError
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -282,6 +283,45 @@ def test_a_message_that_is_refused_holds_up_no_other(log: Log) -> None:
     assert log.errors == ["background task tests.support.post.send raised PublishError"]
     statistics = runner.statistics()
     assert (statistics.sent, statistics.failed) == (2, 1)
+
+
+def forget_to_confirm(self: Any, messages: Any, confirmed: Any) -> None:
+    pass
+
+
+def cancel(self: Any, messages: Any, confirmed: Any) -> None:
+    raise CancelledError  # no Exception: the client of an engine may use asyncio
+
+
+def lose(self: Any, messages: Any, confirmed: Any) -> None:
+    raise post.AwayError
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("fails", [forget_to_confirm, cancel, lose])
+def test_a_message_that_a_connection_has_not_confirmed_is_sent_again(
+    monkeypatch: pytest.MonkeyPatch, log: Log, fails: Any
+) -> None:
+    """However ``send`` has ended, and if ``is_lost`` raises too."""
+    send_all = post.Connection.send
+
+    def fail_once(self: Any, messages: Any, confirmed: Any) -> None:
+        monkeypatch.setattr(post.Connection, "send", send_all)
+        fails(self, messages, confirmed)
+
+    def is_lost(self: Any, exc: Exception) -> bool:
+        raise KeyError
+
+    monkeypatch.setattr(post.Connection, "send", fail_once)
+    monkeypatch.setattr(post.Connection, "is_lost", is_lost)
+    runner = Post()
+    request(runner, add(send, 1, 2))
+    assert settled(runner)
+    assert sorted(runner.got) == [1, 2]
+    assert runner.statistics().sent == 2
+    wanted = {cancel: ["wsgi_bg-send was stopped"], lose: ["is_lost() of"]}
+    assert [error.partition(" <")[0] for error in log.errors] == wanted.get(fails, [])
+    assert "could not be reached" in log.warnings[0]
 
 
 def test_a_message_that_breaks_each_connection_holds_up_no_other(

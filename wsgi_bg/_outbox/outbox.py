@@ -412,9 +412,11 @@ class Outbox:
             unsent = [each for each in unsent if self._begins(each)]
             messages = [each.stored.message for each in unsent]
             connection.send(messages, lambda index: self._confirm(unsent[index]))
-        except Exception as exc:
+            if not all(each.is_claimed for each in unsent):
+                raise NotKeptError("send() has returned, and has not confirmed all messages")
+        except BaseException as exc:
             left = [each for each in unsent if not each.is_claimed]
-            is_away = connection is None or connection.is_lost(exc)
+            is_away = connection is None or _is_lost(connection, exc)
             if connection is not None:
                 self._closer.submit(connection)
             if is_away:
@@ -427,6 +429,8 @@ class Outbox:
             else:  # the broker has refused a single message, and cut the others short
                 for each in left:
                     self._send([each])
+            if not isinstance(exc, Exception):  # a cancellation, for example
+                raise
         else:
             self._idle.append((connection, time.monotonic()))
             if self._pause:
@@ -477,7 +481,7 @@ class Outbox:
         unsent.context.run(task.options.calls.sent, task)
         self._ledger.end_unsent(unsent, sent=1)
 
-    def _wait_for_broker(self, left: list[Unsent], exc: Exception) -> None:
+    def _wait_for_broker(self, left: list[Unsent], exc: BaseException) -> None:
         """Send ``left`` again after a pause; each pause is twice as long as the last."""
         is_alone = any(each.goes_alone for each in left)
         first, longest = _PAUSES
@@ -493,7 +497,7 @@ class Outbox:
             error = f"{type_name(exc)}: {exc}"
             self._away.count(error, len(self._unsent), self._runner)
 
-    def _refuse(self, unsent: Unsent, exc: Exception) -> None:
+    def _refuse(self, unsent: Unsent, exc: BaseException) -> None:
         """Give up a message that the broker does not accept."""
         if unsent.claim():
             error = PublishError(unsent.task.name, f"{type_name(exc)}: {exc}")
@@ -586,6 +590,16 @@ def submit_later(runner: Runner, batch: Batch) -> None:
             shared_pool.submit_later(batch.again())
             return
         log.error("%s raised in submit()", runner, exc_info=exc)
+
+
+def _is_lost(connection: Connection, exc: BaseException) -> bool:
+    if isinstance(exc, NotKeptError) or not isinstance(exc, Exception):
+        return True
+    try:
+        return connection.is_lost(exc)
+    except Exception as error:  # raised by a user's connection
+        log.error("is_lost() of %s raised", connection, exc_info=error)
+        return True
 
 
 def _close(connection: Connection) -> None:
