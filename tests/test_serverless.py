@@ -228,6 +228,19 @@ def test_a_task_that_is_not_done_in_time_is_named_and_goes_on(log: Log, gate: Ga
     assert len(log.errors) == 1
 
 
+@pytest.mark.parametrize("make", [make_environ, make_server_environ])
+def test_the_limit_holds_for_a_task_that_would_run_in_close(
+    make: Callable[[], Environ], log: Log, gate: Gate
+) -> None:
+    """Under a2wsgi, which Mangum calls, the response is complete before ``close()``."""
+    finish_tasks(timeout=0)(Server().run)(adding(gate.task, runner="inline"), make())
+    (error,) = log.errors
+    assert "Gate.task was not finished when its handler returned" in error
+    gate.open()
+    gate.wait()
+    assert gate.passed == [True]
+
+
 def fail() -> None:
     raise ValueError
 

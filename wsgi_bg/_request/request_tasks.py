@@ -201,6 +201,9 @@ class RequestTasks(Deferring):
         runner = self.options.runner
         assert runner is not None
         if self.invocation is not None:
+            # The platform sends the response when the handler returns, and the handler's time
+            # limit holds for the tasks. So no task may run in close().
+            batch.response_complete = False
             self.awaited(batch)
         batch.sends = hasattr(runner, "send")
         if batch.has_hooks:
