@@ -498,6 +498,31 @@ def test_nothing_is_left_of_a_test_case(database: dict[str, Any], task: Run) -> 
         background_tasks.add_task(task)
 
 
+def test_an_optional_parameter_stands_for_a_request_that_awaits_its_commit(
+    database: dict[str, Any], task: Run
+) -> None:
+    """A test that leaves callbacks of ``on_commit`` uncalled changes no later test."""
+
+    @inject
+    def notify(tasks: BackgroundTasks | None = None) -> None:
+        found.append(tasks is not None)
+        if tasks is not None:
+            tasks.add_task(task)
+
+    found: list[bool] = []
+    client = serve(lambda request: on_commit(notify))
+
+    def test(case: Any) -> None:
+        with case.captureOnCommitCallbacks(execute=True):
+            client.get("/")
+        client.get("/")
+
+    run_case(test)
+    assert (found, task.count) == ([True], 1)
+    notify()
+    assert (found, task.count) == ([True, False], 1)
+
+
 # The pytest fixture
 
 

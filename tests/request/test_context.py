@@ -7,6 +7,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import Context, copy_context
 from typing import Annotated, Any, Optional, TypeVar
 
 import pytest
@@ -217,6 +218,19 @@ def test_an_argument_given_explicitly_wins(func: Any) -> None:
 @pytest.mark.parametrize("func", OPTIONAL)
 def test_an_optional_parameter_is_none_outside_of_a_request(func: Any) -> None:
     assert func(5) == (5, None)
+
+
+@pytest.mark.parametrize("func", OPTIONAL)
+def test_an_optional_parameter_is_none_after_the_last_task(func: Any) -> None:
+    """A thread that a view has started may live longer than the request."""
+    contexts: list[Context] = []
+
+    def add(tasks: BackgroundTasks) -> None:
+        tasks.add_task(int)
+        contexts.append(copy_context())
+
+    in_request(add)
+    assert contexts[0].run(func, 5) == (5, None)
 
 
 @pytest.mark.parametrize("func", REQUIRED)

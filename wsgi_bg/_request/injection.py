@@ -127,7 +127,7 @@ def inject(func: Callable[..., R]) -> Callable[..., R]:
         or the annotation of a parameter that may be meant cannot be resolved; at a call with
         too few arguments before a positional-only injected parameter.
     :raises RuntimeError: from a call outside of a request. A parameter that may be None and
-        has a default keeps its default there.
+        has a default keeps its default there, and after the last task of a request.
     """
     if isinstance(func, (staticmethod, classmethod)):  # inject into the wrapped function
         return typing.cast("Callable[..., R]", type(func)(inject(func.__func__)))
@@ -150,7 +150,7 @@ def fill_injected(
             if is_given or (parameter.by_name and parameter.name in kwargs):
                 continue
             tasks = current.get(None)
-            if tasks is None and parameter.is_optional:
+            if parameter.is_optional and (tasks is None or tasks.has_ended):
                 continue
             if tasks is None:
                 raise OutsideRequestError(

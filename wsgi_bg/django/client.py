@@ -22,7 +22,7 @@ from django.db import close_old_connections, connections
 from django.http.response import HttpResponseBase
 
 from wsgi_bg._request.middleware import BackgroundTasksMiddleware
-from wsgi_bg._tasks.background_tasks import BackgroundTasks, View
+from wsgi_bg._tasks.background_tasks import ENDED, BackgroundTasks, View
 from wsgi_bg._tasks.current import ENVIRON_KEY
 from wsgi_bg._tasks.task import current
 from wsgi_bg.django.application import (
@@ -72,10 +72,14 @@ class _ClientTasks(View):
         super().__init__(origin, options)
         self.visit = visit
 
+    @property
+    def has_ended(self) -> bool:
+        return self.phase == ENDED and not _awaits_commit()
+
     def add_task(
         self, func: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs
     ) -> BackgroundTask:
-        if not self.has_ended or not _awaits_commit():
+        if self.phase != ENDED or self.has_ended:
             return super().add_task(func, *args, **kwargs)
         added = []
 
@@ -159,7 +163,7 @@ class _Visit(_ClientRequest):
         root = self.environ[ENVIRON_KEY]
         self.tasks = _ClientTasks(self, root, root.options)
         outer = _latest_visit()
-        if outer is not None and outer.tasks.has_ended:
+        if outer is not None and outer.tasks.phase == ENDED:
             outer.leave()
         self.has_left = False
         self.token: Token[BackgroundTasks] = current.set(self.tasks)
