@@ -88,6 +88,21 @@ print(18 < worker.last_beat() - now < 35, len(beats))
     assert "was not finished" not in ended.stderr
 
 
+def test_a_drain_without_a_limit_has_a_heartbeat() -> None:
+    ended = run_python(
+        WORKER
+        + """
+worker = begin(Worker(30))
+now = time.monotonic()
+is_alive = lambda: worker.last_beat() - now > 1e9
+submit(Pool(drain_timeout=math.inf), lambda: print(drains.wait(10), is_alive()))
+end(worker)
+"""
+    )
+    assert ended.stdout == "True True\n", ended.stderr
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_after_a_signal_the_drain_ends_a_second_before_the_graceful_timeout() -> None:
     ended = run_python(
         WORKER

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -135,7 +136,8 @@ class _Exit:
         signal.signal(signal.SIGALRM, _end_drain)
         self._set_alarm(notice)
         # The arbiter compares this time with its clock: the worker is alive for the drain time.
-        alive_until = min(time.monotonic() + shutdown.longest_limit(), self._ends_at)
+        limit = min(shutdown.longest_limit(), threading.TIMEOUT_MAX)  # no time is infinite
+        alive_until = min(time.monotonic() + limit, self._ends_at)
         os.utime(self._heartbeat, (alive_until, alive_until))
         try:
             shutdown.finish(notice=notice)
