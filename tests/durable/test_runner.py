@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -244,6 +245,54 @@ def test_a_generator_application_has_its_tasks_stored_before_its_first_chunk(
     assert list(chunks) == []
     body.close()  # type: ignore[attr-defined]
     assert shop.wait_for(3) == [1, 2, 3]
+
+
+def test_tasks_are_stored_although_middleware_further_out_holds_the_response_back(
+    runner: DurableRunner,
+) -> None:
+    class Outermost(BackgroundTasksMiddleware):  # as under wsgi-bg
+        _runner_is_default = True
+
+    def hold_back(environ: Any, start_response: Any) -> Any:
+        held = Server()
+        body = inner(environ, held.start_response)
+        seen.append(waiting(runner))
+        start_response(held.status, held.headers)
+        return body
+
+    def add(environ: Any) -> None:
+        background_tasks.add_task(write, 1)
+        background_tasks.using(run_on="error").add_task(write_async, 2)
+
+    seen: list[list[str]] = []
+    inner = BackgroundTasksMiddleware(app_that(add), runner=runner)
+    Server().run(Outermost(hold_back), make_server_environ())
+    assert shop.wait_for(1) == [1]
+    assert seen == [["durable.write"]]
+
+
+def test_tasks_are_taken_back_if_an_error_replaces_the_status_before_it_was_sent(
+    runner: DurableRunner,
+) -> None:
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        tasks = get_background_tasks(environ)
+        tasks.add_task(write, "success")
+        tasks.using(run_on="error").add_task(write_async, "error")
+        tasks.using(run_on="always").add_task(write_async, "always")
+        start_response("200 OK", [])
+        try:
+            raise LookupError
+        except LookupError:
+            start_response("500 Oops", [], sys.exc_info())
+        yield b"Oops"
+
+    body = BackgroundTasksMiddleware(app, runner=runner)(
+        make_server_environ(), Server().start_response
+    )
+    assert next(iter(body)) == b"Oops"
+    assert waiting(runner) == ["durable.write_async"] * 2
+    body.close()  # type: ignore[attr-defined]
+    assert shop.wait_for(2) == ["error", "always"]
 
 
 def test_write_stores_the_tasks_before_it_passes_its_first_bytes(runner: DurableRunner) -> None:

@@ -20,10 +20,9 @@ if TYPE_CHECKING:
 class _Tasks(Protocol):
     """The tasks of a request: see ``wsgi_bg._request.request_tasks``."""
 
-    status: str
     is_answered: bool
 
-    def expected(self) -> list[BackgroundTask]: ...
+    def expected(self, status: str, *, runs: bool = True) -> list[BackgroundTask]: ...
 
 
 class KeepingApp:
@@ -71,7 +70,11 @@ class KeepingApp:
 
 
 class _KeptRequest:
-    """The ``start_response`` and ``write`` of a request whose tasks are stored in time."""
+    """The ``start_response`` and ``write`` of a request whose tasks are stored in time.
+
+    The status is the application's own: middleware between this layer and an outer layer may
+    hold it back until it has the whole response.
+    """
 
     def __init__(
         self, tasks: _Tasks, runner: KeepingRunner, start_response: Callable[..., Any]
@@ -80,16 +83,18 @@ class _KeptRequest:
         self._runner = runner
         self._start_response = start_response
         self._has_returned = False
-        self._status = ""  # the status for which the tasks were stored
+        self._status = ""  # of the last call of start_response
+        self._kept_for = ""  # the status for which the tasks were stored
 
     def app_has_returned(self) -> None:
         self._has_returned = True
-        if self._tasks.status:
+        if self._status:
             self._keep()
 
     def start_response(
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
     ) -> Callable[[bytes], object]:
+        self._status = status
         given = (status, headers) if exc_info is None else (status, headers, exc_info)
         write = self._start_response(*given)
         if self._has_returned:
@@ -102,13 +107,16 @@ class _KeptRequest:
 
     def _keep(self) -> None:
         tasks = self._tasks
-        if tasks.is_answered and tasks.status == self._status:
+        if tasks.is_answered and self._status == self._kept_for:
             return
         # First, so that each task is in the list now or is stored by add_task.
         tasks.is_answered = True
-        self._status = tasks.status
         try:
-            self._runner.keep(tasks.expected())
+            self._runner.keep(tasks.expected(self._status))
         except BaseException:
             tasks.is_answered = False
             raise
+        if self._kept_for:  # an error has replaced the status before it was sent
+            for task in tasks.expected(self._status, runs=False):
+                self._runner.forget(task)
+        self._kept_for = self._status

@@ -115,12 +115,12 @@ class RequestTasks(Deferring):
         assert self._list is not None
         self._collector.unfinished[id(self)] = self, self._list
 
-    def expected(self) -> list[BackgroundTask]:
-        """The tasks that run if the request ends with the status known so far."""
+    def expected(self, status: str, *, runs: bool = True) -> list[BackgroundTask]:
+        """The tasks that run, or do not run, if the request ends with ``status``."""
         if self._list is None or self._collector.pid != per_process.pid():  # a forked child
             return []
-        status = _code_of(_text_of(self.status))
-        return [task for task in self._list if task.options.lets_run(status)]
+        code = _code_of(_text_of(status))
+        return [task for task in self._list if task.options.lets_run(code) is runs]
 
     def end(self, environ: WSGIEnvironment, outcome: Outcome, *, closed: bool = True) -> None:
         """Submit the tasks, if any: the application is done with the request.
