@@ -584,6 +584,20 @@ def test_a_retry_under_stop_on_error_holds_the_rest_of_the_request(
     assert wait_until(lambda: waiting(runner) == [])
 
 
+def test_a_task_after_a_delay_holds_up_no_other_task_with_the_same_delay(
+    runner: DurableRunner,
+) -> None:
+    def add(environ: object) -> None:
+        tasks = background_tasks.using(stop_on_error=True, delay=0.01)
+        tasks.using(retry=Retry(2, first=3600)).add_task(fail, 1)
+        tasks.add_task(fail, 2)
+        tasks.add_task(write, 3)
+        background_tasks.using(delay=0.01).add_task(write, 4)
+
+    run_view(runner, add)
+    assert sorted(shop.wait_for(4)) == [1, 2, 3, 4]  # as on the pool
+
+
 def test_the_last_failure_is_the_tasks_error(
     runner: DurableRunner, log: Log, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from contextvars import ContextVar, copy_context
 from dataclasses import replace
@@ -758,7 +758,7 @@ class _State:
             if held_by is not None:
                 held_by.take_back([each.row])
         # A task after a delay is a batch of its own, and holds up no other.
-        if store is not None and not json.loads(kept.row.options or "{}").get("is_delayed"):
+        if store is not None and not _is_delayed(kept.row):
             try:
                 rows = store.read_rest(kept.row)
             except StoreError as error:
@@ -1003,14 +1003,12 @@ class _State:
             store.leave(requests.pop(rows[-1].request))  # there may be more rows of it
         for row in store.read_late(requests):
             requests[-row.request].append(row)
-        groups = deque(requests.values())
+        groups = deque(batch for each in requests.values() for batch in _batches(each))
         has_room = True
         while groups and has_room:
             if rest and len(groups) % _BURST == 0:
                 time.sleep(rest)
-            has_room = self._submit(
-                store, sorted(groups.popleft(), key=lambda row: (row.added, row.key))
-            )
+            has_room = self._submit(store, groups.popleft())
         store.leave([row for group in groups for row in group])
         if not has_room:
             self._lacks_room = True
@@ -1019,7 +1017,7 @@ class _State:
         return more or not has_room
 
     def _submit(self, store: Store, rows: list[Row]) -> bool:
-        """Run the rows of a request as a batch; False, and leave the rows, without room."""
+        """Run rows of a request as a batch; False, and leave the rows, without room."""
         suspect = next((row.key for row in rows if row.crashes), None)
         if suspect is not None and self._has_suspect:
             self._more_suspects.append((store, rows))
@@ -1080,6 +1078,23 @@ def _options_of(task: BackgroundTask) -> str:
         "is_delayed": bool(task.options.delay),
     }
     return json.dumps(given)
+
+
+def _is_delayed(row: Row) -> bool:
+    """True if the row has a delay, and a failure or a retry might hold up other tasks."""
+    return '"is_delayed": true' in row.options  # as _options_of() has written it
+
+
+def _batches(rows: list[Row]) -> Iterator[list[Row]]:
+    """The rows of a request as batches: as in memory, each delayed row is one of its own."""
+    rest = []
+    for row in sorted(rows, key=lambda row: (row.added, row.key)):
+        if _is_delayed(row):
+            yield [row]
+        else:
+            rest.append(row)
+    if rest:
+        yield rest
 
 
 def _row_of(task: BackgroundTask) -> Row:
