@@ -413,6 +413,25 @@ def test_tasks_beyond_max_pending_stay_in_the_file_until_there_is_room(tmp_path:
     assert sorted(shop.calls[1:]) == [0, 1, 2, 3, 4]
 
 
+def test_tasks_in_a_file_that_cannot_be_read_are_read_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    def fail_once(store: Store, now: float, limit: int) -> list[Row]:
+        monkeypatch.setattr(Store, "read", read)
+        raise StoreError("tasks", "the file cannot be read")
+
+    runner = DurableRunner(tmp_path, local=PoolRunner(threads=1, max_pending=1))
+    handle(runner, (wait_at, "gate"))
+    shop.gate("gate")
+    assert shop.begun["gate"].wait(TIMEOUT)
+    handle(runner, (write, 1))
+    read = Store.read
+    monkeypatch.setattr(Store, "read", fail_once)
+    shop.gate("gate").set()
+    assert shop.wait_for(2) == ["gate", 1]
+    assert any("could not be looked at" in message for message in log.errors)
+
+
 def test_tasks_in_the_file_are_read_when_there_is_room_and_not_once_a_second(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -886,6 +886,25 @@ def test_rows_of_unknown_tasks_wait_and_forged_rows_are_put_aside(
     assert wait_until(lambda: sorted(each for each, _ in stored(tmp_path)) == states)
 
 
+def test_rows_of_a_file_that_cannot_be_read_are_read_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    def fail_once(store: Store, now: float, limit: int) -> list[Row]:
+        monkeypatch.setattr(Store, "read", read)
+        raise StoreError("outbox", "the file cannot be read")
+
+    (tmp_path / "is_up").touch()
+    runner = FilePost(tmp_path)
+    store = Store.own(check_folder(tmp_path / "tasks" / "outbox"), Settings())
+    store.leave(store.add([Row("post.send", '["good"]')]))
+    runner._states.get().files._has_left_some = True  # type: ignore[union-attr]
+    read = Store.read
+    monkeypatch.setattr(Store, "read", fail_once)
+    runner.start()
+    assert wait_until(lambda: sent(tmp_path) == ["good"])
+    assert any("could not be looked at" in message for message in log.errors)
+
+
 def late(value: Any) -> None:
     """Registered after its message was read."""
 

@@ -936,9 +936,13 @@ class _State:
             self._submit(*self._more_suspects.popleft())
         due = self.store.next_due()
         if self._has_left_some or (due is not None and due <= time.time()):
+            has_more = True  # also if the file cannot be read
             self._has_left_some = False  # first: a request may set it meanwhile
-            if self._read(self.store):
-                self._has_left_some = True
+            try:
+                has_more = self._read(self.store)
+            finally:
+                if has_more:
+                    self._has_left_some = True
             due = self.store.next_due()
         if due is not None:
             self._next_look = min(self._next_look, due)

@@ -229,9 +229,13 @@ class StoredMessages:
     def _read_own(self) -> None:
         due = self.store.next_due()
         if self._has_left_some or (due is not None and due <= time.time()):
+            has_more = True  # also if the file cannot be read
             self._has_left_some = False  # first: a request may set it meanwhile
-            if self._read(self.store):
-                self._has_left_some = True
+            try:
+                has_more = self._read(self.store)
+            finally:
+                if has_more:
+                    self._has_left_some = True
 
     def _adopt(self) -> None:
         while (adopted := Store.adopt(self._folder, self._settings)) is not None:
