@@ -408,9 +408,31 @@ def test_tasks_beyond_max_pending_stay_in_the_file_until_there_is_room(tmp_path:
     assert shop.calls == []
     assert len(waiting(runner)) == 6
     assert [task.name for task in wait(0)] == ["tests.support.durable_shop.wait_at"]
-    shop.gate("gate").set()
-    assert shop.wait_for(6)[0] == "gate"
+    with ThreadPoolExecutor(1) as thread:
+        left = thread.submit(wait, TIMEOUT)
+        assert wait_until(lambda: bool(runner.ledger._waiters))
+        shop.gate("gate").set()
+        assert left.result(TIMEOUT) == []  # and not before the tasks in the file have run
+    assert shop.calls[0] == "gate"
     assert sorted(shop.calls[1:]) == [0, 1, 2, 3, 4]
+
+
+def test_wait_does_not_wait_for_tasks_in_the_file_if_the_pool_is_drained(
+    tmp_path: Path,
+) -> None:
+    pool = PoolRunner(threads=1, max_pending=1)
+    runner = DurableRunner(tmp_path, local=pool)
+    handle(runner, (wait_at, "gate"))
+    shop.gate("gate")
+    handle(runner, (write, 1))
+    with ThreadPoolExecutor(1) as thread:
+        left = thread.submit(pool.drain, TIMEOUT)
+        assert wait_until(lambda: pool.ledger.is_draining)
+        shop.gate("gate").set()
+        assert left.result(TIMEOUT) == []
+    assert wait(TIMEOUT) == []
+    assert shop.calls == ["gate"]
+    assert waiting(runner) == ["durable.write"]
 
 
 def test_tasks_in_a_file_that_cannot_be_read_are_read_later(
@@ -428,7 +450,8 @@ def test_tasks_in_a_file_that_cannot_be_read_are_read_later(
     read = Store.read
     monkeypatch.setattr(Store, "read", fail_once)
     shop.gate("gate").set()
-    assert shop.wait_for(2) == ["gate", 1]
+    assert wait(TIMEOUT) == []
+    assert shop.calls == ["gate", 1]
     assert any("could not be looked at" in message for message in log.errors)
 
 

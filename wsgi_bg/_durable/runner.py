@@ -318,6 +318,11 @@ class DurableRunner(KeepingRunner):
 
     # A runner's methods.
 
+    @property
+    def is_behind(self) -> bool:
+        """See :class:`LedgerRunner`."""
+        return self._states.get().is_behind
+
     def prepare_drain(self) -> None:
         """Begin no stored task from now on: stored tasks wait for the next process."""
         self._states.get().stop_reading()
@@ -597,6 +602,7 @@ class _State:
         self._added_here: dict[tuple[int, int], _AddedHere] = {}
         self._lacks_room = False  # True if tasks were left in a file for want of room
         self._has_left_some = False  # True if stored tasks of the own file are in no memory
+        self._is_reading = False  # True while tasks of the own file come into memory
         # Tasks that ran when a process died: they run one at a time, other tasks meanwhile.
         self._suspect: tuple[int, int] | None = None  # its key in _in_memory
         self._more_suspects: deque[tuple[Store, list[Row]]] = deque()
@@ -890,6 +896,12 @@ class _State:
         for store, row in [each for each in stored if each[0] is not None]:
             store.leave([row])
 
+    @property
+    def is_behind(self) -> bool:
+        """True if tasks of this process wait in the file for room in the pool."""
+        is_stopping = self._is_stopping or self._pool.ledger.is_draining
+        return not is_stopping and (self._has_left_some or self._is_reading)
+
     def _work(self) -> None:
         while not self._is_stopping:
             self._try(self._look)
@@ -936,13 +948,14 @@ class _State:
             self._submit(*self._more_suspects.popleft())
         due = self.store.next_due()
         if self._has_left_some or (due is not None and due <= time.time()):
-            has_more = True  # also if the file cannot be read
+            self._is_reading = has_more = True  # has_more: also if the file cannot be read
             self._has_left_some = False  # first: a request may set it meanwhile
             try:
                 has_more = self._read(self.store)
             finally:
                 if has_more:
                     self._has_left_some = True
+                self._is_reading = False
             due = self.store.next_due()
         if due is not None:
             self._next_look = min(self._next_look, due)

@@ -328,6 +328,14 @@ class LedgerRunner:
         """The batches of this runner in this process."""
         raise NotImplementedError
 
+    @property
+    def is_behind(self) -> bool:
+        """True if tasks of this process, whose time has come, are in a file for want of room.
+
+        False while they cannot come into memory, since the process ends.
+        """
+        return False
+
     def submit(self, batch: Batch) -> None:
         """Accept a batch; called on the thread that closes the response."""
         raise NotImplementedError

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from weakref import WeakSet, WeakValueDictionary
 
 from wsgi_bg._loop import portal
-from wsgi_bg._process import log, uwsgi
+from wsgi_bg._process import greenlets, log, uwsgi
 from wsgi_bg._process.exit import call_before_exit
 from wsgi_bg._process.interrupts import stops_worker
 from wsgi_bg._tasks import checks, task_log
@@ -38,6 +38,8 @@ _Collector: TypeAlias = tuple[Callable[[], None], Callable[[], list[BackgroundTa
 
 # How long wait() waits for the timer to submit tasks whose time has come, in seconds.
 _SUBMIT_TIMEOUT = 1.0
+
+_PAUSE = 0.01  # seconds between two looks of wait() at tasks that come from a file
 
 # A runner's drain() has given up if it returns tasks so many seconds before its timeout.
 _EARLY = 0.05
@@ -123,12 +125,14 @@ def wait(timeout: float | None = None) -> list[BackgroundTask]:
 
     ``wait`` includes tasks that these tasks add, and tasks of responses that a server has
     freed without ``close()``. A task that is sent to another process is done when its broker
-    has confirmed the message. Tasks that a file and no memory holds are neither waited for nor
-    returned. Runners accept batches during and after the wait. Call ``wait``
-    at any time, any number of times, from any thread, but not from a background task.
+    has confirmed the message. ``wait`` includes durable tasks of this process for which the
+    pool has no room yet. Tasks whose time has not come, and messages that a folder and no
+    memory holds, are neither waited for nor returned. Runners accept batches during and after
+    the wait. Call ``wait`` at any time, any number of times, from any thread, but not from a
+    background task.
 
     :param timeout: how long to wait, in seconds; None for no limit.
-    :return: the tasks that are not done. They go on.
+    :return: the tasks in memory that are not done. They go on.
     :raises RuntimeError: from a running task or the portal's thread, which would be blocked.
     :raises TypeError: if ``timeout`` is not a number.
     :raises ValueError: if ``timeout`` is negative.
@@ -141,7 +145,15 @@ def wait(timeout: float | None = None) -> list[BackgroundTask]:
         # The timer submits these within microseconds, unless the system gives it no thread.
         ledger.wait_for(ledger.due_by(now), min(deadline, now + _SUBMIT_TIMEOUT))
     notice = Notice(first=math.inf)
-    left = wait_for([*batches_under_way(), *tasks_to_send()], deadline, notice)
+    while True:
+        # First: a task that leaves its file meanwhile is in a batch then.
+        is_behind = any(
+            runner.is_behind for runner in _registered() if isinstance(runner, LedgerRunner)
+        )
+        left = wait_for([*batches_under_way(), *tasks_to_send()], deadline, notice)
+        if not is_behind or time.monotonic() >= deadline:
+            break
+        greenlets.event().wait(_PAUSE)
     # Tasks that these tasks have added, and that wait to be sent.
     return list(dict.fromkeys(left + wait_for(tasks_to_send(), deadline, notice)))
 
