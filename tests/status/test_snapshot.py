@@ -267,6 +267,19 @@ def test_a_task_that_waits_for_its_next_attempt_is_retrying() -> None:
         ledger.abandon_waiting()
 
 
+def test_tasks_that_wait_for_a_retry_under_stop_on_error_are_counted() -> None:
+    def add() -> None:
+        view = background_tasks.using(retry=Retry(2, first=600.0), stop_on_error=True)
+        view.add_task(fail)
+        view.add_task(nothing)
+        background_tasks.add_task(nothing)
+
+    visit(add)
+    assert status.snapshot().waiting == {FAIL: 1, NOTHING: 2}
+    for ledger in ledgers_here():
+        ledger.abandon_waiting()
+
+
 def test_an_unknown_id_has_no_state() -> None:
     handle(nothing)
     assert status.of("unknown") is None

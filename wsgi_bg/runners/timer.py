@@ -249,6 +249,13 @@ class LaterTasks(Deferring):
     def runner(self) -> Runner:
         return self._runner
 
+    @property
+    def tasks(self) -> list[BackgroundTask]:
+        """See :attr:`BackgroundTasks.tasks`; with the tasks that wait for the first task."""
+        if self._rest is None:
+            return super().tasks
+        return [task for task in self.left() if task.unclaimed]
+
     def give_up(self) -> list[BackgroundTask]:
         """Wait no longer; claim and return the tasks."""
         self.ledger.waiting.pop(self, None)
