@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+import sqlite3
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +189,10 @@ def test_a_damaged_file_is_passed_over(folder: Path) -> None:
     found = check_folder(folder)
     Path(found.file(99)).write_bytes(b"x" * 5000)
     Path(found.file(98)).write_bytes(b"")  # its process has died at once
+    with closing(sqlite3.connect(found.file(97))) as connection:
+        connection.executescript(
+            "PRAGMA user_version=1; CREATE TABLE meta (epoch); INSERT INTO meta VALUES ('x')"
+        )
     assert stored.state_of(found, "1") == "waiting"
     assert stored.numbers(found).waiting == {"a": 1}
     assert [task.id for task in stored.newest(found, {})] == ["1"]

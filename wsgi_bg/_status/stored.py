@@ -12,7 +12,7 @@ from contextlib import closing
 from typing import Any, NamedTuple, TypeVar
 
 from wsgi_bg._durable import notes
-from wsgi_bg._durable.folder import Folder, check_version, is_of_parent
+from wsgi_bg._durable.folder import Folder, check_version, is_of_parent, read_epoch
 from wsgi_bg._durable.inspection import read_notes
 from wsgi_bg._durable.owner import locks_of
 from wsgi_bg._durable.writer import Turns, connect
@@ -223,8 +223,7 @@ def _read(
                 runs = not of_messages and locks_of(folder).is_owned(number)
                 connection.execute("BEGIN")  # no task may move between tables meanwhile
                 epoch, known = read_notes(folder.file(number, ".notes"))
-                ((of_file,),) = connection.execute("SELECT epoch FROM meta")
-                known = known if epoch >= of_file else {}
+                known = known if epoch >= read_epoch(connection, path) else {}
                 return read(_File(connection, known, pid, runs=runs))
         except (sqlite3.Error, StoreError, OSError):
             return None
