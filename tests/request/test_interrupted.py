@@ -11,7 +11,6 @@ import asyncio
 import ctypes
 import dis
 import gc
-import io
 import itertools
 import logging
 import os
@@ -21,7 +20,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, suppress
 from types import CodeType, FrameType
 from typing import Any
 
@@ -188,20 +187,6 @@ class Names(logging.Handler):
     def read(self, message: str) -> None:
         if "which run in this process" not in message and "is called again" not in message:
             self.said.update(re.findall(r"task_\d+_\d", message))
-
-
-class StandardError(io.StringIO):
-    """Reads the records that :mod:`logging` prints because a handler failed."""
-
-    def __init__(self, names: Names) -> None:
-        super().__init__()
-        self._names = names
-
-    def write(self, text: str) -> int:
-        for line in text.splitlines():
-            if line.startswith(("WARNING wsgi_bg", "ERROR wsgi_bg")):
-                self._names.read(line)
-        return len(text)
 
 
 @pytest.fixture
@@ -513,8 +498,7 @@ def check(
             view.traced(view), runner=own, hooks=hooks, status=status
         )
     case = Case(view, app, names, close=response != "unclosed")
-    with redirect_stderr(StandardError(names)):  # here: pytest replaces stderr for each phase
-        case.interrupt_everywhere(kinds)
+    case.interrupt_everywhere(kinds)
     assert case.work_still()  # behind all responses in the queue for freed responses
     if not isinstance(own, str):
         assert own.drain(TIMEOUT) == []

@@ -18,12 +18,7 @@ from functools import partial
 from typing import Any
 
 from wsgi_bg._process import per_process
-from wsgi_bg._process.interrupts import (
-    is_from_signal_handler,
-    safe_repr,
-    stops_worker,
-    type_name,
-)
+from wsgi_bg._process.interrupts import is_from_signal_handler, safe_repr, type_name
 
 logger: logging.Logger = logging.getLogger("wsgi_bg")
 
@@ -33,14 +28,14 @@ SAID = "said"
 def is_debug() -> bool:
     """True if :func:`debug` makes a record.
 
-    :raises KeyboardInterrupt: or another exception that stops the server's worker; nothing
-        else.
+    :raises BaseException: what a signal handler raises, or stops the server's worker;
+        nothing else.
     """
     try:
         logger.disabled = False
         return logger.isEnabledFor(logging.DEBUG)
     except BaseException as exc:  # raised by a logger class of the user
-        if stops_worker(exc):
+        if is_from_signal_handler(exc):
             raise
         return False
 
@@ -80,8 +75,8 @@ def error(
     :param said: gets the key SAID in the moment in which the record is made, even if a
         signal handler raises right before or after.
     :param extra: attributes of the record.
-    :raises KeyboardInterrupt: or another exception that stops the server's worker; nothing
-        else.
+    :raises BaseException: what a signal handler raises, or stops the server's worker;
+        nothing else.
     """
     _log(logging.ERROR, message, args, exc_info, said, extra)
 
@@ -110,7 +105,8 @@ def _log(  # %r of a str adds quotes: placeholders are %s, %d and %g
         )
         said[SAID]  # no bytecode comes between the record and the key
     except BaseException as exc:
-        if stops_worker(exc) or per_process.generation != generation:  # a handler has forked
+        # or a handler of logging has forked
+        if is_from_signal_handler(exc) or per_process.generation != generation:
             raise
         if SAID not in said:
             _print_instead(level, message, args, exc_info, exc)
@@ -132,7 +128,7 @@ def _print_instead(
         lines += format_error(failure) or [f"{safe_repr(failure)}\n"]
         sys.stderr.write("".join(lines))
     except BaseException as exc:  # no standard error, or no file descriptor left
-        if stops_worker(exc):
+        if is_from_signal_handler(exc):
             raise
 
 

@@ -18,7 +18,7 @@ from types import BuiltinMethodType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 from wsgi_bg._process import log
-from wsgi_bg._process.interrupts import stops_worker
+from wsgi_bg._process.interrupts import is_from_signal_handler
 from wsgi_bg._tasks.current import background_tasks
 from wsgi_bg._tasks.task_log import fields
 
@@ -88,8 +88,8 @@ def look_at(tasks: Iterable[BackgroundTask]) -> None:
     so do the first items of lists, tuples, sets, dicts, deques and the fields of dataclasses.
     Costs 0.1 us for ordinary arguments. Reads only the types of the arguments.
 
-    :raises KeyboardInterrupt: or another exception that stops the server's worker; nothing
-        else.
+    :raises BaseException: what a signal handler raises, or stops the server's worker;
+        nothing else.
     """
     for task in tasks:
         try:
@@ -109,7 +109,7 @@ def look_at(tasks: Iterable[BackgroundTask]) -> None:
                         _look_closely(task)
                         break
         except BaseException as exc:  # raised by a class or a signature
-            if stops_worker(exc):
+            if is_from_signal_handler(exc):
                 raise
 
 
