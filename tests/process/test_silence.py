@@ -12,7 +12,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import flask
 import pytest
@@ -355,6 +355,22 @@ class OfMeta(Odd, metaclass=Meta):
     pass
 
 
+class Closed(type):
+    def __getattribute__(cls, name: str) -> Any:
+        raise ValueError("no attribute")
+
+
+class OfClosed(Odd, metaclass=Closed):
+    def __new__(cls) -> Self:
+        raise ValueError("no object")
+
+
+class ClosedPartial(functools.partial[Any]):
+    @property
+    def func(self) -> Any:
+        raise ValueError("no function")
+
+
 class Nameless(Exception, metaclass=Meta):  # noqa: N818
     pass
 
@@ -390,6 +406,9 @@ NAMELESS: dict[str, Callable[[], Any]] = {
     "an object with a number for its __module__": lambda: odd("__module__", lambda: 7),
     "an object that raises for its repr": NoRepr,
     "an object of a class without a name": OfMeta,
+    "an object of a class that raises for each attribute": lambda: object.__new__(OfClosed),
+    "a class that raises for each attribute": lambda: OfClosed,
+    "a partial that hides its function": lambda: ClosedPartial(refuse),
     "a partial of one": lambda: functools.partial(odd("__qualname__", refuse)),
     "a method of one": lambda: NoRepr().__call__,
 }

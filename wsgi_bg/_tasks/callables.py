@@ -29,26 +29,24 @@ def is_async_callable(func: Any) -> bool:
     """
     if not callable(func):
         raise TaskTypeError(_why_not_callable(func), func)
-    target = _innermost(func)
-    if inspect.isasyncgenfunction(target) or (
-        inspect.isgeneratorfunction(target) and not _is_coroutine_function(target)
-    ):
+    is_async = is_coroutine_callable(func)
+    if not (is_async or is_plain(func)):
         raise TaskTypeError(
             f"{name_of(func)} is a generator function: calling it runs nothing. "
             "Add a function that does the work, with a loop over the generator in it.",
             func,
         )
-    return _is_coroutine_function(target)
+    return is_async
 
 
 def is_plain(func: Any) -> bool:
     """True if calling ``func`` runs the function, and does not only make an object to run."""
-    return not (_flags_of(_innermost(func)) or 0) & NOT_PLAIN
+    return not _flags_of(func) & NOT_PLAIN
 
 
 def is_coroutine_callable(func: Any) -> bool:
     """True if calling ``func`` returns a coroutine, as far as is known without the call."""
-    return _is_coroutine_function(_innermost(func))
+    return bool(_flags_of(func) & (CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE))
 
 
 def name_of(func: Any) -> str:
@@ -75,29 +73,25 @@ def name_of(func: Any) -> str:
     return type_name(func)
 
 
-def _innermost(func: Any) -> Any:
-    """Return the function inside partials, or the ``__call__`` of an object's class."""
+def _flags_of(func: Any) -> int:
+    """The flags of the code that a call of ``func`` runs; 0 if they cannot be read."""
     while issubclass(type(func), functools.partial):  # reads no __class__, which may raise
-        func = func.func
+        func = _read(func, "func")
     # A function or a bound method has flags; so has unittest.mock's AsyncMock.
-    if _flags_of(func) is not None or issubclass(type(func), type):
-        return func
-    return type(func).__call__
+    flags = _read(_read(func, "__code__"), "co_flags")
+    if not isinstance(flags, int) and not issubclass(type(func), type):
+        flags = _read(_read(_read(type(func), "__call__"), "__code__"), "co_flags")
+    return flags if isinstance(flags, int) else 0
 
 
-def _is_coroutine_function(func: Any) -> bool:
-    flags = _flags_of(func) or 0
-    return bool(flags & (CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE))
-
-
-def _flags_of(func: Any) -> int | None:
+def _read(given: Any, name: str) -> Any:
+    """Read an attribute; None if there is none, or if the object's own code raises."""
     try:
-        flags = getattr(getattr(func, "__code__", None), "co_flags", None)
-    except BaseException as exc:  # raised by the object's own code
+        return getattr(given, name, None)
+    except BaseException as exc:
         if is_from_signal_handler(exc):
             raise
         return None
-    return flags if isinstance(flags, int) else None
 
 
 def _why_not_callable(given: Any) -> str:
