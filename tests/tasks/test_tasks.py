@@ -10,8 +10,10 @@ import types
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 from unittest.mock import AsyncMock, MagicMock
+from weakref import WeakSet, proxy
 
 import pytest
+from werkzeug.local import Local, LocalProxy
 
 from tests.conftest import Log
 from tests.support import app_that, respond
@@ -180,6 +182,62 @@ def test_an_awaitable_that_is_no_coroutine_is_awaited_too() -> None:
             return "done"
 
     assert BackgroundTask(Soon)() == "done"
+
+
+class Closed:
+    """An object that does not say of which class it is."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        raise ValueError("no class")
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        pytest.param(LocalProxy(lambda: 5), id="a proxy of an object that cannot be awaited"),
+        pytest.param(Local()("nothing"), id="a proxy of nothing"),
+        pytest.param(Closed(), id="an object without a class"),
+        pytest.param(proxy(Closed.__new__(Closed)), id="a proxy of a freed object"),
+    ],
+)
+def test_a_task_has_succeeded_whatever_object_it_returns(result: Any, log: Log) -> None:
+    tasks = TaskQueue()
+    tasks.add_task(lambda: result)
+    batch = Batch(tasks, response_complete=True)
+    batch.run()
+    assert (batch.succeeded, log.errors) == (1, [])
+    assert BackgroundTask(lambda: result)() is result
+
+
+def test_a_stop_while_a_result_is_looked_at_goes_through() -> None:
+    class Stops:
+        @property  # type: ignore[misc]
+        def __class__(self) -> Any:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        BackgroundTask(Stops)()
+
+
+def test_a_result_is_freed_before_the_next_task_begins() -> None:
+    class Result:
+        pass
+
+    alive: WeakSet[Result] = WeakSet()
+    seen: list[int] = []
+
+    def make() -> Result:
+        seen.append(len(alive))
+        result = Result()
+        alive.add(result)
+        return result
+
+    tasks = TaskQueue()
+    for _ in range(3):
+        tasks.add_task(make)
+    Batch(tasks, response_complete=True).run()
+    assert seen == [0, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,11 @@ import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import AbstractContextManager
 from contextvars import Context
+from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import TYPE_CHECKING, Any
 
 from wsgi_bg._process import per_process
+from wsgi_bg._process.interrupts import is_from_signal_handler
 
 if TYPE_CHECKING:
     import asyncio
@@ -27,6 +29,22 @@ loop_generation: int = 0
 """``per_process.generation`` when the loop of this process was made."""
 
 
+def is_awaitable(result: Any) -> bool:
+    """True if ``result`` can be awaited; False if its own code raises.
+
+    A proxy has the methods of all objects, and may stand for an object without ``__await__``.
+    """
+    kind = type(result)  # a generator may be awaitable, and has no such method
+    try:
+        return inspect.isawaitable(result) and (
+            kind is GeneratorType or hasattr(result, "__await__")
+        )
+    except BaseException as exc:
+        if is_from_signal_handler(exc):
+            raise
+        return False
+
+
 def refuse_unrun(result: Any) -> None:
     """Raise if a call has only made a generator or a coroutine, which no one will run.
 
@@ -34,11 +52,12 @@ def refuse_unrun(result: Any) -> None:
     :raises TypeError: if ``result`` is such an object that was not begun, or an async generator
         that has not ended: Python 3.11 does not tell if an async generator was begun.
     """
-    if inspect.isasyncgen(result):
+    # isinstance() would read __class__, which may raise.
+    if type(result) is AsyncGeneratorType:
         is_new, kind = result.ag_frame is not None, "an async generator"
-    elif inspect.iscoroutine(result):
+    elif type(result) is CoroutineType:
         is_new, kind = inspect.getcoroutinestate(result) == inspect.CORO_CREATED, "a coroutine"
-    elif inspect.isgenerator(result):
+    elif type(result) is GeneratorType:
         is_new, kind = inspect.getgeneratorstate(result) == inspect.GEN_CREATED, "a generator"
     else:
         return

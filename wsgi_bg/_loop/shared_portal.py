@@ -12,13 +12,12 @@ from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from inspect import isawaitable
 from types import TracebackType
 from typing import Any, Self
 
 from anyio.from_thread import BlockingPortal
 
-from wsgi_bg._loop.coroutines import current_task, is_cancelled, separately
+from wsgi_bg._loop.coroutines import current_task, is_awaitable, is_cancelled, separately
 from wsgi_bg._loop.portal_call import PortalCall
 from wsgi_bg._process import per_process
 from wsgi_bg.exceptions import ForkedPortalError, SharedPortalError
@@ -176,7 +175,7 @@ class SharedPortal(BlockingPortal):
 def _separate(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call ``func``, whose coroutine then runs in an asyncio task of its own."""
     result = func(*args, **kwargs)
-    return _await(result) if isawaitable(result) else result
+    return _await(result) if is_awaitable(result) else result
 
 
 async def _await(awaitable: Awaitable[Any]) -> Any:

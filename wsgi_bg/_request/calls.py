@@ -13,11 +13,10 @@ from contextlib import (
     AsyncExitStack,
 )
 from functools import partial
-from inspect import isawaitable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from wsgi_bg._loop.coroutines import AwaitableInStack
+from wsgi_bg._loop.coroutines import AwaitableInStack, is_awaitable
 from wsgi_bg._process import per_process
 from wsgi_bg._tasks.retry import NotSent
 from wsgi_bg._tasks.successors import observe, observe_async
@@ -235,7 +234,7 @@ class Calls(Caller):
             if not self._enter_all(task, inside):
                 return None
             result = self._noted(task, _make(self, task, done))
-            if result is None or not isawaitable(result):
+            if result is None or not is_awaitable(result):
                 return result
             return AwaitableInStack(inside.pop_all(), result)
 
@@ -269,7 +268,7 @@ class Calls(Caller):
     @staticmethod
     def _noted(task: BackgroundTask, result: Any) -> Any:
         """Return ``result``; the record knows it as long as it is awaited."""
-        if result is not None and task.record and isawaitable(result):
+        if result is not None and task.record and is_awaitable(result):
             task.record[0].awaitable = result
         return result
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextvars import Context, copy_context
-from inspect import isawaitable
 from itertools import chain
 from sys import getrefcount
 from threading import current_thread, main_thread
@@ -15,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from wsgi_bg._loop import coroutines, portal
 from wsgi_bg._loop.asgiref_state import move_here
-from wsgi_bg._loop.coroutines import DONE, RemainingSteps, as_coroutine, refuse_unrun
+from wsgi_bg._loop.coroutines import (
+    DONE,
+    RemainingSteps,
+    as_coroutine,
+    is_awaitable,
+    refuse_unrun,
+)
 from wsgi_bg._loop.portal_call import PortalCall
 from wsgi_bg._process import log, per_process
 from wsgi_bg._process.interrupts import is_from_signal_handler, is_raised_here, stops_worker
@@ -420,7 +425,7 @@ class Batch:
                 make = calls.make if is_simple else self._make_of(calls)
                 result = context.run(make, task, done)
                 if result is not None:
-                    if isawaitable(result):
+                    if is_awaitable(result):
                         self._begun = task, context, result
                         if done is not None:
                             done.clear()
@@ -462,6 +467,7 @@ class Batch:
                 front.pop()
             else:
                 queue.drop(task)
+            result = None  # or the result would live until the next task has returned
         if done is not None:
             done.default_factory = None  # and so the arguments of the last task
         return not (self.has_ended or self._is_in_child)
@@ -777,7 +783,7 @@ class Batch:
             self._running = None  # the task is logged already
         elif RESULT in done:
             result = done[RESULT]
-            if isawaitable(result):
+            if is_awaitable(result):
                 coroutines.drop(copy_context(), result)
             else:
                 self._running = None  # the task's call has returned

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 from wsgi_bg._loop import portal
 from wsgi_bg._loop.asgiref_state import detached
+from wsgi_bg._loop.coroutines import is_awaitable
 from wsgi_bg._process.interrupts import is_raised_here, stops_worker
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._tasks.callables import NOT_PLAIN, is_async_callable, name_of
@@ -455,7 +455,7 @@ class BackgroundTask:
 
     def _finish(self, context: Context, result: Any) -> Any:
         """Return ``result``; if ``result`` is awaitable, await it and return its result."""
-        if result is not None and inspect.isawaitable(result):
+        if result is not None and is_awaitable(result):
             result, error = portal.wait_for(context, result)
             if error is not None:
                 raise error

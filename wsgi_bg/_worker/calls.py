@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextvars import copy_context
-from inspect import isawaitable
 from typing import TYPE_CHECKING, Any
 
 from wsgi_bg._loop import portal
 from wsgi_bg._loop.asgiref_state import detached
+from wsgi_bg._loop.coroutines import is_awaitable
 from wsgi_bg._messages import headers, retries
 from wsgi_bg._messages.codec import decode
 from wsgi_bg._request.layer import merge_options
@@ -87,7 +87,7 @@ def run_call(
     try:
         with call:
             result = context.run(calls.make, task, None)
-            if result is not None and isawaitable(result):
+            if result is not None and is_awaitable(result):
                 result, error = portal.wait_for(context, result)
                 if error is not None:
                     raise error

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextvars import Context, ContextVar, copy_context
 from datetime import datetime
 from functools import partial
-from inspect import isawaitable
 from typing import Any, NamedTuple
 
 from celery import Celery, Task, signals
@@ -14,6 +13,7 @@ from celery.exceptions import MaxRetriesExceededError, Retry, TaskPredicate
 
 from wsgi_bg._loop import portal
 from wsgi_bg._loop.asgiref_state import detached
+from wsgi_bg._loop.coroutines import is_awaitable
 from wsgi_bg._messages import headers, retries
 from wsgi_bg._tasks import registry
 from wsgi_bg._tasks.options import Options
@@ -220,7 +220,7 @@ def _is_entered(calls: Caller) -> bool:
 def _call(celery_task: Any, task: BackgroundTask, calls: Caller, context: Context) -> Any:
     """Make the call; blocks until it is done. An async task runs on the process's loop."""
     result = context.run(calls.make, task, None)
-    if result is not None and isawaitable(result):
+    if result is not None and is_awaitable(result):
         inside: Any = _InTask(context, celery_task)
         result, error = portal.wait_for(inside, result)
         if error is not None:
