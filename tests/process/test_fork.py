@@ -371,6 +371,58 @@ def test_a_child_that_a_watcher_of_a_task_forks_ends_and_runs_nothing(
         assert saw != "parent saw goes on for ever"
 
 
+BATCH_WATCHERS = {
+    "batch_handed_over": "hooks=Watch('batch_handed_over')",
+    "batch_begun": "hooks=Watch('batch_begun')",
+    "batch_ended": "hooks=Watch('batch_ended')",
+    "request_label": "request_label=lambda environ: fork_once() or 'label'",
+    "submit": "",
+}
+"""Code that is called because of a batch, and forks in its first call."""
+
+FORKING_RUNNER = """
+class Forking:
+    runner = RUNNER
+    def submit(self, batch):
+        fork_once()
+        self.runner.submit(batch)
+    def drain(self, timeout):
+        return self.runner.drain(timeout)
+    def statistics(self):
+        return self.runner.statistics()
+"""
+
+
+@pytest.mark.parametrize("last", ["plain", "coroutine"])
+@pytest.mark.parametrize("runner", ["InlineRunner()", "PoolRunner()"])
+@pytest.mark.parametrize("watcher", BATCH_WATCHERS)
+def test_a_child_that_a_watcher_of_a_batch_forks_ends_and_runs_nothing(
+    watcher: str, runner: str, last: str
+) -> None:
+    own = "Forking()" if watcher == "submit" else runner
+    done = run(
+        "return",
+        WATCHING
+        + FORKING_RUNNER.replace("RUNNER", runner)
+        + textwrap.dedent(
+            f"""
+            def begins(): say("begins")
+            functions = begins, {last}
+            app = BackgroundTasksMiddleware(
+                app_that(lambda environ: [*map(background_tasks.add_task, functions)]),
+                runner={own},
+                {BATCH_WATCHERS[watcher]}
+            )
+            Server().run(app, make_server_environ())
+            look_after_the_child()
+            """
+        ),
+    )
+    tasks = ["parent begins", f"parent {last}"]
+    assert done.said == sorted(["child was forked", "parent saw status 0", *tasks])
+    assert done.status == 0
+
+
 WAITING = """
     other_waits, release = threading.Event(), asyncio.Event()
 

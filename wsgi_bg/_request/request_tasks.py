@@ -153,12 +153,12 @@ class RequestTasks(Deferring):
         try:
             if self._is_handed_over:
                 return
-            if self._collector.pid != per_process.pid():
-                return  # in a forked child: the tasks belong to the parent
             if invocation.freezes and self.invocation is None:
                 invocation.warn_of_freezing(environ)
             batch = self._make_batch(environ, outcome, closed)
             self.note_request(environ)
+            if self._collector.pid != per_process.pid():
+                return  # in a forked child: the tasks belong to the parent
             if not batch.discard_excluded(list(self._list or ())):
                 return
             self._submit(batch)

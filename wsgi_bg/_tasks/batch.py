@@ -392,12 +392,13 @@ class Batch:
     def _start(self) -> bool:
         """Start the run of the request's tasks, which only a single batch may do.
 
-        :return: False if another batch has started, or if the tasks were logged because a
-            signal handler interrupted ``submit``, perhaps after a thread had got the batch.
+        :return: False if another batch has started, in a forked child, or if the tasks were
+            logged because a signal handler interrupted ``submit``, perhaps after a thread had
+            got the batch.
         """
         if self._has_started:
             return True
-        self._has_started = self._queue.may_start()
+        self._has_started = not self._is_in_child and self._queue.may_start()
         if not self._has_started:
             self._stop = STOP
             self._tell()
@@ -405,7 +406,7 @@ class Batch:
         self._logs_ends = log.is_debug()
         if self._watch is not None:
             self._watch.begun()
-        return True
+        return not self._is_in_child
 
     def _make_of(self, calls: Caller) -> Callable[[BackgroundTask, Done], Any]:
         """The function that makes the call that is about to begin."""
@@ -599,7 +600,11 @@ class Batch:
         finally:
             if self._is_in_child:
                 per_process.end_child(None)
-            self.notify_if_ended()
+            try:
+                self.notify_if_ended()
+            finally:
+                if self._is_in_child:  # a hook has forked
+                    per_process.end_child(None)
 
     def abandon(self) -> list[BackgroundTask]:
         """Begin no further task; claim and return the tasks left, the running task first."""
