@@ -371,6 +371,56 @@ def test_a_late_task_that_cannot_be_stored_is_refused_by_add_task(
     assert shop.calls == []
 
 
+@pytest.mark.parametrize(("status", "runs"), [("200 OK", "success"), ("500 Oops", "error")])
+def test_a_late_task_that_the_outcome_does_not_let_run_is_not_stored(
+    runner: DurableRunner, status: str, runs: str
+) -> None:
+    def stream(environ: Any) -> Iterator[bytes]:
+        yield b"first"
+        tasks = get_background_tasks(environ)
+        for run_on in ("success", "error", "always"):
+            tasks.using(run_on=run_on).add_task(write, run_on)
+        yield b"second"
+
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        start_response(status, [])
+        return stream(environ)
+
+    body = BackgroundTasksMiddleware(app, runner=runner)(
+        make_server_environ(), Server().start_response
+    )
+    chunks = iter(body)
+    assert [next(chunks), next(chunks)] == [b"first", b"second"]
+    found = [each.outcome.row for each in list_tasks(check_folder(runner.path))]
+    assert [row.arguments for row in found] == [f'[1,["{runs}"],{{}}]', '[1,["always"],{}]']
+    assert list(chunks) == []
+    body.close()  # type: ignore[attr-defined]
+    assert shop.wait_for(2) == [runs, "always"]
+
+
+def test_late_tasks_are_stored_in_their_order_if_the_stream_raises(
+    runner: DurableRunner,
+) -> None:
+    def stream(environ: Any) -> Iterator[bytes]:
+        yield b"first"
+        tasks = get_background_tasks(environ)
+        tasks.using(run_on="always").add_task(wait_at, "first")
+        tasks.using(run_on="error").add_task(write, "error")
+        tasks.using(run_on="always").add_task(write_async, "always")
+        raise LookupError
+
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", [])
+        return stream(environ)
+
+    with pytest.raises(LookupError):
+        Server().run(BackgroundTasksMiddleware(app, runner=runner), make_server_environ())
+    names = ["durable.wait_at", "durable.write", "durable.write_async"]
+    assert waiting(runner) == names
+    shop.gate("first").set()
+    assert shop.wait_for(3) == ["first", "error", "always"]
+
+
 def test_what_a_durable_task_adds_is_stored_with_its_end(runner: DurableRunner) -> None:
     handle(runner, (add_two, "a"), (wait_at, "gate"))
     shop.gate("gate")

@@ -36,7 +36,12 @@ from wsgi_bg._tasks.task_log import fields, fields_of, notify_discarded
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError, StoreError
 from wsgi_bg.runners import Runner, Statistics, resolve
 from wsgi_bg.runners.attached import Attached
-from wsgi_bg.runners.keeping import KeepingCaller, KeepingRunner, is_answered, is_recorded
+from wsgi_bg.runners.keeping import (
+    KeepingCaller,
+    KeepingRunner,
+    is_kept_at_once,
+    is_recorded,
+)
 from wsgi_bg.runners.ledger import Ledger
 from wsgi_bg.runners.pool import PoolRunner, shared_pool
 from wsgi_bg.runners.timer import Deferring
@@ -222,7 +227,7 @@ class DurableRunner(KeepingRunner):
             if kept.has_parent:
                 return
             # On another thread of that task, which has ended meanwhile.
-        if is_answered(batch):
+        if is_kept_at_once(task, batch):
             self._states.get().keep_late(task, batch)
 
     def joined(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
@@ -233,7 +238,7 @@ class DurableRunner(KeepingRunner):
         kept = task.message
         if not isinstance(kept, Kept) or kept.has_parent or not kept.is_new:
             return
-        if is_answered(batch):
+        if is_kept_at_once(task, batch):
             try:
                 self._states.get().keep_late(task, batch)
             except StoreError:

@@ -34,7 +34,7 @@ from wsgi_bg._tasks.task import BackgroundTask, Queue, Queued, fill, plan_of
 from wsgi_bg.exceptions import MessageError, OptionTypeError, OptionValueError
 from wsgi_bg.runners import Runner, Statistics, resolve
 from wsgi_bg.runners.attached import Attached
-from wsgi_bg.runners.keeping import KeepingRunner, is_answered, is_recorded
+from wsgi_bg.runners.keeping import KeepingRunner, is_kept_at_once, is_recorded
 from wsgi_bg.runners.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -297,7 +297,7 @@ class OutboxRunner(KeepingRunner):
 
         :raises StoreError: as :meth:`keep` does.
         """
-        if is_answered(batch) and not is_recorded(batch):
+        if is_kept_at_once(task, batch) and not is_recorded(batch):
             self.keep([task])
 
     def joined(self, task: BackgroundTask, batch: BackgroundTasks) -> None:

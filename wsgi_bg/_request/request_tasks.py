@@ -122,6 +122,10 @@ class RequestTasks(Deferring):
         code = _code_of(_text_of(status))
         return [task for task in self._list if task.options.lets_run(code) is runs]
 
+    def expects(self, task: BackgroundTask) -> bool:
+        """See :meth:`BackgroundTasks.expects`."""
+        return self.phase != OPEN or task.options.lets_run(_code_of(_text_of(self.status)))
+
     def end(self, environ: WSGIEnvironment, outcome: Outcome, *, closed: bool = True) -> None:
         """Submit the tasks, if any: the application is done with the request.
 

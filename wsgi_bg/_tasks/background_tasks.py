@@ -235,6 +235,10 @@ class BackgroundTasks:
         """Call the hooks and the ``on_error`` of a failed task, in the task's context."""
         task_log.notify_failure(task, exc)
 
+    def expects(self, task: BackgroundTask) -> bool:
+        """True if ``task`` runs, as far as the outcome of the request is known."""
+        return True
+
     def admit_wait(self, task: BackgroundTask) -> None:
         """Admit ``task``, which has a delay or may be called again, and is about to be added.
 

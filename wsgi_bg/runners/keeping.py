@@ -119,9 +119,13 @@ class KeepingRunner(LedgerRunner):
         raise NotImplementedError
 
 
-def is_answered(batch: BackgroundTasks) -> bool:
-    """True if the server may send the answer of the request, or the tasks run."""
-    return getattr(batch, "is_answered", True)
+def is_kept_at_once(task: BackgroundTask, batch: BackgroundTasks) -> bool:
+    """True if an added task is stored now: the answer may have begun, or the tasks run.
+
+    A task that does not run after that answer is stored at the end of the request, if an error
+    has changed the outcome by then.
+    """
+    return getattr(batch, "is_answered", True) and batch.expects(task)
 
 
 def is_recorded(batch: BackgroundTasks) -> bool:
