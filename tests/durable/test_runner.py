@@ -66,6 +66,7 @@ from wsgi_bg._process.workers import Workers
 from wsgi_bg.exceptions import StoreError, WaitingLimitError
 from wsgi_bg.flask import Background
 from wsgi_bg.hooks import BatchRecord, Hooks, TaskRecord
+from wsgi_bg.monitor import Monitor
 from wsgi_bg.runners import Statistics, shutdown
 
 ROOT = Path(__file__).parents[2]
@@ -152,6 +153,14 @@ def test_a_task_runs_in_the_application_context_of_flask(tmp_path: Path) -> None
 
     assert app.test_client().post("/").text == "ok"
     assert shop.wait_for(1) == ["shop"]
+
+
+def test_a_request_for_the_page_takes_the_tasks_of_a_dead_process_over(tmp_path: Path) -> None:
+    left_by_a_dead_process(tmp_path, Row("durable.write", "[1,[1],{}]"))
+    app = Flask("shop")
+    Background(app, runner=DurableRunner(tmp_path), monitor=Monitor(allowed=lambda _: False))
+    assert app.test_client().get("/background-tasks/").status_code == 403
+    assert shop.wait_for(1) == [1]
 
 
 def test_arguments_that_a_later_process_would_not_get_back_are_refused_in_the_view(

@@ -133,7 +133,7 @@ def _wrap(app: Flask, *, monitor: Any, monitor_at: Any, **options: Any) -> WSGIA
         if monitor_at is not None:
             wanted = "given together with monitor, a wsgi_bg.monitor.Monitor"
             raise OptionValueError("monitor_at", monitor_at, wanted)
-        return _Middleware(app, **options)
+        return _Middleware(app, app.wsgi_app, **options)
     from wsgi_bg.monitor import Monitor
     from wsgi_bg.monitor.mount import DEFAULT, Mount, check_path
 
@@ -144,7 +144,8 @@ def _wrap(app: Flask, *, monitor: Any, monitor_at: Any, **options: Any) -> WSGIA
         options["status_path"] = monitor.path
     if options["status"] is None:
         options["status"] = True
-    return Mount(_Middleware(app, **options), monitor, at)
+    # Inside: also a request for the page lets a durable runner take tasks over.
+    return _Middleware(app, Mount(app.wsgi_app, monitor, at), **options)
 
 
 class _AppContexts:
@@ -175,12 +176,12 @@ def _active() -> AppContext | None:
 class _Middleware(BackgroundTasksMiddleware):
     """The middleware of a Flask application; tasks run in the application's contexts."""
 
-    def __init__(self, app: Flask, **options: Any) -> None:
+    def __init__(self, app: Flask, wsgi_app: WSGIApplication, **options: Any) -> None:
         self._around = _AppContexts(app)
         self._flask_app = app
         self._views_lock = threading.Lock()
         self._views_are_ready = False
-        super().__init__(app.wsgi_app, **options)
+        super().__init__(wsgi_app, **options)
 
     def _handle_first(
         self, environ: WSGIEnvironment, start_response: StartResponse
