@@ -256,6 +256,20 @@ def test_a_task_reaches_the_last_of_several_hosts(redis: RedisServer) -> None:
     assert waiting(url) == 1
 
 
+@pytest.mark.parametrize("url", ["redis://127.0.0.1:{}/0", "amqp://127.0.0.1:{}//"])
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_a_connection_asks_each_host_once_and_waits_for_none(
+    monkeypatch: pytest.MonkeyPatch, url: str, hosts: int
+) -> None:
+    """kombu would sleep for 2 seconds, though the outbox asks again after half a second."""
+    waits: list[float] = []
+    monkeypatch.setattr("kombu.utils.functional.sleep", waits.append)
+    urls = ";".join(url.format(free_port()) for _ in range(hosts))
+    with pytest.raises(Exception, match="refused"):
+        Broker(urls, {}).runner().connect()
+    assert waits == []
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of SQLAlchemy, in kombu
 def test_a_transport_that_knows_no_options_of_ours_sends(tmp_path: Path) -> None:
     pytest.importorskip("sqlalchemy")

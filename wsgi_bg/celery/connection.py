@@ -48,9 +48,11 @@ class BrokerConnection:
         self.options: dict[str, Any] = options
         self._published = 0  # on the channel, since its confirms were selected
         try:
-            hosts = len(self._connection.alt)  # connect() would try the first two
+            # Each host once. connect() would try the first two, and a single one again after 2
+            # seconds; the outbox has pauses of its own.
+            hosts = len(self._connection.alt)
             self._connection.ensure_connection(
-                max_retries=max(1, hosts - 1), reraise_as_library_errors=False
+                max_retries=max(0, hosts - 1), reraise_as_library_errors=False
             )
             self._producer = Producer(self._connection, auto_declare=False)
             channel = self._producer.channel
