@@ -265,8 +265,10 @@ def test_several_tasks_at_once_are_refused(app: Celery, runner: CeleryRunner) ->
     own = of(app)
 
     def view(environ: Any) -> None:
-        several_tasks = group(own.s(1), own.s(2)), chord([own.s(1)], own.s()), own.chunks([], 2)
-        for several in several_tasks:
+        both = group(own.s(1), own.s(2))
+        several_tasks = both, chord([own.s(1)], own.s()), own.chunks([], 2)
+        chains = chain(own.s(0), chain(own.s(1), both)), chain(own.s(0), both, own.s(3))
+        for several in (*several_tasks, *chains):
             with pytest.raises(RegistrationError, match="is several tasks at once"):
                 background_tasks.add_task(several)
         with pytest.raises(RegistrationError, match="is a chain without tasks"):

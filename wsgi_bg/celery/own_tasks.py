@@ -76,9 +76,10 @@ def find(app: Celery, task: BackgroundTask, options: dict[str, Any]) -> Call | N
         if not first.tasks:
             raise RegistrationError(f"{task.name} is a chain without tasks", func)
         first = first.tasks[0]
-    if isinstance(first, (group, chord, chunks)):
+    if isinstance(first, chunks) or _has_group(func):
         raise RegistrationError(
-            f"{task.name} is several tasks at once: add each task, or a task that starts them",
+            f"{task.name} is several tasks at once, or a chain with them: add each task, or "
+            "a task that starts them",
             func,
         )
     is_signature = isinstance(func, Signature)
@@ -94,6 +95,13 @@ def find(app: Celery, task: BackgroundTask, options: dict[str, Any]) -> Call | N
         options.get("task_id") or (func.options.get("task_id") if is_signature else None),
         here,
     )
+
+
+def _has_group(func: Any) -> bool:
+    """True if Celery would subscribe to results, at its backend, before it sends ``func``."""
+    if isinstance(func, _chain):
+        return any(map(_has_group, func.tasks))
+    return isinstance(func, (group, chord))
 
 
 def _call(func: Any, args: Any = None, kwargs: Any = None, *_: Any, **__: Any) -> Any:
