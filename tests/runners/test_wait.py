@@ -6,6 +6,7 @@ import gc
 import math
 import os
 import re
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -503,6 +504,18 @@ def test_one_warning_names_the_tasks_of_all_runners() -> None:
         "[]",
         "[True]",
     ]
+
+
+def test_the_warning_promises_no_ctrl_c_under_uwsgi(
+    monkeypatch: pytest.MonkeyPatch, log: Log, gate: Gate
+) -> None:
+    """uWSGI has its own handler of SIGINT, and a worker with gevent or a master waits on."""
+    submit(PoolRunner(), gate.task)
+    monkeypatch.setitem(sys.modules, "uwsgi", SimpleNamespace())
+    Notice(first=0).log_if_due(math.inf)
+    gate.open()
+    (warning,) = log.warnings
+    assert warning.endswith("(1 tests.support.Gate.task): without a limit")
 
 
 def test_a_warning_names_the_longest_drain_time() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -109,4 +110,5 @@ def _interrupting_signal() -> str:
     """``"Ctrl-C"`` if SIGINT ends a wait on this thread by an exception, else ``""``."""
     is_main = threading.current_thread() is threading.main_thread()
     raises = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    return "Ctrl-C" if is_main and raises else ""
+    # uWSGI handles SIGINT itself, and Python does not know of that.
+    return "Ctrl-C" if is_main and raises and "uwsgi" not in sys.modules else ""
