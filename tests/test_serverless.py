@@ -37,6 +37,7 @@ from tests.support.celery import filesystem, messages
 from tests.support.celery_shop import note
 from tests.support.lambda_process import EVENT, HANDLERS
 from tests.support.pages import Page
+from tests.support.recording import recording
 from tests.support.retry import SOON
 from wsgi_bg import (
     BackgroundTask,
@@ -526,6 +527,16 @@ def test_an_invocation_neither_ends_nor_awaits_the_requests_of_another(gate: Gat
         gate.open()
         assert other.result(TIMEOUT) == b"ok"
     assert seen == ["first", "second", "added after another invocation"]
+
+
+def test_a_handler_does_not_wait_for_tasks_that_a_test_records(log: Log) -> None:
+    seen: list[str] = []
+    app = adding(lambda: seen.append("plain"), runner="pool")
+    with recording("record") as tasks:
+        assert finish_tasks(timeout=0.01)(invoke)(app) == b"ok"
+        assert not log.errors
+        tasks.run()
+    assert seen == ["plain"]
 
 
 def test_the_name_of_the_handler_stays() -> None:

@@ -290,6 +290,7 @@ class _Request(RequestObserver):
         self.batch: Batch | None = None
         self.recorder = recorder
         self.waits = recorder.mode == "real"
+        self.holds = recorder.mode == "record"
         self._later: list[Later] = []
         self.is_of_test_client = is_test_client(environ)
         # WebTest reads every response, and drops a TypeError meanwhile.

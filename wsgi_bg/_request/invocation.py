@@ -22,6 +22,7 @@ from wsgi_bg.runners.ledger import ledgers_here, tasks_to_send
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
+    from wsgi_bg._request.observer import RequestObserver
     from wsgi_bg._tasks.batch import Batch
     from wsgi_bg._tasks.task import BackgroundTask
 
@@ -91,8 +92,10 @@ class Invocation:
 
     def hand_over(self, tasks: OpenRequest, batch: Batch) -> None:
         """Wait for ``batch``, which is about to be submitted, in place of its request."""
-        batch.on_done((self._leave,))
-        self._batches[batch] = None
+        observer: RequestObserver | None = getattr(tasks, "observer", None)
+        if observer is None or not observer.holds:
+            batch.on_done((self._leave,))
+            self._batches[batch] = None
         self._open.pop(tasks, None)
 
     def _leave(self, batch: Batch) -> None:

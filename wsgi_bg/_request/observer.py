@@ -56,9 +56,11 @@ class RequestObserver:
     """Observes a request. The methods of this base class change nothing.
 
     :ivar waits: False if delays, and waits for a further attempt, are to be zero.
+    :ivar holds: True if :meth:`submit` keeps the batch, for which nobody is to wait then.
     """
 
     waits: bool = True
+    holds: bool = False
 
     def new_list(self) -> list[BackgroundTask]:
         """Make the list of the request's tasks; called on the thread that adds the first.
