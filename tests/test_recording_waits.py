@@ -88,6 +88,15 @@ def test_record_runs_each_attempt_on_demand(monkeypatch: pytest.MonkeyPatch) -> 
     assert set(calls) == {threading.get_ident()}
 
 
+def test_a_task_that_is_skipped_after_an_error_has_no_attempts() -> None:
+    with recording("record") as tasks:
+        by_werkzeug(app(fail, stop_on_error=True))
+        with pytest.raises(ValueError, match="never"):
+            tasks.run()
+        assert [task.attempts for task in tasks.tasks] == [3, 0]
+    assert done == []
+
+
 @pytest.mark.parametrize("mode", ["record", "run"])
 def test_the_last_failure_is_the_error(mode: Any, log: Log) -> None:
     with recording(mode) as tasks:

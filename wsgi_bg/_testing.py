@@ -292,6 +292,7 @@ class _Request(RequestObserver):
         self.waits = recorder.mode == "real"
         self.holds = recorder.mode == "record"
         self._later: list[Later] = []
+        self._skipped: list[BackgroundTask] = []
         self.is_of_test_client = is_test_client(environ)
         # WebTest reads every response, and drops a TypeError meanwhile.
         self.is_of_webtest = "paste.testing" in environ
@@ -330,12 +331,15 @@ class _Request(RequestObserver):
     def dropped(self, task: BackgroundTask) -> None:
         self.added.remove(task)
 
+    def skipped(self, task: BackgroundTask) -> None:
+        self._skipped.append(task)
+
     def attempts_of(self, task: BackgroundTask) -> int:
         """How often ``task``, one of :attr:`added`, was called."""
         plan = plan_of(task)
         if plan is not None and (plan.retry is not None or not plan.is_due):
             return plan.calls
-        return 0 if task.unclaimed else 1
+        return 0 if task.unclaimed or task in self._skipped else 1
 
     def task_failed(self, task: BackgroundTask, exc: BaseException) -> None:
         self.recorder._failures.append(_Failure(self, exc))

@@ -89,6 +89,9 @@ class RequestObserver:
     def dropped(self, task: BackgroundTask) -> None:
         """A task will not run, since the attempt that has added it is repeated."""
 
+    def skipped(self, task: BackgroundTask) -> None:
+        """A task will not run, since the request or a task before has failed."""
+
     def task_failed(self, task: BackgroundTask, exc: BaseException) -> None:
         """A task has raised; called in the task's context, before ``on_error``."""
 

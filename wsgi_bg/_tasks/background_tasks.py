@@ -461,6 +461,9 @@ class TaskQueue(BackgroundTasks):
     def dropped(self, task: BackgroundTask) -> None:
         """``task`` will not run, since the attempt that has added it is repeated."""
 
+    def skipped(self, task: BackgroundTask) -> None:
+        """``task`` will not run, since the request or a task before has failed."""
+
     def tasks_of_attempt(self, task: BackgroundTask) -> list[BackgroundTask]:
         """The tasks that the last attempt of ``task`` has added, if no other follows them.
 

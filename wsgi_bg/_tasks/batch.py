@@ -765,6 +765,7 @@ class Batch:
             reason = "a task before it failed, with stop_on_error set"
         else:
             reason = task.options.why_not_run(self._status)
+        self._queue.skipped(task)
         task.options.calls.forget(task)
         context = task.take_context(self._queue)
         _run_in(context, task_log.log_skipped, task, reason, self._done)

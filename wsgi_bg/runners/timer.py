@@ -142,6 +142,10 @@ class Deferring(TaskQueue):
         if self.observer is not None:
             self.observer.dropped(task)
 
+    def skipped(self, task: BackgroundTask) -> None:
+        if self.observer is not None:
+            self.observer.skipped(task)
+
     def notify_failure(self, task: BackgroundTask, exc: BaseException) -> None:
         if self.observer is not None:
             self.observer.task_failed(task, exc)
