@@ -1006,6 +1006,25 @@ def test_in_a_test_with_the_pytest_plugin_no_engine_is_asked(mode: str) -> None:
     assert runner.connections == []
 
 
+def fail_once() -> None:
+    post.here.append("called")
+    if len(post.here) == 1:
+        raise ValueError
+
+
+def fail_here_and_send() -> None:
+    background_tasks.using(retry=Retry(2, first=0)).add_task(fail_once)
+    background_tasks.add_task(send, 1)
+
+
+def test_in_a_test_with_real_tasks_the_offer_to_the_engine_is_no_attempt() -> None:
+    runner = Post(local="inline")
+    with recording("real") as recorder:
+        request(runner, fail_here_and_send)
+        recorder.join(TIMEOUT)
+        assert recorder.tasks[0].attempts == 2
+
+
 def test_in_a_test_with_real_tasks_join_waits_for_the_engine(gate: Gate) -> None:
     runner = Post()
     runner.before = lambda value: gate.task()

@@ -115,7 +115,7 @@ class Plan:
     :ivar context: the context variables that each attempt begins with; None if the task has
         no ``retry``.
     :ivar attempt: the number of the last call that has begun, or of the call to come.
-    :ivar calls: how many contexts :meth:`begin` has made: the calls so far.
+    :ivar calls: the calls so far, if the task has a ``retry``.
     :ivar due: when the delay is over, by the clock of the timer; None before the delay begins.
     :ivar is_due: True once the task waits for no time any more.
     :ivar on_worker: True if an engine makes the further attempts, on any of its workers.
@@ -139,7 +139,6 @@ class Plan:
         """Return a new context for the next attempt."""
         assert self.context is not None
         context = self.context.copy()
-        self.calls += 1
         self._mark = object()
         context.run(_attempt.set, self._mark)
         return context

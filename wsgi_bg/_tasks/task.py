@@ -498,6 +498,9 @@ class BackgroundTask:
         context = self.context
         if context is None:
             context = self.new_context()
+            plan = plan_of(self)
+            if plan is not None:
+                plan.calls += 1
         else:
             self.context = None
         if "asgiref.sync" in modules:
