@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from functools import partial
-from inspect import isawaitable
 from typing import Any
 
 import pytest
@@ -44,6 +43,7 @@ from wsgi_bg import (
     wait,
 )
 from wsgi_bg._loop import portal
+from wsgi_bg._loop.coroutines import is_awaitable
 from wsgi_bg._loop.portal import LoopJob, PortalThread
 from wsgi_bg._process import exit as ending
 from wsgi_bg._process import interrupts, log, repeated, workers
@@ -235,7 +235,7 @@ def test_a_stop_after_the_call_of_a_task_names_the_task_only_if_it_waits(
 
     app = BackgroundTasksMiddleware(app_that(add), runner=InlineRunner())
     with handler(KeyboardInterrupt) as stop, monkeypatch.context() as patch:
-        patch.setattr(batch, "isawaitable", first_stopped(stop, isawaitable))
+        patch.setattr(batch, "is_awaitable", first_stopped(stop, is_awaitable))
         with pytest.raises(KeyboardInterrupt):
             respond(app)
     assert len(log.warnings) == (2 if function is awaits else 1)
@@ -570,7 +570,7 @@ def test_a_time_limit_after_the_call_of_a_task_is_not_the_tasks_error(
 
     app = BackgroundTasksMiddleware(app_that(add), runner=InlineRunner())
     with handler(TimeLimitError) as stop, monkeypatch.context() as patch:
-        patch.setattr(batch, "isawaitable", first_stopped(stop, isawaitable))
+        patch.setattr(batch, "is_awaitable", first_stopped(stop, is_awaitable))
         with pytest.raises(TimeLimitError):
             respond(app)
     assert log.warnings == log.errors == []
