@@ -53,6 +53,32 @@ def test_a_server_with_nothing_to_do_hears_the_signal(
 
 
 @each_signal
+def test_a_signal_is_heard_that_does_not_interrupt_the_wait_for_connections(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    # The kernel gives the signal to another thread here. It is the same with a signal that
+    # comes right before the wait.
+    source = f"""
+        import os, signal, sys, threading
+        from shop import app
+
+        def send():
+            main = threading.main_thread().ident
+            while sys._current_frames()[main].f_code.co_name != "poll":
+                threading.Event().wait(0.001)
+            os.kill(os.getpid(), {int(number)})
+
+        sys.setswitchinterval(1e6)  # this thread runs only while the main one waits
+        threading.Thread(target=send, daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [{int(number)}])
+        """
+    write(tmp_path, "site_of_test", source)
+    options = ("--", "--asyncore-loop-timeout=3600")
+    with serving(tmp_path, *options, app="site_of_test:app") as command:
+        assert command.end() == (0, [])
+
+
+@each_signal
 def test_a_response_in_the_middle_is_finished_and_then_its_task_runs(
     number: signal.Signals, tmp_path: Path
 ) -> None:

@@ -7,6 +7,8 @@ requests in hand are answered and the kernel has the last byte.
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -55,9 +57,18 @@ class GracefulServer:
         return [_address_of(listener) for listener in self._listeners]
 
     def run(self) -> None:
-        """Serve, on this thread, until :meth:`stop` is called."""
-        while not self._is_stopping:
-            self._turn(self._adjustments.asyncore_loop_timeout)
+        """Serve, on the main thread, until :meth:`stop` is called."""
+        # A signal that comes right before the system call of select() does not interrupt the
+        # call, and its handler would not run before select() returns. So each signal pulls the
+        # trigger. See https://docs.python.org/3/library/signal.html#signal.set_wakeup_fd
+        writer = self._trigger.trigger
+        os.set_blocking(writer, False)
+        previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        try:
+            while not self._is_stopping:
+                self._turn(self._adjustments.asyncore_loop_timeout)
+        finally:
+            signal.set_wakeup_fd(previous)
 
     def stop(self) -> None:
         """Make :meth:`run` return; safe in signal handlers: takes no lock, does not block."""
