@@ -36,6 +36,7 @@ from tests.support import (
 from tests.support import durable_shop as shop
 from tests.support.durable_shop import (
     add_two,
+    add_with_delay,
     fail,
     fail_for_long,
     fail_twice,
@@ -1592,6 +1593,46 @@ def test_a_short_delay_begins_after_the_stream_which_may_fail(runner: DurableRun
     assert wait(TIMEOUT) == []
     assert wait_until(lambda: waiting(runner) == [])
     assert shop.calls == []
+
+
+def due_of_the_only_task(runner: DurableRunner) -> float:
+    [task] = [
+        each.outcome
+        for each in list_tasks(check_folder(runner.path))
+        if each.outcome.state == "waiting"
+    ]
+    return task.row.due
+
+
+def test_a_delay_counts_from_the_end_of_the_stream(
+    runner: DurableRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stream() -> Iterator[bytes]:
+        yield b"first"
+        assert due_of_the_only_task(runner) < begun + 3605
+        clock.time = lambda: time.time() + 100.0
+
+    clock = SimpleNamespace(time=time.time, monotonic=time.monotonic)
+    monkeypatch.setattr("wsgi_bg._durable.runner.time", clock)
+    begun = time.time()
+    run_view(
+        runner, lambda _: background_tasks.using(delay=3600).add_task(write, 1), body=stream
+    )
+    assert wait(TIMEOUT) == []
+    assert due_of_the_only_task(runner) >= begun + 3700
+
+
+def test_a_delay_in_a_running_task_counts_from_add_task(
+    runner: DurableRunner, clock: Clock
+) -> None:
+    handle(runner, (add_with_delay, "gate"))
+    shop.gate("gate")
+    assert shop.begun["gate"].wait(TIMEOUT)
+    clock.advance(600)
+    shop.gate("gate").set()
+    assert wait(TIMEOUT) == []
+    assert wait_until(lambda: waiting(runner) == ["durable.write"])
+    assert time.time() + 2900 < due_of_the_only_task(runner) <= time.time() + 3000
 
 
 def test_many_tasks_of_a_request_keep_their_order(

@@ -136,6 +136,13 @@ def wait_and_fail_at_once(name: str) -> None:
     raise ValueError(name)
 
 
+@registered_task(name="durable.add_with_delay")
+def add_with_delay(name: str) -> None:
+    """Add a task with a delay of an hour, and go on until the gate is open."""
+    background_tasks.using(delay=3600).add_task(write, name)
+    wait_at(name)
+
+
 @registered_task(name="durable.add_two")
 def add_two(value: Any) -> None:
     note(value)

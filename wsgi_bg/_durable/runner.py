@@ -44,7 +44,7 @@ from wsgi_bg.runners.keeping import (
 )
 from wsgi_bg.runners.ledger import Ledger
 from wsgi_bg.runners.pool import PoolRunner, shared_pool
-from wsgi_bg.runners.timer import Deferring
+from wsgi_bg.runners.timer import Deferring, delay_left
 
 if TYPE_CHECKING:
     from wsgi_bg._tasks.background_tasks import BackgroundTasks, TaskQueue
@@ -56,6 +56,7 @@ _READ = 500  # rows read from a file at a time
 _BURST, _REST = 10, 0.001  # requests of a dead process, and the seconds between two bursts
 _IN_MEMORY = "%s waits in memory for its next attempt"
 _PAUSE = 0.001  # seconds between two looks at a task that another thread stores
+_SHORTER = 0.01  # seconds by which a delay may be shorter, which begins when its row is stored
 _LAST_LOOK = 1.0  # seconds for which the exit waits for the last look
 _ROOM = 0.05  # seconds between two looks if there was no room for a task
 _COUNT_REST = 30  # times the duration of a count, before the next: a million rows take 30 ms
@@ -793,10 +794,15 @@ class _State:
         place = store.number, row.key
         self._in_memory.pop(place, None)  # first: the row may be read at once
         self._added_here[place] = task.options, tasks.request
-        if wait is None:
+        changed = None
+        if wait is not None:
+            changed = row._replace(due=time.time() + wait, attempts=row.attempts + 1)
+        elif (due := time.time() + delay_left(task)) > row.due + _SHORTER:
+            changed = row._replace(due=due)  # the response has streamed meanwhile
+        if changed is None:
             store.leave([row])
         else:
-            row = row._replace(due=time.time() + wait, attempts=row.attempts + 1)
+            row = changed
             try:
                 store.postpone([row])
             except StoreError as exc:
@@ -1120,10 +1126,9 @@ def _batches(rows: list[Row]) -> Iterator[list[Row]]:
 
 
 def _row_of(task: BackgroundTask) -> Row:
-    """The row to store: the delay of the task begins now."""
+    """The row to store: the delay of the task begins now, unless it has begun."""
     row: Row = task.message.row
-    delay = task.options.delay
-    return row._replace(due=time.time() + delay) if delay else row
+    return row._replace(due=time.time() + delay_left(task)) if task.options.delay else row
 
 
 def _number_and_age(option: str, given: Any) -> tuple[int, float]:

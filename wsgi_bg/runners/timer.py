@@ -436,5 +436,11 @@ def _submit(submission: _Submission) -> None:
         later.ledger.end_submit(later)
 
 
+def delay_left(task: BackgroundTask) -> float:
+    """Seconds until the delay of ``task`` is over; the whole delay if it has not begun."""
+    due = task.plan.due
+    return task.options.delay if due is None else due - timers.get().now()
+
+
 timers: PerProcess[Timer] = PerProcess(Timer)
 """The timer of this process. A forked child has none of its parent's waits."""
