@@ -1595,6 +1595,29 @@ def test_a_short_delay_begins_after_the_stream_which_may_fail(runner: DurableRun
     assert shop.calls == []
 
 
+@pytest.mark.parametrize("why", ["a delay", "no room"])
+@pytest.mark.parametrize(("status", "added"), [("500 Oops", []), ("200 OK", ["a.1", "a.2"])])
+def test_the_outcome_of_the_request_holds_for_what_a_task_of_the_file_adds(
+    tmp_path: Path, why: str, status: str, added: list[str]
+) -> None:
+    runner = DurableRunner(tmp_path, local=PoolRunner(threads=1, max_pending=1))
+    shop.gate("gate")
+    if why == "no room":
+        handle(runner, (wait_at, "gate"))
+        assert shop.begun["gate"].wait(TIMEOUT)
+    delay = 0.01 if why == "a delay" else 0.0
+
+    def add(environ: object) -> None:
+        background_tasks.using(run_on="always", delay=delay).add_task(add_two, "a")
+
+    run_view(runner, add, status=status)
+    shop.gate("gate").set()
+    assert wait_until(lambda: "a" in shop.calls)
+    assert wait(TIMEOUT) == []
+    assert [value for value in shop.calls if value != "gate"] == ["a", *added]
+    assert runner.drain(TIMEOUT) == []
+
+
 def due_of_the_only_task(runner: DurableRunner) -> float:
     [task] = [
         each.outcome

@@ -294,13 +294,15 @@ class DurableRunner(KeepingRunner):
         """True if the file keeps the task."""
         return isinstance(task.message, Kept) and task.message.store is not None
 
-    def postpone(self, task: BackgroundTask, wait: float | None, tasks: TaskQueue) -> bool:
+    def postpone(
+        self, task: BackgroundTask, wait: float | None, tasks: TaskQueue, status: int
+    ) -> bool:
         """Let a stored task wait in the file, for its next attempt or until its delay is over.
 
         :return: False if the task has to wait in memory, since the disk is full or a test has
             to know how the task ends.
         """
-        return self._states.get().postpone(task, wait, tasks)
+        return self._states.get().postpone(task, wait, tasks, status)
 
     def hold_back(self, task: BackgroundTask, wait: float, tasks: TaskQueue) -> None:
         """Note in the file that a task and the rest of its request wait for a retry."""
@@ -350,7 +352,7 @@ class DurableRunner(KeepingRunner):
                     task.message.settle()
         if self._pool.offer(batch):
             return
-        state.leave_in_file(durable)
+        state.leave_in_file(durable, batch.status)
         # The pool is full, or the process exits: run here what only memory holds.
         if batch.next_is_async is None:
             batch.run()
@@ -458,8 +460,14 @@ class _Place(NamedTuple):
         )
 
 
-_AddedHere = tuple[Any, str | None]
-"""The options of a task that this process has added, and the label of its request."""
+class _AddedHere(NamedTuple):
+    """What this process knows of a task that it has added."""
+
+    options: Any
+    request: str | None
+    """The label of the request."""
+    status: int
+    """The status of the request, for the tasks that the task adds; see ``Batch``."""
 
 
 _running: ContextVar[Kept | None] = ContextVar("wsgi_bg._durable", default=None)
@@ -515,7 +523,7 @@ class Reruns(Attached):
             retry = retries.find(given.get("retry"), registration.retry)
             options = added_under or self.options
             layer = options.of_layer(options)  # of the tasks that the task adds
-            if layer.run_on != "always":
+            if added_under is None and layer.run_on != "always":
                 layer = replace(layer, run_on="always")
             options = replace(
                 options, run_on="always", stop_on_error=stops, delay=0.0, layer=layer
@@ -782,7 +790,9 @@ class _State:
                 self.ledger.add(batch)
                 batch.skip()
 
-    def postpone(self, task: BackgroundTask, wait: float | None, tasks: TaskQueue) -> bool:
+    def postpone(
+        self, task: BackgroundTask, wait: float | None, tasks: TaskQueue, status: int
+    ) -> bool:
         kept = task.message
         store, row = kept.store, kept.row
         assert store is not None
@@ -793,7 +803,7 @@ class _State:
             return False
         place = store.number, row.key
         self._in_memory.pop(place, None)  # first: the row may be read at once
-        self._added_here[place] = task.options, tasks.request
+        self._added_here[place] = _AddedHere(task.options, tasks.request, status)
         changed = None
         if wait is not None:
             changed = row._replace(due=time.time() + wait, attempts=row.attempts + 1)
@@ -856,10 +866,12 @@ class _State:
             self._in_memory.pop((store.number, kept.row.key), None)
         return store
 
-    def leave_in_file(self, tasks: Iterable[BackgroundTask]) -> None:
+    def leave_in_file(self, tasks: Iterable[BackgroundTask], status: int = 0) -> None:
         """Forget stored tasks that have not begun.
 
         This process reads them again as room comes, or the next process does.
+
+        :param status: the status of their request, if this process may read them again.
         """
         has_left_some = False
         for task in tasks:
@@ -868,7 +880,7 @@ class _State:
                 store = self.drop(kept)
                 assert store is not None
                 place = store.number, kept.row.key
-                self._added_here[place] = task.options, task.request
+                self._added_here[place] = _AddedHere(task.options, task.request, status)
                 store.leave([kept.row])
                 has_left_some = True
         if has_left_some:
@@ -1080,12 +1092,13 @@ class _State:
         queue = Deferring()
         queue.options = self._reruns.options
         tasks = queue.open_list()
+        status = 200
         for row in rows:
             place = store.number, row.key
             options = None
             if place in self._added_here:
                 added_here[place] = self._added_here.pop(place)
-                options, queue.request = added_here[place]
+                options, queue.request, status = added_here[place]
             task = self._reruns.task(store, row, options, self.ledger)
             if task is not None:
                 tasks.append(task)
@@ -1095,7 +1108,7 @@ class _State:
         queue.close()
         for task in tasks:
             task.options.calls.received(task, queue)
-        return Batch(queue, response_complete=True)
+        return Batch(queue, response_complete=True, status=status)
 
 
 def _options_of(task: BackgroundTask) -> str:

@@ -63,6 +63,7 @@ class Batch:
 
     :param status: the status code of the response; 0 if there was none, CRASHED if the
         application raised.
+    :ivar status: the same.
     :ivar response_complete: True if the server needs nothing more from the application
         to finish the response. If False, :meth:`run` must not be called before ``submit``
         has returned.
@@ -91,7 +92,6 @@ class Batch:
         "_passed_over",
         "_queue",
         "_running",
-        "_status",
         "_stop",
         "_stopped",
         "_watch",
@@ -104,6 +104,7 @@ class Batch:
         "run_here",
         "sends",
         "sent",
+        "status",
         "succeeded",
     )
 
@@ -127,7 +128,7 @@ class Batch:
         self._queue = tasks
         # The number of tasks that are claimed but not yet dropped.
         self._passed_over = 0
-        self._status = status
+        self.status = status
         self._let_run: Layer | None = None  # the last options that let a task run
         self._generation = per_process.generation
         self._has_started = self._stopped = False
@@ -158,7 +159,7 @@ class Batch:
 
         Whichever of the two batches starts first runs the tasks.
         """
-        batch = Batch(self._queue, response_complete=False, status=self._status)
+        batch = Batch(self._queue, response_complete=False, status=self.status)
         batch._passed_over = self._passed_over
         batch.watch(self._watch)
         batch.on_done((self._end_with,))
@@ -669,7 +670,7 @@ class Batch:
         and a call for each task would make an inline task a tenth slower.
         """
         options = task.options
-        if options.lets_run(self._status):
+        if options.lets_run(self.status):
             if options.calls.hooks:
                 self.has_hooks = True
             if options.delay:  # each of these tasks is looked at
@@ -683,7 +684,7 @@ class Batch:
         """Let a claimed task wait until its delay is over; False to skip the task."""
         if self._stopped or not task.options.delay or not self.lets_run(task):
             return False
-        wait = self._queue.put_off(task, None, self._status, holds_rest=False)
+        wait = self._queue.put_off(task, None, self.status, holds_rest=False)
         if wait is not None:
             self._begin(wait.begin)
         else:
@@ -706,7 +707,7 @@ class Batch:
         seconds = retry.wait_before(plan.attempt + 1)
         holds_rest = task.options.stop_on_error
         wait = self._queue.put_off(
-            task, seconds, self._status, holds_rest=holds_rest, is_over=is_over
+            task, seconds, self.status, holds_rest=holds_rest, is_over=is_over
         )
         if wait is None:
             return False
@@ -764,7 +765,7 @@ class Batch:
         if self._stopped:
             reason = "a task before it failed, with stop_on_error set"
         else:
-            reason = task.options.why_not_run(self._status)
+            reason = task.options.why_not_run(self.status)
         self._queue.skipped(task)
         task.options.calls.forget(task)
         context = task.take_context(self._queue)

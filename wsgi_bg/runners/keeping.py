@@ -67,12 +67,15 @@ class KeepingRunner(LedgerRunner):
         """True if a file keeps the task, and lets it wait for its time."""
         return False
 
-    def postpone(self, task: BackgroundTask, wait: float | None, tasks: TaskQueue) -> bool:
+    def postpone(
+        self, task: BackgroundTask, wait: float | None, tasks: TaskQueue, status: int
+    ) -> bool:
         """Let a stored task wait in its file, and in no memory. Must not raise.
 
         :param wait: how long to wait for the next attempt, in seconds; None until the task's
             delay is over.
         :param tasks: the list of the task, which knows the request.
+        :param status: the status of the request; see :class:`Batch`.
         :return: False if the task has to wait in memory.
         """
         raise NotImplementedError

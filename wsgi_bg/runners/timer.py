@@ -114,7 +114,7 @@ class Deferring(TaskQueue):
             keeper = runner
         if keeper is not None and wait is not None and holds_rest:
             keeper.hold_back(task, wait, self)
-        elif keeper is not None and keeper.postpone(task, wait, self):
+        elif keeper is not None and keeper.postpone(task, wait, self, status):
             return _InFile(task, moves_rest=False)
         if is_over or is_exiting():  # no drain will come that could log the task
             return None if keeper is None else self._leave(task, keeper, holds_rest=holds_rest)
