@@ -495,6 +495,26 @@ def test_wait_does_not_wait_for_tasks_in_the_file_if_the_pool_is_drained(
     assert waiting(runner) == ["durable.write"]
 
 
+def test_a_full_pool_is_not_looked_at_all_the_time_for_a_task_that_is_due(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsgi_bg._durable.runner.start_daemon", lambda *args: None)
+    runner = DurableRunner(tmp_path, local=PoolRunner(threads=1, max_pending=1))
+    handle(runner, (wait_at, "gate"))
+    shop.gate("gate")
+    assert shop.begun["gate"].wait(TIMEOUT)
+    run_view(runner, lambda _: background_tasks.using(delay=0.01).add_task(write, 1))
+    assert wait_until(lambda: time.time() > due_of_the_only_task(runner))
+    state = runner._states.get()
+    before = time.time()
+    state._look()
+    assert state._next_look > before
+    shop.gate("gate").set()
+    assert wait_until(lambda: runner._pool.has_room(0.5))
+    state._look()
+    assert shop.wait_for(2) == ["gate", 1]
+
+
 def test_tasks_in_a_file_that_cannot_be_read_are_read_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: Log
 ) -> None:

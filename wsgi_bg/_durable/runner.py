@@ -958,8 +958,8 @@ class _State:
             self._try(partial(self._reopen, now))
         for store in list(self._adopted):
             self._try(partial(self._work_off, store))
-        if self._lacks_room:
-            self._next_look = min(self._next_look, now + _ROOM)
+        if self._lacks_room:  # also for a task that is due
+            self._next_look = now + _ROOM
 
     def _has_ended(self, batch: Batch) -> None:
         """Read further tasks as soon as a batch from a file leaves enough room."""
