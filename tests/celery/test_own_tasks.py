@@ -279,6 +279,18 @@ def test_several_tasks_at_once_are_refused(app: Celery, runner: CeleryRunner) ->
     )
 
 
+def test_a_delay_of_the_users_own_is_called(
+    app: Celery, runner: CeleryRunner, broker: Broker
+) -> None:
+    class Late(Task):  # type: ignore[misc]
+        def delay(self, *args: Any) -> None:
+            self.apply_async(args, queue="late")
+
+    own = of(app, base=Late)
+    request(runner, lambda: background_tasks.add_task(own.delay, 1))
+    assert messages(broker)[0]["properties"]["delivery_info"]["routing_key"] == "late"
+
+
 def test_what_only_makes_a_signature_is_refused(app: Celery, runner: CeleryRunner) -> None:
     own = of(app)
 

@@ -60,7 +60,9 @@ def find(app: Celery, task: BackgroundTask, options: dict[str, Any]) -> Call | N
             "add_task(celery_task, ...) or add_task(celery_task.s(...))",
             func,
         )
-    if how in ("delay", "apply_async"):
+    # A delay() of the user's own is a function as any other.
+    is_delay = how == "delay" and func.__func__ in (Task.delay, Signature.delay)
+    if is_delay or how == "apply_async":
         func = func.__self__
     if not isinstance(func, (Signature, Task)):
         return None
