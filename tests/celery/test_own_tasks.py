@@ -237,6 +237,21 @@ def test_an_apply_async_that_sends_nothing_holds_up_no_task(
     assert runner.statistics().sent == 1
 
 
+def test_the_time_of_using_replaces_both_times_of_a_signature(
+    app: Celery, runner: CeleryRunner, broker: Broker
+) -> None:
+    own, eta = of(app), datetime.now(UTC) + timedelta(hours=2)
+
+    def do() -> None:
+        tasks = background_tasks.using(celery={"eta": eta})
+        tasks.add_task(own.s(1).set(countdown=5))
+        tasks.add_task(own.s(2).set(countdown=5) | own.s())
+        tasks.add_task(own.apply_async, (3,), countdown=5)
+
+    request(runner, do)
+    assert [each["headers"]["eta"] for each in messages(broker)] == [eta.isoformat()] * 3
+
+
 @pytest.mark.parametrize("protocol", [1, 2])
 def test_a_time_without_a_zone_is_utc_as_on_the_worker(
     app: Celery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: int

@@ -70,8 +70,9 @@ def find(app: Celery, task: BackgroundTask, options: dict[str, Any]) -> Call | N
     named: dict[str, Any] = {}
     if how == "apply_async":
         given, named = task.args, task.kwargs
-    times = TIMES if not options.keys().isdisjoint(TIMES) else ()
-    options = {**{name: named[name] for name in named if name not in times}, **options}
+    # A time replaces those of a call or a signature. Celery prefers a countdown that is not 0.
+    unset = {} if options.keys().isdisjoint(TIMES) else {"countdown": 0}
+    options = {**named, **unset, **options}
     here = partial(_call, func, *given, **named) if how or isinstance(func, _chain) else None
     first = func
     while isinstance(first, _chain):
