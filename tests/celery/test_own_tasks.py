@@ -71,6 +71,11 @@ def repeated() -> None:
     raise NotImplementedError
 
 
+@registered_task(name="own.tried", retry=Retry(2))
+def tried() -> None:
+    raise NotImplementedError
+
+
 @registered_task(name="own.plain")
 def plain() -> None:
     raise NotImplementedError
@@ -492,6 +497,8 @@ def test_a_retry_that_the_worker_would_not_know_is_refused(
     def do() -> None:
         with pytest.raises(OptionError, match=r"None for own\.add, whose retries are Celery's"):
             background_tasks.using(retry=Retry(2)).add_task(own)
+        with pytest.raises(ValueError, match=r"None for own\.repeated, which has autoretry"):
+            background_tasks.using(retry=Retry(2)).add_task(repeated)
 
     request(runner, do)
 
@@ -592,6 +599,7 @@ def test_the_retries_of_the_applications_task_class_hold_for_registered_tasks(
     request(runner, do)
     never = app.tasks["own.plain"].dont_autoretry_for
     assert never == (FileNotFoundError, MessageError)
+    assert not hasattr(app.tasks["own.tried"], "_orig_run")  # Celery would repeat it, too
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")

@@ -133,7 +133,8 @@ class CeleryRunner(OutboxRunner):
 
         :raises TypeError: if an argument cannot be sent, Celery options were given for a
             function that is not registered, or a ``Retry`` for a task of Celery's own.
-        :raises ValueError: if ``celery_app`` has its own task of the same name.
+        :raises ValueError: if ``celery_app`` has its own task of the same name, or a ``Retry``
+            was given for a function with ``autoretry_for``.
         """
         registration = registry.find(task.func)
         if registration is None:
@@ -171,13 +172,16 @@ class CeleryRunner(OutboxRunner):
         celery_task = self._app.tasks.get(name)
         if not celery_worker.is_served(celery_task):
             raise NameTakenError(name, f"a task of {self._app!r}")
+        # Of the function, or of the application's own task class.
+        retries = bool(getattr(celery_task, "autoretry_for", ()))
+        if retries and task.options.retry is not None:
+            wanted = f"None for {name}, which has autoretry_for"
+            raise OptionValueError("retry", task.options.retry, wanted)
         text = encode(registration, task.args, task.kwargs)
         carried = headers_of_call(task.options.retry)
         options = _with_delay(task, override(for_messages(registration), _given(task)))
         options.update(headers={**carried, CALL: ENCODED}, serializer="json")
         apply_async = partial(celery_task.apply_async, (text,), **options)
-        # Of the function, or of the application's own task class.
-        retries = bool(getattr(celery_task, "autoretry_for", ()))
         return Call(name, apply_async, bool(celery_task.ignore_result), retries)
 
     def connect(self) -> BrokerConnection:

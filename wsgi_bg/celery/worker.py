@@ -120,6 +120,8 @@ def _add(app: Celery, registration: Registration) -> None:
     # A retry would read the same broken message.
     options["dont_autoretry_for"] = (*options.get("dont_autoretry_for", of_class), MessageError)
     options.setdefault("ignore_result", True)
+    if registration.retry is not None:  # in place of the retries of the user's task class
+        options["autoretry_for"] = ()
     app.task(
         name=registration.name,
         bind=True,
