@@ -927,7 +927,7 @@ def test_a_message_with_a_long_delay_waits_in_the_file_until_it_is_due(
     assert runner.statistics().waiting == 1
     assert wait_until(lambda: sent(tmp_path) == ["later"])
     assert time.time() >= due
-    assert runner.statistics().waiting == 0
+    assert wait_until(lambda: runner.statistics().waiting == 0)
 
 
 def test_without_a_folder_a_long_delay_is_a_warning(log: Log) -> None:
