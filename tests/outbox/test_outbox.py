@@ -1309,8 +1309,9 @@ def test_a_message_that_is_left_for_the_next_process_is_not_sent_by_this_one(
     assert [state for state, _ in stored(tmp_path)] == ["waiting"]
 
 
+@pytest.mark.parametrize("is_up", [True, False])
 def test_a_message_that_is_given_up_while_a_thread_connects_is_not_sent(
-    gate: Gate, log: Log
+    gate: Gate, log: Log, is_up: bool
 ) -> None:
     class Slow(Post):
         def connect(self) -> Any:
@@ -1321,6 +1322,7 @@ def test_a_message_that_is_given_up_while_a_thread_connects_is_not_sent(
     request(runner, add(send, "late"))
     assert gate.begun.wait(TIMEOUT)
     assert wait_until(lambda: runner.statistics().failed == 1)
+    runner.is_up = is_up
     gate.open()
     outbox = runner._states.get().outbox
     assert wait_until(lambda: not outbox._busy)
