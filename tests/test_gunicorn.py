@@ -219,6 +219,21 @@ print("not reached")
     assert UNFINISHED in ended.stderr
 
 
+def test_uvicorns_worker_stops_at_sigquit_as_at_sigterm() -> None:
+    """Its own ``handle_exit`` does not stop its server, and gunicorn kills the worker."""
+    ended = run_python(
+        WORKER
+        + """
+worker = begin(Worker(30, config=SimpleNamespace(timeout_notify=30)))
+try:
+    worker.handle_exit(signal.SIGQUIT, None)
+except SystemExit:
+    print("stops", worker.wsgi_bg_exit._ends_at < math.inf)
+"""
+    )
+    assert ended.stdout == "stops True\n", ended.stderr
+
+
 def test_a_handler_that_uvloop_leaves_behind_keeps_no_drain_going() -> None:
     """The loop is closed by then, and its handler of SIGQUIT does nothing."""
     ended = run_python(

@@ -116,6 +116,9 @@ class _Exit:
         if config is not None and hasattr(config, "timeout_notify"):  # uvicorn's
             # A heartbeat each second, for _came(): uvicorn handles the signals itself.
             config.timeout_notify = 0
+            # uvicorn's worker calls this at SIGQUIT, by which gunicorn passes a SIGINT on, too.
+            # The method of the worker does not stop its server.
+            worker.handle_exit = lambda *args: signal.raise_signal(signal.SIGTERM)
 
     def watch_signals(self) -> None:
         """Install handlers that note the time of a stop signal and then exit the worker."""

@@ -103,6 +103,18 @@ def test_unfinished_tasks_are_named_before_gunicorn_kills_its_workers(
     assert "was sent SIGKILL" not in server.output
 
 
+@pytest.mark.parametrize("setup", [s for s in SETUPS if "uvicorn" in s.name], ids=str)
+def test_uvicorns_worker_drains_if_gunicorn_is_interrupted(
+    setup: Setup, control: Control, stack: ExitStack
+) -> None:
+    server = start_with(stack, setup, control, HOOKS, "--graceful-timeout", "3")
+    hand_over(server, control)
+    server.stop(signal.SIGINT)
+    server.wait()
+    assert "gate.visit was not finished" in server.output
+    assert "was sent SIGKILL" not in server.output
+
+
 # uvicorn counts a request of a2wsgi only while its client is connected.
 @pytest.mark.parametrize("setup", [s for s in SETUPS if "uvicorn" not in s.name], ids=str)
 def test_a_drain_at_max_requests_ends_earlier_if_gunicorn_is_stopped(
