@@ -219,6 +219,28 @@ print("not reached")
     assert UNFINISHED in ended.stderr
 
 
+def test_the_sigquit_by_which_gunicorn_passes_a_ctrl_c_on_ends_no_drain() -> None:
+    ended = run_python(
+        WORKER
+        + """
+def leave(number, frame):
+    raise SystemExit
+
+def ends(number):
+    try:
+        signal.raise_signal(number)
+    except SystemExit:
+        return True
+    return False
+
+begin(Worker(30, handler=leave))
+order = (signal.SIGINT, signal.SIGQUIT, signal.SIGQUIT, signal.SIGINT, signal.SIGINT)
+print(*map(ends, order))
+"""
+    )
+    assert ended.stdout == "True False True True True\n", ended.stderr
+
+
 def test_uvicorns_worker_stops_at_sigquit_as_at_sigterm() -> None:
     """Its own ``handle_exit`` does not stop its server, and gunicorn kills the worker."""
     ended = run_python(

@@ -112,6 +112,8 @@ class _Exit:
         self._ends_at = math.inf
         # Logs during the drain; None before and after.
         self._notice: Notice | None = None
+        # True if the last signal was SIGINT, for _stop().
+        self._was_interrupted = False
         config = getattr(worker, "config", None)
         if config is not None and hasattr(config, "timeout_notify"):  # uvicorn's
             # A heartbeat each second, for _came(): uvicorn handles the signals itself.
@@ -160,6 +162,9 @@ class _Exit:
             signal.setitimer(signal.ITIMER_REAL, max(left, 0.001), 0.1)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
+        was_interrupted, self._was_interrupted = self._was_interrupted, number == signal.SIGINT
+        if was_interrupted and number == signal.SIGQUIT:
+            return  # a Ctrl-C comes to the arbiter, too, which sends its workers SIGQUIT
         previous = self._previous[number]
         if self._ends_at == math.inf:
             self._ends_at = self._came(previous) + self._graceful_timeout - _MARGIN

@@ -103,6 +103,19 @@ def test_unfinished_tasks_are_named_before_gunicorn_kills_its_workers(
     assert "was sent SIGKILL" not in server.output
 
 
+@pytest.mark.parametrize("setup", SETUPS, ids=str)
+def test_a_ctrl_c_that_comes_to_all_processes_leaves_the_drain_its_time(
+    setup: Setup, control: Control, stack: ExitStack
+) -> None:
+    server = start_with(stack, setup, control, HOOKS, "--graceful-timeout", "3")
+    hand_over(server, control)
+    os.killpg(server.pid, signal.SIGINT)
+    server.wait()
+    assert "gate.visit was not finished before" in server.output
+    assert "interrupted (GracefulTimeout)" in server.output
+    assert "was sent SIGKILL" not in server.output
+
+
 @pytest.mark.parametrize("setup", [s for s in SETUPS if "uvicorn" in s.name], ids=str)
 def test_uvicorns_worker_drains_if_gunicorn_is_interrupted(
     setup: Setup, control: Control, stack: ExitStack
