@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
+
 from tests.support import run_python
 from wsgi_bg import gunicorn
 
@@ -256,12 +258,24 @@ except SystemExit:
     assert ended.stdout == "stops True\n", ended.stderr
 
 
-def test_a_handler_that_uvloop_leaves_behind_keeps_no_drain_going() -> None:
-    """The loop is closed by then, and its handler of SIGQUIT does nothing."""
+@pytest.mark.parametrize(
+    ("begins_with", "leaves", "number"),
+    [
+        # The worker of uvicorn, and gunicorn's own of the name asgi with uvloop and asyncio.
+        ("SIG_DFL", "signal.signal(signal.SIGQUIT, loop.handle)", "SIGQUIT"),
+        ("loop.handle", "", "SIGQUIT"),
+        ("SIG_DFL", "signal.signal(signal.SIGINT, signal.default_int_handler)", "SIGINT"),
+    ],
+    ids=["uvicorn", "uvloop", "asyncio"],
+)
+def test_a_handler_that_a_closed_loop_leaves_behind_keeps_no_drain_going(
+    begins_with: str, leaves: str, number: str
+) -> None:
     ended = run_python(
         WORKER
-        + """
+        + f"""
 import asyncio
+from signal import SIG_DFL
 
 class Loop(asyncio.SelectorEventLoop):
     def handle(self, number, frame):
@@ -269,11 +283,11 @@ class Loop(asyncio.SelectorEventLoop):
 
 def stop():
     drains.wait()
-    kill(signal.SIGQUIT, lambda: worker.wsgi_bg_exit._notice is None)
+    kill(signal.{number}, lambda: worker.wsgi_bg_exit._notice is None)
 
-worker = begin(Worker(30))
 loop = Loop()
-signal.signal(signal.SIGQUIT, loop.handle)
+worker = begin(Worker(30, handler={begins_with}))
+{leaves}
 loop.close()
 submit(pool, wait_for_ever)
 submit(pool, stop)

@@ -126,8 +126,6 @@ class _Exit:
         """Install handlers that note the time of a stop signal and then exit the worker."""
         for number in _STOP_SIGNALS:
             previous = signal.getsignal(number)
-            if _belongs_to_closed_loop(previous):
-                previous = signal.SIG_DFL
             if previous != self._stop:
                 self._previous[number] = previous
                 signal.signal(number, self._stop)
@@ -166,6 +164,9 @@ class _Exit:
         if was_interrupted and number == signal.SIGQUIT:
             return  # a Ctrl-C comes to the arbiter, too, which sends its workers SIGQUIT
         previous = self._previous[number]
+        # Event loops leave these behind when they are closed.
+        if previous is signal.default_int_handler or _belongs_to_closed_loop(previous):
+            previous = signal.SIG_DFL
         if self._ends_at == math.inf:
             self._ends_at = self._came(previous) + self._graceful_timeout - _MARGIN
             if self._notice is not None:  # draining, for instance because of max_requests
