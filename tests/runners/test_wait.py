@@ -34,6 +34,7 @@ from wsgi_bg import (
     PoolRunner,
     background_tasks,
 )
+from wsgi_bg._request.request_tasks import RequestTasks
 from wsgi_bg.exceptions import InsideTaskError, OptionTypeError, OptionValueError
 from wsgi_bg.runners import Runner, Statistics, shutdown
 from wsgi_bg.runners.ledger import batches_under_way
@@ -608,3 +609,34 @@ def test_a_runner_at_the_address_of_a_freed_runner_is_drained_too() -> None:
     gc.collect()
     assert shutdown._own_runners[id(second)] is second
     assert id(second) not in shutdown._drained_in
+
+
+def test_the_tasks_of_a_request_that_submits_them_now_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A server may end the main thread while a thread is in ``close()``, as granian does."""
+    is_in_submit, is_looked_at = threading.Event(), threading.Event()
+    pool, ran = PoolRunner(), list[str]()
+
+    class Slow(Own):
+        def submit(self, batch: Any) -> None:
+            is_in_submit.set()
+            assert is_looked_at.wait(TIMEOUT)
+            pool.submit(batch)
+
+    def look(tasks: RequestTasks) -> bool:
+        found = is_being_submitted.__get__(tasks)
+        is_looked_at.set()
+        return bool(found)
+
+    is_being_submitted: Any = RequestTasks.is_being_submitted
+    monkeypatch.setattr(RequestTasks, "is_being_submitted", property(look))
+    app = BackgroundTasksMiddleware(
+        app_that(lambda environ: background_tasks.add_task(ran.append, "ran")), runner=Slow()
+    )
+    with ThreadPoolExecutor(1) as executor:
+        request = executor.submit(lambda: Server().run(app, make_server_environ()))
+        assert is_in_submit.wait(TIMEOUT)
+        assert wsgi_bg.wait(TIMEOUT) == []
+        assert ran == ["ran"]
+        request.result(TIMEOUT)

@@ -17,7 +17,7 @@ from wsgi_bg._request.unclosed import (
     collectors,
 )
 from wsgi_bg._tasks import successors
-from wsgi_bg._tasks.background_tasks import OPEN
+from wsgi_bg._tasks.background_tasks import CLOSED, OPEN
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg._tasks.task import CRASHED, BackgroundTask
 from wsgi_bg.runners.ledger import keep, ledger_of
@@ -171,6 +171,11 @@ class RequestTasks(Deferring):
             if batch is not None and self._collector.pid == per_process.pid():
                 self._stop(batch, exc)
             raise
+
+    @property
+    def is_being_submitted(self) -> bool:
+        """True if a thread ends the request now, and has not submitted its tasks yet."""
+        return self.phase == CLOSED and not self._is_handed_over
 
     def end_unclosed(self, *, failed: bool) -> None:
         """End a request whose response was neither closed nor freed."""

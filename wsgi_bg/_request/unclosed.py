@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import os
 import queue
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
@@ -56,6 +57,10 @@ class Unclosed(NamedTuple):
 
 class UnfinishedRequest(Protocol):
     """The tasks of a request, which no thread has begun to run."""
+
+    @property
+    def is_being_submitted(self) -> bool:
+        """True if a thread ends the request now, and has not submitted its tasks yet."""
 
     def abandon(self) -> list[BackgroundTask]:
         """End the batch; claim and return the tasks that are left."""
@@ -137,7 +142,11 @@ class Collector:
             log.error("the thread for unclosed responses raised", exc_info=exc)
 
     def flush(self) -> None:
-        """Hand over the responses that were freed so far; blocks for a second at most."""
+        """Hand over the responses that were freed so far, and wait for calls of ``close()``.
+
+        Blocks for two seconds at most. A server may end the main thread as soon as the last
+        client has its response, while a thread is about to submit the tasks.
+        """
         if self._has_thread:
             # Last in the queue: when the thread sets the event, it has handled all before.
             reached = event()
@@ -147,6 +156,12 @@ class Collector:
         with suppress(queue.Empty):
             while True:
                 self._take(self.queue.get_nowait())
+        pause, deadline = event(), time.monotonic() + _FLUSH_TIMEOUT
+        while self._are_being_submitted() and time.monotonic() < deadline:
+            pause.wait(0.001)
+
+    def _are_being_submitted(self) -> bool:
+        return any(tasks.is_being_submitted for tasks, _ in list(self.unfinished.values()))
 
     def _take(self, item: Any) -> None:
         if isinstance(item, Unclosed):
