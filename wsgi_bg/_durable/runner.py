@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from contextvars import ContextVar, copy_context
 from dataclasses import replace
@@ -1126,16 +1126,11 @@ def _is_delayed(row: Row) -> bool:
     return '"is_delayed": true' in row.options  # as _options_of() has written it
 
 
-def _batches(rows: list[Row]) -> Iterator[list[Row]]:
+def _batches(rows: list[Row]) -> list[list[Row]]:
     """The rows of a request as batches: as in memory, each delayed row is one of its own."""
-    rest = []
-    for row in sorted(rows, key=lambda row: (row.added, row.key)):
-        if _is_delayed(row):
-            yield [row]
-        else:
-            rest.append(row)
-    if rest:
-        yield rest
+    ordered = sorted(rows, key=lambda row: (row.added, row.key))
+    rest = [row for row in ordered if not _is_delayed(row)]
+    return [*([row] for row in ordered if _is_delayed(row)), *([rest] * bool(rest))]
 
 
 def _row_of(task: BackgroundTask) -> Row:
