@@ -1129,8 +1129,9 @@ def _is_delayed(row: Row) -> bool:
 def _batches(rows: list[Row]) -> list[list[Row]]:
     """The rows of a request as batches: as in memory, each delayed row is one of its own."""
     ordered = sorted(rows, key=lambda row: (row.added, row.key))
+    delayed = [[row] for row in ordered if _is_delayed(row)]
     rest = [row for row in ordered if not _is_delayed(row)]
-    return [*([row] for row in ordered if _is_delayed(row)), *([rest] * bool(rest))]
+    return [*delayed, rest] if rest else delayed
 
 
 def _row_of(task: BackgroundTask) -> Row:

@@ -128,7 +128,7 @@ class Batch:
         self._queue = tasks
         # The number of tasks that are claimed but not yet dropped.
         self._passed_over = 0
-        self.status = status
+        self.status: int = status
         self._let_run: Layer | None = None  # the last options that let a task run
         self._generation = per_process.generation
         self._has_started = self._stopped = False
