@@ -107,8 +107,8 @@ def test_a_function_of_main_is_refused_without_a_name() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["", 3, b"mail.send"])
-def test_a_name_is_a_non_empty_str(name: Any) -> None:
+@pytest.mark.parametrize("name", ["", 3, b"mail.send", "mail.\ud800", "mail\nsend"])
+def test_a_name_is_a_str_of_printable_characters(name: Any) -> None:
     with pytest.raises(OptionError, match="name must be a str"):
         registered_task(name=name)
 

@@ -128,13 +128,14 @@ def registered_task(
         function, a method, a partial, any object that is not a function, or a function of
         ``__main__`` without a name; for a generator function; for an option that Celery
         would refuse.
-    :raises ValueError: if another function has the name; for an unknown option; for
-        ``retry`` beside Celery's own ``autoretry_for``.
+    :raises ValueError: if another function has the name; if the name is empty, or has half of
+        a surrogate pair, a line break or another character that cannot be printed; for an
+        unknown option; for ``retry`` beside Celery's own ``autoretry_for``.
     """
     if name is not None and not isinstance(name, str):
         raise OptionTypeError("name", name, "a str")
-    if name == "":
-        raise OptionValueError("name", name, "a str that is not empty")
+    if name is not None and not (name and name.isprintable()):  # a file or a broker has it
+        raise OptionValueError("name", name, "a str of printable characters that is not empty")
     options = None if celery is None else options_of("celery").for_function(celery)
     if retry is not None:
         from wsgi_bg._tasks.retry import check_retry
