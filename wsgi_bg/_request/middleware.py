@@ -22,7 +22,7 @@ from wsgi_bg._request.layer import (
 from wsgi_bg._request.observer import observers
 from wsgi_bg._request.request_tasks import ObservedTasks, RequestTasks
 from wsgi_bg._request.servers import is_asked_for, refuse_eventlet
-from wsgi_bg._request.unclosed import ABANDONED, RAISED, Outcome
+from wsgi_bg._request.unclosed import ABANDONED, RAISED, Outcome, on_first_task
 from wsgi_bg._status.recorder import recorder
 from wsgi_bg._tasks.background_tasks import OPEN, BackgroundTasks
 from wsgi_bg._tasks.callables import is_coroutine_callable, is_plain
@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 # Python makes a bound method for each call of a method of an imported name: for these two
 # calls that takes a tenth of the time that the middleware adds to a request.
 _set_current, _reset_current = current.set, current.reset
+
+# The middleware of a forked child may have had its first request in the parent.
+on_first_task.append(recorder.start)
 
 
 def _body_class(app_iter: object) -> type[Body]:
@@ -222,8 +225,7 @@ class BackgroundTasksMiddleware:
     ) -> Iterable[bytes]:
         """Check the server, then call the application; replaced once the check has passed."""
         refuse_eventlet(environ)
-        if recorder.is_on:
-            recorder.start()
+        recorder.start()
         self._app = self._inner
         return self._inner(environ, start_response)
 

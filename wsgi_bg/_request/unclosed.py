@@ -93,11 +93,8 @@ class Collector:
         self.unfinished: dict[int, tuple[UnfinishedRequest, list[BackgroundTask]]] = {}
         self.has_warned: bool = False
         self._right_to_start: list[None] = [None]  # popped by the thread that starts the thread
-        # Not at the top of this module: the chain of imports would be two modules longer.
-        from wsgi_bg._status.recorder import recorder
-
-        if recorder.is_on:  # the middleware of a forked child may have had its first request
-            recorder.start()
+        for begin in on_first_task:
+            begin()
         gc.callbacks.append(collections.note)
         shutdown.register_drain(self.flush, self.abandon)
 
@@ -191,3 +188,6 @@ class Collector:
 
 
 collectors: PerProcess[Collector] = PerProcess(Collector)
+
+on_first_task: list[Callable[[], object]] = []
+"""Functions to call with the first task of a process, a forked child for example."""

@@ -115,8 +115,9 @@ class Recorder(OptionHooks):
         return process
 
     def start(self) -> None:
-        """Write the status of this process from now on, if there is a folder."""
-        self.process().start()
+        """Write the status of this process from now on, if it is recorded and has a folder."""
+        if self.is_on:
+            self.process().start()
 
     # Hooks.
 

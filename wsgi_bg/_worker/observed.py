@@ -34,8 +34,7 @@ class ObservedCall:
 
     def __enter__(self) -> None:
         collectors.get()  # drains at the exit, and the status is written after the drain
-        if recorder.is_on:
-            recorder.start()
+        recorder.start()
         # An error may keep the task alive: the status would go on showing it as waiting.
         self._task.claim()
         calls_on_worker[self._task] = os.getpid()

@@ -200,8 +200,7 @@ class Monitor:
 
     def _read(self, read: Callable[[str | None], T]) -> T:
         """Return ``read(path)`` for the folder to show, or for this process alone."""
-        if recorder.is_on:
-            recorder.start()  # or this process is not shown before its first request
+        recorder.start()  # or this process is not shown before its first request
         own = next((folder.path for folder in recorder.folders), None)
         try:
             return read(own if self.path is None else self.path)
