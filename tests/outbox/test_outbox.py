@@ -727,6 +727,14 @@ def test_the_file_of_a_killed_process_goes_when_its_messages_are_sent(tmp_path: 
     assert wait_until(lambda: left not in folder.numbers())
 
 
+def test_a_message_that_a_delayed_task_adds_is_stored_and_sent(tmp_path: Path) -> None:
+    runner = FilePost(tmp_path, local="inline")
+    request(runner, lambda: background_tasks.using(delay=0.001).add_task(add(send, 1)))
+    assert wait_until(lambda: len(stored(tmp_path)) == 1)
+    (tmp_path / "is_up").touch()
+    assert wait_until(lambda: sent(tmp_path) == ["1"])
+
+
 def test_a_message_that_was_sent_is_not_sent_again(tmp_path: Path) -> None:
     (tmp_path / "is_up").touch()
     with process(tmp_path, "a"):

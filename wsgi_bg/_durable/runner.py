@@ -523,8 +523,6 @@ class Reruns(Attached):
             retry = retries.find(given.get("retry"), registration.retry)
             options = added_under or self.options
             layer = options.of_layer(options)  # of the tasks that the task adds
-            if added_under is None and layer.run_on != "always":
-                layer = replace(layer, run_on="always")
             options = replace(
                 options, run_on="always", stop_on_error=stops, delay=0.0, layer=layer
             )
