@@ -56,7 +56,7 @@ _READ = 500  # rows read from a file at a time
 _BURST, _REST = 10, 0.001  # requests of a dead process, and the seconds between two bursts
 _IN_MEMORY = "%s waits in memory for its next attempt"
 _PAUSE = 0.001  # seconds between two looks at a task that another thread stores
-_SHORTER = 0.01  # seconds by which a delay may be shorter, which begins when its row is stored
+_SHORTER = 0.01  # seconds that a delay may be too short, counted from the storing of its row
 _LAST_LOOK = 1.0  # seconds for which the exit waits for the last look
 _ROOM = 0.05  # seconds between two looks if there was no room for a task
 _COUNT_REST = 30  # times the duration of a count, before the next: a million rows take 30 ms
@@ -461,7 +461,7 @@ class _Place(NamedTuple):
 
 
 class _AddedHere(NamedTuple):
-    """What this process knows of a task that it has added."""
+    """A task that this process has added, and that only the file holds now."""
 
     options: Any
     request: str | None
@@ -1120,7 +1120,7 @@ def _options_of(task: BackgroundTask) -> str:
 
 
 def _is_delayed(row: Row) -> bool:
-    """True if the row has a delay, and a failure or a retry might hold up other tasks."""
+    """True for a row with a delay, unless no failure or retry of the row can hold up others."""
     return '"is_delayed": true' in row.options  # as _options_of() has written it
 
 

@@ -56,7 +56,8 @@ class RequestObserver:
     """Observes a request. The methods of this base class change nothing.
 
     :ivar waits: False if delays, and waits for a further attempt, are to be zero.
-    :ivar holds: True if :meth:`submit` keeps the batch, for which nobody is to wait then.
+    :ivar holds: True if :meth:`submit` keeps the batch and runs no task: then no code may wait
+        for the batch.
     """
 
     waits: bool = True
