@@ -267,7 +267,7 @@ def test_a_task_that_is_dropped_before_a_retry_is_named(
     dropped = [each for each in caplog.messages if "was dropped" in each]
     assert dropped == [
         f"background task {name} was dropped: {adder}, which has added it, is called again"
-        for name in ("tests.support.celery_shop.append", "tests.support.celery_shop.note")
+        for name in ("tests.support.files.append", "tests.support.celery_shop.note")
     ]
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import signal
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -18,11 +15,12 @@ from typing import Any, NamedTuple
 
 from celery import Celery
 
-from tests.support import Server, app_that, make_server_environ, text_of, wait_until
+from tests.support import Server, app_that, make_server_environ, wait_until
 from tests.support.brokers import Broker as Broker
 from tests.support.brokers import RedisServer as RedisServer
 from tests.support.brokers import redis_server as redis_server
 from tests.support.celery_shop import MODULE, note
+from tests.support.worker_process import WorkerProcess
 from wsgi_bg import BackgroundTasksMiddleware, background_tasks
 from wsgi_bg.celery import CeleryRunner
 
@@ -45,7 +43,7 @@ def filesystem(folder: Path) -> Broker:
     )
 
 
-class Worker:
+class Worker(WorkerProcess):
     """A Celery worker, started as the page about Celery says."""
 
     def __init__(
@@ -56,41 +54,10 @@ class Worker:
         module: str = MODULE,
         environ: Mapping[str, str] | None = None,
     ) -> None:
-        self._log = folder / f"worker-{len(list(folder.glob('worker-*')))}.log"
         command = [sys.executable, "-m", "celery", "-A", module, "worker", "--loglevel=INFO"]
         quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [*command, *quiet, *arguments],
-                env={**os.environ, **(environ or {}), "SHOP_BROKER": json.dumps(broker)},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # so that a prefork worker dies with its children
-            )
-        ready = wait_until(lambda: " ready." in self.log or not self.is_alive, TIMEOUT)
-        assert ready, self.log
-        assert self.is_alive, self.log
-
-    @property
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
-
-    @property
-    def log(self) -> str:
-        return text_of(self._log)
-
-    def kill(self) -> None:
-        """Kill the whole worker with SIGKILL."""
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(TIMEOUT)
-
-    def stop(self) -> None:
-        if self.is_alive:
-            self._process.terminate()
-            try:
-                self._process.wait(TIMEOUT)
-            except subprocess.TimeoutExpired:
-                self.kill()
+        given = {**(environ or {}), "SHOP_BROKER": json.dumps(broker)}
+        super().__init__([*command, *quiet, *arguments], given, folder, " ready.")
 
 
 @contextmanager
@@ -104,8 +71,7 @@ def worker(broker: Broker, folder: Path, *arguments: str, **options: Any) -> Ite
 
 def wait_for(path: Path, worker: Worker) -> str:
     """Wait for a file that a task writes; return the text."""
-    assert wait_until(path.exists, TIMEOUT), worker.log
-    return path.read_text(encoding="utf-8")
+    return worker.wait_for(path)
 
 
 def messages(broker: Broker) -> list[dict[str, Any]]:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from asgiref.sync import sync_to_async
 
-from tests.support.celery_shop import append, make_app
+from tests.support.celery_shop import make_app
+from tests.support.files import append
 from wsgi_bg import registered_task
 from wsgi_bg.celery import CeleryRunner
 

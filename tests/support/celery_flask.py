@@ -17,7 +17,8 @@ from flask import Flask, appcontext_popped, appcontext_pushed, current_app, g
 from flask_sqlalchemy import SQLAlchemy
 
 from tests.support import text_of
-from tests.support.celery_shop import append, make_app, note, write
+from tests.support.celery_shop import make_app, note
+from tests.support.files import append, write
 from wsgi_bg import BackgroundTasks, Retry, background_tasks, inject, registered_task
 from wsgi_bg.celery import CeleryRunner, correlation_id
 from wsgi_bg.flask import Background

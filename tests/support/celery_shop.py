@@ -18,6 +18,7 @@ from celery import Celery, current_task
 
 from tests.support import app_that, text_of
 from tests.support.celery_filesystem import install
+from tests.support.files import append, write
 from wsgi_bg import BackgroundTasksMiddleware, Retry, registered_task
 from wsgi_bg.celery import CeleryRunner, correlation_id, traceparent
 
@@ -26,19 +27,6 @@ MODULE = "tests.support.celery_shop"
 not_travelling: ContextVar[str] = ContextVar("not_travelling", default="not set")
 local_calls: list[tuple[Any, ...]] = []
 """Arguments of the unregistered calls in this process."""
-
-
-def write(path: str, text: object) -> None:
-    """Write a file atomically: readers see the whole text or no file."""
-    part = Path(f"{path}.{os.getpid()}.{threading.get_ident()}.part")
-    part.write_text(str(text), encoding="utf-8")
-    part.replace(path)
-
-
-def append(path: str, line: str) -> list[str]:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(f"{line}\n")
-    return Path(path).read_text(encoding="utf-8").splitlines()
 
 
 @registered_task

@@ -10,7 +10,6 @@ import json
 import os
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import dramatiq
@@ -21,6 +20,7 @@ from rq import Queue
 from rq.serializers import JSONSerializer
 from rq.worker import SpawnWorker
 
+from tests.support.files import append, write
 from wsgi_bg import BackgroundTasks, Retry, inject, registered_task
 from wsgi_bg.dramatiq import DramatiqRunner
 from wsgi_bg.flask import Background
@@ -29,19 +29,6 @@ from wsgi_bg.rq import RQRunner
 
 NAME = "the shop"
 SLOW = "slow"
-
-
-def write(path: str, text: object) -> None:
-    """Write a file atomically: readers see the whole text or no file."""
-    part = Path(f"{path}.{os.getpid()}.{threading.get_ident()}.part")
-    part.write_text(str(text), encoding="utf-8")
-    part.replace(path)
-
-
-def append(path: str, line: str) -> list[str]:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(f"{line}\n")
-    return Path(path).read_text(encoding="utf-8").splitlines()
 
 
 @registered_task

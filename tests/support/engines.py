@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +22,7 @@ from tests.support import (
     wait_until,
 )
 from tests.support.engine_shop import make_broker, make_queue
+from tests.support.worker_process import WorkerProcess
 from wsgi_bg import BackgroundTask, BackgroundTasksMiddleware, background_tasks, wait
 from wsgi_bg.dramatiq import DramatiqRunner
 from wsgi_bg.outbox import OutboxRunner
@@ -121,49 +119,12 @@ class Dramatiq(Engine):
         return [json.loads(each)["message_id"] for each in found]
 
 
-class Worker:
-    """A worker process."""
+class Worker(WorkerProcess):
+    """A worker of RQ or Dramatiq."""
 
     def __init__(self, engine: Engine, folder: Path) -> None:
-        self._log = folder / f"worker-{len(list(folder.glob('worker-*')))}.log"
         shop = json.dumps([engine.name, engine.url, engine.options])
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                engine.command(),
-                env={**os.environ, "ENGINE_SHOP": shop},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        wait_until(lambda: engine.ready in self.log or not self.is_alive, TIMEOUT)
-        assert self.is_alive, self.log
-        assert engine.ready in self.log, self.log
-
-    @property
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
-
-    @property
-    def log(self) -> str:
-        return text_of(self._log)
-
-    def kill(self) -> None:
-        """Kill all processes of the worker with SIGKILL."""
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(TIMEOUT)
-
-    def stop(self) -> None:
-        if self.is_alive:
-            self._process.terminate()
-            try:
-                self._process.wait(TIMEOUT)
-            except subprocess.TimeoutExpired:
-                self.kill()
-
-    def wait_for(self, path: Path) -> str:
-        """Wait for a file that a task writes; return the text."""
-        assert wait_until(path.exists, TIMEOUT), self.log
-        return path.read_text(encoding="utf-8")
+        super().__init__(engine.command(), {"ENGINE_SHOP": shop}, folder, engine.ready)
 
     def wait_for_lines(self, path: Path, count: int) -> list[str]:
         wait_until(lambda: len(text_of(path).splitlines()) >= count, TIMEOUT)
