@@ -556,17 +556,7 @@ def test_tasks_in_the_file_are_read_when_there_is_room_and_not_once_a_second(
 def test_a_long_file_of_a_dead_process_is_read_in_one_go(
     runner: DurableRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = f"""
-    import os
-    from wsgi_bg._durable.folder import check_folder
-    from wsgi_bg._durable.rows import Row, Settings
-    from wsgi_bg._durable.store import Store
-    store = Store.own(check_folder({str(tmp_path / "tasks")!r}), Settings())
-    for number in range(20):
-        store.add([Row("durable.write", f"[1,[{{number}}],{{{{}}}}]")])
-    os._exit(0)
-    """
-    assert run_python(code).returncode == 0
+    requests_of_a_dead_process(tmp_path / "tasks", *([writing(each)] for each in range(20)))
     monkeypatch.setattr("wsgi_bg._durable.runner._LOOK", 3600)
     monkeypatch.setattr("wsgi_bg._durable.runner._READ", 2)
     runner.start()
@@ -1030,16 +1020,28 @@ def test_a_discarded_task_that_a_stream_runs_by_hand_is_not_called(
     assert log.at(logging.DEBUG) == log.errors == []
 
 
-def left_by_a_dead_process(path: Path, *rows: Row) -> None:
+def requests_of_a_dead_process(path: Path, *requests: list[Row]) -> None:
+    """Leave the rows of several requests."""
     code = f"""
     import os
     from wsgi_bg._durable.folder import check_folder
     from wsgi_bg._durable.rows import Row, Settings
     from wsgi_bg._durable.store import Store
-    Store.own(check_folder({str(path)!r}), Settings()).add({list(rows)!r})
+    store = Store.own(check_folder({str(path)!r}), Settings())
+    for rows in {requests!r}:
+        store.add(rows)
     os._exit(0)
     """
     assert run_python(code).returncode == 0
+
+
+def left_by_a_dead_process(path: Path, *rows: Row) -> None:
+    """Leave the rows of one request."""
+    requests_of_a_dead_process(path, [*rows])
+
+
+def writing(number: int) -> Row:
+    return Row("durable.write", f"[1,[{number}],{{}}]")
 
 
 def open_files(path: Path) -> set[str]:
@@ -1682,8 +1684,7 @@ def test_many_tasks_of_a_request_keep_their_order(
     runner: DurableRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("wsgi_bg._durable.runner._READ", 4)
-    one = [Row("durable.write", f"[1,[{number}],{{}}]") for number in range(10)]
-    left_by_a_dead_process(tmp_path / "tasks", *one)
+    left_by_a_dead_process(tmp_path / "tasks", *map(writing, range(10)))
     runner.start()
     assert shop.wait_for(10) == list(range(10))
 
@@ -1692,17 +1693,8 @@ def test_requests_are_not_split_between_two_reads(
     runner: DurableRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("wsgi_bg._durable.runner._READ", 5)
-    code = f"""
-    import os
-    from wsgi_bg._durable.folder import check_folder
-    from wsgi_bg._durable.rows import Row, Settings
-    from wsgi_bg._durable.store import Store
-    store = Store.own(check_folder({str(tmp_path / "tasks")!r}), Settings())
-    for start in (0, 3, 6):
-        store.add([Row("durable.write", "[1,[%d],{{}}]" % (start + n)) for n in range(3)])
-    os._exit(0)
-    """
-    assert run_python(code).returncode == 0
+    requests = ([writing(start + each) for each in range(3)] for start in (0, 3, 6))
+    requests_of_a_dead_process(tmp_path / "tasks", *requests)
     runner.start()
     calls = shop.wait_for(9)
     for start in (0, 3, 6):
@@ -1713,17 +1705,7 @@ def test_requests_are_not_split_between_two_reads(
 def test_all_requests_of_a_dead_process_run_burst_by_burst(
     runner: DurableRunner, tmp_path: Path
 ) -> None:
-    code = f"""
-    import os
-    from wsgi_bg._durable.folder import check_folder
-    from wsgi_bg._durable.rows import Row, Settings
-    from wsgi_bg._durable.store import Store
-    store = Store.own(check_folder({str(tmp_path / "tasks")!r}), Settings())
-    for number in range(25):
-        store.add([Row("durable.write", f"[1,[{{number}}],{{{{}}}}]")])
-    os._exit(0)
-    """
-    assert run_python(code).returncode == 0
+    requests_of_a_dead_process(tmp_path / "tasks", *([writing(each)] for each in range(25)))
     runner.start()
     assert sorted(shop.wait_for(25)) == list(range(25))
     assert wait_until(lambda: len(check_folder(runner.path).numbers()) == 1)
