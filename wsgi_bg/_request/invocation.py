@@ -56,6 +56,9 @@ class OpenRequest(Protocol):
     @property
     def tasks(self) -> list[BackgroundTask]: ...
 
+    @property
+    def observer(self) -> RequestObserver | None: ...
+
     def end_unclosed(self, *, failed: bool) -> None:
         """End the request, if the server has not called ``close()``."""
 
@@ -92,8 +95,7 @@ class Invocation:
 
     def hand_over(self, tasks: OpenRequest, batch: Batch) -> None:
         """Wait for ``batch``, which is about to be submitted, in place of its request."""
-        observer: RequestObserver | None = getattr(tasks, "observer", None)
-        if observer is None or not observer.holds:
+        if tasks.observer is None or not tasks.observer.holds:
             batch.on_done((self._leave,))
             self._batches[batch] = None
         self._open.pop(tasks, None)
