@@ -36,6 +36,10 @@ _ENDS_DRAIN = "SIGQUIT"
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
+# A Ctrl-C comes to the workers as SIGINT and to the arbiter, which sends them SIGQUIT: one stop
+# in two signals, in either order.
+_CTRL_C: dict[int, int] = {signal.SIGINT: signal.SIGQUIT, signal.SIGQUIT: signal.SIGINT}
+
 
 def post_fork(server: Any, worker: Any) -> None:
     """Prepare the exit of ``worker``; gunicorn calls this in the new process.
@@ -112,15 +116,14 @@ class _Exit:
         self._ends_at = math.inf
         # Logs during the drain; None before and after.
         self._notice: Notice | None = None
-        # True if the last signal was SIGINT, for _stop().
-        self._was_interrupted = False
+        # The other signal of a Ctrl-C whose first one came last, for _stop().
+        self._partner: int | None = None
         config = getattr(worker, "config", None)
         if config is not None and hasattr(config, "timeout_notify"):  # uvicorn's
             # A heartbeat each second, for _came(): uvicorn handles the signals itself.
             config.timeout_notify = 0
-            # uvicorn's worker calls this at SIGQUIT, by which gunicorn passes a SIGINT on, too.
-            # The method of the worker does not stop its server.
-            worker.handle_exit = lambda *args: signal.raise_signal(signal.SIGTERM)
+            # The event loop calls this at SIGQUIT. The worker's own method stops no server.
+            worker.handle_exit = self._stop_uvicorn
 
     def watch_signals(self) -> None:
         """Install handlers that note the time of a stop signal and then exit the worker."""
@@ -160,9 +163,11 @@ class _Exit:
             signal.setitimer(signal.ITIMER_REAL, max(left, 0.001), 0.1)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        was_interrupted, self._was_interrupted = self._was_interrupted, number == signal.SIGINT
-        if was_interrupted and number == signal.SIGQUIT:
-            return  # a Ctrl-C comes to the arbiter, too, which sends its workers SIGQUIT
+        partner = self._partner
+        self._partner = _CTRL_C.get(number, partner)
+        if number == partner:
+            self._partner = None
+            return
         previous = self._previous[number]
         # Event loops leave these behind when they are closed.
         if previous is signal.default_int_handler or _belongs_to_closed_loop(previous):
@@ -175,6 +180,10 @@ class _Exit:
             previous(number, frame)
         elif self._notice is None or number != signal.SIGTERM:
             raise SystemExit(0)
+
+    def _stop_uvicorn(self, number: int, frame: FrameType | None) -> None:
+        self._partner = _CTRL_C.get(number)
+        signal.raise_signal(signal.SIGTERM)
 
     def _came(self, previous: Any) -> float:
         """Return when the signal came, by :func:`time.monotonic`.

@@ -116,6 +116,21 @@ def test_a_ctrl_c_that_comes_to_all_processes_leaves_the_drain_its_time(
     assert "was sent SIGKILL" not in server.output
 
 
+@pytest.mark.parametrize("setup", SETUPS, ids=str)
+def test_a_ctrl_c_may_reach_the_worker_after_the_arbiters_own_signal(
+    setup: Setup, control: Control, stack: ExitStack
+) -> None:
+    server = start_with(stack, setup, control, HOOKS, "--graceful-timeout", "3")
+    worker = control.run(hand_over(server, control)).pid
+    server.stop(signal.SIGINT)
+    server.wait_until_it_says(f"Worker exiting (pid: {worker})")
+    os.kill(worker, signal.SIGINT)
+    server.wait()
+    assert "gate.visit was not finished before" in server.output
+    assert "interrupted (GracefulTimeout)" in server.output
+    assert "was sent SIGKILL" not in server.output
+
+
 @pytest.mark.parametrize("setup", [s for s in SETUPS if "uvicorn" in s.name], ids=str)
 def test_uvicorns_worker_drains_if_gunicorn_is_interrupted(
     setup: Setup, control: Control, stack: ExitStack
