@@ -15,7 +15,7 @@ from tests.servers import table
 from tests.support import TIMEOUT, Clock, Gate
 from tests.support.brokers import RabbitServer, RedisServer, rabbit_server, redis_server
 from wsgi_bg._durable import store as stores
-from wsgi_bg._loop import portal
+from wsgi_bg._loop import executor, portal, shared_portal
 from wsgi_bg._loop.portal import PortalThread
 from wsgi_bg._outbox.stored import StoredMessages
 from wsgi_bg._process.per_process import PerProcess
@@ -27,6 +27,10 @@ from wsgi_bg.runners import shutdown, timer
 from wsgi_bg.runners.ledger import ledgers_here
 
 pytest_plugins = ["pytester", "tests.support.django_fixtures"]
+
+# pytest parses each module that is imported. In Python 3.11 that fails while another thread
+# formats a traceback, so the loop's thread must not be the first that imports these.
+LOADED_EARLY = (executor, shared_portal)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
