@@ -54,7 +54,9 @@ def start_with(
         setup,
         control,
         files={"configuration.py": configuration},
-        options=["-c", "python:configuration", *options],
+        # One thread, which the first request starts: gunicorn's gthread holds a lock while it
+        # waits for a new thread, and hangs if SIGQUIT comes then.
+        options=["-c", "python:configuration", "--threads", "1", *options],
         env={**env, **PATIENT},
     )
     process.wait_until_up()
