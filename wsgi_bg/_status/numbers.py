@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect, bisect_left
 from collections import Counter
 from collections.abc import Iterable
-from itertools import accumulate, repeat
+from itertools import accumulate
 from math import inf
 from typing import Any
 
@@ -35,8 +35,15 @@ class Histogram:
         self.buckets: Counter[int] = Counter()
         self.longest: float = 0.0
         if times:
-            self.buckets.update(map(bisect, repeat(BOUNDS), times))  # a loop in C
-            self.longest = max(times)
+            # Sorted: a search for each bucket takes a third of the time of one for each time.
+            times = sorted(times)
+            self.longest = times[-1]
+            begin = 0
+            while begin < len(times):
+                bucket = bisect(BOUNDS, times[begin])
+                end = bisect_left(times, BOUNDS[bucket], begin)
+                self.buckets[bucket] = end - begin
+                begin = end
 
     def merge(self, other: Histogram) -> None:
         """Add the numbers of ``other``."""
