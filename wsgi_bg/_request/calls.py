@@ -117,7 +117,8 @@ class Calls(Caller):
         if self.hooks:
             record = TaskRecord(task, batch)
             task.record = [record]
-            self._tell("task_added", record)
+            for tell in self._told["task_added"]:
+                tell(record)
 
     def without_around(self) -> Caller:
         """See :class:`Caller`."""
@@ -277,7 +278,8 @@ class Calls(Caller):
         # refers to the error.
         for record in task.record:
             record.begin()
-            self._tell("task_started", record)
+            for tell in self._told["task_started"]:
+                tell(record)
 
     def finished(self, task: BackgroundTask) -> None:
         """Call the hooks for a task that has returned; an awaitable it returned was awaited."""
@@ -300,7 +302,8 @@ class Calls(Caller):
             record.retry_at = now + seconds
             record.awaitable = None
             record.error = exc
-            self._tell("task_retried", record)
+            for tell in self._told["task_retried"]:
+                tell(record)
             record.wait_for_attempt()
 
     def moved(self, task: BackgroundTask, copy: BackgroundTask, batch: BackgroundTasks) -> None:
@@ -330,9 +333,6 @@ class Calls(Caller):
         record.awaitable = None
         record.error = error
         record.reason = reason
-        self._tell(hook, record)
-
-    def _tell(self, hook: str, record: TaskRecord) -> None:
         for tell in self._told[hook]:
             tell(record)
 
