@@ -130,7 +130,6 @@ class Calls(Caller):
         """Call the hooks for a batch that is about to be handed over, and later."""
         told = self._told_of_batches if hooks == self.hooks else _of_batches(hooks)
         if told is not None:
-            assert tasks.handed_over_at is not None
             record = BatchRecord(
                 tasks,
                 length=batch.length,

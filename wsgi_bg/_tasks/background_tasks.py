@@ -58,9 +58,9 @@ class BackgroundTasks:
     # modules.
 
     __slots__ = (
-        "_handed_over_at",
         "_list",
         "_request",
+        "handed_over_at",
         "is_endless",
         "options",
         "phase",
@@ -73,7 +73,7 @@ class BackgroundTasks:
     options: Options
     phase: int
     _request: str | tuple[Any, ...] | None  # only once the label is known
-    _handed_over_at: float  # only if there are hooks
+    handed_over_at: float  # by time.monotonic(), and only if there are hooks
 
     origin: BackgroundTasks | None = None
     """The tasks of the request, if these are tasks of it that have waited for their time."""
@@ -131,15 +131,6 @@ class BackgroundTasks:
             if is_from_signal_handler(exc):
                 raise
             log.error("request_label raised", exc_info=exc)
-
-    @property
-    def handed_over_at(self) -> float | None:
-        """When the tasks were handed over (:func:`time.monotonic`); None if no hook asks."""
-        return getattr(self, "_handed_over_at", None)
-
-    @handed_over_at.setter
-    def handed_over_at(self, moment: float) -> None:
-        self._handed_over_at = moment
 
     def as_seen_in(self, options: Layer) -> BackgroundTasks:
         """Return this object as the layer of middleware sees it whose task has ``options``."""

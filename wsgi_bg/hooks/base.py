@@ -144,7 +144,7 @@ class TaskRecord(_Record):
         The time after a delay, or before a further attempt, is not counted: the runner gets
         the task afterwards.
         """
-        handed_over = self._handed_over_at or self.batch.handed_over_at
+        handed_over = self._handed_over_at or getattr(self.batch, "handed_over_at", None)
         if handed_over is None or handed_over > self.added_at:
             return handed_over
         return self.added_at
