@@ -5,7 +5,6 @@ Most layers have none of these: their tasks are called directly, and this module
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
@@ -13,6 +12,7 @@ from contextlib import (
     AsyncExitStack,
 )
 from functools import partial
+from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -287,7 +287,7 @@ class Calls(Caller):
     def raised(self, task: BackgroundTask) -> None:
         """Note the end of a call that has begun, before a slow log handler delays the hooks."""
         for record in task.record:
-            record.ended_at = None if record.started_at is None else time.monotonic()
+            record.ended_at = None if record.started_at is None else monotonic()
 
     def failed(self, task: BackgroundTask, exc: BaseException) -> None:
         """Call the hooks for a task that has raised ``exc``."""
@@ -296,7 +296,7 @@ class Calls(Caller):
     def retried(self, task: BackgroundTask, exc: BaseException, seconds: float) -> None:
         """Call the hooks for a task that has raised ``exc`` and will be called again."""
         for record in task.record:
-            now = time.monotonic()
+            now = monotonic()
             record.ended_at = record.ended_at or now
             record.retry_at = now + seconds
             record.awaitable = None
@@ -328,7 +328,7 @@ class Calls(Caller):
             record = task.record.pop()
         except IndexError:
             return
-        record.ended_at = record.ended_at or time.monotonic()
+        record.ended_at = record.ended_at or monotonic()
         record.awaitable = None
         record.error = error
         record.reason = reason
@@ -355,13 +355,13 @@ class _Watch:
     def begun(self) -> None:
         """A thread begins to run the tasks; called once or more often."""
         if self._take("begun"):
-            self._record.begun_at = time.monotonic()
+            self._record.begun_at = monotonic()
             self._tell("batch_begun")
 
     def ended(self) -> None:
         """The last task is done; called once or more often."""
         if self._take("ended"):
-            self._record.ended_at = time.monotonic()
+            self._record.ended_at = monotonic()
             self._tell("batch_ended")
 
     def _take(self, moment: str) -> bool:

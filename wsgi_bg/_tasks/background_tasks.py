@@ -164,9 +164,10 @@ class BackgroundTasks:
                 raise BatchEndedError(task.name)
             tasks = self._begin()
         if options.is_watched or successors.watched:
-            options.admit(task, self.root)
+            root = self.root
+            options.admit(task, root)
             tasks.append(task)
-            options.calls.joined(task, self.root)
+            options.calls.joined(task, root)
         else:
             tasks.append(task)
         if self.phase == ENDED and task.claim():

@@ -54,9 +54,12 @@ def name_of(func: Any) -> str:
 
     Never raises: if reading the name of the callable raises, the name of its class is used.
     """
+    module: Any
     # In half of the time; a subclass of str may raise as it is formatted.
-    if type(func) is FunctionType and type(func.__module__) is str is type(func.__qualname__):
-        return f"{func.__module__}.{func.__qualname__}"
+    if type(func) is FunctionType:
+        module, qualname = func.__module__, func.__qualname__
+        if type(module) is str is type(qualname):
+            return f"{module}.{qualname}"
     try:
         while isinstance(func, functools.partial):
             func = func.func

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from wsgi_bg._process.clock import on_the_wall
@@ -94,7 +94,7 @@ class TaskRecord(_Record):
         self.batch = batch
         self._handed_over_at: float | None = None  # of the attempt that has ended before move()
         self.attempt: int = 1
-        self.added_at: float = time.monotonic()
+        self.added_at: float = monotonic()
         self.started_at: float | None = None
         self.ended_at: float | None = None
         self.retry_at: float | None = None
@@ -107,7 +107,7 @@ class TaskRecord(_Record):
         """The call is about to be made on this thread; called by the package."""
         self.thread_id = threading.get_ident()
         self.ended_at = self.error = None
-        self.started_at = time.monotonic()
+        self.started_at = monotonic()
 
     def move(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
         """``task`` in ``batch`` will run in place of the task; called by the package."""
