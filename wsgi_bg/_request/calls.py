@@ -373,7 +373,7 @@ class _Watch:
 
     def _tell(self, moment: str) -> None:
         for method in self._told[moment]:
-            call_hook(None, moment, method, self._record)
+            call_hook(moment, method, self._record)
 
 
 def _of_batches(
@@ -387,7 +387,7 @@ def _of_batches(
 def _functions(hooks: Sequence[Hooks], name: str) -> tuple[Callable[[TaskRecord], object], ...]:
     """Functions that call the method ``name`` of ``hooks``, and log their errors."""
     return tuple(
-        method if _is_direct(method) else partial(_call, name, method)
+        method if _is_direct(method) else partial(call_hook, name, method)
         for method in overriding(hooks, name)
     )
 
@@ -395,10 +395,6 @@ def _functions(hooks: Sequence[Hooks], name: str) -> tuple[Callable[[TaskRecord]
 def _is_direct(method: object) -> bool:
     hooks = getattr(method, "__self__", None)
     return isinstance(hooks, OptionHooks) and hooks.is_direct
-
-
-def _call(name: str, method: Callable[..., object], record: TaskRecord) -> None:
-    call_hook(record.task, name, method, record)
 
 
 def overriding(hooks: Sequence[Hooks], name: str) -> tuple[Callable[..., Any], ...]:

@@ -42,7 +42,7 @@ def observe(task: BackgroundTask, observer: Callable[..., Any], *args: Any) -> N
     """
     before = _generation.get()
     try:
-        _generation.set(_next(task, before))
+        _generation.set(_next(task, before) if before else task.generation + 1)
         result = observer(*args)
         if result is not None:
             refuse_unrun(result)

@@ -177,15 +177,14 @@ def notify_failure(task: BackgroundTask, exc: BaseException) -> None:
         log.error(message, task.name, exc_info=second, extra=fields(task))
 
 
-def call_hook(
-    task: BackgroundTask | None, moment: str, method: Callable[..., object], record: object
-) -> None:
+def call_hook(moment: str, method: Callable[..., object], record: Any) -> None:
     """Call a method of a hook with a record; log an error of the method.
 
-    :param task: the task that the record is about; None for the record of a batch.
     :param moment: the name of the method.
+    :param record: of a task, or of a batch.
     :raises BaseException: if the error stops the worker, or was raised in a forked child.
     """
+    task: BackgroundTask | None = getattr(record, "task", None)
     generation = per_process.generation
     try:
         if task is None:
