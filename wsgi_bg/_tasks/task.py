@@ -11,7 +11,7 @@ from inspect import CO_COROUTINE
 from sys import modules
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from wsgi_bg._loop import portal
 from wsgi_bg._loop.asgiref_state import detached
@@ -71,10 +71,11 @@ class WasDiscarded(Exception):  # noqa: N818  # not an error
 Queue = Callable[[], Queued]
 """Puts a task into a queue of tasks to send; called once."""
 
-_ids: WeakKeyDictionary[BackgroundTask, str] = WeakKeyDictionary()
-"""The ids of the tasks whose id was asked for in this process."""
+_ids: dict[ref[BackgroundTask], str] = {}
+"""The ids of the tasks whose id was asked for in this process. The references call ``pop()``: a
+``WeakKeyDictionary`` takes twice the time for an id."""
 
-_ids_of_parents: list[WeakKeyDictionary[BackgroundTask, str]] = []
+_ids_of_parents: list[dict[ref[BackgroundTask], str]] = []
 """The same of the processes that have forked this one, which does not run their tasks."""
 
 
@@ -83,7 +84,7 @@ def _forget_parent() -> None:
     global _ids
     if _ids:
         _ids_of_parents.append(_ids)
-        _ids = WeakKeyDictionary()
+        _ids = {}
 
 
 os.register_at_fork(after_in_child=_forget_parent)
@@ -117,8 +118,7 @@ def _id_of(text: str) -> str:
 
 def known_id(task: BackgroundTask) -> str | None:
     """The id of the task; None if nobody has read the id."""
-    # Most processes have no id, and len(_ids) would cost as much as get().
-    return _ids.get(task) if _ids.data else None  # type: ignore[attr-defined]
+    return _ids.get(ref(task)) if _ids else None  # most processes have no id
 
 
 def tasks_with_ids(wanted: str | None = None) -> list[tuple[BackgroundTask, str]]:
@@ -128,10 +128,9 @@ def tasks_with_ids(wanted: str | None = None) -> list[tuple[BackgroundTask, str]
     """
     # copy() is a single atomic step. A list of the items is none: each item is a new tuple, for
     # which the garbage collector may run, and then other threads and finalizers.
-    known: Any = _ids.data.copy()  # type: ignore[attr-defined]
     return [
         (task, id)
-        for reference, id in known.items()  # noqa: A001
+        for reference, id in _ids.copy().items()  # noqa: A001
         if (wanted is None or id == wanted) and (task := reference()) is not None
     ]
 
@@ -366,18 +365,18 @@ class BackgroundTask:
         Made when the id is read, stored or sent for the first time. An engine that sends the
         task has the same id, and so have the further attempts of the task.
         """
-        known = _ids.get(self)
+        known = _ids.get(ref(self))
         if known is None:
             for ids in _ids_of_parents:
-                if self in ids:
-                    return ids[self]
+                if ref(self) in ids:
+                    return ids[ref(self)]
             # A single atomic operation: two threads get the same id.
-            known = _ids.setdefault(self, _new_id())
+            known = _ids.setdefault(ref(self, _ids.pop), _new_id())
         return known
 
     def keep_id(self, id: str) -> None:  # noqa: A002
         """Take the id of the repeated task, before another thread can read an id here."""
-        _ids[self] = id
+        _ids[ref(self, _ids.pop)] = id
 
     @property
     def request(self) -> str | None:
