@@ -411,7 +411,7 @@ class _Inside:
 
     def __init__(self, task: BackgroundTask) -> None:
         self._task = task
-        self._entered: list[AbstractContextManager[Any]] = []
+        self._entered: list[Callable[..., Any]] = []  # the methods that leave
 
     def enter(self, manager: Any) -> None:
         """Enter a context manager of an application or of a hook; None is ignored.
@@ -420,10 +420,11 @@ class _Inside:
         """
         if manager is None:
             return
-        if not (hasattr(manager, "__enter__") and hasattr(manager, "__exit__")):
+        enter, leave = getattr(manager, "__enter__", None), getattr(manager, "__exit__", None)
+        if enter is None or leave is None:
             raise AsyncContextError(self._task.name, manager)
-        observe(self._task, manager.__enter__)
-        self._entered.append(manager)
+        observe(self._task, enter)
+        self._entered.append(leave)
 
     def pop_all(self) -> _Inside:
         """Return an object that leaves the context managers in place of this object."""
@@ -442,14 +443,12 @@ class _Inside:
     ) -> None:
         error = exc
         while self._entered:
-            manager = self._entered.pop()
+            leave = self._entered.pop()
             try:
                 if error is None:
-                    observe(self._task, manager.__exit__, None, None, None)
+                    observe(self._task, leave, None, None, None)
                 else:
-                    observe(
-                        self._task, manager.__exit__, type(error), error, error.__traceback__
-                    )
+                    observe(self._task, leave, type(error), error, error.__traceback__)
             except BaseException as new:
                 error = new
         if error is not None and error is not exc:

@@ -141,13 +141,14 @@ class _Attempt:
             "code.function.name": name,
         }
         span = self._tracer.start_span(f"process {name}", start_in, kind, attributes, links)
-        if span.is_recording():
+        is_recording = span.is_recording()
+        if is_recording:
             span.set_attribute("messaging.message.id", record.id)
             if record.attempt > 1:
                 span.set_attribute("wsgi_bg.attempt", record.attempt)
         self._span = span
         # Without an SDK the span is not valid: the task keeps the trace of its request.
-        is_valid = span.get_span_context().is_valid
+        is_valid = is_recording or span.get_span_context().is_valid
         attach(set_span_in_context(span, parent) if is_valid else parent)
 
     def __exit__(
