@@ -84,6 +84,7 @@ class Calls(Caller):
         "_told_of_batches",
         "_waits",
         "around",
+        "ends_in_context",
         "hooks",
     )
 
@@ -100,6 +101,8 @@ class Calls(Caller):
         self.hooks: tuple[Hooks, ...] = hooks
         self._told = {name: _functions(hooks, name) for name in HOOKS}
         self._told_of_batches = _of_batches(hooks)
+        ended = overriding(hooks, "task_finished")
+        self.ends_in_context: bool = not all(map(_is_direct, ended))
         self._arounds = overriding(hooks, "around")
         # Functions that make the context managers of a call, the outermost first.
         self._outer = () if around is None else (lambda *record: around(),)

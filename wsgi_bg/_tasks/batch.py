@@ -461,7 +461,10 @@ class Batch:
                     if not is_simple:
                         self._log_end(task, context)
                     if calls is not DIRECT:  # this spares the call of a method without effect
-                        _run_in(context, calls.finished, task)
+                        if calls.ends_in_context:
+                            _run_in(context, calls.finished, task)
+                        else:
+                            calls.finished(task)
                         if per_process.generation != self._generation:
                             return False
             front = queue.front

@@ -142,6 +142,7 @@ class Caller:
 
     around: Any = None  # makes the context of an application, in which the calls are made
     hooks: Any = ()  # a tuple of wsgi_bg.hooks.Hooks objects
+    ends_in_context: bool = True  # False if finished() may be called outside of the context
 
     def without_around(self) -> Caller:
         """The same caller without :attr:`around`; called only if there is one."""

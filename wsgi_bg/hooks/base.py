@@ -297,7 +297,10 @@ class OptionHooks(Hooks):
     """Hooks that an option of the middleware adds; ``hooks=`` of an inner layer keeps them."""
 
     is_direct: bool = False
-    """True if no method raises or adds a task: they are called directly, in half the time."""
+    """True if no method raises or adds a task: they are called directly, in half the time.
+
+    Then ``task_finished`` may be called outside of the task's context variables.
+    """
 
 
 BATCH_HOOKS: tuple[str, ...] = ("batch_handed_over", "batch_begun", "batch_ended")
