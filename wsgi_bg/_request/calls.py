@@ -285,7 +285,14 @@ class Calls(Caller):
 
     def finished(self, task: BackgroundTask) -> None:
         """Call the hooks for a task that has returned; an awaitable it returned was awaited."""
-        self._end(task, "task_finished")
+        try:
+            record = task.record.pop()  # see _end()
+        except IndexError:
+            return
+        record.ended_at = monotonic()
+        record.awaitable = None
+        for tell in self._told["task_finished"]:
+            tell(record)
 
     def raised(self, task: BackgroundTask) -> None:
         """Note the end of a call that has begun, before a slow log handler delays the hooks."""
