@@ -17,8 +17,8 @@ from typing import Any
 
 import flask
 import pytest
-from opentelemetry import trace
-from opentelemetry.context import Context
+from opentelemetry import baggage, trace
+from opentelemetry.context import Context, attach
 from opentelemetry.instrumentation.flask import FlaskInstrumentor
 from opentelemetry.instrumentation.wsgi import OpenTelemetryMiddleware
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
@@ -323,6 +323,27 @@ def test_without_an_sdk_a_task_keeps_the_trace_of_its_request(
     assert seen == [context]
 
 
+@pytest.mark.parametrize("parent", ["link", "child"])
+def test_a_processor_sees_the_baggage_of_the_request(spans: Spans, parent: Any) -> None:
+    seen: list[object] = []
+
+    class Seen(SpanProcessor):
+        def on_start(self, span: trace.Span, parent_context: Context | None = None) -> None:
+            seen.append(baggage.get_baggage("customer", parent_context))
+
+    def add(environ: object) -> None:
+        with spans.tracer.start_as_current_span("request"):
+            background_tasks.add_task(succeed)
+            attach(baggage.set_baggage("customer", "7"))
+            background_tasks.add_task(succeed)
+
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(Seen())
+    hooks = OpenTelemetryHooks(provider, parent)
+    respond(BackgroundTasksMiddleware(app_that(add), hooks=hooks))
+    assert seen == [None, "7"]
+
+
 @pytest.mark.parametrize("moment", ["on_start", "on_end"])
 def test_an_error_of_a_processor_is_logged_and_the_task_runs(
     moment: str, log: Log, caplog: pytest.LogCaptureFixture
@@ -520,6 +541,23 @@ def test_a_task_on_a_worker_continues_the_trace(
         assert task["trace"] != outer["trace"]
     else:
         assert [task["trace"], task["parent"]] == place(outer)
+
+
+def test_without_an_sdk_a_task_on_a_worker_keeps_the_trace_of_its_request(
+    spans: Spans,
+) -> None:
+    def add(environ: object) -> None:
+        with spans.tracer.start_as_current_span("request"):
+            background_tasks.add_task(traced_shop.work)
+
+    runner = ListRunner()
+    hooks = OpenTelemetryHooks(trace.NoOpTracerProvider())
+    respond(BackgroundTasksMiddleware(app_that(add), runner=runner, hooks=hooks))
+    assert wait_until(lambda: runner.sent)
+    [[call]] = runner.sent
+    run_call(runner, call.name, call.text, call.headers, 1, call.id)
+    inside, outer = spans.one("inside"), spans.one("request")
+    assert [inside["trace"], inside["parent"]] == place(outer)
 
 
 def test_each_attempt_on_a_worker_continues_the_trace(spans: Spans, tmp_path: Path) -> None:

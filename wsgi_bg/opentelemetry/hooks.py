@@ -19,7 +19,7 @@ from wsgi_bg.hooks import Hooks, TaskRecord
 
 try:
     from opentelemetry import propagate, trace
-    from opentelemetry.context import attach, get_current
+    from opentelemetry.context import Context, attach, get_current
     from opentelemetry.trace import (
         INVALID_SPAN,
         Link,
@@ -43,6 +43,9 @@ _LONGEST = 250  # characters of the name of a function
 
 _is_inside: ContextVar[bool] = ContextVar("wsgi_bg.opentelemetry", default=False)
 """True in a task that another process has added, and in the tasks that it adds."""
+
+
+_NO_SPAN = set_span_in_context(INVALID_SPAN, Context())
 
 
 class OpenTelemetryHooks(Hooks):
@@ -132,7 +135,8 @@ class _Attempt:
         links, start_in = None, parent
         if origin.is_valid and not is_child:
             links = [Link(origin)]
-            start_in = set_span_in_context(INVALID_SPAN, parent)
+            has_more = len(parent) > 1  # than the span: baggage, for example
+            start_in = set_span_in_context(INVALID_SPAN, parent) if has_more else _NO_SPAN
         attributes = {
             "messaging.system": "wsgi_bg",
             "messaging.operation.name": "process",
@@ -141,15 +145,16 @@ class _Attempt:
             "code.function.name": name,
         }
         span = self._tracer.start_span(f"process {name}", start_in, kind, attributes, links)
-        is_recording = span.is_recording()
-        if is_recording:
+        if span.is_recording():
             span.set_attribute("messaging.message.id", record.id)
             if record.attempt > 1:
                 span.set_attribute("wsgi_bg.attempt", record.attempt)
         self._span = span
         # Without an SDK the span is not valid: the task keeps the trace of its request.
-        is_valid = is_recording or span.get_span_context().is_valid
-        attach(set_span_in_context(span, parent) if is_valid else parent)
+        if span.get_span_context().is_valid:
+            attach(set_span_in_context(span, parent))
+        elif carried is not None:
+            attach(parent)
 
     def __exit__(
         self,
