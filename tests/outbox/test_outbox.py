@@ -1173,6 +1173,31 @@ def test_a_task_that_comes_as_the_thread_begins_to_sleep_is_seen() -> None:
     outbox._sleep(10 * TIMEOUT, None)  # and the test would fail by its timeout
 
 
+def test_a_task_that_is_being_put_as_the_thread_begins_to_sleep_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    outbox: Any = Post()._states.get().outbox
+
+    def look(self: Any) -> None:  # in this moment a thread is within put()
+        outbox._last_put = time.monotonic()
+
+    monkeypatch.setattr(sending.Outbox, "_last", look)
+    outbox._sleep(10 * TIMEOUT, None)  # and the test would fail by its timeout
+
+
+def test_a_task_wakes_the_thread_that_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sending, "_BUSY", 0.0)
+    monkeypatch.setattr(sending, "IDLE", 10 * TIMEOUT)
+    runner = Post()
+    outbox: Any = runner._states.get().outbox
+    request(runner, add(send, 1))
+    assert settled(runner)
+    assert wait_until(lambda: outbox._is_asleep)
+    monkeypatch.setattr(sending, "_BUSY", 10 * TIMEOUT)
+    request(runner, add(send, 2))
+    assert settled(runner)
+
+
 def test_a_thread_that_is_about_to_end_sends_what_was_put_meanwhile(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

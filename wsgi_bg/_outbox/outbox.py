@@ -220,7 +220,7 @@ class Outbox:
         # If two threads start the thread, it has a second job, which begins if the first ends.
         self._manager: Workers[None] = Workers(self._manage, 1, "wsgi_bg-outbox")
         self._is_managed = False
-        self._wakers: dict[str, Callable[[], object]] = {}
+        self._is_asleep = False
         self._last_put = 0.0
         self._senders: Workers[_Chunk] = Workers(self._send_chunk, SENDERS, "wsgi_bg-send")
         # Not on the manager's thread: a user's submit() may run the batch.
@@ -270,15 +270,15 @@ class Outbox:
         unsent = Unsent(task, context, stored, now, wait, self._ledger)
         if unsent.observer is not None:
             unsent.observer.put_off(unsent)
-        self._last_put = now  # before the next line: see _is_over()
+        self._last_put = now  # before the next line: see _is_over() and _sleep()
         self.start()
-        # Calls the function that wakes the manager's thread, or int() if it does not sleep.
-        waking: Any = map(call, map(self._wakers.pop, ("wake",), (int,)))
-        steps: Any = (self._unsent.setdefault, self._queue.append, deque)
-        return partial(Queued, map(call, steps, (unsent, unsent, waking)), 0)
+        steps: Any = (self._unsent.setdefault, self._queue.append)
+        return partial(Queued, map(call, steps, (unsent, unsent)), 0)
 
     def start(self) -> bool:
-        """Start the thread that gives tasks to the senders; False if no thread can start."""
+        """Start or wake the thread that gives tasks to the senders; False if none can start."""
+        if self._is_asleep:
+            self._changed.set()
         return self._is_managed or self._manager.submit(None)
 
     def send_here(self, deadline: float) -> None:
@@ -315,13 +315,18 @@ class Outbox:
 
         :param last: the last task that the latest step has seen in the queue.
         """
-        if time.monotonic() - self._last_put < _BUSY:
+        if self._expects_tasks:
             self._changed.wait(min(seconds, START_DELAY))
             return
-        self._wakers["wake"] = self._changed.set
-        if self._last() in (None, last):  # no task has come before the line above
+        self._is_asleep = True
+        # A thread in put() sees the line above and wakes this thread, or is seen below.
+        if self._last() in (None, last) and not self._expects_tasks:
             self._changed.wait(seconds)
-        self._wakers.pop("wake", None)
+        self._is_asleep = False
+
+    @property
+    def _expects_tasks(self) -> bool:
+        return time.monotonic() - self._last_put < _BUSY
 
     def _is_over(self) -> bool:
         """True if the thread is to end, so that a runner that is not used can be freed."""
