@@ -26,7 +26,7 @@ from wsgi_bg._process.repeated import RepeatedWarning
 from wsgi_bg._process.workers import IDLE_TIMEOUT, Workers
 from wsgi_bg._tasks import task_log
 from wsgi_bg._tasks.batch import Batch
-from wsgi_bg._tasks.task import BackgroundTask, Queue, Queued
+from wsgi_bg._tasks.task import BackgroundTask, Queue, Queued, current
 from wsgi_bg.exceptions import OutboxFullError, PublishError
 from wsgi_bg.runners.base import Runner
 from wsgi_bg.runners.ledger import Ledger, LedgerRunner
@@ -138,7 +138,8 @@ class Unsent:
         self.was_tried: bool = False
         self.goes_alone: bool = False
         self.moved_to: Batch | None = None
-        self.observer: Any = getattr(task.root, "observer", None)
+        inside = context.get(current)
+        self.observer: Any = None if inside is None else getattr(inside.root, "observer", None)
         self._ledger = ledger
         self._right = {"to end": True, "to begin": True}
 
