@@ -243,11 +243,11 @@ class Outbox:
 
         :raises OutboxFullError: if ``max_unsent`` tasks wait.
         """
-        if self.room <= len(self._reserved):
+        if len(self._reserved) >= self._limits.max_unsent:
             raise OutboxFullError(name, self._limits.max_unsent)
 
     def reserve(self, stored: Stored) -> None:
-        """Keep room for a message until :meth:`put` is called or the message is freed."""
+        """Keep room for a message until its task has ended or the message is freed."""
         self._reserved.add(stored)
 
     @property
@@ -262,7 +262,6 @@ class Outbox:
 
     def put(self, task: BackgroundTask, stored: Stored) -> Queue:
         """Return a function that puts a claimed task into the outbox, without a bytecode."""
-        self._reserved.discard(stored)
         limits = self._limits
         is_held = stored.message.when_unsent == "hold"
         wait = limits.hold_for if is_held else limits.publish_timeout
@@ -453,7 +452,7 @@ class Outbox:
         if unsent.claim():
             reason = "it was discarded by hand"
             unsent.context.run(task_log.notify_discarded, unsent.task, reason)
-            self._ledger.end_unsent(unsent)
+            self._remove(unsent)
         return False
 
     def leave_stored(self) -> int:
@@ -462,7 +461,7 @@ class Outbox:
         for unsent in list(self._unsent):
             if unsent.stored.store is not None and unsent.begin() and unsent.claim():
                 unsent.stored.leave()
-                self._ledger.end_unsent(unsent)
+                self._remove(unsent)
                 count += 1
         return count
 
@@ -485,7 +484,7 @@ class Outbox:
             return
         unsent.stored.end("done")
         unsent.context.run(task.options.calls.sent, task)
-        self._ledger.end_unsent(unsent, sent=1)
+        self._remove(unsent, sent=1)
 
     def _wait_for_broker(self, left: list[Unsent], exc: BaseException) -> None:
         """Send ``left`` again after a pause; each pause is twice as long as the last."""
@@ -512,6 +511,11 @@ class Outbox:
 
     # On any thread of the outbox.
 
+    def _remove(self, unsent: Unsent, *, sent: int = 0, failed: int = 0) -> None:
+        """Remove an ended task."""
+        self._reserved.discard(unsent.stored)
+        self._ledger.end_unsent(unsent, sent=sent, failed=failed)
+
     def count_aside(self) -> None:
         """Count a stored message that was put aside."""
         self._ledger.count_aside()
@@ -537,7 +541,7 @@ class Outbox:
         if unsent.observer is not None:
             unsent.observer.task_failed(task, error)
         unsent.context.run(task_log.notify_failure, task, error)
-        self._ledger.end_unsent(unsent, failed=1)
+        self._remove(unsent, failed=1)
 
     def _run_here(self, unsent: Unsent, error: PublishError) -> None:
         task = unsent.task
@@ -561,7 +565,7 @@ class Outbox:
         batch.sends = True  # the tasks that the task adds
         batch.hand_over(self._ledger.length)
         self._ledger.add(batch)
-        self._ledger.end_unsent(unsent)
+        self._remove(unsent)
         if not self._submitters.submit(batch):
             submit_later(self._local, batch)
 
