@@ -470,8 +470,8 @@ class TaskQueue(BackgroundTasks):
         """The tasks that are not done; may be called on any thread."""
         # In this order, since another thread may move tasks in first() meanwhile.
         added = [*(self._list or ())]
-        front = self.front or ()
-        return list(dict.fromkeys([*front[::-1], *added]))
+        front = self.front
+        return list(dict.fromkeys([*front[::-1], *added])) if front else added
 
     def next_unclaimed(self) -> BackgroundTask | None:
         """The first task that is not claimed; called on the thread that runs the tasks.

@@ -235,7 +235,7 @@ class Batch:
     @property
     def has_messages(self) -> bool:
         """True if the runner's ``check`` returned a message for a task that is left."""
-        return any(task.message is not None for task in self.tasks)
+        return any(task.message is not None and task.unclaimed for task in self._queue.left())
 
     def on_done(self, functions: tuple[Callable[[Any], None], ...]) -> None:
         """Call each of ``functions`` with the batch when its last task is done, or more often.
