@@ -373,9 +373,9 @@ class OutboxRunner(KeepingRunner):
         state = self._states.get()
         state.ledger.add(batch)
         if batch.has_messages:
-            batch.send()
+            has_ended = batch.send(ends=True)
             state.outbox.start()  # the thread may have ended after put() had looked for it
-            if batch.end_if_empty():
+            if has_ended:
                 return
         self.local.submit(batch)
 

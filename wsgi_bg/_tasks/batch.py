@@ -333,17 +333,19 @@ class Batch:
         finally:
             self.notify_if_ended()
 
-    def send(self) -> None:
+    def send(self, *, ends: bool = False) -> bool:
         """Offer all tasks that are left to their runner's ``send``, in order; blocks.
 
         Used by a runner that sends a task before the tasks ahead of it have run. Tasks that
         ``send`` does not accept stay in the batch.
 
+        :param ends: True to end the batch if no task is left then.
+        :return: True if that has ended the batch.
         :raises KeyboardInterrupt: as :meth:`run` does.
         """
         try:
             if not self._start():
-                return
+                return False
             self._done = _done_here()
             for task in self.tasks:
                 if self._stopped or self._stop == ABANDONED:
@@ -354,13 +356,16 @@ class Batch:
                 if task.claim():
                     self._send_or_keep(task)
                 self._running = None
+            if ends and self._queue.first() is None:
+                return True
             self._queue.allow_start()
             self._has_started = False
+            return False
         except BaseException as exc:
             self.stop(exc)
             raise
         finally:
-            self.notify_if_ended()  # after a stop; else the remaining tasks are still to run
+            self.notify_if_ended()  # else the remaining tasks are still to run
 
     def _send_or_keep(self, task: BackgroundTask) -> None:
         calls = task.options.calls
@@ -381,14 +386,6 @@ class Batch:
                 self._begin(is_sent)  # puts the task into a queue
         self._queue.remove(task)
         task.context = None
-
-    def end_if_empty(self) -> bool:
-        """End the batch if no task is left, and run nothing; True if the batch has ended."""
-        if self._queue.first() is not None:
-            return False
-        self._queue.may_start()  # nothing is left to start: let the request be freed
-        self.notify_if_ended()
-        return True
 
     def _start(self) -> bool:
         """Start the run of the request's tasks, which only a single batch may do.
