@@ -112,6 +112,28 @@ def test_jobs_that_come_while_a_thread_sleeps_get_a_thread_each(
     assert runner.drain(TIMEOUT) == []
 
 
+def test_a_thread_that_has_found_several_jobs_sleeps_longer_for_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slept, wakes = queue.SimpleQueue[float](), queue.SimpleQueue[None]()
+
+    def sleep(seconds: float) -> None:
+        slept.put(seconds)
+        wakes.get(timeout=TIMEOUT)
+
+    monkeypatch.setattr(workers, "time", SimpleNamespace(sleep=sleep))
+    runner = PoolRunner(threads=1)
+    submit(runner, int)
+    assert slept.get(timeout=TIMEOUT) == workers.LINGER
+    for jobs, seconds in ((2, workers.FLOOD_LINGER), (1, workers.LINGER)):
+        for _ in range(jobs):
+            submit(runner, int)
+        wakes.put(None)
+        assert slept.get(timeout=TIMEOUT) == seconds
+    wakes.put(None)
+    assert runner.drain(TIMEOUT) == []
+
+
 @pytest.mark.usefixtures("no_collection")
 def test_an_idle_thread_holds_no_request() -> None:
     runner, subject = PoolRunner(), Subject()

@@ -38,6 +38,9 @@ Under load the next job comes in this time. A wake makes the two threads compete
 without the sleep a flood of durable tasks takes a quarter more processor time.
 """
 
+FLOOD_LINGER = 0.001
+"""The same for a worker that has found more than one job, so that it finds several again."""
+
 
 class Workers(Generic[Job]):
     """Up to ``limit`` daemon threads of a process.
@@ -144,27 +147,36 @@ class Workers(Generic[Job]):
         generation = per_process.generation
         try:
             while self._wait(worker):
-                if len(self._backlog) > 1:  # jobs that came in a sleep have woken no thread
+                has_more = len(self._backlog) > 1
+                worker.linger = FLOOD_LINGER if has_more else LINGER
+                if has_more and not self._lingering:  # submit() has woken this thread alone
                     self._wake() or self._start()
-                try:
-                    job = self._backlog.popleft()
-                except IndexError:
-                    continue
-                try:
-                    self._work(job)
-                except BaseException as exc:
-                    if per_process.generation != generation:
-                        raise  # in a child that a task has forked, whose only thread this is
-                    log.error("%s was stopped", self._name, exc_info=exc)
+                self._do_jobs(generation)
                 if per_process.generation != generation:
                     return
-                del job  # an idle thread holds no request
         finally:
             self._lingering.pop(worker, None)
             self._alive.pop(worker, None)
             # A submit() may have counted on this worker.
             if self._backlog and per_process.generation == generation:
                 self._wake() or self._start()
+
+    def _do_jobs(self, generation: int) -> None:
+        """Do jobs until there is no backlog; wakes no further thread."""
+        while True:
+            try:
+                job = self._backlog.popleft()
+            except IndexError:
+                return
+            try:
+                self._work(job)
+            except BaseException as exc:
+                if per_process.generation != generation:
+                    raise  # in a child that a task has forked, whose only thread this is
+                log.error("%s was stopped", self._name, exc_info=exc)
+            if per_process.generation != generation:
+                return
+            del job  # an idle thread holds no request, and neither does an error's traceback
 
     def _wait(self, worker: _Worker) -> bool:
         """Wait until there is a backlog; False if the worker is to end."""
@@ -185,7 +197,7 @@ class Workers(Generic[Job]):
         """Sleep a moment, so that the next job needs no wake; True if there is a backlog."""
         if not greenlets.are_threads():  # greenlets share a thread
             self._lingering[worker] = None
-            time.sleep(LINGER)
+            time.sleep(worker.linger)
             del self._lingering[worker]
         return bool(self._backlog)
 
@@ -197,10 +209,11 @@ class Workers(Generic[Job]):
 
 
 class _Worker:
-    """The queue on which an idle thread waits."""
+    """The queue on which an idle thread waits, and how long the thread sleeps before."""
 
-    __slots__ = ("wake", "wakes")
+    __slots__ = ("linger", "wake", "wakes")
 
     def __init__(self, simple_queue: type[queue.SimpleQueue[None]]) -> None:
         self.wakes: queue.SimpleQueue[None] = simple_queue()
         self.wake = self.wakes.put
+        self.linger: float = LINGER
