@@ -70,9 +70,24 @@ def test_threads_that_wait_together_share_a_commit(
         executed = statements(store)
         futures = add_together(store, executor, [task() for _ in range(8)])
         assert len({future.result(TIMEOUT)[0].key for future in futures}) == 8
-        assert executed.count("COMMIT") == 1
-        assert executed.count("PRAGMA synchronous=FULL") == (synchronous == "full")
+        *before, insert = executed  # a single statement commits itself
+        assert insert.startswith("INSERT")
+        assert before == ["PRAGMA synchronous=FULL"] * (synchronous == "full")
         assert store.count()["waiting"] == 8
+
+
+def test_threads_that_store_many_tasks_share_a_commit(
+    store: Store, executor: ThreadPoolExecutor
+) -> None:
+    waiting = store._writer.turns.waiting = Waiting(3)
+    sizes = (60, 1, 1)
+    with store._writer.hold():
+        executed = statements(store)
+        futures = [executor.submit(store.add, [task()] * size) for size in sizes]
+        assert waiting.are_there.wait(TIMEOUT)
+    assert tuple(len(future.result(TIMEOUT)) for future in futures) == sizes
+    assert [each.partition(" ")[0] for each in executed] == ["BEGIN", *["INSERT"] * 3, "COMMIT"]
+    assert store.count()["waiting"] == 62
 
 
 def test_deletes_are_not_synced(tmp_path: Path) -> None:
@@ -112,7 +127,7 @@ def test_a_member_of_a_group_that_gives_up_is_removed_by_the_leader(
     gate, committing = threading.Event(), threading.Event()
 
     def slow_disk(statement: str) -> None:
-        if statement == "COMMIT" and not committing.is_set():
+        if statement.startswith("INSERT") and not committing.is_set():
             committing.set()
             assert gate.wait(TIMEOUT)
 
@@ -170,11 +185,27 @@ def test_a_thread_whose_leader_is_interrupted_waits_for_the_next_leader(
     follower = _Write(sql.insert([row]), None)
     store._writer.turns.waiting[follower] = None
     with interrupted_after(store, "BEGIN"), pytest.raises(error):
-        store.add([task("leader")])
+        store.add([task("leader") for _ in range(60)])
     was_settled = follower.is_settled
     store.add([task("next")])
     assert (was_settled, follower.is_settled) == (False, True)
     assert store.count()["waiting"] == 2
+
+
+def test_a_thread_whose_leader_is_interrupted_after_the_commit_is_stored_once(
+    store: Store, error: type[BaseException]
+) -> None:
+    (row,) = store.add([task("follower")])
+    store.take_back([row])
+    store.tidy()
+    follower = _Write(sql.insert([row]), None)
+    store._writer.turns.waiting[follower] = None
+    with interrupted_after(store, "INSERT"), pytest.raises(error):
+        store.add([task("leader")])
+    was_settled = follower.is_settled
+    store.add([task("next")])
+    assert (was_settled, follower.is_settled) == (False, True)
+    assert store.count()["waiting"] == 3
 
 
 def test_a_transaction_left_open_by_a_signal_is_rolled_back(store: Store) -> None:

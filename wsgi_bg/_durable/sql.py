@@ -91,6 +91,13 @@ def insert(rows: Sequence[Row]) -> list[Statement]:
     ]
 
 
+def together(statements: Iterable[Statement]) -> list[Statement]:
+    """Store the single rows of several requests by as few statements as possible."""
+    rows: Any = [values for text, values in statements if text is _INSERT_ONE]
+    others = [each for each in statements if each[0] is not _INSERT_ONE]
+    return [*insert(rows), *others]
+
+
 def delete(keys: Iterable[int]) -> Statement:
     """Delete rows."""
     return f"DELETE FROM tasks WHERE {_KEYS}", (json.dumps(list(keys)),)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from wsgi_bg._durable.sql import Statement
+from wsgi_bg._durable.sql import Statement, together
 from wsgi_bg._process import greenlets, per_process
 from wsgi_bg._process.interrupts import is_from_signal_handler, is_raised_here
 from wsgi_bg.exceptions import StoreError
@@ -280,10 +280,8 @@ class Writer:
         """Commit the writes of a group; if that fails, each in a transaction of its own."""
         error = None
         try:
-            self.execute(
-                [statement for write in group for statement in write.statements],
-                is_synced=True,
-            )
+            statements = [statement for write in group for statement in write.statements]
+            self.execute(together(statements), is_synced=True)
         except (sqlite3.Error, OverflowError, ValueError) as exc:
             if is_from_signal_handler(exc):
                 raise
