@@ -65,13 +65,17 @@ def restore(context: Context, given: Mapping[str, object]) -> None:
 
 
 @cache
-def _propagator() -> Any:
+def _opentelemetry() -> tuple[Callable[[], object], object, Any]:
+    from opentelemetry.trace import INVALID_SPAN, get_current_span
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-    return TraceContextTextMapPropagator()
+    return get_current_span, INVALID_SPAN, TraceContextTextMapPropagator()
 
 
 def _from_opentelemetry() -> dict[str, str]:
+    current_span, no_span, propagator = _opentelemetry()
+    if current_span() is no_span:  # some client has imported OpenTelemetry, and nothing traces
+        return {}
     carrier: dict[str, str] = {}
-    _propagator().inject(carrier)
+    propagator.inject(carrier)
     return {name: value for name, value in carrier.items() if name in _HEADERS}
