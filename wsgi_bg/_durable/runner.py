@@ -205,8 +205,8 @@ class DurableRunner(KeepingRunner):
 
         :raises StoreError: if they are not stored, after ``store_timeout`` at the latest.
         """
-        durable = [task for task in tasks if isinstance(task.message, Kept)]
-        if any(task.message.is_new for task in durable):
+        durable, has_new = _durable(tasks)
+        if has_new:
             self._states.get().keep(durable)
 
     def added(self, task: BackgroundTask, batch: BackgroundTasks) -> None:
@@ -339,11 +339,11 @@ class DurableRunner(KeepingRunner):
         """Hand the batch over to the pool; a batch without durable tasks goes to ``local``."""
         state = self._states.get()
         state.ledger.add(batch)
-        durable = [task for task in batch.tasks if isinstance(task.message, Kept)]
+        durable, has_new = _durable(batch.tasks)
         if not durable:
             self._local.submit(batch)
             return
-        if any(task.message.is_new for task in durable):
+        if has_new:
             try:
                 state.keep(durable)
             except StoreError as exc:
@@ -709,10 +709,11 @@ class _State:
 
     def _hold_all(self, tasks: list[BackgroundTask], rows: list[Row], store: Store) -> None:
         for task, row in zip(tasks, rows, strict=True):
-            task.message.row = row
-            task.message.store = store
+            kept = task.message
+            kept.row = row
+            kept.store = store
             self.hold(task)
-            task.message.settle()
+            kept.settle()
 
     def hold(self, task: BackgroundTask) -> None:
         """Hold a stored task in memory, unless no stored task begins any more."""
@@ -1107,6 +1108,18 @@ class _State:
         for task in tasks:
             task.options.calls.received(task, queue)
         return Batch(queue, response_complete=True, status=status)
+
+
+def _durable(tasks: Iterable[BackgroundTask]) -> tuple[list[BackgroundTask], bool]:
+    """Return the durable ones of ``tasks``, and True if one of them is not stored."""
+    durable = []
+    has_new = False
+    for task in tasks:
+        kept = task.message
+        if isinstance(kept, Kept):
+            durable.append(task)
+            has_new = has_new or kept.is_new
+    return durable, has_new
 
 
 def _options_of(task: BackgroundTask) -> str:

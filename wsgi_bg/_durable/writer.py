@@ -92,7 +92,7 @@ class Turns:
 
     def wake(self) -> None:
         """Wake the thread that is to have the next turn, if no thread has the turn."""
-        if self.free and (self.first or self.waiting):
+        if self.free:
             writes = [write for write in list(self.waiting) if not write.is_settled]
             waiting: list[Turn | _Write] = [*list(self.first), *writes]
             for thread in waiting[:1]:
@@ -132,10 +132,12 @@ class Turn:
         return bool(self._held)
 
     def give(self) -> None:
+        turns = self._turns
         if self._held:
-            self._turns.holder = 0  # before another thread claims the turn
-            next(map(self._turns.free.append, iter(self._held.pop, None)))
-        self._turns.wake()  # also a thread without the turn may have been woken, in vain
+            turns.holder = 0  # before another thread claims the turn
+            next(map(turns.free.append, iter(self._held.pop, None)))
+        if turns.first or turns.waiting:
+            turns.wake()  # also a thread without the turn may have been woken, in vain
 
     def __del__(self) -> None:
         if getattr(self, "_held", None):  # else a signal handler may have raised in __init__()
