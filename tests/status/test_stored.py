@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.durable.support import dead_store
-from tests.status.support import process, visit
+from tests.status.support import nothing, process, visit
 from tests.support import TIMEOUT, app_that, wait_until
 from tests.support.durable_shop import gate, wait_at, write
 from wsgi_bg import (
@@ -121,6 +121,20 @@ def test_the_recorder_finds_the_folder_of_the_runner(folder: Path) -> None:
     gate("recorder").set()
     assert wait(TIMEOUT) == []
     assert status.of(name) == "succeeded"
+
+
+@pytest.mark.parametrize("keep_done", [(5, 0.0), (0, 60.0)], ids=["age", "number"])
+def test_an_ended_id_is_kept_as_the_durable_runner_says_without_a_folder_of_the_status(
+    folder: Path, keep_done: tuple[int, float]
+) -> None:
+    ids: list[str] = []
+
+    def view() -> None:
+        ids.append(background_tasks.add_task(nothing).id)
+
+    visit(view, runner=DurableRunner(folder, keep_done=keep_done))
+    assert wait(TIMEOUT) == []
+    assert status.of(ids[0]) is None
 
 
 def test_a_durable_task_that_waits_for_its_next_attempt_is_retrying(folder: Path) -> None:

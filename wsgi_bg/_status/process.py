@@ -181,6 +181,7 @@ class Process:
 
     def ends_of(self, id: str) -> list[End]:  # noqa: A002
         """Return the end of a task that has ended in this process."""
+        self.journal.keep_done = self._places.keep_done
         self.journal.count()
         end = self.journal.end_of(id)
         return [] if end is None else [end]
