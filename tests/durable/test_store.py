@@ -277,11 +277,12 @@ def test_an_own_file_with_nothing_in_it_goes_when_it_is_closed(folder: Folder) -
     again.close()
 
 
-@pytest.mark.parametrize("suffix", [".sqlite", ".sqlite-wal", ".notes"])
+@pytest.mark.parametrize("suffix", [".sqlite", ".sqlite-wal", ".notes", "owners.lock"])
 def test_a_file_that_was_removed_while_the_process_runs_is_an_error(
     store: Store, suffix: str
 ) -> None:
-    os.unlink(os.path.splitext(store.path)[0] + suffix)
+    stem, folder = os.path.splitext(store.path)[0], os.path.dirname(store.path)
+    os.unlink(stem + suffix if suffix[0] == "." else os.path.join(folder, suffix))
     with pytest.raises(StoreError, match="removed or replaced while this process runs"):
         store.tidy()
     with pytest.raises(StoreError, match="removed or replaced while this process runs"):

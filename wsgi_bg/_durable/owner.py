@@ -19,10 +19,13 @@ from wsgi_bg.exceptions import StoreError
 
 
 class Locks:
-    """The locks of this process in a folder. Get the object by :func:`locks_of`."""
+    """The locks of this process in a folder. Get the object by :func:`locks_of`.
+
+    :ivar path: the path of the lock file.
+    """
 
     def __init__(self, path: str) -> None:
-        self._path = path
+        self.path: str = path
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._held: dict[int, object] = {}
         # Reentrant: a signal handler may look, too. Each process has an object of its own.
@@ -70,12 +73,12 @@ class Locks:
     def check(self) -> None:
         """Raise a ``StoreError`` if the lock file was removed: locks would mean nothing."""
         try:
-            is_same = os.path.samestat(os.stat(self._path), os.fstat(self._file))
+            is_same = os.path.samestat(os.stat(self.path), os.fstat(self._file))
         except OSError:
             is_same = False
         if not is_same:
             raise StoreError(
-                self._path, "the lock file was removed while processes run: restart all of them"
+                self.path, "the lock file was removed while processes run: restart all of them"
             )
 
 

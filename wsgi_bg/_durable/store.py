@@ -267,16 +267,18 @@ class Store:
 
     def _check_lost(self) -> None:
         if self._is_lost:
-            what = "the file was removed or replaced"
+            what = "the file or owners.lock was removed or replaced"
             raise StoreError(self.path, f"{what} while this process runs: restart")
 
     def _find_files(self) -> list[tuple[int, int]]:
-        """Return device and inode of the files that keep the tasks; empty if one is missing."""
+        """Return device and inode of the files that keep the tasks, and of the lock file.
+
+        Empty if one is missing.
+        """
+        suffixes = ".sqlite", ".sqlite-wal", ".notes"
+        paths = [self._folder.file(self.number, suffix) for suffix in suffixes]
         try:
-            found = [
-                os.stat(self._folder.file(self.number, suffix))
-                for suffix in (".sqlite", ".sqlite-wal", ".notes")
-            ]
+            found = [os.stat(path) for path in (*paths, self._locks.path)]
         except OSError:
             return []
         return [(status.st_dev, status.st_ino) for status in found]
@@ -542,7 +544,8 @@ class Store:
         is_time = now >= self._next_look
         if is_time:
             self._next_look = now + LOOK
-            # No next process would find what is written to files that have lost their name.
+            # No next process would find what is written to files that have lost their name, and
+            # without the lock file the next process would take this one for dead.
             self._is_lost = self._find_files() != self._files
             self._check_lost()
             self._obey()
