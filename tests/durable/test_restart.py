@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Log
+from tests.durable.support import dead_store
 from tests.support import TIMEOUT, Server, app_that, make_server_environ, run_python, wait_until
 from tests.support import durable_shop as shop
 from tests.support.durable_shop import fail, handle, run_view, wait_at, write
@@ -286,6 +287,21 @@ def test_a_retry_that_holds_its_request_survives_with_its_attempt_and_no_crash(
     found = left(tmp_path)
     assert [each.state for each in found] == ["waiting"] * 3
     assert min(each.row.due for each in found) > time.time() + 100
+
+
+def test_the_last_attempt_of_a_function_that_has_lost_its_retry_has_its_number(
+    tmp_path: Path, runner: DurableRunner, log: Log
+) -> None:
+    dead_store(
+        check_folder(tmp_path),
+        """store.add([Row("durable.fail", '[1,["a"],{}]', attempts=2)])""",
+    )
+    runner.start()
+    assert wait_until(lambda: [each.state for each in left(tmp_path)] == ["failed"])
+    assert [each.row.attempts for each in left(tmp_path)] == [3]
+    assert shop.calls == ["a"]
+    (error,) = log.errors
+    assert error.endswith("raised ValueError in attempt 3 of 3")
 
 
 def test_a_request_that_was_held_goes_on_when_its_retry_has_succeeded(

@@ -30,7 +30,7 @@ from wsgi_bg._tasks import registry
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg._tasks.checks import seconds, whole_number
 from wsgi_bg._tasks.options import Options
-from wsgi_bg._tasks.retry import Plan
+from wsgi_bg._tasks.retry import Plan, Retry
 from wsgi_bg._tasks.task import DIRECT, BackgroundTask, fill
 from wsgi_bg._tasks.task_log import fields, fields_of, notify_discarded
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError, StoreError
@@ -521,6 +521,8 @@ class Reruns(Attached):
             given: dict[str, Any] = json.loads(row.options or "{}")
             stops = given.get("stop_on_error") is True
             retry = retries.find(given.get("retry"), registration.retry)
+            if retry is None and row.attempts:  # the function has lost its Retry meanwhile
+                retry = Retry(row.attempts + 1)
             options = added_under or self.options
             layer = options.of_layer(options)  # of the tasks that the task adds
             options = replace(
