@@ -21,6 +21,7 @@ from tests.support import (
     app_that,
     events,
     make_server_environ,
+    no_threads,
     nothing,
     run_python,
     submit,
@@ -31,6 +32,7 @@ from wsgi_bg import (
     InlineRunner,
     PoolRunner,
     background_tasks,
+    wait,
 )
 from wsgi_bg._loop import portal
 from wsgi_bg._process import workers
@@ -253,31 +255,53 @@ def test_a_cancelled_task_does_not_cancel_the_next(log: Log) -> None:
     assert seen == ["ran"]
 
 
-def test_async_tasks_that_would_block_the_loop_for_ever_fail(log: Log) -> None:
-    """A task of the loop makes a request in the same process, with async tasks inline."""
-    seen: list[str] = []
+def test_the_tasks_of_a_request_that_an_async_task_makes_run_in_order(log: Log) -> None:
+    """Its batch runs inline, on the thread of the loop, which cannot wait for an async task."""
+    seen: list[object] = []
 
-    class Future:
+    class Soon:
         def __await__(self) -> Iterator[None]:
-            raise AssertionError("awaited")
+            seen.append("awaited")
+            return iter(())
 
     async def run() -> None:
         seen.append("ran")
 
+    def plain() -> None:
+        seen.append(threading.current_thread().name)
+
     def add(environ: object) -> None:
-        background_tasks.add_task(lambda: run())
-        background_tasks.add_task(Future)
-        background_tasks.add_task(run)
-        background_tasks.add_task(seen.append, "plain")
+        for func in (plain, lambda: run(), Soon, plain, run):
+            background_tasks.add_task(func)
 
     async def request() -> None:
         Server().run(BackgroundTasksMiddleware(app_that(add)), make_server_environ())
 
-    runner = PoolRunner()
-    submit(runner, request)
-    assert runner.drain(TIMEOUT) == []
+    submit(PoolRunner(), request)
+    assert wait(TIMEOUT) == wait(TIMEOUT) == []  # for the first request, then for the second
+    assert seen == ["wsgi_bg-portal", "ran", "awaited", "wsgi_bg-batch", "ran"]
+    assert log.errors == []
+
+
+def test_the_async_tasks_of_such_a_request_fail_if_no_thread_can_start(log: Log) -> None:
+    seen: list[str] = []
+
+    async def run() -> None:
+        raise AssertionError
+
+    def add(environ: object) -> None:
+        background_tasks.add_task(lambda: run())
+        background_tasks.add_task(run)
+        background_tasks.add_task(seen.append, "plain")
+
+    async def request() -> None:
+        with no_threads():
+            Server().run(BackgroundTasksMiddleware(app_that(add)), make_server_environ())
+
+    submit(PoolRunner(), request)
+    assert wait(TIMEOUT) == wait(TIMEOUT) == []  # for the first request, then for the second
     assert seen == ["plain"]
-    assert [type(error) for error in log.tracebacks] == [RuntimeError] * 3
+    assert [type(error) for error in log.tracebacks] == [RuntimeError] * 2
 
 
 @pytest.mark.parametrize("runner", [PoolRunner, InlineRunner])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from contextvars import Context, copy_context
 from itertools import chain
 from sys import getrefcount
@@ -23,6 +24,7 @@ from wsgi_bg._loop.coroutines import (
 )
 from wsgi_bg._loop.portal_call import PortalCall
 from wsgi_bg._process import log, per_process
+from wsgi_bg._process.greenlets import start_real_thread
 from wsgi_bg._process.interrupts import is_from_signal_handler, is_raised_here, stops_worker
 from wsgi_bg._tasks import task_log
 from wsgi_bg._tasks.retry import NotSent
@@ -297,7 +299,9 @@ class Batch:
         """Run the tasks in order, with the tasks that they add; blocks until all are done.
 
         Plain functions run on the calling thread. Async functions run on the portal;
-        consecutive async tasks share a portal call.
+        consecutive async tasks share a portal call. On the portal's own thread, as in a
+        request that an async task makes, another thread runs the tasks from the first async
+        task on, and this method does not wait for them.
 
         :raises KeyboardInterrupt: or another exception that stops the server's worker (see
             :mod:`wsgi_bg._process.interrupts`), after the unfinished tasks were logged; never a
@@ -306,8 +310,8 @@ class Batch:
         try:
             self._done = _done_here()
             if self._start():
-                while self._run_plain_tasks():
-                    self._run_async_tasks()
+                while self._run_plain_tasks() and self._run_async_tasks():
+                    pass
         except BaseException as exc:
             self.stop(exc)
             raise
@@ -479,8 +483,11 @@ class Batch:
         """True in a child process that a task, or an observer of a task, has forked."""
         return per_process.generation != self._generation
 
-    def _run_async_tasks(self) -> None:
-        """Run the next async tasks on the portal; blocks until they are done."""
+    def _run_async_tasks(self) -> bool:
+        """Run the next async tasks on the portal; blocks until they are done.
+
+        :return: False if another thread runs all tasks that are left.
+        """
         call = PortalCall()
         try:
             portal.run(self.run_async, self.goes_on_async, call)
@@ -490,14 +497,20 @@ class Batch:
                 call.end(_CANCEL_TIMEOUT)
                 raise
             if not call.is_pending:  # no loop can be made, or this is the loop's thread
+                loop = portal.peek()
+                if loop is not None and loop.is_current:
+                    with suppress(RuntimeError):  # no memory for a stack
+                        start_real_thread(self.run, "wsgi_bg-batch")
+                        return False
                 self._fail_next(exc)
-                return
+                return True
             # A signal handler or gevent's hub has raised, for example for a time limit. The
             # running task fails with this error.
             self._cause = exc
             has_ended = call.end(_CANCEL_TIMEOUT)
             if not has_ended or self._cause is not None:
                 raise
+        return True
 
     def _fail_next(self, exc: BaseException) -> None:
         """Fail the next async task, because there is no loop to run the task on."""
