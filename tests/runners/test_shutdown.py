@@ -436,6 +436,59 @@ def test_tasks_that_a_broken_runner_did_not_take_are_waited_for_too() -> None:
     ) == (0, ["ran"])
 
 
+def test_a_batch_that_comes_after_the_drain_of_its_runner_is_waited_for() -> None:
+    assert run(
+        """
+        begun, drained, released = threading.Event(), threading.Event(), threading.Event()
+        drains = []
+
+        class First(InlineRunner):
+            def drain(self, timeout):
+                drains.append(timeout)
+                if len(drains) == 2:
+                    released.set()
+                left = super().drain(timeout)
+                drained.set()
+                return left
+
+        first = First()
+        request(first, int, complete=True)  # drained first
+
+        def late():
+            begun.set()
+            released.wait(10)
+            print("ran")
+
+        def make_request():
+            drained.wait(10)
+            serve = lambda: request(first, late, complete=True)
+            threading.Thread(target=serve, daemon=True).start()
+            begun.wait(10)
+
+        request(PoolRunner(), make_request)
+        """
+    ) == (0, ["ran"])
+
+
+def test_a_hook_that_never_ends_does_not_keep_the_process() -> None:
+    assert run(
+        """
+        from wsgi_bg.hooks import Hooks
+
+        class Stuck(Hooks):
+            def batch_ended(self, record):
+                print("ended")
+                threading.Event().wait()
+
+        app = app_that(lambda environ: background_tasks.add_task(int))
+        middleware = BackgroundTasksMiddleware(
+            app, runner=PoolRunner(drain_timeout=0.2), hooks=Stuck()
+        )
+        Server().run(middleware, make_server_environ())
+        """
+    ) == (0, ["ended"])
+
+
 def test_a_batch_that_comes_during_the_wait_of_the_exit_is_named() -> None:
     code, lines = run(
         """

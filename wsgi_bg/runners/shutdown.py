@@ -248,10 +248,20 @@ def finish(
     all_done = True
     try:
         with _log_if_interrupted():
-            for runner, seconds in waiting:
-                reason = _drain(runner, seconds, began, notice, latest)
-                all_done = all_done and reason is None
-                reasons[id(runner)] = reason or _time_is_up(seconds)
+            busy = waiting
+            while busy and all_done:
+                for runner, seconds in busy:
+                    reason = _drain(runner, seconds, began, notice, latest)
+                    all_done = all_done and reason is None
+                    reasons[id(runner)] = reason or _time_is_up(seconds)
+                # A runner may get a batch after its drain: from a server's thread, or from a
+                # request that a task of the next runner makes.
+                now = time.monotonic()
+                busy = [
+                    (runner, seconds)
+                    for runner, seconds in waiting
+                    if _has_batches(runner) and now < began + seconds
+                ]
             if waiting and all_done:
                 # A user's drain() may return no tasks although some batches have not ended, or
                 # before the timer has submitted a batch.
@@ -375,6 +385,10 @@ def _may_have_work(runner: Runner) -> bool:
         return True
     ledger = runner.ledger
     return bool(ledger.batches or ledger.waiting or ledger.unsent)
+
+
+def _has_batches(runner: Runner) -> bool:
+    return isinstance(runner, LedgerRunner) and bool(runner.ledger.batches)
 
 
 def _left_of(runner: Runner) -> list[BackgroundTask]:
