@@ -240,7 +240,7 @@ order = (signal.SIGINT, signal.SIGQUIT, signal.SIGQUIT, signal.SIGINT, signal.SI
 print(*map(ends, order))
 """
     )
-    assert ended.stdout == "True False True True True\n", ended.stderr
+    assert ended.stdout == "True False True False True\n", ended.stderr
 
 
 def test_uvicorns_worker_stops_at_sigquit_as_at_sigterm() -> None:
