@@ -437,26 +437,29 @@ def test_tasks_that_a_broken_runner_did_not_take_are_waited_for_too() -> None:
 
 
 def test_a_batch_that_comes_after_the_drain_of_its_runner_is_waited_for() -> None:
-    assert run(
+    code, lines = run(
         """
-        begun, drained, released = threading.Event(), threading.Event(), threading.Event()
-        drains = []
+        import logging
+
+        begun, drained, waited_for = threading.Event(), threading.Event(), threading.Event()
 
         class First(InlineRunner):
             def drain(self, timeout):
-                drains.append(timeout)
-                if len(drains) == 2:
-                    released.set()
                 left = super().drain(timeout)
                 drained.set()
                 return left
 
+        class Handler(logging.Handler):
+            def emit(self, record):
+                waited_for.set()
+
+        logging.getLogger("wsgi_bg").addHandler(Handler())
         first = First()
         request(first, int, complete=True)  # drained first
 
         def late():
             begun.set()
-            released.wait(10)
+            waited_for.wait(10)
             print("ran")
 
         def make_request():
@@ -467,7 +470,10 @@ def test_a_batch_that_comes_after_the_drain_of_its_runner_is_waited_for() -> Non
 
         request(PoolRunner(), make_request)
         """
-    ) == (0, ["ran"])
+    )
+    assert (code, lines[-1]) == (0, "ran")
+    waits = "WARNING the process ends, and waits for 1 background task (1 __main__.late): "
+    assert all(line.startswith(waits) for line in lines[:-1])
 
 
 def test_a_hook_that_never_ends_does_not_keep_the_process() -> None:

@@ -248,25 +248,20 @@ def finish(
     all_done = True
     try:
         with _log_if_interrupted():
-            busy = waiting
-            while busy and all_done:
-                for runner, seconds in busy:
-                    reason = _drain(runner, seconds, began, notice, latest)
-                    all_done = all_done and reason is None
-                    reasons[id(runner)] = reason or _time_is_up(seconds)
-                # A runner may get a batch after its drain: from a server's thread, or from a
-                # request that a task of the next runner makes.
-                now = time.monotonic()
-                busy = [
-                    (runner, seconds)
-                    for runner, seconds in waiting
-                    if _has_batches(runner) and now < began + seconds
-                ]
+            for runner, seconds in waiting:
+                reason = _drain(runner, seconds, began, notice, latest)
+                all_done = all_done and reason is None
+                reasons[id(runner)] = reason or _time_is_up(seconds)
             if waiting and all_done:
                 # A user's drain() may return no tasks although some batches have not ended, or
                 # before the timer has submitted a batch.
                 late = {batch: None for batch in batches_under_way() if batch.has_waited}
                 wait_for(batches | late, latest, notice)
+                # A runner may get a batch after its drain: from a server's thread, or from a
+                # request that a task of the next runner makes.
+                for runner, seconds in waiting:
+                    if isinstance(runner, LedgerRunner):
+                        wait_for(list(runner.ledger.batches), began + seconds, notice)
         return _log_left(reasons, "by the end of the process", names_requests=names_requests)
     finally:
         portal.stop(portal.STOP_TIMEOUT if waiting else 0.0)
@@ -385,10 +380,6 @@ def _may_have_work(runner: Runner) -> bool:
         return True
     ledger = runner.ledger
     return bool(ledger.batches or ledger.waiting or ledger.unsent)
-
-
-def _has_batches(runner: Runner) -> bool:
-    return isinstance(runner, LedgerRunner) and bool(runner.ledger.batches)
 
 
 def _left_of(runner: Runner) -> list[BackgroundTask]:
