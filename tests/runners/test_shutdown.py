@@ -462,13 +462,12 @@ def test_a_batch_that_comes_after_the_drain_of_its_runner_is_waited_for() -> Non
             waited_for.wait(10)
             print("ran")
 
-        def make_request():
+        def serve():
             drained.wait(10)
-            serve = lambda: request(first, late, complete=True)
-            threading.Thread(target=serve, daemon=True).start()
-            begun.wait(10)
+            request(first, late, complete=True)
 
-        request(PoolRunner(), make_request)
+        threading.Thread(target=serve, daemon=True).start()
+        request(PoolRunner(), lambda: begun.wait(10))
         """
     )
     assert (code, lines[-1]) == (0, "ran")
