@@ -285,14 +285,7 @@ class Calls(Caller):
 
     def finished(self, task: BackgroundTask) -> None:
         """Call the hooks for a task that has returned; an awaitable it returned was awaited."""
-        try:
-            record = task.record.pop()  # see _end()
-        except IndexError:
-            return
-        record.ended_at = monotonic()
-        record.awaitable = None
-        for tell in self._told["task_finished"]:
-            tell(record)
+        self._end(task, "task_finished")
 
     def raised(self, task: BackgroundTask) -> None:
         """Note the end of a call that has begun, before a slow log handler delays the hooks."""
