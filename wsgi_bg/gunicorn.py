@@ -36,8 +36,8 @@ _ENDS_DRAIN = "SIGQUIT"
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
-# A Ctrl-C comes to the workers as SIGINT and to the arbiter, which sends them SIGQUIT: one stop
-# in two signals, in either order.
+# Each signal of a Ctrl-C, and the other one. A Ctrl-C comes to the workers as SIGINT, and to
+# the arbiter, which sends them SIGQUIT: these two are one stop, in either order.
 _CTRL_C: dict[int, int] = {signal.SIGINT: signal.SIGQUIT, signal.SIGQUIT: signal.SIGINT}
 
 
@@ -116,8 +116,8 @@ class _Exit:
         self._ends_at = math.inf
         # Logs during the drain; None before and after.
         self._notice: Notice | None = None
-        # The other signal of a Ctrl-C whose first one came last, for _stop().
-        self._partner: int | None = None
+        # The second signal of a Ctrl-C whose first signal has come; None if there is none.
+        self._second: int | None = None
         config = getattr(worker, "config", None)
         if config is not None and hasattr(config, "timeout_notify"):  # uvicorn's
             # A heartbeat each second, for _came(): uvicorn handles the signals itself.
@@ -163,11 +163,10 @@ class _Exit:
             signal.setitimer(signal.ITIMER_REAL, max(left, 0.001), 0.1)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        partner = self._partner
-        self._partner = _CTRL_C.get(number, partner)
-        if number == partner:
-            self._partner = None
+        if number == self._second:
+            self._second = None
             return
+        self._second = _CTRL_C.get(number, self._second)
         previous = self._previous[number]
         # Event loops leave these behind when they are closed.
         if previous is signal.default_int_handler or _belongs_to_closed_loop(previous):
@@ -182,7 +181,7 @@ class _Exit:
             raise SystemExit(0)
 
     def _stop_uvicorn(self, number: int, frame: FrameType | None) -> None:
-        self._partner = _CTRL_C.get(number)
+        self._second = _CTRL_C.get(number)
         signal.raise_signal(signal.SIGTERM)
 
     def _came(self, previous: Any) -> float:
