@@ -135,8 +135,8 @@ class _Attempt:
         links, start_in = None, parent
         if origin.is_valid and not is_child:
             links = [Link(origin)]
-            has_more = len(parent) > 1  # than the span: baggage, for example
-            start_in = set_span_in_context(INVALID_SPAN, parent) if has_more else _NO_SPAN
+            has_baggage = len(parent) > 1  # or has something else beside the span
+            start_in = set_span_in_context(INVALID_SPAN, parent) if has_baggage else _NO_SPAN
         attributes = {
             "messaging.system": "wsgi_bg",
             "messaging.operation.name": "process",
