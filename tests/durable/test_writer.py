@@ -176,14 +176,20 @@ def test_rows_stored_before_a_signal_are_read(store: Store, error: type[BaseExce
     assert len(store.read(0.0, 10)) == 1
 
 
-def test_a_thread_whose_leader_is_interrupted_waits_for_the_next_leader(
-    store: Store, error: type[BaseException]
-) -> None:
+def waiting_write(store: Store) -> _Write:
+    """The write of a thread that waits for the next leader to store its row."""
     (row,) = store.add([task("follower")])
     store.take_back([row])
     store.tidy()
-    follower = _Write(sql.insert([row]), None)
-    store._writer.turns.waiting[follower] = None
+    write = _Write(sql.insert([row]), None)
+    store._writer.turns.waiting[write] = None
+    return write
+
+
+def test_a_thread_whose_leader_is_interrupted_waits_for_the_next_leader(
+    store: Store, error: type[BaseException]
+) -> None:
+    follower = waiting_write(store)
     with interrupted_after(store, "BEGIN"), pytest.raises(error):
         store.add([task("leader") for _ in range(60)])
     was_settled = follower.is_settled
@@ -195,11 +201,7 @@ def test_a_thread_whose_leader_is_interrupted_waits_for_the_next_leader(
 def test_a_thread_whose_leader_is_interrupted_after_the_commit_is_stored_once(
     store: Store, error: type[BaseException]
 ) -> None:
-    (row,) = store.add([task("follower")])
-    store.take_back([row])
-    store.tidy()
-    follower = _Write(sql.insert([row]), None)
-    store._writer.turns.waiting[follower] = None
+    follower = waiting_write(store)
     with interrupted_after(store, "INSERT"), pytest.raises(error):
         store.add([task("leader")])
     was_settled = follower.is_settled

@@ -71,6 +71,13 @@ def hand_over(server: Process, control: Control) -> str:
     return token
 
 
+def assert_drained_until_graceful_timeout(server: Process) -> None:
+    server.wait()
+    assert "gate.visit was not finished before" in server.output
+    assert "interrupted (GracefulTimeout)" in server.output
+    assert "was sent SIGKILL" not in server.output
+
+
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
 def test_a_worker_drains_for_longer_than_the_timeout(
     setup: Setup, control: Control, stack: ExitStack
@@ -112,10 +119,7 @@ def test_a_ctrl_c_that_comes_to_all_processes_leaves_the_drain_its_time(
     server = start_with(stack, setup, control, HOOKS, "--graceful-timeout", "3")
     hand_over(server, control)
     os.killpg(server.pid, signal.SIGINT)
-    server.wait()
-    assert "gate.visit was not finished before" in server.output
-    assert "interrupted (GracefulTimeout)" in server.output
-    assert "was sent SIGKILL" not in server.output
+    assert_drained_until_graceful_timeout(server)
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
@@ -127,10 +131,7 @@ def test_a_ctrl_c_may_reach_the_worker_after_the_arbiters_own_signal(
     server.stop(signal.SIGINT)
     server.wait_until_it_says(f"Worker exiting (pid: {worker})")
     os.kill(worker, signal.SIGINT)
-    server.wait()
-    assert "gate.visit was not finished before" in server.output
-    assert "interrupted (GracefulTimeout)" in server.output
-    assert "was sent SIGKILL" not in server.output
+    assert_drained_until_graceful_timeout(server)
 
 
 @pytest.mark.parametrize("setup", [s for s in SETUPS if "uvicorn" in s.name], ids=str)
