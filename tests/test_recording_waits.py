@@ -195,9 +195,9 @@ def test_real_names_the_tasks_that_wait_too_long_and_drops_them(
     def use() -> None:
         with recording("real") as tasks:
             by_werkzeug(app(fail_twice, runner=pool))
+            assert wait_until(lambda: pool.statistics().waiting == 1)
             with pytest.raises(TimeoutError, match=r"test_recording_waits\.fail_twice"):
                 tasks.join(0.01)
-            assert pool.statistics().waiting == 1
 
     with pytest.raises(TimeoutError, match=r"test_recording_waits\.fail_twice"):
         use()

@@ -676,9 +676,18 @@ def test_a_task_that_is_added_during_a_drain_waits_for_the_next_process(
     runner.abandon()
 
 
-def test_a_retry_waits_in_the_file_and_holds_up_no_other_task(runner: DurableRunner) -> None:
-    handle(runner, (fail_twice, 1), (write, 2))
-    assert shop.wait_for(5) == [1, 2, 1, 1, "child"]
+def test_a_retry_waits_in_the_file_and_holds_up_no_other_task(
+    runner: DurableRunner,
+) -> None:
+    handle(runner, (fail_for_long, 1), (write, 2))
+    assert shop.wait_for(2) == [1, 2]
+    assert wait(TIMEOUT) == []
+    assert wait_until(lambda: waiting(runner) == ["durable.fail_for_long"])
+
+
+def test_a_retry_that_succeeds_leaves_nothing_in_the_file(runner: DurableRunner) -> None:
+    handle(runner, (fail_twice, 1))
+    assert shop.wait_for(4) == [1, 1, 1, "child"]
     assert wait(TIMEOUT) == []
     assert wait_until(lambda: waiting(runner) == [])
 
