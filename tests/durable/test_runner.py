@@ -34,6 +34,7 @@ from tests.support import (
     wait_until,
 )
 from tests.support import durable_shop as shop
+from tests.support.durable import left_by_a_dead_process, open_files, requests_of_a_dead_process
 from tests.support.durable_shop import (
     add_two,
     add_with_delay,
@@ -1029,37 +1030,8 @@ def test_a_discarded_task_that_a_stream_runs_by_hand_is_not_called(
     assert log.at(logging.DEBUG) == log.errors == []
 
 
-def requests_of_a_dead_process(path: Path, *requests: list[Row]) -> None:
-    """Leave the rows of several requests."""
-    code = f"""
-    import os
-    from wsgi_bg._durable.folder import check_folder
-    from wsgi_bg._durable.rows import Row, Settings
-    from wsgi_bg._durable.store import Store
-    store = Store.own(check_folder({str(path)!r}), Settings())
-    for rows in {requests!r}:
-        store.add(rows)
-    os._exit(0)
-    """
-    assert run_python(code).returncode == 0
-
-
-def left_by_a_dead_process(path: Path, *rows: Row) -> None:
-    """Leave the rows of one request."""
-    requests_of_a_dead_process(path, [*rows])
-
-
 def writing(number: int) -> Row:
     return Row("durable.write", f"[1,[{number}],{{}}]")
-
-
-def open_files(path: Path) -> set[str]:
-    """The names of the files in ``path`` that this process has open."""
-    found = set()
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError):
-            found.add(os.readlink(f"/proc/self/fd/{name}"))
-    return {os.path.basename(each) for each in found if os.path.dirname(each) == str(path)}
 
 
 def test_files_of_dead_processes_in_which_nothing_is_due_are_not_kept_open(

@@ -32,6 +32,7 @@ from tests.support import (
     text_of,
     wait_until,
 )
+from tests.support.durable import left_by_a_dead_process, open_files
 from tests.support.post import FilePost, Post, add, request, send, send_or_run
 from tests.support.recording import late as late_stream
 from tests.support.recording import recording
@@ -44,7 +45,7 @@ from wsgi_bg import (
     registered_task,
 )
 from wsgi_bg._durable.folder import check_folder
-from wsgi_bg._durable.inspection import list_tasks
+from wsgi_bg._durable.inspection import list_tasks, order
 from wsgi_bg._durable.rows import Row, Settings
 from wsgi_bg._durable.store import Store
 from wsgi_bg._outbox import outbox as sending
@@ -727,6 +728,30 @@ def test_the_file_of_a_killed_process_goes_when_its_messages_are_sent(tmp_path: 
     request(runner, add(send, "b"))
     assert wait_until(lambda: sorted(sent(tmp_path)) == ["a", "b"])
     assert wait_until(lambda: left not in folder.numbers())
+
+
+def test_files_of_dead_processes_in_which_no_message_is_due_are_not_kept_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time
+    path = tmp_path / "tasks" / "outbox"
+    (tmp_path / "is_up").touch()
+    runner = FilePost(tmp_path)
+    for name in ("a", "b"):
+        left_by_a_dead_process(path, Row("post.send", f'["{name}"]', due=now() + 3600))
+    runner.start()
+    assert wait_until(lambda: runner.statistics().waiting == 2)
+    assert wait_until(
+        lambda: {name[:8] for name in open_files(path)} == {"owners.l", "00000003"}
+    )
+    (first, second) = list_tasks(check_folder(path))
+    assert first.is_owned
+    assert second.is_owned
+    order(check_folder(path), first, "discard")
+    assert wait_until(lambda: runner.statistics().waiting == 1)
+    monkeypatch.setattr(time, "time", lambda: now() + 7200)
+    assert wait_until(lambda: sent(tmp_path) == ["b"])
+    assert wait_until(lambda: check_folder(path).numbers() == [3])
 
 
 def test_a_message_that_a_delayed_task_adds_is_stored_and_sent(tmp_path: Path) -> None:

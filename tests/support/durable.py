@@ -9,13 +9,14 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tests.support import TIMEOUT, text_of, wait_until
+from tests.support import TIMEOUT, run_python, text_of, wait_until
 from wsgi_bg._durable.folder import check_folder
 from wsgi_bg._durable.inspection import list_tasks
+from wsgi_bg._durable.rows import Row
 
 ROOT = Path(__file__).parents[2]
 COMMAND = (sys.executable, "-m", "wsgi_bg", "tasks")
@@ -144,3 +145,32 @@ def forge(shop: Shop, table: str, *values: Any) -> None:
     """Insert a row; bytes become a text, which may be no UTF-8."""
     marks = ("CAST(? AS TEXT)" if type(value) is bytes else "?" for value in values)
     change(shop, f"INSERT INTO {table} VALUES ({', '.join(marks)})", *values)
+
+
+def requests_of_a_dead_process(path: Path, *requests: list[Row]) -> None:
+    """Leave the rows of several requests."""
+    code = f"""
+    import os
+    from wsgi_bg._durable.folder import check_folder
+    from wsgi_bg._durable.rows import Row, Settings
+    from wsgi_bg._durable.store import Store
+    store = Store.own(check_folder({str(path)!r}), Settings())
+    for rows in {requests!r}:
+        store.add(rows)
+    os._exit(0)
+    """
+    assert run_python(code).returncode == 0
+
+
+def left_by_a_dead_process(path: Path, *rows: Row) -> None:
+    """Leave the rows of one request."""
+    requests_of_a_dead_process(path, [*rows])
+
+
+def open_files(path: Path) -> set[str]:
+    """The names of the files in ``path`` that this process has open."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            found.add(os.readlink(f"/proc/self/fd/{name}"))
+    return {os.path.basename(each) for each in found if os.path.dirname(each) == str(path)}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from wsgi_bg._durable.folder import Folder, check_folder, file_of_order
 from wsgi_bg._durable.rows import Outcome, Row, Settings
-from wsgi_bg._durable.store import Parked, Store
+from wsgi_bg._durable.store import PARK, Parked, Store
 from wsgi_bg._messages import headers, retries
 from wsgi_bg._messages.codec import decode, encode
 from wsgi_bg._process import log
@@ -60,7 +60,6 @@ _SHORTER = 0.01  # seconds that a delay may be too short, counted from the stori
 _LAST_LOOK = 1.0  # seconds for which the exit waits for the last look
 _ROOM = 0.05  # seconds between two looks if there was no room for a task
 _COUNT_REST = 30  # times the duration of a count, before the next: a million rows take 30 ms
-_PARK = 60.0  # a file of a dead process is closed if nothing is due for so many seconds
 _MOST = 2**63 - 1  # the greatest number of SQLite
 _SHARE = 0.5  # of the pool's max_pending that tasks from files may take
 
@@ -1014,7 +1013,7 @@ class _State:
         if store.is_empty:
             has_gone = store.remove(self.store)
         else:
-            parked = None if has_more else store.park(time.time() + _PARK)
+            parked = None if has_more else store.park(time.time() + PARK)
             has_gone = parked is not None
             if parked is not None:
                 self.ledger.parked[store.number] = parked

@@ -9,9 +9,9 @@ from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from wsgi_bg._durable.folder import Folder
+from wsgi_bg._durable.folder import Folder, file_of_order
 from wsgi_bg._durable.rows import Outcome, Row, Settings
-from wsgi_bg._durable.store import Store
+from wsgi_bg._durable.store import PARK, Parked, Store
 from wsgi_bg._process import log
 from wsgi_bg._process.greenlets import event, start_daemon
 from wsgi_bg._process.repeated import RepeatedError
@@ -125,6 +125,7 @@ class StoredMessages:
         self._read_row = read
         self._store: Store | None = None
         self._adopted: list[Store] = []
+        self._parked: dict[int, Parked] = {}
         self._has_left_some = False
         self._unknown: dict[str, list[tuple[Store, Row]]] = {}
         self._right = {"to start": True}
@@ -180,7 +181,7 @@ class StoredMessages:
 
     def count_waiting(self) -> int:
         """Return the number of messages in the files whose time has not come."""
-        waiting = 0
+        waiting = sum(each.waiting for each in self._parked.copy().values())
         for store in [self._store, *self._adopted]:
             with suppress(StoreError):  # removed meanwhile, for example
                 waiting += 0 if store is None else store.count_waiting(time.time())
@@ -217,6 +218,7 @@ class StoredMessages:
         self._try(self._read_own)
         self._try(self.store.tidy)
         self._try(self._adopt)
+        self._try(self._reopen)
         for store in list(self._adopted):
             self._try(partial(self._work_off, store))
 
@@ -239,13 +241,32 @@ class StoredMessages:
 
     def _adopt(self) -> None:
         while (adopted := Store.adopt(self._folder, self._settings)) is not None:
-            self._adopted.append(adopted)
-            adopted.tidy()  # obeys orders of the command line before a message can be sent
+            self._begin_work(adopted)
+
+    def _reopen(self) -> None:
+        """Open the parked files with a message that is due, or for which there is an order."""
+        ordered = {file_of_order(path) for path in self._folder.orders()}
+        for number, parked in self._parked.copy().items():
+            if parked.due <= time.time() or number in ordered:
+                del self._parked[number]
+                self._begin_work(Store.reopen(self._folder, number, self._settings))
+
+    def _begin_work(self, store: Store) -> None:
+        self._adopted.append(store)
+        store.tidy()  # obeys orders of the command line before a message can be sent
+        self._try(partial(self._work_off, store))  # now: there may be hundreds to be parked
 
     def _work_off(self, store: Store) -> None:
-        self._read(store)
+        has_more = self._read(store)
         store.tidy()
-        if store.is_empty and store.remove(self.store):
+        if store.is_empty:
+            has_gone = store.remove(self.store)
+        else:
+            parked = None if has_more else store.park(time.time() + PARK)
+            has_gone = parked is not None
+            if parked is not None:
+                self._parked[store.number] = parked
+        if has_gone:
             self._adopted.remove(store)
 
     def _read(self, store: Store) -> bool:
