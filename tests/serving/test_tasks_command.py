@@ -29,6 +29,7 @@ from tests.support.durable import (
     id_of,
     kill,
     leave_failed,
+    left_by_a_dead_process,
     listed,
     said,
     tasks,
@@ -133,6 +134,15 @@ def test_filters_choose_by_name_state_and_age(shop: Shop) -> None:
         nothing = tasks(shop.folder, "list", "--older-than", "4000s")
     assert (nothing.returncode, nothing.stdout) == (1, "")
     assert nothing.stderr == "wsgi-bg tasks: no task matches\n"
+
+
+def test_only_a_star_stands_for_other_text_in_a_name(shop: Shop) -> None:
+    names = "shop[eu].mail", "shope.mail", "shop?.mail", "shop\n.mail"
+    left_by_a_dead_process(shop.folder, *(Row(name, "[1,[],{}]") for name in names))
+    for given in names:
+        assert [name for name, _ in names_and_states(shop, "--name", given)] == [given]
+    assert len(listed(shop, "--name", "shop*l")) == 4
+    assert listed(shop, "--name", "shop*L") == []
 
 
 def test_done_tasks_are_listed_by_name_and_times(shop: Shop) -> None:

@@ -14,7 +14,6 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 from wsgi_bg._durable.folder import Folder, check_folder
@@ -240,12 +239,14 @@ def _matching(folder: Folder, given: argparse.Namespace) -> list[Found]:
     """Return the tasks that have the ids, if ids are given, and match the filters."""
     now = time.time()
     ids = set(getattr(given, "ids", ()))
+    parts = () if given.name is None else given.name.split("*")
+    name = re.compile(".*".join(map(re.escape, parts)), re.DOTALL)
 
     def matches(outcome: Outcome) -> bool:
         row = outcome.row
         return (
             (not ids or row.id in ids)
-            and (given.name is None or fnmatchcase(row.name, given.name))
+            and (given.name is None or name.fullmatch(row.name) is not None)
             and (given.state is None or outcome.state in given.state)
             and (given.older_than is None or now - row.added >= given.older_than)
             and (given.newer_than is None or now - row.added <= given.newer_than)
