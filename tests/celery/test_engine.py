@@ -46,15 +46,24 @@ def test_options_for_the_engine_hold_for_plain_calls(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("using", "error"),
+    ("using", "error", "message"),
     [
-        ({"engine": {"quue": "x"}}, OptionValueError),
-        ({"engine": {"priority": "x"}}, OptionTypeError),
-        ({"engine": {"countdown": 3}, "delay": 3}, OptionValueError),
+        ({"engine": {"quue": "x"}}, OptionValueError, "engine must be a dict with keys of"),
+        ({"engine": {"priority": "x"}}, OptionTypeError, r"engine\['priority'\] must be"),
+        (
+            {"engine": {"acks_late": True}},
+            OptionValueError,
+            r"engine must .* goes to registered_task\(celery=\.\.\.\); got 'acks_late'",
+        ),
+        (
+            {"engine": {"countdown": 3}, "delay": 3},
+            OptionValueError,
+            r"None beside engine=\{'countdown': \.\.\.\}",
+        ),
     ],
 )
 def test_wrong_options_for_the_engine_raise_in_add_task(
-    tmp_path: Path, using: dict[str, Any], error: type[Exception]
+    tmp_path: Path, using: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    with pytest.raises(error):
+    with pytest.raises(error, match=message):
         send(filesystem(tmp_path).runner(), note, "", using=using)

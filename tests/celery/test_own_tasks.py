@@ -336,6 +336,8 @@ def test_a_task_of_another_application_is_refused(runner: CeleryRunner) -> None:
     def view(environ: Any) -> None:
         with pytest.raises(RegistrationError, match="is no task of <Celery shop"):
             background_tasks.add_task(own, 1)
+        with pytest.raises(RegistrationError, match=r"^other\.name is no task of <Celery shop"):
+            background_tasks.add_task(other.signature("other.name"), 1)
 
     Server().run(
         BackgroundTasksMiddleware(app_that(view), runner=runner), make_server_environ()

@@ -206,7 +206,7 @@ def sorted_options() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"acks_late": True}, "this one goes to registered_task; got 'acks_late'"),
+        ({"acks_late": True}, r"goes to registered_task\(celery=\.\.\.\); got 'acks_late'"),
         ({"quene": "x"}, "with keys of compression, .*, time_limit; got 'quene'"),
         ({"queue": b"x"}, r"celery\['queue'\] must be a str; got b'x'"),
         ([("queue", "x")], "celery must be a dict of Celery's options"),

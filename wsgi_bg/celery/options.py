@@ -77,21 +77,22 @@ def for_function(given: Mapping[str, Any]) -> CeleryOptions:
     :raises TypeError: if a value has the wrong type.
     :raises ValueError: if an option is unknown, or a number is infinite or NaN.
     """
-    _check(given, {**_OF_TASK, **_OF_MESSAGE})
+    _check("celery", given, {**_OF_TASK, **_OF_MESSAGE})
     return CeleryOptions(
         {name: given[name] for name in given if name in _OF_TASK},
         {name: given[name] for name in given if name in _OF_MESSAGE},
     )
 
 
-def for_one_call(given: Mapping[str, Any]) -> dict[str, Any]:
+def for_one_call(given: Mapping[str, Any], option: str = "celery") -> dict[str, Any]:
     """Check and copy the options of ``using(celery=...)``.
 
+    :param option: the name of the option, ``"engine"`` for ``using(engine=...)``.
     :raises TypeError: if a value has the wrong type.
     :raises ValueError: if an option is unknown or only for ``registered_task``, or if a
         number is infinite or NaN.
     """
-    _check(given, _OF_MESSAGE)
+    _check(option, given, _OF_MESSAGE)
     return dict(given)
 
 
@@ -101,7 +102,7 @@ def for_messages(registration: Registration) -> dict[str, Any]:
     :raises TypeError: as :func:`for_one_call` does for ``registered_task(engine=...)``.
     :raises ValueError: as :func:`for_one_call` does for ``registered_task(engine=...)``.
     """
-    engine = for_one_call(registration.engine or {})
+    engine = for_one_call(registration.engine or {}, "engine")
     return {**(registration.celery or NO_OPTIONS).message, **engine}
 
 
@@ -115,22 +116,22 @@ def override(of_function: Mapping[str, Any], given: Mapping[str, Any]) -> dict[s
     return {**kept, **given}
 
 
-def refuse_time(given: Mapping[str, Any], delay: float) -> None:
+def refuse_time(given: Mapping[str, Any], delay: float, option: str = "celery") -> None:
     """Raise if ``given`` sets the time of a task that has a delay.
 
     :raises ValueError: if ``given`` has ``countdown`` or ``eta``.
     """
-    for option in TIMES:
-        if option in given:
-            wanted = f"None beside celery={{{option!r}: ...}}, which sets the time too"
+    for name in TIMES:
+        if name in given:
+            wanted = f"None beside {option}={{{name!r}: ...}}, which sets the time too"
             raise OptionValueError("delay", delay, wanted)
 
 
-def _check(given: Any, known: Mapping[str, Kind]) -> None:
+def _check(option: str, given: Any, known: Mapping[str, Kind]) -> None:
     if not isinstance(given, Mapping):
-        raise OptionTypeError("celery", given, "a dict of Celery's options")
+        raise OptionTypeError(option, given, "a dict of Celery's options")
     for name in given:
         if name in _OF_TASK and name not in known:
-            wanted = "options of one message; this one goes to registered_task"
-            raise OptionValueError("celery", name, wanted)
-    entries("celery", given, known)
+            wanted = "options of one message; this one goes to registered_task(celery=...)"
+            raise OptionValueError(option, name, wanted)
+    entries(option, given, known)

@@ -138,7 +138,8 @@ def _own(app: Celery, name: str, task: BackgroundTask) -> Task:
         return app.tasks[name]
     except KeyError:
         raise RegistrationError(
-            f"{task.name} is no task of {app!r}: give the runner the application of the task",
+            f"{name} is no task of {app!r}: import the module of the task, or give the runner "
+            "the application of the task",
             task.func,
         ) from None
 

@@ -219,8 +219,8 @@ def _given(task: BackgroundTask) -> dict[str, Any]:
     """
     engine = task.options.engine or {}
     if engine and task.options.delay:
-        refuse_time(engine, task.options.delay)
-    return {**for_one_call(engine), **(task.options.celery or {})}
+        refuse_time(engine, task.options.delay, "engine")
+    return {**for_one_call(engine, "engine"), **(task.options.celery or {})}
 
 
 def _with_delay(task: BackgroundTask, options: Mapping[str, Any]) -> dict[str, Any]:
