@@ -113,7 +113,7 @@ def close_stores() -> None:
     for thread in threads:
         state = thread._target.__self__
         if isinstance(state, StoredMessages):
-            state.stop(0)
+            state.stop(lambda: 0)
         elif state.ledger.batches:
             return
         else:

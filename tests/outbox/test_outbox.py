@@ -49,6 +49,7 @@ from wsgi_bg._durable.inspection import list_tasks, order
 from wsgi_bg._durable.rows import Row, Settings
 from wsgi_bg._durable.store import Store
 from wsgi_bg._outbox import outbox as sending
+from wsgi_bg._outbox import stored as reading
 from wsgi_bg._outbox.stored import Stored
 from wsgi_bg.exceptions import OptionError, OutboxFullError, PublishError, StoreError
 from wsgi_bg.hooks import Hooks, TaskRecord
@@ -728,6 +729,21 @@ def test_the_file_of_a_killed_process_goes_when_its_messages_are_sent(tmp_path: 
     request(runner, add(send, "b"))
     assert wait_until(lambda: sorted(sent(tmp_path)) == ["a", "b"])
     assert wait_until(lambda: left not in folder.numbers())
+
+
+def test_many_messages_of_a_dead_process_wait_for_no_further_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "_READ", 3)
+    monkeypatch.setattr(reading, "_LOOK", 10 * TIMEOUT)
+    rows = [Row("post.send", f"[{number}]") for number in range(25)]
+    left_by_a_dead_process(tmp_path / "tasks" / "outbox", *rows)
+    (tmp_path / "is_up").touch()
+    runner = FilePost(tmp_path)
+    runner.start()
+    assert wait_until(lambda: len(sent(tmp_path)) == 25)
+    assert sorted(map(int, sent(tmp_path))) == [*range(25)]
+    assert runner.drain(TIMEOUT) == []
 
 
 def test_files_of_dead_processes_in_which_no_message_is_due_are_not_kept_open(

@@ -383,7 +383,7 @@ class OutboxRunner(KeepingRunner):
         """Send no stored message from now on: they wait for the next process."""
         state = self._states.get()
         if state.files is not None:
-            state.files.stop(state.outbox.leave_stored())
+            state.files.stop(state.outbox.leave_stored)
 
     def drain(self, timeout: float) -> list[BackgroundTask]:
         """Wait until all tasks are sent, and the local tasks have ended; blocks.

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _LOOK = 1.0  # seconds between two looks at the folder
 _READ = 500  # rows read from a file at a time
+_BURST, _REST = 10, 0.001  # messages read from a file, and the seconds between two bursts
 
 
 class Message(NamedTuple):
@@ -127,6 +128,7 @@ class StoredMessages:
         self._adopted: list[Store] = []
         self._parked: dict[int, Parked] = {}
         self._has_left_some = False
+        self._has_more = False  # True if a look has not read all that is due
         self._unknown: dict[str, list[tuple[Store, Row]]] = {}
         self._right = {"to start": True}
         self._wake = event()
@@ -192,18 +194,21 @@ class StoredMessages:
         stored.leave()
         self._has_left_some = True
 
-    def stop(self, left: int) -> None:
-        """Read no more rows; ``left`` messages were left, which is logged once."""
+    def stop(self, leave: Callable[[], int]) -> None:
+        """Read no more rows, and log once how many messages ``leave()`` has left."""
         self._is_stopping = True
         self._wake.set()
+        left = leave()
         if left:
             log.info("%d messages stay in %s for the next process", left, self._folder.path)
 
     def _work(self) -> None:
         while not self._is_stopping:
+            self._has_more = False
             self._try(self._look)
-            self._wake.wait(_LOOK)
-            self._wake.clear()
+            if not self._has_more:
+                self._wake.wait(_LOOK)
+                self._wake.clear()
         self._try(self.store.tidy)
 
     def _try(self, func: Callable[[], object]) -> None:
@@ -273,9 +278,18 @@ class StoredMessages:
         """Send messages of ``store`` that no memory holds; True if there may be more."""
         room = max(0, min(_READ, self._outbox.room))
         rows = store.read(time.time(), room)
-        for row in rows:
+        for index, row in enumerate(rows):
+            if self._is_stopping:
+                store.leave(rows[index:])
+                return True
+            if (
+                index % _BURST == 0
+            ):  # or the threads that send compete with requests for the GIL
+                time.sleep(_REST)
             self._send(store, row, is_new=True)
-        return len(rows) == room
+        has_more = len(rows) == room
+        self._has_more |= has_more and room > 0
+        return has_more
 
     def _send(self, store: Store, row: Row, *, is_new: bool) -> None:
         try:
