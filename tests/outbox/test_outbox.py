@@ -937,6 +937,20 @@ def test_rows_of_unknown_tasks_wait_and_forged_rows_are_put_aside(
     assert wait_until(lambda: sorted(each for each, _ in stored(tmp_path)) == states)
 
 
+def test_messages_of_unknown_tasks_take_no_memory(tmp_path: Path, log: Log) -> None:
+    def of_unknown(each: Any) -> bool:
+        return type(each) is Row and each.name == "post.never"
+
+    (tmp_path / "is_up").touch()
+    left_by_a_dead_process(tmp_path / "tasks" / "outbox", Row("post.never", '["lost"]'))
+    runner = FilePost(tmp_path)
+    runner.start()
+    assert wait_until(lambda: bool(log.errors))
+    assert "post.never" in log.errors[0]
+    assert wait_until(lambda: not any(map(of_unknown, gc.get_objects())))
+    assert [state for state, _ in stored(tmp_path)] == ["waiting"]
+
+
 def test_rows_of_a_file_that_cannot_be_read_are_read_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: Log
 ) -> None:

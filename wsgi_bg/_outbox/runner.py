@@ -153,7 +153,7 @@ class OutboxRunner(KeepingRunner):
         outbox = Outbox(self.connect, self, ledger, self.local, self._limits)
         files = None
         if self._folder is not None:
-            files = StoredMessages(self._folder, Settings(), outbox, self._from_row)
+            files = StoredMessages(self._folder, Settings(), outbox, self.find, self._from_row)
         return _State(ledger, outbox, files)
 
     # What a subclass defines.
@@ -413,11 +413,10 @@ class OutboxRunner(KeepingRunner):
     def ledger(self) -> Ledger:
         return self._states.get().ledger
 
-    def _from_row(self, row: Row) -> tuple[BackgroundTask, Message] | None:
+    def _from_row(self, row: Row) -> tuple[BackgroundTask, Message]:
         """Return a task, which is only sent, and the message in ``row``."""
         func = self.find(row.name)
-        if func is None:
-            return None
+        assert func is not None, "asked before, and no task is forgotten"
         try:
             message = Message(row.name, self.load(row.name, row.arguments))
         except Exception as exc:  # a forged row

@@ -108,28 +108,38 @@ class Stored:
         store.leave([self.row])
 
 
-Read = Callable[[Row], "tuple[BackgroundTask, Message] | None"]
+Read = Callable[[Row], "tuple[BackgroundTask, Message]"]
 
 
 class StoredMessages:
     """The file of this process in a folder, and the files of processes that have died.
 
     :param outbox: sends the messages.
-    :param read: returns the task and the message of a row, which may be forged; None if the
-        task is not known here (yet). Raises ``MessageError`` if the row cannot be read.
+    :param find: returns the function of a task by its name; None if it is not known (yet).
+    :param read: returns the task and the message of a row, which may be forged. Raises
+        ``MessageError`` if the row cannot be read.
     """
 
-    def __init__(self, folder: Folder, settings: Settings, outbox: _Outbox, read: Read) -> None:
+    def __init__(
+        self,
+        folder: Folder,
+        settings: Settings,
+        outbox: _Outbox,
+        find: Callable[[str], object],
+        read: Read,
+    ) -> None:
         self._folder = folder
         self._settings = settings
         self._outbox = outbox
+        self._find = find
         self._read_row = read
         self._store: Store | None = None
         self._adopted: list[Store] = []
         self._parked: dict[int, Parked] = {}
         self._has_left_some = False
         self._has_more = False  # True if a look has not read all that is due
-        self._unknown: dict[str, list[tuple[Store, Row]]] = {}
+        # Keys of rows, by the name of a task that is not known yet, or no more.
+        self._unknown: dict[str, dict[Store, list[int]]] = {}
         self._right = {"to start": True}
         self._wake = event()
         self._error = RepeatedError("%s could not be looked at")
@@ -228,10 +238,10 @@ class StoredMessages:
             self._try(partial(self._work_off, store))
 
     def _look_at_unknown(self) -> None:
-        unknown, self._unknown = self._unknown, {}
-        for rows in unknown.values():
-            for store, row in rows:
-                self._send(store, row, is_new=False)
+        for name in [name for name in self._unknown if self._find(name) is not None]:
+            for store, keys in self._unknown.pop(name).items():
+                store.leave_keys(keys)
+            self._has_left_some = True
 
     def _read_own(self) -> None:
         due = self.store.next_due()
@@ -286,26 +296,25 @@ class StoredMessages:
                 index % _BURST == 0
             ):  # or the threads that send compete with requests for the GIL
                 time.sleep(_REST)
-            self._send(store, row, is_new=True)
+            self._send(store, row)
         has_more = len(rows) == room
         self._has_more |= has_more and room > 0
         return has_more
 
-    def _send(self, store: Store, row: Row, *, is_new: bool) -> None:
+    def _send(self, store: Store, row: Row) -> None:
+        if self._find(row.name) is None:
+            if row.name not in self._unknown:
+                log.error(
+                    "messages for %s wait in %s: no task has that name", row.name, store.path
+                )
+            self._unknown.setdefault(row.name, {}).setdefault(store, []).append(row.key)
+            return
         try:
-            found = self._read_row(row)
+            task, message = self._read_row(row)
         except MessageError as exc:  # a forged row
             self._outbox.count_aside()
             extra = fields_of(row.name, row.id, "aside", str(exc))
             log.error("a message for %s was put aside: %s", row.name, exc, extra=extra)
             store.end(Outcome(row, "aside", ended=time.time(), error=type(exc).__name__))
             return
-        if found is None:
-            if is_new and row.name not in self._unknown:
-                log.error(
-                    "messages for %s wait in %s: no task has that name", row.name, store.path
-                )
-            self._unknown.setdefault(row.name, []).append((store, row))
-            return
-        task, message = found
         self._outbox.put(task, Stored(message, row, store))()
