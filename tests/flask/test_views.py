@@ -16,7 +16,7 @@ from flask.views import MethodView, View
 from typing_extensions import TypeAliasType
 
 import wsgi_bg
-from tests.support import TIMEOUT
+from tests.support import TIMEOUT, lazy_module
 from wsgi_bg import BackgroundTasks, background_tasks, inject
 from wsgi_bg.exceptions import InjectionError
 from wsgi_bg.flask import Background
@@ -524,6 +524,27 @@ def test_an_annotation_that_cannot_be_resolved_is_the_cause(app: Flask) -> None:
     with pytest.raises(InjectionError) as caught:
         get(app)
     assert isinstance(caught.value.__cause__, NameError)
+
+
+LAZY = """
+def view(tasks: BackgroundTasks, order: Order | None = None) -> Response:
+    return looks_like(tasks)
+"""
+
+
+def test_an_annotation_may_have_a_name_that_only_type_checkers_know(app: Flask) -> None:
+    module = lazy_module(LAZY, BackgroundTasks=BackgroundTasks, looks_like=looks_like)
+    add(app, module["view"])
+    assert get(app).text == "the request's"
+
+
+def test_the_name_of_the_tasks_has_to_be_known_at_run_time(app: Flask) -> None:
+    add(app, lazy_module(LAZY)["view"])
+    add(app, lazy_module("def other(order: Order = 1): return str(order)")["other"], "/other")
+    with pytest.raises(InjectionError, match="not under TYPE_CHECKING only") as caught:
+        get(app)
+    assert isinstance(caught.value.__cause__, NameError)
+    assert get(app, "/other").text == "1"
 
 
 def mine(view: Callable[..., Any]) -> Callable[..., Any]:

@@ -28,6 +28,7 @@ from tests.support import (
     TIMEOUT,
     Environ,
     app_that,
+    lazy_module,
     make_environ,
     make_server_environ,
     respond,
@@ -135,6 +136,11 @@ def test_each_argument_is_named_by_its_parameter_or_its_position(log: Log) -> No
     add(store, 1, "name", 2, file, key=file, other=3)
     assert log.warnings[0].startswith(f"{STORE}positional argument 4 is an uploaded file")
     assert "; argument 'key' is an uploaded file" in log.warnings[0]
+
+
+def test_an_annotation_may_have_a_name_that_only_type_checkers_know(log: Log) -> None:
+    add(lazy_module("def func(upload: Upload) -> None: ...")["func"], FileStorage())
+    assert "argument 'upload' is an uploaded file" in log.warnings[0]
 
 
 def test_arguments_of_a_function_without_a_signature_are_named_by_position(log: Log) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Optional, TypeVar
 import pytest
 from flask import Flask
 
-from tests.support import TIMEOUT, Environ, app_that, make_environ, respond
+from tests.support import TIMEOUT, Environ, app_that, lazy_module, make_environ, respond
 from wsgi_bg import (
     BackgroundTasks,
     BackgroundTasksMiddleware,
@@ -467,6 +467,17 @@ def test_inject_looks_once() -> None:
     func = inject(other_module("def func(tasks: 'look()'): return tasks", look=look)["func"])
     in_request(lambda tasks: [func(), func()])
     assert len(looks) == 1
+
+
+def test_an_annotation_may_have_a_name_that_only_type_checkers_know() -> None:
+    source = "def func(tasks: BackgroundTasks, order: Order = 1) -> Order: return tasks"
+    func = inject(lazy_module(source, BackgroundTasks=BackgroundTasks)["func"])
+    found: list[bool] = []
+    in_request(lambda tasks: found.append(func() is tasks))
+    assert found == [True]
+    with pytest.raises(TypeError, match="annotations can be resolved") as caught:
+        inject(lazy_module(source)["func"])()
+    assert isinstance(caught.value.__cause__, NameError)
 
 
 def test_inject_has_the_cause() -> None:

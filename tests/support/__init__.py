@@ -177,6 +177,18 @@ def waitress(app: App, threads: int = 2) -> Iterator[int]:
         yield server.effective_port
 
 
+def lazy_module(source: str, **names: Any) -> dict[str, Any]:
+    """The namespace of a module whose annotations are evaluated when they are read, or later.
+
+    Before Python 3.14 they are strings.
+    """
+    if sys.version_info < (3, 14):
+        source = f"from __future__ import annotations\n{source}"
+    module: dict[str, Any] = {"__name__": "lazy", **names}
+    exec(compile(source, "lazy.py", "exec", dont_inherit=True), module)
+    return module
+
+
 def run_python(code: str, *, timeout: float = 30.0) -> subprocess.CompletedProcess[str]:
     """Run ``code`` in a new interpreter."""
     return subprocess.run(

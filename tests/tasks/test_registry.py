@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import registry_samples, run_python
+from tests.support import lazy_module, registry_samples, run_python
 from tests.support.registry_samples import Sample, generator, plain, taken
 from wsgi_bg import BackgroundTasks, registered_task
 from wsgi_bg._tasks import registry
@@ -38,6 +38,18 @@ def test_a_decorated_function_takes_the_arguments_of_its_decorator() -> None:
     found = registry.find(registry_samples.decorated)
     assert found is not None
     assert list(found.signature.parameters) == ["x"]
+
+
+def test_an_annotation_may_have_a_name_that_only_type_checkers_know() -> None:
+    func = lazy_module("def func(order: Order, copies: int = 1) -> Order: ...")["func"]
+    registered_task(name="samples.lazy")(func)
+    try:
+        found = registry.find(func)
+        assert found is not None
+        assert found.positional == range(1, 3)
+    finally:
+        del registry._by_name["samples.lazy"]
+        del registry._by_function[func]
 
 
 def test_calling_a_registered_function_is_a_plain_call() -> None:

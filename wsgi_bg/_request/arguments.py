@@ -5,7 +5,6 @@ When the task runs, such an object is closed, or a proxy refers to another objec
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsgi_bg._process import log
 from wsgi_bg._process.interrupts import is_from_signal_handler
+from wsgi_bg._tasks.callables import signature_of
 from wsgi_bg._tasks.current import background_tasks
 from wsgi_bg._tasks.task_log import fields
 
@@ -186,7 +186,7 @@ def _name_of(func: Callable[..., object], place: int | str) -> str:
     if isinstance(place, str):
         return f"argument {place!r}"
     try:
-        parameters = list(inspect.signature(func).parameters.values())
+        parameters = list(signature_of(func).parameters.values())
     except (TypeError, ValueError):  # a function in C without a signature
         parameters = []
     named = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)

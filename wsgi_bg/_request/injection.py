@@ -12,7 +12,7 @@ from inspect import Parameter
 from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from wsgi_bg._tasks.background_tasks import BackgroundTasks
-from wsgi_bg._tasks.callables import name_of
+from wsgi_bg._tasks.callables import name_of, signature_of
 from wsgi_bg._tasks.task import current
 from wsgi_bg.exceptions import OptionTypeError, OutsideRequestError
 
@@ -50,7 +50,7 @@ def find_injected(func: Callable[..., Any]) -> tuple[list[InjectedParameter], li
     injected: list[InjectedParameter] = []
     unresolved: list[Unresolved] = []
     try:
-        parameters: Iterable[Parameter] = inspect.signature(func).parameters.values()
+        parameters: Iterable[Parameter] = signature_of(func).parameters.values()
         names = _namespace_of(func)
     except (TypeError, ValueError):  # a C function without a signature, or a loop of wrappers
         return [], []
@@ -65,7 +65,8 @@ def find_injected(func: Callable[..., Any]) -> tuple[list[InjectedParameter], li
         try:
             members = _members(_resolve(parameter.name, annotation, names))
         except Exception as exc:  # evaluating a string may raise any exception
-            is_ours = _NAME.search(str(annotation)) is not None
+            text = getattr(annotation, "__forward_arg__", annotation)  # of a ForwardRef
+            is_ours = _NAME.search(str(text)) is not None
             unresolved.append(Unresolved(parameter.name, exc, is_ours))
             continue
         if not any(member is BackgroundTasks for member in members):

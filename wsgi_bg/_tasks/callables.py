@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import reprlib
+import sys
 from inspect import CO_COROUTINE
 from types import FunctionType, NoneType
 from typing import Any
@@ -20,6 +21,22 @@ NOT_PLAIN = (
     | inspect.CO_ITERABLE_COROUTINE
     | inspect.CO_ASYNC_GENERATOR
 )
+
+# Since Python 3.14 an annotation is evaluated when it is read. Its names may be imported under
+# TYPE_CHECKING only: such an annotation is read as a ForwardRef, and raises no NameError.
+_FORMAT: dict[str, Any] = {}
+if sys.version_info >= (3, 14):
+    from annotationlib import Format
+
+    _FORMAT = {"annotation_format": Format.FORWARDREF}
+
+
+def signature_of(func: Any, *, follow_wrapped: bool = True) -> inspect.Signature:
+    """Return the signature of ``func``, also if an annotation cannot be resolved.
+
+    :raises TypeError: or a ``ValueError``, if ``func`` has no signature, as functions in C.
+    """
+    return inspect.signature(func, follow_wrapped=follow_wrapped, **_FORMAT)
 
 
 def is_async_callable(func: Any) -> bool:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from wsgi_bg._process.interrupts import type_name
 from wsgi_bg._tasks import successors
-from wsgi_bg._tasks.callables import is_async_callable, name_of
+from wsgi_bg._tasks.callables import is_async_callable, name_of, signature_of
 from wsgi_bg._tasks.checks import WhenUnsent, check_when_unsent
 from wsgi_bg.exceptions import (
     NameTakenError,
@@ -215,7 +215,7 @@ def _register(
         raise RegistrationError(f"{_shown(func)} cannot be registered: {reason}", func)
     is_async_callable(func)  # raises for a generator function
     name = name or name_of(func)
-    signature = inspect.signature(func, follow_wrapped=False)
+    signature = signature_of(func, follow_wrapped=False)
     new = Registration(name, func, signature, options, retry, when_unsent, engine)
     with _lock:
         old = _by_name.get(name)

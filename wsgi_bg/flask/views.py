@@ -9,7 +9,6 @@ object to all readers of ``request.view_args``.)
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -17,7 +16,7 @@ from flask import Flask, request
 from flask.views import MethodView, View
 
 from wsgi_bg._request.injection import InjectedParameter, fill_injected, find_injected
-from wsgi_bg._tasks.callables import name_of
+from wsgi_bg._tasks.callables import name_of, signature_of
 from wsgi_bg.exceptions import InjectionError
 
 # The key of a handler for all methods: a function, or the dispatch_request of a class.
@@ -109,7 +108,7 @@ def _reaches(handler: Callable[..., Any], view: Callable[..., Any], name: str) -
 def _takes(func: Callable[..., Any], name: str) -> bool:
     """True if ``func``, including its decorators, can be called with ``name``."""
     try:
-        parameters = inspect.signature(func, follow_wrapped=False).parameters
+        parameters = signature_of(func, follow_wrapped=False).parameters
     except (TypeError, ValueError):  # functools.cache, in C, has no signature
         return True
     return name in parameters or any(
