@@ -488,7 +488,7 @@ def test_a_forged_task_is_shown_in_its_own_block_and_ordered_in_vain(shop: Shop)
     assert result.stdout.splitlines()[0] == r"task a\nb"
     assert result.stdout.splitlines()[-6:] == [
         "  arguments",
-        "    cannot be read: {",
+        "    stored as: {",
         "  traceback",
         "    Traceback",
         "    task 1-1",

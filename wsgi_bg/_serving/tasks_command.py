@@ -336,11 +336,14 @@ def _lines(text: str) -> list[str]:
 
 
 def _arguments(text: str) -> list[str]:
-    """Return a line for each argument; one line with the text if the text cannot be read."""
+    """Return a line for each argument; one line with the text if that is no list of arguments.
+
+    The text is the message for an engine then, in the folder of an outbox, or it is damaged.
+    """
     try:
         args, kwargs = decode(text)
     except MessageError:
-        return [f"cannot be read: {text}"]
+        return [f"stored as: {text}"]
     return [*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())]
 
 
