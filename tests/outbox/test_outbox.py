@@ -894,6 +894,14 @@ def test_after_hold_for_a_message_is_put_aside(tmp_path: Path, log: Log) -> None
 
 
 @pytest.mark.usefixtures("quick")
+def test_no_message_is_dropped_since_many_are_put_aside(tmp_path: Path, log: Log) -> None:
+    runner = FilePost(tmp_path, hold_for=0.05, publish_timeout=0.02)
+    for start in range(0, 1100, 100):
+        request(runner, add(send, *range(start, start + 100)))
+    assert wait_until(lambda: [each for each, _ in stored(tmp_path)] == ["aside"] * 1100)
+
+
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("func", [send_or_run, "fails"])
 def test_a_stored_message_goes_when_its_task_has_run_here(
     tmp_path: Path, log: Log, func: Any

@@ -12,6 +12,9 @@ OF_ROW = (*(str,) * 4, float, int, int, str, float, int, int)
 OF_DONE = (str, str, float, float, float)
 """The types of the id, the name and the times of a done task."""
 
+NO_LIMIT = 2**63 - 1
+"""For any number of tasks: the greatest number of SQLite."""
+
 
 def typed(values: Iterable[Any], types: Iterable[type]) -> list[Any]:
     """Return the values of a row of a file, which may be forged.

@@ -17,7 +17,7 @@ from threading import TIMEOUT_MAX
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from wsgi_bg._durable.folder import Folder, check_folder, file_of_order
-from wsgi_bg._durable.rows import Outcome, Row, Settings
+from wsgi_bg._durable.rows import NO_LIMIT, Outcome, Row, Settings
 from wsgi_bg._durable.store import PARK, Parked, Store
 from wsgi_bg._messages import headers, retries
 from wsgi_bg._messages.codec import decode, encode
@@ -60,7 +60,6 @@ _SHORTER = 0.01  # seconds that a delay may be too short, counted from the stori
 _LAST_LOOK = 1.0  # seconds for which the exit waits for the last look
 _ROOM = 0.05  # seconds between two looks if there was no room for a task
 _COUNT_REST = 30  # times the duration of a count, before the next: a million rows take 30 ms
-_MOST = 2**63 - 1  # the greatest number of SQLite
 _SHARE = 0.5  # of the pool's max_pending that tasks from files may take
 
 
@@ -1158,4 +1157,4 @@ def _number_and_age(option: str, given: Any) -> tuple[int, float]:
     number, age = given
     whole_number(f"{option}[0]", number, least=0)
     seconds(f"{option}[1]", age)
-    return min(number, _MOST), min(age, TIMEOUT_MAX)
+    return min(number, NO_LIMIT), min(age, TIMEOUT_MAX)

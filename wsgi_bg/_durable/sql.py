@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
-from wsgi_bg._durable.rows import Outcome, Row, Settings
+from wsgi_bg._durable.rows import NO_LIMIT, Outcome, Row, Settings
 
 Statement = tuple[str, Sequence[Any]]
 
@@ -164,9 +164,11 @@ def _prune_done(settings: Settings) -> Statement:
 
 def _prune_kept(settings: Settings) -> Statement:
     number, age = settings.keep_failed
+    by_age = "DELETE FROM kept WHERE ended < ?"
+    if number == NO_LIMIT:  # there may be many, and the rest would sort all of them
+        return by_age, (time.time() - age,)
     return (
-        """DELETE FROM kept WHERE ended < ?
-        OR id IN (SELECT id FROM kept ORDER BY ended DESC LIMIT -1 OFFSET ?)""",
+        f"{by_age} OR id IN (SELECT id FROM kept ORDER BY ended DESC LIMIT -1 OFFSET ?)",
         (time.time() - age, number),
     )
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypedDict
 from weakref import WeakValueDictionary
 
 from wsgi_bg._durable.folder import Folder, check_folder
-from wsgi_bg._durable.rows import Row, Settings
+from wsgi_bg._durable.rows import NO_LIMIT, Row, Settings
 from wsgi_bg._outbox.encoded import EngineOptions, encode_call, load_call
 from wsgi_bg._outbox.outbox import Connection, Limits, Outbox
 from wsgi_bg._outbox.stored import Message, Stored, StoredMessages
@@ -45,6 +45,9 @@ _LONG = 900.0
 """Seconds of delay from which a message waits in the file, if there is a file."""
 
 _NO_ROW = Row("", "")
+
+_SETTINGS = Settings(keep_failed=(NO_LIMIT, 7 * 86400.0))
+"""Messages that were put aside are kept for a week, however many they are."""
 
 _of_folder: WeakValueDictionary[tuple[int, int], OutboxRunner] = WeakValueDictionary()
 """A runner of this process by the identity of its folder."""
@@ -153,7 +156,7 @@ class OutboxRunner(KeepingRunner):
         outbox = Outbox(self.connect, self, ledger, self.local, self._limits)
         files = None
         if self._folder is not None:
-            files = StoredMessages(self._folder, Settings(), outbox, self.find, self._from_row)
+            files = StoredMessages(self._folder, _SETTINGS, outbox, self.find, self._from_row)
         return _State(ledger, outbox, files)
 
     # What a subclass defines.
