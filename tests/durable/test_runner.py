@@ -720,6 +720,46 @@ def test_a_task_after_a_delay_holds_up_no_other_task_with_the_same_delay(
     assert sorted(shop.wait_for(4)) == [1, 2, 3, 4]  # as on the pool
 
 
+def test_a_task_that_runs_after_its_delay_holds_up_no_other_task(runner: DurableRunner) -> None:
+    opened = shop.gate("gate")
+
+    def add(environ: object) -> None:
+        background_tasks.using(delay=0.05).add_task(wait_at, "gate")
+        background_tasks.using(delay=0.05).add_task(write, 1)
+
+    run_view(runner, add)
+    assert shop.wait_for(1) == [1]
+    opened.set()
+    assert shop.wait_for(2) == [1, "gate"]
+
+
+def test_a_task_with_a_delay_comes_from_a_file_at_its_turn(
+    runner: DurableRunner, tmp_path: Path, log: Log
+) -> None:
+    delayed = '{"stop_on_error": true, "retry": null, "is_delayed": true}'
+    requests = [
+        [
+            Row("durable.fail", "[1,[1],{}]", options='{"stop_on_error": true}'),
+            Row("durable.write", "[1,[2],{}]", options=delayed, due=1.0),
+        ],
+        [
+            Row("durable.wait_at", '[1,["gate"],{}]'),
+            Row("durable.fail", "[1,[3],{}]", options=delayed, due=1.0),
+            Row("durable.write", "[1,[4],{}]"),
+        ],
+    ]
+    requests_of_a_dead_process(tmp_path / "tasks", *requests)
+    opened = shop.gate("gate")
+    runner.start()
+    assert shop.begun["gate"].wait(TIMEOUT)
+    assert wait_until(lambda: any("durable_shop.write" in each for each in log.warnings))
+    assert shop.calls == [1]
+    opened.set()
+    assert sorted(shop.wait_for(4)[2:]) == [3, 4]  # the failure of 3 skips no other
+    assert shop.calls[:2] == [1, "gate"]
+    assert wait_until(lambda: runner.statistics().pending == 0)
+
+
 def test_the_last_failure_is_the_tasks_error(
     runner: DurableRunner, log: Log, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from contextvars import ContextVar, copy_context
 from dataclasses import replace
 from functools import partial
-from itertools import count
+from itertools import count, takewhile
 from math import inf, nextafter
 from threading import TIMEOUT_MAX
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -60,6 +60,7 @@ _SHORTER = 0.01  # seconds that a delay may be too short, counted from the stori
 _LAST_LOOK = 1.0  # seconds for which the exit waits for the last look
 _ROOM = 0.05  # seconds between two looks if there was no room for a task
 _COUNT_REST = 30  # times the duration of a count, before the next: a million rows take 30 ms
+_AT_ITS_TURN = 1e-9  # seconds of a delay that is over
 _SHARE = 0.5  # of the pool's max_pending that tasks from files may take
 
 
@@ -192,7 +193,8 @@ class DurableRunner(KeepingRunner):
             return None
         text = encode(registration, task.args, task.kwargs)
         options = ""
-        if task.options.stop_on_error or task.options.retry is not None:
+        given = task.options
+        if given.stop_on_error or given.retry is not None or given.delay:
             options = _options_of(task)
         context = headers.current()
         carried = json.dumps(context) if context else ""
@@ -487,12 +489,18 @@ class Reruns(Attached):
         super().attach(replace(options, run_on="always"))
 
     def task(
-        self, store: Store, row: Row, added_under: Options | None, ledger: Ledger
+        self,
+        store: Store,
+        row: Row,
+        added_under: Options | None,
+        ledger: Ledger,
+        delay: float,
     ) -> BackgroundTask | None:
         """Return the task of a row; None if the row has to wait, or was put aside.
 
         :param added_under: the options of the layer that has added the task in this process.
         :param ledger: counts a task that was put aside.
+        :param delay: above 0.0 to put the task off at its turn.
         """
         registration = registry.get(row.name)
         if registration is None:
@@ -524,7 +532,7 @@ class Reruns(Attached):
             options = added_under or self.options
             layer = options.of_layer(options)  # of the tasks that the task adds
             options = replace(
-                options, run_on="always", stop_on_error=stops, delay=0.0, layer=layer
+                options, run_on="always", stop_on_error=stops, delay=delay, layer=layer
             )
             context = copy_context()
             headers.restore(context, json.loads(row.context or "{}"))
@@ -539,8 +547,9 @@ class Reruns(Attached):
         fill(task, registration.func, tuple(args), kwargs, context, options)
         task.message = Kept(row, store)
         task.keep_id(row.id)
-        if retry is not None:
+        if retry is not None or delay:
             task.plan = Plan(retry, row.attempts + 1)
+        if retry is not None:
             task.keep_context()
         return task
 
@@ -1098,7 +1107,8 @@ class _State:
             if place in self._added_here:
                 added_here[place] = self._added_here.pop(place)
                 options, queue.request, status = added_here[place]
-            task = self._reruns.task(store, row, options, self.ledger)
+            delay = _AT_ITS_TURN if row is not rows[0] and _is_delayed(row) else 0.0
+            task = self._reruns.task(store, row, options, self.ledger, delay)
             if task is not None:
                 tasks.append(task)
                 self._in_memory[place] = task
@@ -1133,16 +1143,19 @@ def _options_of(task: BackgroundTask) -> str:
 
 
 def _is_delayed(row: Row) -> bool:
-    """True for a row with a delay, unless no failure or retry of the row can hold up others."""
+    """True for a row with a delay."""
     return '"is_delayed": true' in row.options  # as _options_of() has written it
 
 
 def _batches(rows: list[Row]) -> list[list[Row]]:
-    """The rows of a request as batches: as in memory, each delayed row is one of its own."""
+    """The rows of a request as batches: as in memory, each delayed row is one of its own.
+
+    But not before its turn: a delayed row after others is put off by their batch.
+    """
     ordered = sorted(rows, key=lambda row: (row.added, row.key))
-    delayed = [[row] for row in ordered if _is_delayed(row)]
-    rest = [row for row in ordered if not _is_delayed(row)]
-    return [*delayed, rest] if rest else delayed
+    alone = [[row] for row in takewhile(_is_delayed, ordered)]
+    rest = ordered[len(alone) :]
+    return [*alone, rest] if rest else alone
 
 
 def _row_of(task: BackgroundTask) -> Row:
