@@ -62,7 +62,7 @@ from wsgi_bg import (
 from wsgi_bg._durable.folder import check_folder
 from wsgi_bg._durable.inspection import list_tasks, order
 from wsgi_bg._durable.rows import Row
-from wsgi_bg._durable.runner import Kept, _running
+from wsgi_bg._durable.runner import Kept, _running, _State
 from wsgi_bg._durable.store import Store
 from wsgi_bg._process.workers import Workers
 from wsgi_bg.exceptions import StoreError, WaitingLimitError
@@ -70,6 +70,7 @@ from wsgi_bg.flask import Background
 from wsgi_bg.hooks import BatchRecord, Hooks, TaskRecord
 from wsgi_bg.monitor import Monitor
 from wsgi_bg.runners import Statistics, shutdown
+from wsgi_bg.runners.ledger import batches_under_way
 
 ROOT = Path(__file__).parents[2]
 
@@ -731,6 +732,32 @@ def test_a_task_that_runs_after_its_delay_holds_up_no_other_task(runner: Durable
     assert shop.wait_for(1) == [1]
     opened.set()
     assert shop.wait_for(2) == [1, "gate"]
+
+
+def test_wait_includes_a_task_that_is_due_in_the_file(
+    runner: DurableRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = _State._look
+    may_look = threading.Event()
+    waits = threading.Event()
+
+    def look_later(state: _State) -> None:
+        if waits.is_set():
+            assert may_look.wait(TIMEOUT)
+        look(state)
+
+    def open_and_list() -> Any:
+        may_look.set()
+        return batches_under_way()
+
+    monkeypatch.setattr(_State, "_look", look_later)
+    monkeypatch.setattr("wsgi_bg.runners.shutdown.batches_under_way", open_and_list)
+    waits.set()
+    run_view(runner, lambda environ: background_tasks.using(delay=0.05).add_task(write, 1))
+    store = runner.ledger.stores[0]
+    assert wait_until(lambda: (store.next_due() or math.inf) <= time.time())
+    assert wait(TIMEOUT) == []
+    assert shop.calls == [1]
 
 
 def test_a_task_with_a_delay_comes_from_a_file_at_its_turn(

@@ -929,9 +929,19 @@ class _State:
 
     @property
     def is_behind(self) -> bool:
-        """True if tasks of this process wait in the file for room in the pool."""
-        is_stopping = self._is_stopping or self._pool.ledger.is_draining
-        return not is_stopping and (self._has_left_some or self._is_reading)
+        """True if tasks of this process are due in the file, or wait there for room."""
+        if self._is_stopping or self._pool.ledger.is_draining:
+            return False
+        # First: a task that leaves the file meanwhile is being read, or in a batch.
+        return self._is_due or self._has_left_some or self._is_reading
+
+    @property
+    def _is_due(self) -> bool:
+        due = None
+        if self._store is not None and not self._right:  # else no thread reads the file
+            with suppress(StoreError):
+                due = self._store.next_due()
+        return due is not None and due <= time.time()
 
     def _work(self) -> None:
         while not self._is_stopping:

@@ -126,10 +126,10 @@ def wait(timeout: float | None = None) -> list[BackgroundTask]:
     ``wait`` includes tasks that these tasks add, and tasks of responses that a server has
     freed without ``close()``, or that a thread is closing now. A task that is sent to another
     process is done when its broker has confirmed the message. ``wait`` includes durable tasks
-    of this process for which the pool has no room yet. Tasks whose time has not come, and
-    messages that a folder and no memory holds, are neither waited for nor returned. Runners
-    accept batches during and after the wait. Call ``wait`` at any time, any number of times,
-    from any thread, but not from a background task.
+    of this process that are due in its file, and those for which the pool has no room yet.
+    Tasks whose time has not come, and messages that a folder and no memory holds, are neither
+    waited for nor returned. Runners accept batches during and after the wait. Call ``wait`` at
+    any time, any number of times, from any thread, but not from a background task.
 
     :param timeout: how long to wait, in seconds; None for no limit.
     :return: the tasks in memory that are not done. They go on.
