@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import math
 import threading
 import weakref
 from collections.abc import AsyncIterator, Iterator
@@ -18,8 +19,9 @@ import wsgi_bg
 from tests.conftest import Log
 from tests.support import TIMEOUT, Gate, app_that, make_environ, respond, run_python, wait_until
 from wsgi_bg import BackgroundTasksMiddleware, Retry, background_tasks, portal
+from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg.exceptions import OptionError
-from wsgi_bg.hooks import Hooks, TaskRecord
+from wsgi_bg.hooks import Hooks, TaskRecord, slow
 
 
 def request(*functions: Any, slow_after: float = 0.02, **options: Any) -> None:
@@ -249,15 +251,30 @@ def test_each_task_has_a_time_of_its_own(log: Log) -> None:
         runner="pool",
         slow_after=0.3,
     )
-    slow_tasks: Any = app._options.calls.hooks[0]
     respond(app, make_environ(gate=first))
     # The thread waits for the first to be slow, and needs no wake for the second.
-    assert wait_until(lambda: not slow_tasks._watches.get()._is_idle)
+    assert wait_until(lambda: slow._watches.get()._next_look < math.inf)
     respond(app, make_environ(gate=second))
     assert wait_until(lambda: len(log.warnings) == 2)
     first.open()
     second.open()
     assert wsgi_bg.wait(TIMEOUT) == []
+
+
+def test_all_middlewares_share_a_thread(log: Log) -> None:
+    first, second = Gate(), Gate()
+    before = slow_threads()
+    request(first.task, slow_after=600.0)
+    assert wait_until(lambda: slow._watches.get()._next_look < math.inf)
+    request(second.task, slow_after=0.02)  # slow before the thread would look again
+    assert "after 0.02 seconds" in warning(log)
+    assert len(slow_threads() - before) <= 1
+    first.open()
+    open_gate(second)
+
+
+def slow_threads() -> set[threading.Thread]:
+    return {each for each in threading.enumerate() if each.name == "wsgi_bg-slow"}
 
 
 def test_the_option_of_an_outer_layer_holds_beside_hooks_of_an_inner_layer(
@@ -372,9 +389,11 @@ def test_without_memory_for_a_thread_the_next_task_tries_again(
             raise RuntimeError("can't start new thread")
         return start_daemon(*args)
 
-    monkeypatch.setattr("wsgi_bg.hooks.slow.start_daemon", start_later)
+    monkeypatch.setattr(slow, "start_daemon", start_later)
+    monkeypatch.setattr(slow, "_watches", PerProcess(slow._Watch))
     request(gate.task)
     assert "still runs" in warning(log)
+    assert not fails
     assert log.errors == []
     open_gate(gate)
 

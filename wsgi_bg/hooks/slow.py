@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import sys
 import threading
 import time
@@ -29,25 +30,26 @@ _NO_STACK = "(the stack is not known under gevent)"
 class SlowTasks(OptionHooks):
     """Logs a WARNING for each attempt of a task that takes longer than ``seconds``.
 
-    A daemon thread of the process waits for the next task whose time is up. Under gevent the
-    thread may be a greenlet, which a task that computes holds up. The record has the context
-    variables that the task had when its call began, and the name of the task's thread.
+    A daemon thread of the process, which all these hooks share, waits for the next task whose
+    time is up. Under gevent the thread may be a greenlet, which a task that computes holds up.
+    The record has the context variables that the task had when its call began, and the name of
+    the task's thread.
     """
 
     def __init__(self, seconds: float) -> None:
-        self._watches = PerProcess(lambda: _Watch(seconds))
+        self._seconds = seconds
 
     def task_added(self, record: TaskRecord) -> None:
         """Start the thread: on the thread of a request, and not on the event loop's."""
-        self._watches.get().start()
+        _watches.get().start()
 
     def task_started(self, record: TaskRecord) -> None:
         """Begin to watch a call."""
-        self._watches.get().begin(record)
+        _watches.get().begin(record, self._seconds)
 
     def task_finished(self, record: TaskRecord) -> None:
         """Watch the call no longer."""
-        self._watches.get().end(record)
+        _watches.get().end(record, self._seconds)
 
     def task_failed(self, record: TaskRecord) -> None:
         """See :meth:`task_finished`."""
@@ -77,11 +79,12 @@ class _Call(NamedTuple):
 class _Watch:
     """The calls of a process that run, and the thread that looks at them."""
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._calls: dict[TaskRecord, _Call] = {}
+    def __init__(self) -> None:
+        # By the seconds that a call may take: so the calls of each number are in the order of
+        # their deadlines.
+        self._calls: dict[float, dict[TaskRecord, _Call]] = {}
         self._right = {"to start": True}
-        self._is_idle = False
+        self._next_look = math.inf  # by time.monotonic(); infinite while the thread looks, too
         self._wake = greenlets.event_for_thread()
 
     def start(self) -> None:
@@ -92,40 +95,46 @@ class _Watch:
             except RuntimeError:  # no memory for a thread: the next task tries again
                 self._right["to start"] = True
 
-    def begin(self, record: TaskRecord) -> None:
+    def begin(self, record: TaskRecord, seconds: float) -> None:
         self.start()
-        self._calls[record] = _Call(
-            time.monotonic() + self._seconds, greenlets.is_on_greenlet(), copy_context()
-        )
-        if self._is_idle:  # else the thread looks again before this call's time is up
+        deadline = time.monotonic() + seconds
+        call = _Call(deadline, greenlets.is_on_greenlet(), copy_context())
+        self._calls_of(seconds)[record] = call
+        if deadline < self._next_look:  # else the thread looks again before
             self._wake.set()
 
-    def end(self, record: TaskRecord) -> None:
-        self._calls.pop(record, None)
+    def end(self, record: TaskRecord, seconds: float) -> None:
+        self._calls_of(seconds).pop(record, None)
+
+    def _calls_of(self, seconds: float) -> dict[TaskRecord, _Call]:
+        return self._calls.setdefault(seconds, {})
 
     def _work(self) -> None:
         while True:
-            self._is_idle = True
-            next_deadline = self._look()
-            if next_deadline is None:
-                self._wake.wait(threading.TIMEOUT_MAX)
-            else:
-                self._is_idle = False
-                self._wake.wait(max(0.0, next_deadline - time.monotonic()))
+            self._next_look = math.inf
+            self._next_look = self._look()
+            left = self._next_look - time.monotonic()
+            self._wake.wait(min(max(0.0, left), threading.TIMEOUT_MAX))
             self._wake.clear()
 
-    def _look(self) -> float | None:
+    def _look(self) -> float:
         """Warn of calls whose time is up; return the next deadline."""
         now = time.monotonic()
+        next_deadline = math.inf
         # dict.copy() is a single atomic step.
-        for record, call in self._calls.copy().items():
-            if call.deadline > now:
-                return call.deadline  # the calls are in the order of their deadlines
-            stack = _NO_STACK if call.is_on_greenlet else _shown_stack_of(record)
-            if self._calls.pop(record, None) is call:  # it has not ended meanwhile
-                thread = _thread_of(record)
-                call.context.run(log_slow, record.task, self._seconds, stack, thread)
-        return None
+        for seconds, calls in self._calls.copy().items():
+            for record, call in calls.copy().items():
+                if call.deadline > now:
+                    next_deadline = min(next_deadline, call.deadline)
+                    break  # the calls are in the order of their deadlines
+                stack = _NO_STACK if call.is_on_greenlet else _shown_stack_of(record)
+                if calls.pop(record, None) is call:  # it has not ended meanwhile
+                    thread = _thread_of(record)
+                    call.context.run(log_slow, record.task, seconds, stack, thread)
+        return next_deadline
+
+
+_watches: PerProcess[_Watch] = PerProcess(_Watch)
 
 
 def _thread_of(record: TaskRecord) -> str | None:
