@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -332,6 +333,41 @@ def test_hooks_of_several_layers_watch_a_batch_once() -> None:
     both = BackgroundTasksMiddleware(app_that(add), hooks=[inner, outer])
     respond(BackgroundTasksMiddleware(add_outside, hooks=outer))
     assert outer.moments == inner.moments == ["handed over", "begun", "ended"]
+
+
+@dataclass
+class Unhashable(Hooks):
+    """Hooks that are equal if their fields are, and so have no hash."""
+
+    moments: list[str] = field(default_factory=list)
+
+    def batch_ended(self, record: BatchRecord) -> None:
+        self.moments.append("ended")
+
+    def task_finished(self, record: TaskRecord) -> None:
+        self.moments.append("finished")
+
+
+def test_hooks_of_several_layers_need_no_hash() -> None:
+    outer, inner = Unhashable(), Unhashable()
+
+    def add_outside(environ: Environ, start_response: Any) -> Any:
+        background_tasks.add_task(look)
+        return both(environ, start_response)
+
+    app = app_that(lambda environ: get_background_tasks(environ).add_task(look))
+    both = BackgroundTasksMiddleware(app, hooks=[inner, outer])
+    respond(BackgroundTasksMiddleware(add_outside, hooks=outer))
+    assert outer.moments == ["finished", "finished", "ended"]
+    assert inner.moments == ["finished", "ended"]
+
+
+def test_hooks_of_a_delayed_task_need_no_hash() -> None:
+    hooks = Unhashable()
+    app = app_that(lambda environ: background_tasks.using(delay=0.01).add_task(look))
+    respond(BackgroundTasksMiddleware(app, hooks=hooks))
+    # The second batch may begin while the first one ends.
+    assert wait_until(lambda: sorted(hooks.moments) == ["ended", "ended", "finished"])
 
 
 def test_a_hook_of_a_batch_that_raises_harms_nothing(log: Log) -> None:

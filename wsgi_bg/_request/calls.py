@@ -131,7 +131,7 @@ class Calls(Caller):
         self, batch: Batch, tasks: BackgroundTasks, hooks: Sequence[Hooks], in_front: int
     ) -> None:
         """Call the hooks for a batch that is about to be handed over, and later."""
-        told = self._told_of_batches if hooks == self.hooks else _of_batches(hooks)
+        told = self._told_of_batches if hooks is self.hooks else _of_batches(hooks)
         if told is not None:
             record = BatchRecord(
                 tasks,

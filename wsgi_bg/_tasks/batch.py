@@ -258,8 +258,13 @@ class Batch:
         callers = {task.options.calls: None for task in self.tasks if task.options.calls.hooks}
         if callers:
             self._queue.handed_over_at = monotonic()
-            hooks = dict.fromkeys(chain.from_iterable(calls.hooks for calls in callers))
-            next(iter(callers)).watch(self, self._queue, tuple(hooks), in_front)
+            first, *others = callers
+            hooks = first.hooks
+            if others:
+                # By id: the hooks are users' objects, which may have no hash.
+                every = chain.from_iterable(calls.hooks for calls in callers)
+                hooks = tuple({id(each): each for each in every}.values())
+            first.watch(self, self._queue, hooks, in_front)
 
     def notify_if_ended(self) -> None:
         """Call the functions given to :meth:`on_done` if the batch has ended."""
