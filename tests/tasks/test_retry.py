@@ -207,6 +207,36 @@ def test_only_the_errors_of_on_are_repeated(clock: Clock, log: Log, error: Excep
     assert inline.statistics().failed == isinstance(error, OSError)
 
 
+class Meta(type):
+    """Of classes that cannot be asked for their instances."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        raise RuntimeError("asked")
+
+    __subclasscheck__ = __instancecheck__
+
+
+class OddError(Exception, metaclass=Meta):
+    pass
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), OSError("x")])
+def test_the_code_of_a_metaclass_decides_about_no_retry(
+    clock: Clock, log: Log, error: Exception
+) -> None:
+    calls, following = Calls(failures=9, error=error), Calls(failures=0)
+    inline = InlineRunner()
+
+    def add() -> None:
+        retry = Retry(on=(OddError, LookupError), first=60)
+        background_tasks.using(retry=retry).add_task(calls.task)
+        background_tasks.add_task(following.task)
+
+    request(add, runner=inline)
+    assert inline.statistics().waiting == isinstance(error, LookupError)
+    assert following.count == 1
+
+
 def test_without_a_retry_a_task_that_raises_has_failed(clock: Clock, log: Log) -> None:
     calls = Calls(failures=9)
     inline = InlineRunner()

@@ -78,7 +78,11 @@ class Retry:
 
     def allows(self, attempt: int, exc: BaseException) -> bool:
         """True if a task whose call number ``attempt`` raised ``exc`` is called again."""
-        return attempt < self.attempts and isinstance(exc, self.on)
+        classes = self.on if isinstance(self.on, tuple) else (self.on,)
+        # As "except" compares: isinstance() calls code of a metaclass, which may raise.
+        return attempt < self.attempts and any(
+            type.__subclasscheck__(each, type(exc)) for each in classes
+        )
 
 
 def check_retry(given: object) -> None:
