@@ -562,6 +562,35 @@ def test_the_arguments_of_a_task_that_failed_are_freed_without_a_collection(
     assert freed.wait(TIMEOUT)
 
 
+class Leaving(Hooks):
+    """Gives a context manager that cannot be left."""
+
+    def around(self, record: TaskRecord) -> Any:
+        return self
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        raise KeyError
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize("function", [fail, id])
+def test_the_arguments_of_a_task_are_freed_although_a_context_manager_was_not_left(
+    function: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL, logger="wsgi_bg")
+    subject = Subject()
+    freed = subject.freed
+    app = app_that(lambda environ: background_tasks.add_task(function, environ.pop("subject")))
+    environ = make_environ(subject=subject)
+    del subject
+    respond(BackgroundTasksMiddleware(app, hooks=Leaving()), environ)
+    environ.clear()
+    assert freed.wait(TIMEOUT)
+
+
 def test_hooks_may_be_a_tuple() -> None:
     first, second = Diary(), Diary()
     app = app_that(lambda environ: background_tasks.add_task(plain))

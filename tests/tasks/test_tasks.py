@@ -8,6 +8,7 @@ import functools
 import threading
 import types
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from typing import Any
 from unittest.mock import AsyncMock, MagicMock
 from weakref import WeakSet, proxy
@@ -16,7 +17,7 @@ import pytest
 from werkzeug.local import Local, LocalProxy
 
 from tests.conftest import Log
-from tests.support import app_that, respond
+from tests.support import app_that, respond, wait_until
 from wsgi_bg import (
     BackgroundTask,
     BackgroundTasks,
@@ -238,6 +239,38 @@ def test_a_result_is_freed_before_the_next_task_begins() -> None:
         tasks.add_task(make)
     Batch(tasks, response_complete=True).run()
     assert seen == [0, 0, 0]
+
+
+class Subject:
+    """An argument of a task."""
+
+
+def fails(subject: Subject) -> None:
+    raise ValueError
+
+
+async def fails_later(subject: Subject) -> None:
+    await asyncio.sleep(0)
+    fails(subject)
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize("func", [fails, fails_later])
+@pytest.mark.parametrize("is_single", [True, False])
+def test_a_call_by_hand_that_raised_is_freed_without_a_collection(
+    func: Any, is_single: bool
+) -> None:
+    alive: WeakSet[Subject] = WeakSet()
+
+    def make() -> Any:
+        subject = Subject()
+        alive.add(subject)
+        task = BackgroundTask(func, subject)
+        return task if is_single else BackgroundTasks([task])
+
+    with suppress(ValueError):
+        make()()
+    assert wait_until(lambda: not alive)  # the loop's thread may still have the task
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 from celery import Celery, Task, current_task
@@ -109,6 +110,16 @@ def stops() -> None:
     raise SystemExit
 
 
+kept: WeakSet[Any] = WeakSet()
+
+
+@registered_task(name="observed.fails_async")
+async def fails_async() -> None:
+    local = Diary()
+    kept.add(local)
+    raise ValueError("a bug")
+
+
 def attached(runner: Any) -> Diary:
     diary = Diary()
     BackgroundTasksMiddleware(app_that(print), runner=runner, hooks=diary)
@@ -122,6 +133,13 @@ def test_hooks_see_a_call_on_a_worker(name: str) -> None:
     run_call(runner, name, TEXT, {}, 1, "the id")
     assert diary.notes == moments("finished")
     assert diary.ids == {"the id"}
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_a_call_that_raised_on_a_worker_is_freed_without_a_collection() -> None:
+    with suppress(ValueError):
+        run_call(ListRunner(), "observed.fails_async", TEXT, {})
+    assert wait_until(lambda: not kept)  # the loop's thread may still have the call
 
 
 def test_hooks_see_the_attempts_on_a_worker() -> None:

@@ -455,7 +455,10 @@ class _Inside:
             except BaseException as new:
                 error = new
         if error is not None and error is not exc:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # or it refers to itself, by this frame
 
 
 async def _leave_async(

@@ -324,7 +324,10 @@ class BackgroundTasks:
                 return  # in the child process that the task has forked
             self.remove(task)
         if first is not None:
-            raise first
+            try:
+                raise first
+            finally:
+                del first  # or it refers to itself, by this frame
 
     def _claim_next(self) -> BackgroundTask | None:
         return next((task for task in self.tasks if task.claim()), None)

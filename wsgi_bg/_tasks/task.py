@@ -458,7 +458,10 @@ class BackgroundTask:
         if result is not None and is_awaitable(result):
             result, error = portal.wait_for(context, result)
             if error is not None:
-                raise error
+                try:
+                    raise error
+                finally:
+                    del error  # or it refers to itself, by this frame
         return result
 
     def claim(self) -> bool:

@@ -90,7 +90,10 @@ def run_call(
             if result is not None and is_awaitable(result):
                 result, error = portal.wait_for(context, result)
                 if error is not None:
-                    raise error
+                    try:
+                        raise error
+                    finally:
+                        del error  # or it refers to itself, by this frame
     except failures as exc:
         if retry is None or not retry.allows(attempt, exc):
             call.failed(exc)
