@@ -56,22 +56,17 @@ def test_batches_that_wait_for_a_thread_begin_in_the_order_of_the_requests(gate:
     assert seen == [0, 1, 2, 3, 4]
 
 
-class Idle(list[Any]):
-    """The idle workers of a pool; ``came`` counts the workers that became idle."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.came = threading.Semaphore(0)
-
-    def append(self, worker: Any) -> None:
-        super().append(worker)
-        self.came.release()
-
-
-def test_a_light_load_uses_a_single_thread() -> None:
+def test_a_light_load_uses_a_single_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread that became idle last works next, so that the rest reach their time limit."""
-    runner, names, idle = PoolRunner(), list[str](), Idle()
-    runner._states.get()._workers._idle = idle
+    came = threading.Semaphore(0)  # counts the threads that became idle
+
+    class Wakes(queue.SimpleQueue[None]):
+        def get(self, block: bool = True, timeout: float | None = None) -> None:
+            came.release()
+            return super().get(block, timeout)
+
+    monkeypatch.setattr(workers, "queue", SimpleNamespace(SimpleQueue=Wakes, Empty=queue.Empty))
+    runner, names = PoolRunner(threads=3), list[str]()
     barrier = threading.Barrier(3)
 
     def meet() -> None:
@@ -83,10 +78,10 @@ def test_a_light_load_uses_a_single_thread() -> None:
     for _ in range(3):
         submit(runner, meet)
     for _ in range(3):
-        assert idle.came.acquire(timeout=TIMEOUT)
+        assert came.acquire(timeout=TIMEOUT)
     for _ in range(30):
         submit(runner, note)
-        assert idle.came.acquire(timeout=TIMEOUT)  # a thread is busy for a while after its task
+        assert came.acquire(timeout=TIMEOUT)  # a thread is busy for a while after its task
     assert len(names) == 30
     assert len(set(names)) == 1
 
