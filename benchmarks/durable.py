@@ -381,7 +381,7 @@ def started(folder: str) -> tuple[float, float, float]:
     before, began = megabytes(), time.perf_counter()
     runner = DurableRunner(folder)
     runner.start()
-    while len(runner.ledger.stores) < files:
+    while len(runner.ledger.files.open) < files:
         time.sleep(PAUSE)
     took = (time.perf_counter() - began) * 1e3
     time.sleep(2.0)  # the next looks

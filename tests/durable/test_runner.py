@@ -754,7 +754,7 @@ def test_wait_includes_a_task_that_is_due_in_the_file(
     monkeypatch.setattr("wsgi_bg.runners.shutdown.batches_under_way", open_and_list)
     waits.set()
     run_view(runner, lambda environ: background_tasks.using(delay=0.05).add_task(write, 1))
-    store = runner.ledger.stores[0]
+    store = runner.ledger.files.own
     assert wait_until(lambda: (store.next_due() or math.inf) <= time.time())
     assert wait(TIMEOUT) == []
     assert shop.calls == [1]
@@ -877,7 +877,7 @@ def test_a_second_thread_finds_room_while_the_first_one_counts(
             gate.task()
         return 0
 
-    monkeypatch.setattr(runner.ledger, "_count_waiting", count_waiting)
+    monkeypatch.setattr(runner.ledger.files, "count_waiting", count_waiting)
     with ThreadPoolExecutor() as pool:
         first = pool.submit(runner.ledger.may_wait)
         assert gate.begun.wait(TIMEOUT)
@@ -899,7 +899,7 @@ def test_the_longer_a_count_of_waiting_tasks_takes_the_later_is_the_next(
 
     ledger = runner.ledger
     ledger.max_waiting = 1
-    monkeypatch.setattr(ledger, "_count_waiting", count_waiting)
+    monkeypatch.setattr(ledger.files, "count_waiting", count_waiting)
     clock = SimpleNamespace(monotonic=lambda: moment)
     monkeypatch.setattr("wsgi_bg._durable.runner.time", clock)
     assert not ledger.may_wait()
@@ -1130,7 +1130,7 @@ def test_a_file_that_was_closed_is_worked_off_when_its_time_has_come(
     due = now() + 3600
     left_by_a_dead_process(tmp_path / "tasks", Row("durable.write", "[1,[1],{}]", due=due))
     runner.start()
-    assert wait_until(lambda: runner.ledger.parked)
+    assert wait_until(lambda: runner.ledger.files.count_parked() == 1)
     assert shop.calls == []
     monkeypatch.setattr(time, "time", lambda: now() + 7200)
     assert shop.wait_for(1) == [1]

@@ -16,9 +16,10 @@ from math import inf, nextafter
 from threading import TIMEOUT_MAX
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from wsgi_bg._durable.folder import Folder, check_folder, file_of_order
+from wsgi_bg._durable.folder import Folder, check_folder
+from wsgi_bg._durable.owned_files import OwnedFiles
 from wsgi_bg._durable.rows import NO_LIMIT, Outcome, Row, Settings
-from wsgi_bg._durable.store import PARK, Parked, Store
+from wsgi_bg._durable.store import Store
 from wsgi_bg._messages import headers, retries
 from wsgi_bg._messages.codec import decode, encode
 from wsgi_bg._process import log
@@ -157,8 +158,7 @@ class DurableRunner(KeepingRunner):
 
     def file_numbers(self) -> list[int]:
         """See :class:`KeepingRunner`."""
-        ledger = self._states.get().ledger
-        return [*ledger.parked.copy(), *(store.number for store in list(ledger.stores))]
+        return self._states.get().ledger.files.numbers
 
     @property
     def ledger(self) -> _Ledger:
@@ -561,16 +561,11 @@ class Reruns(Attached):
 
 
 class _Ledger(Ledger):
-    """Also counts the tasks that wait for their time in the files of this process.
+    """Also counts the tasks that wait for their time in the files of this process."""
 
-    :ivar stores: the files.
-    :ivar parked: further files, which are closed, by their number.
-    """
-
-    def __init__(self, max_waiting: float) -> None:
+    def __init__(self, max_waiting: float, files: OwnedFiles) -> None:
         super().__init__(max_waiting)
-        self.stores: list[Store] = []
-        self.parked: dict[int, Parked] = {}
+        self.files = files
         self._asked = count()  # how often a task asked if it may wait
         self._room = 0.0  # until which number it may
         self._next_count = 0.0  # by time.monotonic()
@@ -580,7 +575,7 @@ class _Ledger(Ledger):
         number = next(self._asked)
         if number >= self._room and time.monotonic() >= self._next_count:
             began = time.monotonic()
-            waiting = len(self.waiting) + self._count_waiting()
+            waiting = len(self.waiting) + self.files.count_waiting()
             self._room = number + self.max_waiting - waiting
             now = time.monotonic()
             # Last: else a thread finds no room.
@@ -589,18 +584,7 @@ class _Ledger(Ledger):
 
     def statistics(self) -> Statistics:
         found = super().statistics()
-        return replace(found, waiting=found.waiting + self._count_waiting())
-
-    def _count_waiting(self) -> int:
-        waiting = self.count_parked()
-        for store in list(self.stores):
-            with suppress(StoreError):  # removed meanwhile, for example
-                waiting += store.count_waiting(time.time())
-        return waiting
-
-    def count_parked(self) -> int:
-        """The number of tasks in files that are closed."""
-        return sum(each.waiting for each in self.parked.copy().values())
+        return replace(found, waiting=found.waiting + self.files.count_waiting())
 
 
 class _State:
@@ -613,9 +597,9 @@ class _State:
         self._settings = settings
         self._pool = pool
         self._reruns = reruns
-        self.ledger = _Ledger(pool.max_waiting)
+        self._files = OwnedFiles(folder, settings, partial(self._read, rest=_REST), self._try)
+        self.ledger = _Ledger(pool.max_waiting, self._files)
         self._store: Store | None = None
-        self._adopted: list[Store] = []
         # The durable tasks in memory, by their file's number and their key.
         self._in_memory: dict[tuple[int, int], BackgroundTask] = {}
         # The options of tasks that ran or were added here, and that only the file holds now,
@@ -637,13 +621,12 @@ class _State:
     @property
     def store(self) -> Store:
         if self._store is None:
-            store = Store.own(self._folder, self._settings)
+            store = self._files.own
             if store.settings != self._settings:
                 raise StoreError(
                     self._folder.path, "a runner of this process has it under other options"
                 )
             self._store = store
-            self.ledger.stores.append(store)
         return self._store
 
     def start(self) -> None:
@@ -903,8 +886,8 @@ class _State:
             return
         self._is_stopping = True
         self.leave_in_file(list(self._in_memory.values()))
-        left = self.ledger.count_parked()
-        for store in list(self.ledger.stores):
+        left = self._files.count_parked()
+        for store in self._files.open:
             with suppress(StoreError):  # removed meanwhile, for example
                 left += store.count()["waiting"]
         if left:
@@ -972,10 +955,9 @@ class _State:
         if is_time or self.store.needs_tidy:  # a commit here keeps requests waiting
             self._try(self.store.tidy)
         if is_time:
-            self._try(self._adopt)
-            self._try(partial(self._reopen, now))
-        for store in list(self._adopted):
-            self._try(partial(self._work_off, store))
+            self._try(self._files.adopt)
+            self._try(self._files.reopen)
+        self._files.work_off()
         if self._lacks_room:  # also for a task that is due
             self._next_look = now + _ROOM
 
@@ -1006,38 +988,6 @@ class _State:
         """True if a task runs that ran when a process died, and that does not wait now."""
         task = None if self._suspect is None else self._in_memory.get(self._suspect)
         return task is not None and task.message.row.due <= time.time()
-
-    def _adopt(self) -> None:
-        while (adopted := Store.adopt(self._folder, self._settings)) is not None:
-            self._begin_work(adopted)
-
-    def _reopen(self, now: float) -> None:
-        """Open those parked files again that have tasks due, or for which there is an order."""
-        ordered = {file_of_order(path) for path in self._folder.orders()}
-        for number, parked in self.ledger.parked.copy().items():
-            if parked.due <= now or number in ordered:
-                del self.ledger.parked[number]
-                self._begin_work(Store.reopen(self._folder, number, self._settings))
-
-    def _begin_work(self, store: Store) -> None:
-        self._adopted.append(store)
-        self.ledger.stores.append(store)
-        store.tidy()  # obeys orders of the command line before a task can begin
-        self._try(partial(self._work_off, store))  # now: there may be hundreds to be parked
-
-    def _work_off(self, store: Store) -> None:
-        has_more = self._read(store, rest=_REST)
-        store.tidy()
-        if store.is_empty:
-            has_gone = store.remove(self.store)
-        else:
-            parked = None if has_more else store.park(time.time() + PARK)
-            has_gone = parked is not None
-            if parked is not None:
-                self.ledger.parked[store.number] = parked
-        if has_gone:
-            self._adopted.remove(store)
-            self.ledger.stores.remove(store)
 
     def _read(self, store: Store, rest: float = 0.0) -> bool:
         """Submit tasks of ``store`` that no memory holds; True if there may be more.

@@ -54,9 +54,6 @@ WAL_COMMITS = 500
 LOOK = 0.9
 """Seconds between two looks of ``tidy`` for orders: less than the second between two calls."""
 
-PARK = 60.0
-"""The file of a dead process is closed if nothing is due for so many seconds."""
-
 _FORGED = (TypeError, ValueError, RecursionError)
 """Errors of an order that the command line has not written."""
 

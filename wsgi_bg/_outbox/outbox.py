@@ -16,10 +16,9 @@ from dataclasses import replace
 from functools import partial
 from math import inf
 from operator import call
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import WeakSet
 
-from wsgi_bg._outbox.stored import Stored
 from wsgi_bg._process import greenlets, log, per_process
 from wsgi_bg._process.interrupts import type_name
 from wsgi_bg._process.repeated import RepeatedWarning
@@ -32,6 +31,9 @@ from wsgi_bg.runners.base import Runner
 from wsgi_bg.runners.ledger import Ledger, LedgerRunner
 from wsgi_bg.runners.pool import START_DELAY, shared_pool
 from wsgi_bg.runners.timer import SUBMITTERS, Deferring
+
+if TYPE_CHECKING:
+    from wsgi_bg._outbox.stored import Stored
 
 SENDERS = 2
 """The number of threads that send at the same time, each on a connection of its own."""

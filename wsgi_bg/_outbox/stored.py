@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from wsgi_bg._durable.folder import Folder, file_of_order
+from wsgi_bg._durable.folder import Folder
+from wsgi_bg._durable.owned_files import OwnedFiles
 from wsgi_bg._durable.rows import Outcome, Row, Settings
-from wsgi_bg._durable.store import PARK, Parked, Store
+from wsgi_bg._durable.store import Store
 from wsgi_bg._process import log
 from wsgi_bg._process.greenlets import event, start_daemon
 from wsgi_bg._process.repeated import RepeatedError
@@ -129,13 +128,10 @@ class StoredMessages:
         read: Read,
     ) -> None:
         self._folder = folder
-        self._settings = settings
+        self._files = OwnedFiles(folder, settings, self._read, self._try)
         self._outbox = outbox
         self._find = find
         self._read_row = read
-        self._store: Store | None = None
-        self._adopted: list[Store] = []
-        self._parked: dict[int, Parked] = {}
         self._has_left_some = False
         self._has_more = False  # True if a look has not read all that is due
         # Keys of rows, by the name of a task that is not known yet, or no more.
@@ -151,9 +147,7 @@ class StoredMessages:
 
         :raises StoreError: if the file cannot be made.
         """
-        if self._store is None:
-            self._store = Store.own(self._folder, self._settings)
-        return self._store
+        return self._files.own
 
     def start(self) -> None:
         """Send the messages that earlier processes have left; starts a thread once.
@@ -193,11 +187,7 @@ class StoredMessages:
 
     def count_waiting(self) -> int:
         """Return the number of messages in the files whose time has not come."""
-        waiting = sum(each.waiting for each in self._parked.copy().values())
-        for store in [self._store, *self._adopted]:
-            with suppress(StoreError):  # removed meanwhile, for example
-                waiting += 0 if store is None else store.count_waiting(time.time())
-        return waiting
+        return self._files.count_waiting()
 
     def leave(self, stored: Stored) -> None:
         """Let the row of a message be read again as room comes, or when it is due."""
@@ -232,10 +222,9 @@ class StoredMessages:
         self._try(self._look_at_unknown)
         self._try(self._read_own)
         self._try(self.store.tidy)
-        self._try(self._adopt)
-        self._try(self._reopen)
-        for store in list(self._adopted):
-            self._try(partial(self._work_off, store))
+        self._try(self._files.adopt)
+        self._try(self._files.reopen)
+        self._files.work_off()
 
     def _look_at_unknown(self) -> None:
         for name in [name for name in self._unknown if self._find(name) is not None]:
@@ -254,36 +243,6 @@ class StoredMessages:
                 if has_more:
                     self._has_left_some = True
 
-    def _adopt(self) -> None:
-        while (adopted := Store.adopt(self._folder, self._settings)) is not None:
-            self._begin_work(adopted)
-
-    def _reopen(self) -> None:
-        """Open the parked files with a message that is due, or for which there is an order."""
-        ordered = {file_of_order(path) for path in self._folder.orders()}
-        for number, parked in self._parked.copy().items():
-            if parked.due <= time.time() or number in ordered:
-                del self._parked[number]
-                self._begin_work(Store.reopen(self._folder, number, self._settings))
-
-    def _begin_work(self, store: Store) -> None:
-        self._adopted.append(store)
-        store.tidy()  # obeys orders of the command line before a message can be sent
-        self._try(partial(self._work_off, store))  # now: there may be hundreds to be parked
-
-    def _work_off(self, store: Store) -> None:
-        has_more = self._read(store)
-        store.tidy()
-        if store.is_empty:
-            has_gone = store.remove(self.store)
-        else:
-            parked = None if has_more else store.park(time.time() + PARK)
-            has_gone = parked is not None
-            if parked is not None:
-                self._parked[store.number] = parked
-        if has_gone:
-            self._adopted.remove(store)
-
     def _read(self, store: Store) -> bool:
         """Send messages of ``store`` that no memory holds; True if there may be more."""
         room = max(0, min(_READ, self._outbox.room))
@@ -292,9 +251,8 @@ class StoredMessages:
             if self._is_stopping:
                 store.leave(rows[index:])
                 return True
-            if (
-                index % _BURST == 0
-            ):  # or the threads that send compete with requests for the GIL
+            if index % _BURST == 0:
+                # Or the threads that send would compete with the requests for the GIL.
                 time.sleep(_REST)
             self._send(store, row)
         has_more = len(rows) == room
