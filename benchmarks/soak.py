@@ -208,7 +208,9 @@ def check(journal: str, log: str) -> None:
     print(f"{len(added)} tasks added, {len(ended)} ended; in the log as not run: {dict(named)}")
     assert len(lines) == len(set(lines)), "a task was run twice"
     assert begun <= added
-    assert named == Counter(func.__name__ for funcs in STUCK.values() for func in funcs * 2)
+    stuck = Counter(func.__name__ for funcs in STUCK.values() for func in funcs * 2)
+    # More, if a client makes a request as the drain time ends: its tasks are named, too.
+    assert named >= stuck, "tasks that never end are not named"
     assert len(added - ended) == named.total(), "tasks are lost"
 
 
