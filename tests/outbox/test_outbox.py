@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -746,6 +747,30 @@ def test_many_messages_of_a_dead_process_wait_for_no_further_look(
     assert runner.drain(TIMEOUT) == []
 
 
+def test_messages_that_are_not_read_yet_as_the_drain_begins_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads, goes_on = threading.Event(), threading.Event()
+
+    def sleep(seconds: float) -> None:
+        reads.set()
+        assert goes_on.wait(TIMEOUT)
+
+    monkeypatch.setattr(reading, "time", SimpleNamespace(time=time.time, sleep=sleep))
+    rows = [Row("post.send", f"[{number}]") for number in range(3)]
+    left_by_a_dead_process(tmp_path / "tasks" / "outbox", *rows)
+    (tmp_path / "is_up").touch()
+    runner = FilePost(tmp_path)
+    runner.start()
+    assert reads.wait(TIMEOUT)
+    runner.prepare_drain()
+    goes_on.set()
+    assert wait_until(lambda: sent(tmp_path) == ["0"])
+    assert runner.drain(TIMEOUT) == []
+    assert sent(tmp_path) == ["0"]
+    assert [state for state, _ in stored(tmp_path)] == ["waiting"] * 2
+
+
 def test_files_of_dead_processes_in_which_no_message_is_due_are_not_kept_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -950,13 +975,16 @@ def test_messages_of_unknown_tasks_take_no_memory(tmp_path: Path, log: Log) -> N
         return type(each) is Row and each.name == "post.never"
 
     (tmp_path / "is_up").touch()
-    left_by_a_dead_process(tmp_path / "tasks" / "outbox", Row("post.never", '["lost"]'))
+    rows = [Row("post.never", f'["lost {number}"]') for number in range(2)]
+    left_by_a_dead_process(tmp_path / "tasks" / "outbox", *rows)
+    del rows
     runner = FilePost(tmp_path)
     runner.start()
     assert wait_until(lambda: bool(log.errors))
     assert "post.never" in log.errors[0]
     assert wait_until(lambda: not any(map(of_unknown, gc.get_objects())))
-    assert [state for state, _ in stored(tmp_path)] == ["waiting"]
+    assert [state for state, _ in stored(tmp_path)] == ["waiting"] * 2
+    assert len(log.errors) == 1
 
 
 def test_rows_of_a_file_that_cannot_be_read_are_read_later(
