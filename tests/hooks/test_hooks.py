@@ -545,13 +545,8 @@ class Entering(Hooks):
         return manager()
 
 
-@pytest.mark.usefixtures("no_collection")
-@pytest.mark.parametrize("function", [fail, fail_later])
-@pytest.mark.parametrize("hooks", [None, Hooks(), Entering()])
-def test_the_arguments_of_a_task_that_failed_are_freed_without_a_collection(
-    function: Any, hooks: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.CRITICAL, logger="wsgi_bg")
+def frees_argument(function: Any, hooks: Any) -> bool:
+    """True if the argument of a task is freed after the request."""
     subject = Subject()
     freed = subject.freed
     app = app_that(lambda environ: background_tasks.add_task(function, environ.pop("subject")))
@@ -559,7 +554,17 @@ def test_the_arguments_of_a_task_that_failed_are_freed_without_a_collection(
     del subject
     respond(BackgroundTasksMiddleware(app, hooks=hooks), environ)
     environ.clear()
-    assert freed.wait(TIMEOUT)
+    return freed.wait(TIMEOUT)
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize("function", [fail, fail_later])
+@pytest.mark.parametrize("hooks", [None, Hooks(), Entering()])
+def test_the_arguments_of_a_task_that_failed_are_freed_without_a_collection(
+    function: Any, hooks: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL, logger="wsgi_bg")
+    assert frees_argument(function, hooks)
 
 
 class Leaving(Hooks):
@@ -581,14 +586,7 @@ def test_the_arguments_of_a_task_are_freed_although_a_context_manager_was_not_le
     function: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.CRITICAL, logger="wsgi_bg")
-    subject = Subject()
-    freed = subject.freed
-    app = app_that(lambda environ: background_tasks.add_task(function, environ.pop("subject")))
-    environ = make_environ(subject=subject)
-    del subject
-    respond(BackgroundTasksMiddleware(app, hooks=Leaving()), environ)
-    environ.clear()
-    assert freed.wait(TIMEOUT)
+    assert frees_argument(function, Leaving())
 
 
 def test_hooks_may_be_a_tuple() -> None:
