@@ -135,7 +135,7 @@ def has_lines(path: Path, count: int) -> bool:
 
 
 @pytest.mark.parametrize("func", [note_context, note_context_async])
-def test_only_a_correlation_id_and_the_trace_travel(
+def test_only_a_correlation_id_the_trace_and_the_request_travel(
     shop: Shop, tmp_path: Path, func: Any
 ) -> None:
     def do() -> None:
@@ -149,9 +149,11 @@ def test_only_a_correlation_id_and_the_trace_travel(
     assert json.loads(wait_for(tmp_path / "set", shop.worker)) == [
         "request-7",
         PARENT,
+        "GET /",
         "not set",
     ]
-    assert json.loads(wait_for(tmp_path / "unset", shop.worker)) == [None, None, "not set"]
+    unset = json.loads(wait_for(tmp_path / "unset", shop.worker))
+    assert unset == [None, None, "GET /", "not set"]
 
 
 def test_a_task_is_retried_with_its_arguments_and_its_correlation_id(

@@ -19,7 +19,7 @@ from celery import Celery, current_task
 from tests.support import app_that, text_of
 from tests.support.celery_filesystem import install
 from tests.support.files import append, write
-from wsgi_bg import BackgroundTasksMiddleware, Retry, registered_task
+from wsgi_bg import BackgroundTasksMiddleware, Retry, background_tasks, registered_task
 from wsgi_bg.celery import CeleryRunner, correlation_id, traceparent
 
 MODULE = "tests.support.celery_shop"
@@ -70,7 +70,8 @@ async def note_loop(path: str, together: int = 1) -> None:
 
 @registered_task
 def note_context(path: str) -> None:
-    write(path, json.dumps([correlation_id.get(), traceparent.get(), not_travelling.get()]))
+    known = correlation_id.get(), traceparent.get(), background_tasks.request
+    write(path, json.dumps([*known, not_travelling.get()]))
 
 
 @registered_task

@@ -53,11 +53,12 @@ class Diary(Hooks):
     def __init__(self) -> None:
         self.notes: list[str] = []
         self.ids: set[str] = set()
+        self.requests: set[str | None] = set()
 
     def note(self, moment: str, record: TaskRecord) -> None:
         self.notes.append(f"{moment} {record.attempt}")
         self.ids.add(record.id)
-        assert record.request is None
+        self.requests.add(record.request)
 
     def task_added(self, record: TaskRecord) -> None:
         self.note("added", record)
@@ -133,6 +134,19 @@ def test_hooks_see_a_call_on_a_worker(name: str) -> None:
     run_call(runner, name, TEXT, {}, 1, "the id")
     assert diary.notes == moments("finished")
     assert diary.ids == {"the id"}
+
+
+@pytest.mark.parametrize(
+    ("header", "label"),
+    [("GET /orders/7", "GET /orders/7"), ("GET /\nforged", "GET /\\nforged"), (7, None)],
+)
+def test_hooks_on_a_worker_know_the_request_that_has_added_the_task(
+    header: object, label: str | None
+) -> None:
+    runner = ListRunner()
+    diary = attached(runner)
+    run_call(runner, "observed.works", TEXT, {"x-wsgi-bg-request": header})
+    assert diary.requests == {label}
 
 
 @pytest.mark.usefixtures("no_collection")
@@ -368,6 +382,7 @@ def test_hooks_see_a_stored_task_of_a_process_that_was_killed(tmp_path: Path) ->
     assert wait_until(lambda: len(diary.notes) == 4, TIMEOUT)
     assert diary.notes == moments("finished")
     assert diary.ids == {killed.stdout.strip()}
+    assert diary.requests == {"GET /"}
 
 
 def test_a_call_by_hand_on_a_worker_has_no_hooks(tmp_path: Path) -> None:

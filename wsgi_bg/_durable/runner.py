@@ -1074,6 +1074,10 @@ class _State:
                 self._in_memory[place] = task
         if not tasks:
             return None
+        if queue.request is None:
+            context = tasks[0].context or tasks[0].plan.context
+            carried = context.get(headers.carried) if context is not None else None
+            queue.restore_request((carried or {}).get(headers.REQUEST))
         queue.close()
         for task in tasks:
             task.options.calls.received(task, queue)

@@ -1,4 +1,4 @@
-"""The headers of a task's message: a correlation id and the trace context.
+"""The headers of a task's message: a correlation id, the trace context, the request's label.
 
 No other context variable is sent to a worker. Hooks for a tracer add the tracer's headers.
 """
@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 from wsgi_bg._process import log
+from wsgi_bg._tasks.task import current as current_tasks
 from wsgi_bg.exceptions import OptionTypeError
 
 correlation_id: ContextVar[str | None] = ContextVar("wsgi_bg.correlation_id", default=None)
@@ -28,6 +29,9 @@ carriers: dict[str, Callable[[dict[str, str]], object]] = {}
 carried: ContextVar[Mapping[str, str] | None] = ContextVar("wsgi_bg.carried", default=None)
 """The headers of the message or the row, in a task that was sent or read from a file."""
 
+REQUEST = "x-wsgi-bg-request"
+"""The header with the label of the request, if the label is known in ``add_task``."""
+
 _HEADERS = {"x-correlation-id": correlation_id, "traceparent": traceparent}
 
 
@@ -43,6 +47,10 @@ def current() -> dict[str, str]:
             if not isinstance(value, str):
                 raise OptionTypeError(variable.name, value, "a str or None")
             found[name] = value
+    tasks = current_tasks.get(None)
+    label = None if tasks is None else tasks.root.request
+    if label is not None:
+        found[REQUEST] = label
     if "opentelemetry.trace" in sys.modules and "opentelemetry" not in carriers:
         found.update(_from_opentelemetry())
     for name, carrier in list(carriers.items()):

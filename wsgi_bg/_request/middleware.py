@@ -157,7 +157,7 @@ class BackgroundTasksMiddleware:
         self._inner = app
         if isinstance(resolved, LedgerRunner):
             resolved.attach(self._options)
-        if self._options.calls.hooks and request_label is None:
+        if (self._options.calls.hooks or self._options.check) and request_label is None:
             self._inner = app = _noting_request(app)
         if keeps_tasks(resolved):
             self._inner = KeepingApp(app, resolved)
@@ -289,7 +289,7 @@ def _slow_tasks(slow_after: float) -> OptionHooks:
 
 
 def _noting_request(app: WSGIApplication) -> WSGIApplication:
-    """Let the hooks know the request of a task before the request ends."""
+    """Let hooks and messages know the request of a task before the request ends."""
 
     def noting(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         environ[ENVIRON_KEY].root.note_request(environ)

@@ -114,6 +114,11 @@ class BackgroundTasks:
     def request(self, label: str | None) -> None:
         self._request = label
 
+    def restore_request(self, label: object) -> None:
+        """Note the label in the message or the row of a task, which may be forged."""
+        if isinstance(label, str):
+            self._request = _shortened(label)
+
     def note_request(self, environ: Mapping[str, Any]) -> None:
         """Note the label of the request that ``environ`` belongs to, for logs and hooks."""
         make = self.options.request_label

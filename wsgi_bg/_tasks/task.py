@@ -383,8 +383,8 @@ class BackgroundTask:
     def request(self) -> str | None:
         """The label of the task's request: method and path, unless ``request_label`` is given.
 
-        Known from the end of the request on, in ``on_error`` and in the task itself; None if
-        the task has no request in this process.
+        Known from the end of the request on, in ``on_error`` and in the task itself. On a
+        worker, or after a restart: method and path, or None if there is a ``request_label``.
         """
         root = self.root
         return None if root is None else root.request

@@ -76,6 +76,7 @@ def run_call(
     if options.calls is DIRECT:  # no middleware has the runner
         options = merge_options(options, runner=runner)
     added = AddedTasks(task, options)
+    added.tasks.restore_request(carried.get(headers.REQUEST))
     context.run(current.set, added.tasks)
     retry = retries.find(carried.get(retries.RETRY), registration.retry)
     task.plan = Plan(retry, attempt, on_worker=True)

@@ -141,15 +141,17 @@ def _run(self: Any, *args: Any, **kwargs: Any) -> Any:
     registration = call.registration
     task = BackgroundTask(registration.func, *call.args, **call.kwargs)
     context = detached(copy_context())
-    headers.restore(context, messages.headers_of(request))
+    carried = messages.headers_of(request)
+    headers.restore(context, carried)
     calls = served.options.calls
     if _is_entered(calls):
         calls = calls.without_around()
-    retry = retries.find(messages.headers_of(request).get(retries.RETRY), registration.retry)
+    retry = retries.find(carried.get(retries.RETRY), registration.retry)
     attempt = request.retries + 1
     task.plan = Plan(retry, attempt, on_worker=True)
     if not request.called_directly:  # else no one would run the tasks that the task adds
         added = AddedTasks(task, served.options)
+        added.tasks.restore_request(carried.get(headers.REQUEST))
         setattr(request, _ADDED, added)
         context.run(current.set, added.tasks)
         task.keep_id(request.id)

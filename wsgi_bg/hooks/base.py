@@ -37,7 +37,8 @@ class _Record:
     def request(self) -> str | None:
         """The request: method and path, or the result of the middleware's ``request_label``.
 
-        None if a task has no request in this process: on a worker, or after a restart.
+        On a worker, or after a restart: method and path, or None if there is a
+        ``request_label``, which is called only when the request ends.
         """
         return self.batch.root.request
 
