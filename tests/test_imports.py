@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 import wsgi_bg
-from tests.support import needs_threads_at_exit, run_python
+from tests.support import run_python
+from tests.support.marks import needs_threads_at_exit
 from wsgi_bg import exceptions, pytest_plugin
 from wsgi_bg.exceptions import OutsideRequestError
 

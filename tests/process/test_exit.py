@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import TIMEOUT, free_port, needs_threads_at_exit
+from tests.support import TIMEOUT, free_port
 from tests.support.command import SHOP, Command, running, write
+from tests.support.marks import needs_threads_at_exit
 
 TASKS = (
     SHOP

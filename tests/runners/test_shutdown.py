@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from types import SimpleNamespace
 from weakref import WeakValueDictionary
 
@@ -11,6 +10,7 @@ import pytest
 
 from tests.conftest import Log
 from tests.support import TIMEOUT, run_python
+from tests.support.marks import needs_threads_at_exit
 from wsgi_bg import BackgroundTask, InlineRunner, wait
 from wsgi_bg.runners import shutdown
 from wsgi_bg.runners.waiting import Notice
@@ -43,12 +43,6 @@ def main_thread_ends():
     # Called after the first task: the callbacks run last registered first.
     threading._register_atexit(leaving.set)
 """
-
-
-needs_threads_at_exit = pytest.mark.skipif(
-    (3, 12, 0) <= sys.version_info < (3, 12, 2),
-    reason="Python 3.12.0 and 3.12.1 start no thread once the main one has ended (gh-113964)",
-)
 
 
 def run(code: str) -> tuple[int, list[str]]:

@@ -1,4 +1,8 @@
-"""Support for all tests: environs, real servers, a client that sees a response complete."""
+"""Support for all tests: environs, real servers, a client that sees a response complete.
+
+A thousand processes that tests start import this module, so it imports what takes long, such as
+pytest, where that is used.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +23,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from wsgiref.util import setup_testing_defaults
-
-import pytest
-from waitress.server import create_server
 
 from wsgi_bg import BackgroundTasksMiddleware, background_tasks
 from wsgi_bg.runners import Runner
@@ -166,6 +167,8 @@ def _in_thread(serve: Callable[[], object], stop: Callable[[], object]) -> Itera
 
 @contextmanager
 def waitress(app: App, threads: int = 2) -> Iterator[int]:
+    from waitress.server import create_server
+
     server: Any = create_server(app, host="127.0.0.1", port=0, threads=threads)
 
     def stop() -> None:
@@ -250,6 +253,8 @@ def no_threads() -> Iterator[None]:
     def start(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
+    import pytest
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
         yield
@@ -310,9 +315,3 @@ class Subject:
 
     def fail(self) -> None:
         raise ValueError
-
-
-needs_threads_at_exit = pytest.mark.skipif(
-    (3, 12, 0) <= sys.version_info < (3, 12, 2),
-    reason="Python 3.12.0 and 3.12.1 start no thread once the main one has ended (gh-113964)",
-)

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from contextvars import copy_context
 from typing import Any
 
-from flask import current_app
-
 from tests.support import Server, app_that, make_server_environ
 from wsgi_bg import (
     BackgroundTasksMiddleware,
@@ -157,6 +155,8 @@ def note_correlation_id() -> None:
 
 @registered_task(name="durable.note_application")
 def note_application() -> None:
+    from flask import current_app  # here: see tests.support
+
     note(current_app.name if current_app else None)
 
 
