@@ -138,6 +138,20 @@ def test_no_file_is_made_on_a_full_disk(small_disk: Path) -> None:
             assert left.remove(store)
 
 
+def test_a_process_that_finds_no_room_for_its_file_leaves_none(small_disk: Path) -> None:
+    tasks = small_disk / "tasks"
+    check_folder(tasks)
+    (tasks / "owners.lock").write_bytes(b"...")  # has a block, with room for further numbers
+    filler = fill(small_disk)
+    for _ in range(3):  # each request tries again
+        with pytest.raises(StoreError, match="make room on the disk"), open_folder(tasks):
+            pass
+    assert os.listdir(tasks) == ["owners.lock"]
+    filler.unlink()
+    with open_folder(tasks) as (_, store):
+        assert store.add([task()])
+
+
 def test_children_and_retries_that_cannot_be_stored_are_errors(small_disk: Path) -> None:
     with open_folder(small_disk / "tasks") as (_, store):
         rows = store.add([task(), task()])

@@ -155,7 +155,7 @@ class Store:
                     os.unlink(folder.file(number, suffix))
         except OSError as exc:
             raise StoreError(folder.path, f"no file can be made: {exc.strerror}") from exc
-        return cls._open(folder, number, settings, locks)
+        return cls._open(folder, number, settings, locks, is_new=True)
 
     @classmethod
     def adopt(cls, folder: Folder, settings: Settings) -> Store | None:
@@ -194,10 +194,21 @@ class Store:
         return cls._open(folder, number, settings, locks_of(folder))
 
     @classmethod
-    def _open(cls, folder: Folder, number: int, settings: Settings, locks: Locks) -> Store:
+    def _open(
+        cls,
+        folder: Folder,
+        number: int,
+        settings: Settings,
+        locks: Locks,
+        *,
+        is_new: bool = False,
+    ) -> Store:
         try:
             return cls(folder, number, settings, locks)
         except BaseException as exc:
+            if is_new:  # each request tries again, and would leave a file on a full disk
+                with suppress(OSError):
+                    _unlink(folder, number)
             locks.give(number)
             if isinstance(exc, (OSError, sqlite3.Error)):
                 raise StoreError(folder.file(number), describe(exc)) from exc
