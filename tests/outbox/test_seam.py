@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import signal
+import sqlite3
+import subprocess
+import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import Log
+from tests.support import wait_until
 from tests.support.engine_shop import (
     fail_always,
 )
@@ -62,6 +69,7 @@ def text(*args: Any) -> str:
 
 
 NAME = __name__
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_runner_defines_a_connection_and_gets_batches_of_calls() -> None:
@@ -266,3 +274,36 @@ def test_a_long_delay_of_a_call_waits_in_the_folder(tmp_path: Path) -> None:
     assert runner.sent == []
     assert runner.statistics().waiting == 1
     assert "wsgi_bg-outbox-files" in {each.name for each in threading.enumerate()}
+
+
+STORES_AND_DIES = """
+import os, signal, sys
+from tests.outbox.test_seam import *
+
+runner = ListRunner(outbox=sys.argv[1])
+run_call(runner, f"{NAME}.spread_to", text(sys.argv[1], 1000), {})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_worker_sends_a_message_with_a_long_delay_that_another_has_left(
+    tmp_path: Path,
+) -> None:
+    process = [sys.executable, "-c", STORES_AND_DIES, str(tmp_path)]
+    died = subprocess.run(process, cwd=ROOT, check=False, timeout=TIMEOUT)
+    assert died.returncode == -signal.SIGKILL
+    folder = check_folder(tmp_path / "outbox")
+    [number] = folder.numbers()
+    with closing(sqlite3.connect(folder.file(number))) as connection, connection:
+        connection.execute("UPDATE tasks SET due = 1.0")  # the time has come
+    runner = ListRunner(outbox=tmp_path)  # of the worker's next process, which has no requests
+    assert run_call(runner, f"{NAME}.double", text(1), {}) == 2
+    assert wait_until(lambda: runner.sent)
+    assert [[each.name for each in batch] for batch in runner.sent] == [["seam.weighed"]]
+
+
+def test_a_call_on_a_worker_runs_although_the_folder_is_gone(tmp_path: Path, log: Log) -> None:
+    runner = ListRunner(outbox=tmp_path)
+    (tmp_path / "outbox").rmdir()
+    assert run_call(runner, f"{NAME}.double", text(1), {}) == 2
+    assert "cannot send the messages of other processes" in log.errors[0]
