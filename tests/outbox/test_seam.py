@@ -241,6 +241,11 @@ def spread_to(folder: str, delay: float) -> list[str]:
     return files_of(folder)
 
 
+@registered_task
+def add_double() -> None:
+    background_tasks.add_task(double, 1)
+
+
 def files_of(folder: Any) -> list[str]:
     return sorted(each.name for each in Path(folder, "outbox").glob("*.sqlite"))
 
@@ -265,6 +270,27 @@ def test_the_folder_keeps_messages_of_a_call_that_the_broker_does_not_take(
     runner.away = False
     assert wait(TIMEOUT) == []
     assert len(runner.sent) == 1
+
+
+def test_a_call_does_not_wait_for_the_messages_of_another_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runner = ListRunner(drain_timeout=0.0)
+    send_to_list = ToList.send
+
+    def send_others(self: ToList, messages: Any, confirmed: Any) -> None:
+        if any(each.name == f"{NAME}.double" for each in messages):
+            raise ConnectionError("the engine closes the connection: the message is too big")
+        send_to_list(self, messages, confirmed)
+
+    monkeypatch.setattr(ToList, "send", send_others)
+    with pytest.raises(PublishError):
+        run_call(runner, f"{NAME}.add_double", text(), {})
+    runner.drain_timeout = TIMEOUT
+    run_call(runner, f"{NAME}.spread_to", text("", 0), {})
+    assert [[each.name for each in batch] for batch in runner.sent] == [["seam.weighed"]]
+    monkeypatch.undo()
+    assert wait(TIMEOUT) == []
 
 
 def test_a_long_delay_of_a_call_waits_in_the_folder(tmp_path: Path) -> None:

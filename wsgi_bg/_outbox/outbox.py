@@ -103,6 +103,7 @@ class Unsent:
         server may still be writing the response.
     :ivar deadline: when the task is given up or runs here.
     :ivar moved_to: the batch in which the task runs in this process.
+    :ivar root: the ``BackgroundTasks`` that has the task; None for a message of a file.
     :ivar observer: the observer of the task's request, in a test; None without a test.
     :ivar was_tried: True if the message may have been sent.
     :ivar goes_alone: True if a connection broke when this message alone was sent: perhaps the
@@ -118,6 +119,7 @@ class Unsent:
         "moved_to",
         "not_before",
         "observer",
+        "root",
         "stored",
         "task",
         "was_tried",
@@ -141,7 +143,8 @@ class Unsent:
         self.goes_alone: bool = False
         self.moved_to: Batch | None = None
         inside = context.get(current)
-        self.observer: Any = None if inside is None else getattr(inside.root, "observer", None)
+        self.root: Any = None if inside is None else inside.root
+        self.observer: Any = getattr(self.root, "observer", None)
         self._ledger = ledger
         self._right = {"to end": True, "to begin": True}
 
