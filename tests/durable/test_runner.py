@@ -760,6 +760,38 @@ def test_wait_includes_a_task_that_is_due_in_the_file(
     assert shop.calls == [1]
 
 
+def test_wait_includes_a_task_that_goes_into_the_file_meanwhile(
+    runner: DurableRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = _State._look
+    may_look = threading.Event()
+
+    def look_later(state: _State) -> None:
+        assert may_look.wait(TIMEOUT)
+        look(state)
+
+    def add(environ: Any) -> None:
+        background_tasks.using(delay=0.3).add_task(write, 1)
+        background_tasks.add_task(wait_at, "gate")
+
+    def list_and_open() -> Any:
+        gate = shop.gate("gate")
+        if gate.is_set():
+            may_look.set()
+            return batches_under_way()
+        assert wait_until(lambda: (store.next_due() or math.inf) <= time.time())
+        found = batches_under_way()  # the task waits behind the gate
+        gate.set()
+        return found
+
+    monkeypatch.setattr(_State, "_look", look_later)
+    monkeypatch.setattr("wsgi_bg.runners.shutdown.batches_under_way", list_and_open)
+    run_view(runner, add)
+    store = runner.ledger.files.own
+    assert wait(TIMEOUT) == []
+    assert sorted(shop.calls, key=str) == [1, "gate"]
+
+
 def test_a_task_with_a_delay_comes_from_a_file_at_its_turn(
     runner: DurableRunner, tmp_path: Path, log: Log
 ) -> None:

@@ -147,15 +147,19 @@ def wait(timeout: float | None = None) -> list[BackgroundTask]:
     notice = Notice(first=math.inf)
     while True:
         # First: a task that leaves its file meanwhile is in a batch then.
-        is_behind = any(
-            runner.is_behind for runner in _registered() if isinstance(runner, LedgerRunner)
-        )
+        was_behind = _is_behind()
         left = wait_for([*batches_under_way(), *tasks_to_send()], deadline, notice)
-        if not is_behind or time.monotonic() >= deadline:
+        # Again: a task of these batches may be in its file now, and be due.
+        if not (was_behind or _is_behind()) or time.monotonic() >= deadline:
             break
         greenlets.event().wait(_PAUSE)
     # Tasks that these tasks have added, and that wait to be sent.
     return list(dict.fromkeys(left + wait_for(tasks_to_send(), deadline, notice)))
+
+
+def _is_behind() -> bool:
+    """True if a runner has tasks in a file that are due, or wait for room."""
+    return any(each.is_behind for each in _registered() if isinstance(each, LedgerRunner))
 
 
 def drain(timeout: float | None = None) -> list[BackgroundTask]:
