@@ -70,6 +70,21 @@ def test_a_call_runs_in_a_copy_of_the_callers_context() -> None:
     assert number.get() == 7
 
 
+def test_a_call_has_the_name_that_start_task_soon_and_start_task_were_given() -> None:
+    async def name_of_task(*, task_status: Any = None) -> str:
+        if task_status is not None:
+            task_status.started()
+        task = asyncio.current_task()
+        assert task is not None
+        return task.get_name()
+
+    portal = wsgi_bg.portal()
+    assert portal.start_task_soon(name_of_task, name="rates").result(TIMEOUT) == "rates"
+    future, _ = portal.start_task(name_of_task, name="feed")
+    assert future.result(TIMEOUT) == "feed"
+    assert portal.call(name_of_task) == "wsgi_bg"
+
+
 @pytest.mark.parametrize(
     "error", [SystemExit, KeyboardInterrupt, GeneratorExit, pytest.fail.Exception]
 )

@@ -140,7 +140,9 @@ class SharedPortal(BlockingPortal):
             coroutine = self._call_func(func, args, kwargs, future)
             self._not_begun[future] = coroutine
             try:
-                self._task_group.start_soon(lambda: coroutine, name=name)
+                self._task_group.start_soon(
+                    lambda: coroutine, name="wsgi_bg" if name is None else name
+                )
             finally:
                 self._loop.set_task_factory(factory)
 
@@ -162,9 +164,9 @@ class SharedPortal(BlockingPortal):
             if future.cancelled():
                 future.set_running_or_notify_cancel()
                 return
-            self._calls[future] = current_task()
+            self._calls[future] = task = current_task()
             if func is not separately:
-                func = partial(_separate, func)
+                func = partial(_separate, task, func)
             # anyio's method settles the future, and then raises an error that is no Exception.
             with suppress(BaseException):
                 await super()._call_func(func, args, kwargs, future)
@@ -172,22 +174,27 @@ class SharedPortal(BlockingPortal):
             self._calls.pop(future, None)
 
 
-def _separate(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call ``func``, whose coroutine then runs in an asyncio task of its own."""
+def _separate(caller: Any, func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Call ``func``, whose coroutine then runs in an asyncio task of its own.
+
+    :param caller: the asyncio task of the call, which the other task has its name from.
+    """
     result = func(*args, **kwargs)
-    return _await(result) if is_awaitable(result) else result
+    return _await(result, caller) if is_awaitable(result) else result
 
 
-async def _await(awaitable: Awaitable[Any]) -> Any:
-    task = await separately(partial(_outcome, awaitable))
+async def _await(awaitable: Awaitable[Any], caller: Any) -> Any:
+    task = await separately(partial(_outcome, awaitable, caller))
     result, error = task.result()
     if error is not None:
         raise error
     return result
 
 
-async def _outcome(awaitable: Awaitable[Any]) -> tuple[Any, BaseException | None]:
+async def _outcome(awaitable: Awaitable[Any], caller: Any) -> tuple[Any, BaseException | None]:
     """Return the result and the error; asyncio ends the loop for an error of these types."""
+    with suppress(Exception):  # a library's class of tasks may have no names
+        current_task().set_name(caller.get_name())
     try:
         return await awaitable, None
     except (SystemExit, KeyboardInterrupt) as exc:
