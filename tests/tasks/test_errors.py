@@ -7,6 +7,8 @@ import contextvars
 import logging
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 import pytest
@@ -282,6 +284,16 @@ def test_a_generator_that_nobody_runs_is_a_failure(log: Log) -> None:
         "it returned a generator that no one runs: nothing was done",
         "it returned an async generator that no one runs: nothing was done",
     ]
+
+
+def test_a_generator_of_the_results_of_a_pool_is_an_ordinary_result(log: Log) -> None:
+    done: list[int] = []
+    with ThreadPoolExecutor(1) as executor, ThreadPool(1) as pool:
+        run((executor.map, done.append, [1, 2]), (pool.imap, done.append, [3, 4], 2))
+        pool.close()
+        pool.join()
+    assert sorted(done) == [1, 2, 3, 4]
+    assert log.errors == []
 
 
 @pytest.mark.filterwarnings("error")

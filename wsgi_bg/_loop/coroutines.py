@@ -45,6 +45,14 @@ def is_awaitable(result: Any) -> bool:
         return False
 
 
+# Modules whose functions begin the work, and return a generator of the results: Executor.map.
+_POOLS = ("concurrent.futures._base", "concurrent.futures.process", "multiprocessing.pool")
+
+
+def _is_of_a_pool(generator: Any) -> bool:
+    return generator.gi_frame.f_globals.get("__name__") in _POOLS
+
+
 def refuse_unrun(result: Any) -> None:
     """Raise if a call has only made a generator or a coroutine, which no one will run.
 
@@ -59,6 +67,7 @@ def refuse_unrun(result: Any) -> None:
         is_new, kind = inspect.getcoroutinestate(result) == inspect.CORO_CREATED, "a coroutine"
     elif type(result) is GeneratorType:
         is_new, kind = inspect.getgeneratorstate(result) == inspect.GEN_CREATED, "a generator"
+        is_new = is_new and not _is_of_a_pool(result)
     else:
         return
     if is_new:
