@@ -571,6 +571,34 @@ def test_the_label_of_the_inner_layer_holds() -> None:
     assert found == ["inner"]
 
 
+@pytest.mark.parametrize("options", [{"hooks": Hooks()}, {"slow_after": 60}, {"status": True}])
+def test_a_layer_inside_asks_for_no_label_before_the_end_of_a_request_with_tasks(
+    options: Any, log: Log
+) -> None:
+    found: list[str | None] = []
+    asked: list[str] = []
+
+    def view(environ: Environ) -> None:
+        environ["route"] = "the route"
+        if environ["PATH_INFO"] == "/task":
+            background_tasks.add_task(fail)
+
+    def make(environ: Environ) -> str:
+        asked.append(environ["PATH_INFO"])
+        return str(environ["route"])
+
+    app = BackgroundTasksMiddleware(
+        BackgroundTasksMiddleware(app_that(view), **options),
+        request_label=make,
+        on_error=lambda task, exc: found.append(task.request),
+    )
+    for path in ("/no-task", "/task"):
+        respond(app, make_environ(PATH_INFO=path))
+    assert asked == ["/task"]
+    assert found == ["the route"]
+    assert [error for error in log.errors if "request_label" in error] == []
+
+
 @pytest.mark.usefixtures("no_request_left")
 def test_a_signal_in_the_function_for_the_label_goes_through(log: Log) -> None:
     def make(environ: Environ) -> str:

@@ -292,7 +292,10 @@ def _noting_request(app: WSGIApplication) -> WSGIApplication:
     """Let hooks and messages know the request of a task before the request ends."""
 
     def noting(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        environ[ENVIRON_KEY].root.note_request(environ)
+        tasks = environ[ENVIRON_KEY].root
+        # The function of an outer layer is called at the end, for requests with tasks only.
+        if tasks.options.request_label is None:
+            tasks.note_request(environ)
         return app(environ, start_response)
 
     return noting
