@@ -22,7 +22,13 @@ from tests.conftest import Log
 from tests.support import TIMEOUT, run_python
 from tests.support.command import ROOT
 from tests.support.django import Order, settings
-from wsgi_bg import BackgroundTasks, background_tasks, get_background_tasks, inject
+from wsgi_bg import (
+    BackgroundTask,
+    BackgroundTasks,
+    background_tasks,
+    get_background_tasks,
+    inject,
+)
 from wsgi_bg._tasks.task import current
 from wsgi_bg.django import get_wsgi_application
 
@@ -226,6 +232,30 @@ def test_the_options_are_those_of_the_application_and_of_the_settings(task: Run)
     get_wsgi_application()
     assert len(names) == 1
     assert task.count == 0
+
+
+def look_at_label(request: Any) -> None:
+    """Set a key of the environ, and add a task that looks at the label of its request."""
+    labels: list[str | None] = request.environ["labels"]
+    request.environ["route"] = "the route"
+    tasks: list[BackgroundTask] = []
+    tasks.append(background_tasks.add_task(lambda: labels.append(tasks[0].request)))
+
+
+@pytest.mark.parametrize("method", ["get", "post", "head"])
+def test_the_label_of_a_request_has_its_method(method: str) -> None:
+    labels: list[str | None] = []
+    getattr(serve(look_at_label), method)("/", labels=labels)
+    assert labels == [f"{method.upper()} /"]
+
+
+def test_the_label_may_be_made_of_what_the_view_has_put_into_the_environ() -> None:
+    labels: list[str | None] = []
+    client = serve(look_at_label)
+    with override_settings(WSGI_BG_REQUEST_LABEL=lambda environ: environ["route"]):
+        client.get("/", labels=labels)
+        list(client.get("/stream", labels=labels).streaming_content)
+    assert labels == ["the route", "the route"]
 
 
 def test_the_proxy_works_in_requests_only(task: Run) -> None:

@@ -122,8 +122,7 @@ class _ClientRequest:
     def __init__(
         self, environ: WSGIEnvironment, enter: Callable[[BackgroundTasks], object]
     ) -> None:
-        # A response to HEAD may be closed before it is read, but this response must stay open.
-        self.environ = {**environ, "REQUEST_METHOD": "GET"}
+        self.environ = {**environ}
         self.environ.pop(ENVIRON_KEY, None)
 
         def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterator[bytes]:
@@ -239,9 +238,12 @@ def _raises_through(frame: FrameType | None) -> bool:
 
 
 def _finish(request: Any, status: str) -> None:
-    visit = getattr(request, "environ", {}).pop(_Visit.KEY, None)
+    environ = getattr(request, "environ", {})
+    visit = environ.pop(_Visit.KEY, None)
     if visit is None:
         return
+    # For request_label, which on a server gets the environ that the view has changed.
+    visit.environ.update({**environ, ENVIRON_KEY: visit.environ[ENVIRON_KEY]})
     try:
         visit.finish(status)
     except BaseException:  # an error that the pytest fixture raises
