@@ -117,6 +117,27 @@ def test_an_error_without_a_formattable_traceback_is_logged_without_the_tracebac
     ]
 
 
+def raise_in_attribute(error: BaseException, *given: object) -> Any:
+    raise RuntimeError
+
+
+@pytest.mark.parametrize("func", [fail, fail_async])
+@pytest.mark.parametrize("kind", [Exception, BaseException])
+@pytest.mark.parametrize("name", ["__traceback__", "__class__", "__getattribute__"])
+def test_an_error_whose_attributes_raise_stops_no_task(
+    name: str, kind: type[BaseException], func: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    is_method = name == "__getattribute__"
+    attribute = raise_in_attribute if is_method else property(raise_in_attribute)
+    error = type("WrongError", (kind,), {name: attribute})()
+    seen: list[str] = []
+    run((func, error), (seen.append, "next"), on_error=lambda *_: seen.append("on_error"))
+    run((func, error), (seen.append, "next"), status=True)  # the recorder sees errors, too
+    assert seen == ["on_error", "next", "next"]
+    wanted = f"background task tests.tasks.test_errors.{func.__name__} raised WrongError"
+    assert [message.partition(" (")[0] for message in caplog.messages] == [wanted] * 2
+
+
 def test_a_record_whose_filter_raises_goes_to_standard_error(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

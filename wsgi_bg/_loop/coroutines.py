@@ -99,7 +99,8 @@ def is_cancellation(exc: BaseException) -> bool:
     """True if ``exc`` is how asyncio cancels a task; called on a loop."""
     import asyncio
 
-    return isinstance(exc, asyncio.CancelledError)
+    # isinstance() would read __class__, which may raise.
+    return issubclass(type(exc), asyncio.CancelledError)
 
 
 def new_task(work: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> asyncio.Task[Any]:

@@ -13,6 +13,8 @@ from inspect import CO_VARARGS
 from types import CodeType, FrameType, TracebackType
 from typing import Any
 
+_TRACEBACK: Any = BaseException.__dict__["__traceback__"]
+
 
 def stops_worker(exc: BaseException) -> bool:
     """True if ``exc``, raised while a task ran, stops the server's worker.
@@ -22,17 +24,19 @@ def stops_worker(exc: BaseException) -> bool:
     ``GreenletExit`` by which gevent and eventlet kill a greenlet. Any further exception is
     an error of the task, for example its own ``sys.exit()``.
     """
-    if isinstance(exc, Exception):
+    kind = type(exc)  # isinstance() would read __class__, which may raise
+    if issubclass(kind, Exception):
         return False
-    if _is_greenlet_kill(exc):
+    if _is_greenlet_kill(kind):
         return True
     if threading.current_thread() is not threading.main_thread():
         return False
-    if isinstance(exc, KeyboardInterrupt):
+    if issubclass(kind, KeyboardInterrupt):
         return True
-    if not isinstance(exc, SystemExit):
+    if not issubclass(kind, SystemExit):
         return False
-    return _passes_a_handler(exc.__traceback__) or _passes_a_former_handler(exc.__traceback__)
+    traceback = _traceback_of(exc)
+    return _passes_a_handler(traceback) or _passes_a_former_handler(traceback)
 
 
 def is_from_signal_handler(exc: BaseException) -> bool:
@@ -41,7 +45,7 @@ def is_from_signal_handler(exc: BaseException) -> bool:
         return True
     if threading.current_thread() is not threading.main_thread():
         return False
-    return _passes_a_handler(exc.__traceback__)
+    return _passes_a_handler(_traceback_of(exc))
 
 
 def is_raised_here(exc: BaseException) -> bool:
@@ -50,13 +54,20 @@ def is_raised_here(exc: BaseException) -> bool:
     If False, a Python function called from this frame has raised ``exc``, possibly a signal
     handler.
     """
-    return exc.__traceback__ is None or exc.__traceback__.tb_next is None
+    traceback = _traceback_of(exc)
+    return traceback is None or traceback.tb_next is None
 
 
-def _is_greenlet_kill(exc: BaseException) -> bool:
+def _traceback_of(exc: BaseException) -> TracebackType | None:
+    """The traceback of ``exc``, without the code of a class that has a property for it."""
+    traceback: TracebackType | None = _TRACEBACK.__get__(exc)
+    return traceback
+
+
+def _is_greenlet_kill(kind: type[BaseException]) -> bool:
     # Until the module greenlet is imported, no greenlet exists.
     greenlet = sys.modules.get("greenlet")
-    if greenlet is None or not isinstance(exc, greenlet.GreenletExit):
+    if greenlet is None or not issubclass(kind, greenlet.GreenletExit):
         return False
     return greenlet.getcurrent().parent is not None  # else this is a thread, and no greenlet
 

@@ -134,9 +134,10 @@ def _print_instead(
 
 def shown(given: object) -> object:
     """Return an argument of a message: the text of an error, or of any other object."""
-    if isinstance(given, (str, float, int)):
+    kind = type(given)  # isinstance() would read __class__, which may raise
+    if issubclass(kind, (str, float, int)):
         return given
-    if not isinstance(given, BaseException):
+    if not issubclass(kind, BaseException):
         return safe_repr(given)
     try:
         return str(given)

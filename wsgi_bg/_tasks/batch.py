@@ -717,7 +717,7 @@ class Batch:
         is_over = self._stop == ABANDONED
         if plan is None or (self._stop and not is_over):
             return False
-        if isinstance(exc, NotSent):
+        if type(exc) is NotSent:
             return self._puts_off(task)
         retry = plan.retry
         if retry is None or not retry.allows(plan.attempt, exc):
