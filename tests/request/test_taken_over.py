@@ -152,6 +152,23 @@ def test_a_response_that_cannot_be_iterated_goes_back_to_the_server_unchanged() 
     assert ran.wait(TIMEOUT)
 
 
+def test_an_error_whose_class_cannot_be_read_reaches_the_server() -> None:
+    class WrongError(Exception):
+        @property  # type: ignore[misc]
+        def __class__(self) -> Any:
+            raise RuntimeError
+
+    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        raise WrongError
+
+    raised: type[BaseException] | None = None
+    try:
+        Server().run(BackgroundTasksMiddleware(app), make_server_environ())
+    except Exception as exc:  # pytest could not show the error
+        raised = type(exc)
+    assert raised is WrongError
+
+
 def test_elsewhere_a_stop_iteration_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
     def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
         add_tasks()

@@ -100,7 +100,7 @@ def is_asked_for(environ: WSGIEnvironment, exc: BaseException) -> bool:
     flask-sock and python-engineio end in this way. uWSGI's functions for WebSockets raise an
     ``OSError`` when the client has closed the connection.
     """
-    if isinstance(exc, StopIteration):
+    if issubclass(type(exc), StopIteration):  # isinstance() reads __class__, which may raise
         return "gunicorn.socket" in environ
     return (
         "uwsgi.version" in environ
