@@ -17,7 +17,7 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from tests.support.encoding import CARRIED, order, written
-from wsgi_bg._messages.codec import MAX_DEPTH, decode, encode
+from wsgi_bg._messages.codec import MAX_DEPTH, decode, describe, encode
 from wsgi_bg._tasks.registry import Registration
 from wsgi_bg.exceptions import ArgumentError, MessageError, WsgiBgError
 
@@ -277,3 +277,9 @@ def test_reading_a_forged_text_imports_nothing() -> None:
     with pytest.raises(MessageError):
         decode('[1,[{"$datetime":["2024-01-01",0,"antigravity"]}],{}]')
     assert "antigravity" not in set(sys.modules) - before
+
+
+def test_arguments_are_described_for_people() -> None:
+    assert describe(written("a", [1], note=None)) == ["'a'", "[1]", "note=None"]
+    for stored in (written(10**5000), "a message for an engine"):
+        assert describe(stored) == [f"stored as: {stored}"]

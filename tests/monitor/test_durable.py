@@ -144,7 +144,7 @@ def test_arguments_that_are_forged_or_gone_are_shown_as_such(shop: Shop) -> None
         forge(shop, "kept", *row, "failed", 1.0, 1.0, "", "")
     monitor = open_monitor(show_arguments=True, path=shop.folder)
     shown = [Answer(monitor, f"/task.json?id={task}").json for task in ("forged", "gone")]
-    assert [each["arguments"] for each in shown] == [["(cannot be read)"], None]
+    assert [each["arguments"] for each in shown] == [["stored as: [1"], None]
 
 
 def test_long_arguments_are_cut() -> None:

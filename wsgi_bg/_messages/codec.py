@@ -101,6 +101,19 @@ def decode(text: object) -> tuple[list[Any], dict[str, Any]]:
     return args, kwargs
 
 
+def describe(text: str) -> list[str]:
+    """Return a text for each argument; a single text if ``text`` cannot be shown as arguments.
+
+    The text is the message for an engine then, in the folder of an outbox, or the text is
+    damaged, or an argument is an integer with more digits than Python shows.
+    """
+    try:
+        args, kwargs = decode(text)
+        return [*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())]
+    except ValueError:
+        return [f"stored as: {text}"]
+
+
 def _positional(signature: Signature, index: int) -> str:
     """Name the parameter of a positional argument; bind() has checked that it exists."""
     parameters = signature.parameters.values()

@@ -19,11 +19,11 @@ from typing import Any
 from wsgi_bg._durable.folder import Folder, check_folder
 from wsgi_bg._durable.inspection import ORDERS, Found, is_used, list_tasks, order
 from wsgi_bg._durable.rows import Outcome
-from wsgi_bg._messages.codec import decode
+from wsgi_bg._messages.codec import describe
 from wsgi_bg._process.printable import printable
 from wsgi_bg._serving.output import cell, local_time, moment, say, table
 from wsgi_bg._serving.usage import Parser, UsageError
-from wsgi_bg.exceptions import MessageError, StoreError
+from wsgi_bg.exceptions import StoreError
 
 PAUSE = 0.05
 """Seconds between two looks whether orders were obeyed. The owner looks once a second."""
@@ -324,7 +324,7 @@ def _block(task: Found) -> str:
     if row.arguments:
         lines += [
             "  arguments",
-            *(f"    {printable(text)}" for text in _arguments(row.arguments)),
+            *(f"    {printable(text)}" for text in describe(row.arguments)),
         ]
     if traceback:
         lines += ["  traceback", *(f"    {printable(text)}" for text in _lines(traceback))]
@@ -333,18 +333,6 @@ def _block(task: Found) -> str:
 
 def _lines(text: str) -> list[str]:
     return text.removesuffix("\n").split("\n")
-
-
-def _arguments(text: str) -> list[str]:
-    """Return a line for each argument; one line with the text if that is no list of arguments.
-
-    The text is the message for an engine then, in the folder of an outbox, or it is damaged.
-    """
-    try:
-        args, kwargs = decode(text)
-    except MessageError:
-        return [f"stored as: {text}"]
-    return [*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())]
 
 
 def _as_json(task: Found) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from typing import Any
 from wsgi_bg._durable.folder import Folder, is_of_parent
 from wsgi_bg._durable.inspection import ORDERS, Found, list_tasks, order
 from wsgi_bg._durable.writer import Turns
-from wsgi_bg._messages.codec import decode
+from wsgi_bg._messages.codec import describe
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._status.stored import state_of
-from wsgi_bg.exceptions import MessageError, StoreError
+from wsgi_bg.exceptions import StoreError
 
 _LONGEST = 2_000  # characters of an argument
 _MOST = 100  # arguments
@@ -118,9 +118,4 @@ def _arguments(text: str) -> list[str] | None:
     """
     if not text:
         return None
-    try:
-        args, kwargs = decode(text)
-    except MessageError:
-        return ["(cannot be read)"]
-    shown = [*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())]
-    return [each[:_LONGEST] for each in shown[:_MOST]]
+    return [each[:_LONGEST] for each in describe(text)[:_MOST]]
