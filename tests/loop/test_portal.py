@@ -535,6 +535,55 @@ def test_async_tasks_run_if_sniffio_is_installed() -> None:
     assert libraries == ["asyncio.exceptions"]
 
 
+def test_a_child_that_is_forked_while_a_thread_makes_the_portal_makes_its_own() -> None:
+    # In the child the lock of a module that a thread was importing would stay locked.
+    done = run_python(
+        """
+        import os, signal, sys, threading, warnings
+        import wsgi_bg
+
+        warnings.simplefilter("ignore")  # of a fork beside threads
+        is_importing, forks = threading.Event(), threading.Event()
+
+        class Finder:
+            def find_spec(self, name, path=None, target=None):
+                if name == "asyncio":
+                    is_importing.set()
+                    forks.wait(10)
+
+        async def answer():
+            return 42
+
+        call = wsgi_bg.portal  # imported here
+        sys.meta_path.insert(0, Finder())
+        first = threading.Thread(target=lambda: call().call(answer))
+        first.start()
+        assert is_importing.wait(10)
+        os.register_at_fork(before=forks.set)  # called before the hooks of the package
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            os._exit(call().call(answer))
+        first.join()
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), call().call(answer))
+        """,
+        timeout=40,
+    )
+    assert (done.stdout, done.stderr) == ("42 42\n", "")
+
+
+def test_a_fork_waits_not_for_ever_for_a_portal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(portal, "FORK_TIMEOUT", 0.01)
+    with portal._threads.lock():
+        for hook in (portal._before_fork, portal._after_fork_in_parent):
+            thread = threading.Thread(target=hook)
+            thread.start()
+            thread.join(TIMEOUT)
+            assert not thread.is_alive()
+    assert portal._threads.lock().acquire(timeout=TIMEOUT)
+    portal._threads.lock().release()
+
+
 def test_the_exit_waits_for_the_clean_up_of_calls_whose_loop_was_ended() -> None:
     done = run_python(
         """

@@ -15,6 +15,7 @@ asyncio half imported, and the next import would fail.
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import time
 from collections import deque
@@ -45,6 +46,9 @@ THREAD_NAME = "wsgi_bg-portal"
 
 STOP_TIMEOUT = 0.5
 """Seconds for which the exit of the process waits for the end of the portal's thread."""
+
+FORK_TIMEOUT = 5.0
+"""Seconds for which a fork waits until a portal that is being made runs."""
 
 
 class LoopJob(NamedTuple):
@@ -206,6 +210,23 @@ _threads = PerProcess(PortalThread)
 
 _alive: PerProcess[set[PortalThread]] = PerProcess(set)
 """The threads that run; one whose loop was ended lives on while its tasks clean up."""
+
+
+def _before_fork() -> None:
+    """Wait until no thread makes a portal.
+
+    The portal's thread may be importing asyncio. Python would never release the locks of these
+    imports in the child, whose own portal would wait for them for ever.
+    """
+    _threads.lock().acquire(timeout=FORK_TIMEOUT)
+
+
+def _after_fork_in_parent() -> None:
+    with suppress(RuntimeError):  # not held, since the time was up
+        _threads.lock().release()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent)
 
 
 def portal() -> BlockingPortal:

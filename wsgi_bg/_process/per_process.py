@@ -118,5 +118,9 @@ class PerProcess(Generic[T]):
             if self._values.get(number) is value:
                 del self._values[number]
 
+    def lock(self) -> threading.RLock:
+        """Return the lock that a thread of this process holds while it makes the object."""
+        return self._lock_of(pid())
+
     def _lock_of(self, number: int) -> threading.RLock:
         return self._locks.setdefault(number, threading.RLock())
