@@ -276,8 +276,8 @@ class Hooks:
         application's context.
 
         The context manager sees an error of the task, and cannot suppress the error. If
-        entering raises, the call is not made; then, and if leaving raises, the task has failed
-        with that error.
+        this method or entering raises, the call is not made; then, and if leaving raises, the
+        task has failed with that error.
         """
         return None
 
