@@ -282,6 +282,20 @@ def test_sent_messages_of_a_folder_are_known_at_once(
     runner.prepare_drain()
 
 
+def test_a_message_in_a_folder_is_not_lost_with_its_process(
+    folder: Path, broker: type[Broker]
+) -> None:
+    runner = Sends(outbox=folder)
+    broker.is_away = True
+    unsent = add(runner, write, 1, status_path=folder)
+    process = recorder.process()
+    process.write()
+    assert process.document().ids == {}
+    recorder.turn_off()  # as another process, after the death of this one
+    assert status.of(unsent, folder) == "waiting"
+    runner.prepare_drain()
+
+
 def test_a_sent_task_is_known_at_once_between_two_writes(
     folder: Path, broker: type[Broker], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,6 +77,7 @@ def look(wall: Callable[[float], float] | None) -> Live:
     pid = os.getpid()
     running = [task for task, worker in calls_on_worker.copy().items() if worker == pid]
     waiting: Counter[str] = Counter()
+    in_files: set[BackgroundTask] = set()
     room = MAX_WAITING
     for batch in batches_under_way():
         task = batch.running
@@ -92,8 +93,10 @@ def look(wall: Callable[[float], float] | None) -> Live:
     for ledger in ledgers_here():
         for later in islice(ledger.waiting.copy(), MAX_WAITING):
             _count(later.tasks, waiting)
-        for unsent in islice(ledger.unsent.copy(), MAX_WAITING):
-            if not _is_in_file(unsent):
+        for number, unsent in enumerate(ledger.unsent.copy()):
+            if _is_in_file(unsent):
+                in_files.update(unsent.tasks)
+            elif number < MAX_WAITING:
                 _count(unsent.tasks, waiting)
     unlisted: Counter[str] = Counter()
     _count(running[MAX_RUNNING:], unlisted)
@@ -102,7 +105,7 @@ def look(wall: Callable[[float], float] | None) -> Live:
         dict(Counter(task.name for task in running)),
         dict(unlisted),
         dict(waiting),
-        _ids() if wall is not None else {},
+        _ids(in_files) if wall is not None else {},
         load(),
     )
 
@@ -130,10 +133,13 @@ def _shown(
     return running, is_stored(task)
 
 
-def _ids() -> dict[str, State]:
-    """Return the states of tasks whose ids were read, without those that a file keeps."""
+def _ids(in_files: set[BackgroundTask]) -> dict[str, State]:
+    """Return the states of tasks whose ids were read, without those that a file keeps.
+
+    :param in_files: tasks whose messages are in a file.
+    """
     states = (
-        (id, None if is_stored(task) else state_of(task))
+        (id, None if task in in_files or is_stored(task) else state_of(task))
         for task, id in tasks_with_ids()  # noqa: A001
     )
     known = ((id, state) for id, state in states if state is not None)  # noqa: A001
