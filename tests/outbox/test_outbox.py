@@ -732,6 +732,29 @@ def test_the_file_of_a_killed_process_goes_when_its_messages_are_sent(tmp_path: 
     assert wait_until(lambda: left not in folder.numbers())
 
 
+def test_hooks_see_the_ends_of_messages_of_a_dead_process(tmp_path: Path) -> None:
+    seen: list[tuple[str, str, str | None, str]] = []
+
+    class Ends(Hooks):
+        def task_sent(self, record: TaskRecord) -> None:
+            seen.append(("sent", record.id, record.request, record.runner))
+
+        def task_failed(self, record: TaskRecord) -> None:
+            seen.append(("failed", record.id, record.request, record.runner))
+
+    rows = [Row("post.send", f'["{id}"]', id=id) for id in ("good", "refused")]  # noqa: A001
+    left_by_a_dead_process(tmp_path / "tasks" / "outbox", *rows)
+    (tmp_path / "is_up").touch()
+    runner = FilePost(tmp_path)
+    BackgroundTasksMiddleware(app_that(print), runner=runner, hooks=Ends())
+    runner.start()
+    assert wait_until(lambda: len(seen) == 2)
+    assert sorted(seen) == [
+        ("failed", "refused", None, "FilePost"),
+        ("sent", "good", None, "FilePost"),
+    ]
+
+
 def test_many_messages_of_a_dead_process_wait_for_no_further_look(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

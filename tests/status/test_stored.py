@@ -241,10 +241,13 @@ class Broker(Connection):
     """Confirms all messages, or none."""
 
     is_away = False
+    refuses = False
 
     def send(self, messages: Sequence[Any], confirmed: Any) -> None:
         if Broker.is_away:
             raise ConnectionError
+        if Broker.refuses:
+            raise ValueError
         for index in range(len(messages)):
             confirmed(index)
 
@@ -257,6 +260,7 @@ class Sends(OutboxRunner):
 @pytest.fixture
 def broker(monkeypatch: pytest.MonkeyPatch) -> type[Broker]:
     monkeypatch.setattr(Broker, "is_away", False)
+    monkeypatch.setattr(Broker, "refuses", False)
     return Broker
 
 
@@ -282,6 +286,22 @@ def test_sent_messages_of_a_folder_are_known_at_once(
     runner.prepare_drain()
 
 
+def test_a_refused_message_in_a_folder_is_aside_until_an_order_lets_it_be_sent(
+    folder: Path, broker: type[Broker]
+) -> None:
+    broker.refuses = True
+    task = add(Sends(outbox=folder), write, 1, status_path=folder)
+    assert wait_until(lambda: status.snapshot().counts.failed == 1)
+    assert wait_until(lambda: status.of(task) == status.of(task, folder) == "aside")
+    broker.refuses = False
+    messages = check_folder(folder / "outbox")
+    assert wait_until(lambda: bool(list_tasks(messages, lambda each: each.state == "aside")))
+    [refused] = list_tasks(messages, lambda each: True)
+    order(messages, refused, "retry")
+    assert wait_until(lambda: status.of(task) == status.of(task, folder) == "sent")
+    assert status.snapshot().counts.sent == 1
+
+
 def test_a_message_in_a_folder_is_not_lost_with_its_process(
     folder: Path, broker: type[Broker]
 ) -> None:
@@ -290,7 +310,7 @@ def test_a_message_in_a_folder_is_not_lost_with_its_process(
     unsent = add(runner, write, 1, status_path=folder)
     process = recorder.process()
     process.write()
-    assert process.document().ids == {}
+    assert unsent not in process.document().ids
     recorder.turn_off()  # as another process, after the death of this one
     assert status.of(unsent, folder) == "waiting"
     runner.prepare_drain()

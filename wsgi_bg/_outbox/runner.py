@@ -36,6 +36,7 @@ from wsgi_bg.runners import Runner, Statistics, resolve
 from wsgi_bg.runners.attached import Attached
 from wsgi_bg.runners.keeping import KeepingRunner, is_kept_at_once, is_recorded
 from wsgi_bg.runners.ledger import Ledger
+from wsgi_bg.runners.timer import Deferring
 
 if TYPE_CHECKING:
     from wsgi_bg._tasks.background_tasks import BackgroundTasks
@@ -429,6 +430,10 @@ class OutboxRunner(KeepingRunner):
         task.keep_id(row.id)
         if registry.find(func) is None:
             task.keep_name(row.name)
+        queue = Deferring()
+        queue.options = self.options
+        queue.close()
+        self.options.calls.received(task, queue)
         return task, message
 
 

@@ -16,6 +16,7 @@ from wsgi_bg._status.journal import MAX_ENTRIES, Entry, Journal
 from wsgi_bg._status.model import Failure, State
 from wsgi_bg._status.numbers import DISCARDED, FAILED, RETRIED, SENT
 from wsgi_bg._tasks.task import known_id, plan_of
+from wsgi_bg.exceptions import PublishError
 from wsgi_bg.hooks.base import OptionHooks, TaskRecord
 from wsgi_bg.runners.keeping import KeepingRunner
 
@@ -140,7 +141,8 @@ class Recorder(OptionHooks):
 
     def task_failed(self, record: TaskRecord) -> None:
         """Record a task that has failed."""
-        self._record(record, FAILED, "failed", _failure(record))
+        state: State | None = None if _is_put_aside(record) else "failed"
+        self._record(record, FAILED, state, _failure(record))
 
     def task_retried(self, record: TaskRecord) -> None:
         """Record an attempt that has raised.
@@ -192,6 +194,17 @@ class Recorder(OptionHooks):
     def forget_parent(self) -> None:
         """Forget the journal of the parent process, in a forked child."""
         self._journal = None
+
+
+def _is_put_aside(record: TaskRecord) -> bool:
+    """True if the message could not be sent, and a folder keeps it: the file has the state."""
+    runner = record.batch.root.options.runner
+    return (
+        isinstance(record.error, PublishError)
+        and record.started_at is None
+        and isinstance(runner, KeepingRunner)
+        and runner.folder_of_messages is not None
+    )
 
 
 def _failure(record: TaskRecord) -> Failure:

@@ -228,7 +228,9 @@ class Hooks:
     a task.
 
     A task that was sent to another process, or that an earlier process has stored, begins with
-    ``task_started`` in the process that makes the call, if that process has the hooks.
+    ``task_started`` in the process that makes the call, if that process has the hooks. A
+    message that an earlier process has left in the folder of an outbox begins with
+    ``task_sent``, or with ``task_failed``.
 
     ``task_started``, ``task_finished``, ``task_failed`` and ``task_retried`` run in the task's
     context variables: only that task sees a variable (a span) that ``task_started`` sets. These
