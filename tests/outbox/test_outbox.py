@@ -742,8 +742,12 @@ def test_hooks_see_the_ends_of_messages_of_a_dead_process(tmp_path: Path) -> Non
         def task_failed(self, record: TaskRecord) -> None:
             seen.append(("failed", record.id, record.request, record.runner))
 
-    rows = [Row("post.send", f'["{id}"]', id=id) for id in ("good", "refused")]  # noqa: A001
-    left_by_a_dead_process(tmp_path / "tasks" / "outbox", *rows)
+    request(FilePost(tmp_path / "before"), add(send, "good"))
+    [found] = list_tasks(check_folder(tmp_path / "before" / "tasks" / "outbox"))
+    named = found.outcome.row.context
+    good = Row("post.send", '["good"]', context=named, id="good")
+    refused = Row("post.send", '["refused"]', id="refused")
+    left_by_a_dead_process(tmp_path / "tasks" / "outbox", good, refused)
     (tmp_path / "is_up").touch()
     runner = FilePost(tmp_path)
     BackgroundTasksMiddleware(app_that(print), runner=runner, hooks=Ends())
@@ -751,7 +755,7 @@ def test_hooks_see_the_ends_of_messages_of_a_dead_process(tmp_path: Path) -> Non
     assert wait_until(lambda: len(seen) == 2)
     assert sorted(seen) == [
         ("failed", "refused", None, "FilePost"),
-        ("sent", "good", None, "FilePost"),
+        ("sent", "good", "GET /", "FilePost"),
     ]
 
 

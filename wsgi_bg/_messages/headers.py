@@ -47,10 +47,7 @@ def current() -> dict[str, str]:
             if not isinstance(value, str):
                 raise OptionTypeError(variable.name, value, "a str or None")
             found[name] = value
-    tasks = current_tasks.get(None)
-    label = None if tasks is None else tasks.root.request
-    if label is not None:
-        found[REQUEST] = label
+    found.update(of_request())
     if "opentelemetry.trace" in sys.modules and "opentelemetry" not in carriers:
         found.update(_from_opentelemetry())
     for name, carrier in list(carriers.items()):
@@ -59,6 +56,13 @@ def current() -> dict[str, str]:
         except Exception as exc:
             log.error("the trace of %s could not be added to a message", name, exc_info=exc)
     return found
+
+
+def of_request() -> dict[str, str]:
+    """Return the header with the label of the current request, if the label is known."""
+    tasks = current_tasks.get(None)
+    label = None if tasks is None else tasks.root.request
+    return {} if label is None else {REQUEST: label}
 
 
 def restore(context: Context, given: Mapping[str, object]) -> None:

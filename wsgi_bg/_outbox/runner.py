@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 
 from wsgi_bg._durable.folder import Folder, check_folder
 from wsgi_bg._durable.rows import NO_LIMIT, Row, Settings
+from wsgi_bg._messages import headers
 from wsgi_bg._outbox.encoded import EngineOptions, encode_call, load_call
 from wsgi_bg._outbox.outbox import Connection, Limits, Outbox
 from wsgi_bg._outbox.stored import Message, Stored, StoredMessages
@@ -258,7 +259,9 @@ class OutboxRunner(KeepingRunner):
             stored = Stored(message, _NO_ROW)
             outbox.reserve(stored)
             return stored
-        return Stored(message, Row(message.name, self.dump(message), due=due, id=task.id))
+        context = json.dumps(headers.of_request())
+        row = Row(message.name, self.dump(message), "", context, due=due, id=task.id)
+        return Stored(message, row)
 
     def _find_when_unsent(self, task: BackgroundTask, message: Message) -> WhenUnsent:
         registration = registry.find(task.func)
@@ -423,6 +426,7 @@ class OutboxRunner(KeepingRunner):
         assert func is not None, "asked before, and no task is forgotten"
         try:
             message = Message(row.name, self.load(row.name, row.arguments))
+            label = json.loads(row.context or "{}").get(headers.REQUEST)
         except Exception as exc:  # a forged row
             raise MessageError(f"the message cannot be read: {type_name(exc)}") from None
         task = BackgroundTask.__new__(BackgroundTask)
@@ -432,6 +436,7 @@ class OutboxRunner(KeepingRunner):
             task.keep_name(row.name)
         queue = Deferring()
         queue.options = self.options
+        queue.restore_request(label)
         queue.close()
         self.options.calls.received(task, queue)
         return task, message
