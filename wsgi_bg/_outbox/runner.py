@@ -21,7 +21,7 @@ from wsgi_bg._outbox.outbox import Connection, Limits, Outbox
 from wsgi_bg._outbox.stored import Message, Stored, StoredMessages
 from wsgi_bg._process.interrupts import type_name
 from wsgi_bg._process.per_process import PerProcess
-from wsgi_bg._process.repeated import RepeatedWarning
+from wsgi_bg._process.repeated import RepeatedError, RepeatedWarning
 from wsgi_bg._tasks import registry
 from wsgi_bg._tasks.checks import (
     WhenUnsent,
@@ -141,6 +141,7 @@ class OutboxRunner(KeepingRunner):
             "its visibility_timeout (an hour by default), RabbitMQ after its consumer_timeout "
             "(30 minutes)"
         )
+        self._not_started = RepeatedError("%s cannot send the messages of other processes")
         self._folder: Folder | None = None
         if outbox is not None:
             if not isinstance(outbox, (str, os.PathLike)):
@@ -233,6 +234,20 @@ class OutboxRunner(KeepingRunner):
         files = self._states.get().files
         if files is not None:
             files.start()
+
+    def start_on_worker(self) -> None:
+        """Send the messages with a long delay that other processes have left.
+
+        A process of a worker may end before the delay is over, and no web process may be there.
+        Nothing is made in a folder without a file: a worker may have a process for each call.
+        """
+        if self._folder is None or self.holds_delays:
+            return
+        try:
+            if self._folder.numbers():
+                self.start()
+        except (OSError, RuntimeError) as exc:  # again for a message that has to be stored
+            self._not_started.log(exc, self)
 
     def check(self, task: BackgroundTask) -> Stored | None:
         """Make the message of an added task if another process is to run the task.

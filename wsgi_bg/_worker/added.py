@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import replace
 from typing import Any
 
-from wsgi_bg._outbox.runner import OutboxRunner
-from wsgi_bg._process.repeated import RepeatedError
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg._tasks.options import Options
 from wsgi_bg._tasks.task import BackgroundTask
 from wsgi_bg._tasks.task_log import log_dropped, log_interrupted
-from wsgi_bg.exceptions import PublishError, StoreError
+from wsgi_bg.exceptions import PublishError
 from wsgi_bg.runners.keeping import keeps_tasks
 from wsgi_bg.runners.ledger import ledger_of
 from wsgi_bg.runners.timer import Deferring
-
-_not_started = RepeatedError("%s cannot send the messages of other processes")
 
 
 class _Tasks(Deferring):
@@ -46,7 +41,9 @@ class AddedTasks:
         # The request is long over: its outcome was known when the message was sent.
         self.tasks.options = replace(options, run_on="always")
         self._task = task
-        _send_left(self.tasks.runner)
+        runner = self.tasks.runner
+        if keeps_tasks(runner):
+            runner.start_on_worker()
 
     def hand_over(self) -> None:
         """Send the registered tasks, and run the others on this thread; blocks.
@@ -95,19 +92,3 @@ class AddedTasks:
         for added in self.tasks.abandon():
             added.options.calls.forget(added)
             log_interrupted(added, exc, began=False)
-
-
-def _send_left(runner: object) -> None:
-    """Let this process send the messages with a long delay that others have left.
-
-    A process of a worker may end before the delay is over, and no web process may be there.
-    Nothing is made in a folder without a file: a worker may have a process for each call.
-    """
-    if not isinstance(runner, OutboxRunner) or runner.holds_delays:
-        return
-    folder = runner.folder_of_messages
-    try:
-        if folder is not None and any(each.endswith(".sqlite") for each in os.listdir(folder)):
-            runner.start()
-    except (OSError, StoreError) as exc:  # raised again for a message that has to be stored
-        _not_started.log(exc, runner)

@@ -39,6 +39,9 @@ class KeepingRunner(LedgerRunner):
         """The numbers of the files of tasks that this process owns."""
         raise NotImplementedError
 
+    def start_on_worker(self) -> None:
+        """A call on a worker begins, in a process that has no request. Must not raise."""
+
     def keep(self, tasks: Iterable[BackgroundTask]) -> None:
         """Store the tasks that are not stored yet; blocks until they are stored.
 
