@@ -200,7 +200,8 @@ def _is_put_aside(record: TaskRecord) -> bool:
     """True if the message could not be sent, and a folder keeps it: the file has the state."""
     runner = record.batch.root.options.runner
     return (
-        isinstance(record.error, PublishError)
+        # isinstance() would read __class__, which may raise.
+        issubclass(type(record.error), PublishError)
         and record.started_at is None
         and isinstance(runner, KeepingRunner)
         and runner.folder_of_messages is not None
