@@ -683,7 +683,7 @@ def test_a_task_that_raises_during_a_drain_is_not_called_again_in_this_process(
 ) -> None:
     fail_during_a_drain(runner, first=0.0)
     assert wait(TIMEOUT) == []
-    assert runner.ledger.not_submitted(inf, runner) == []
+    assert wait_until(lambda: runner.ledger.not_submitted(inf, runner) == [])
     [failed, held] = left(Path(runner.path))
     assert (failed.row.name, failed.row.attempts) == ("durable.wait_and_fail", 1)
     assert (held.row.name, held.row.attempts) == ("durable.write", 0)
