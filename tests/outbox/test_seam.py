@@ -17,6 +17,7 @@ import pytest
 
 from tests.conftest import Log
 from tests.support import wait_until
+from tests.support.durable import left_by_a_dead_process
 from tests.support.engine_shop import (
     fail_always,
 )
@@ -34,6 +35,7 @@ from wsgi_bg import (
 )
 from wsgi_bg._durable.folder import check_folder
 from wsgi_bg._durable.inspection import list_tasks
+from wsgi_bg._durable.rows import Row
 from wsgi_bg.exceptions import (
     MessageError,
     OptionTypeError,
@@ -326,6 +328,17 @@ def test_a_worker_sends_a_message_with_a_long_delay_that_another_has_left(
     assert run_call(runner, f"{NAME}.double", text(1), {}) == 2
     assert wait_until(lambda: runner.sent)
     assert [[each.name for each in batch] for batch in runner.sent] == [["seam.weighed"]]
+
+
+def test_a_worker_leaves_the_folder_alone_if_its_engine_holds_delays(tmp_path: Path) -> None:
+    left_by_a_dead_process(
+        tmp_path / "outbox", Row("seam.weighed", "a call", due=time.time() + 1000)
+    )
+    files = files_of(tmp_path)
+    runner = ListRunner(outbox=tmp_path)  # of a process that may live for this call only
+    runner.holds_delays = True
+    assert run_call(runner, f"{NAME}.double", text(1), {}) == 2
+    assert files_of(tmp_path) == files != []
 
 
 def test_a_call_on_a_worker_runs_although_the_folder_is_gone(tmp_path: Path, log: Log) -> None:

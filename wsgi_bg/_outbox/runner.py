@@ -241,8 +241,9 @@ class OutboxRunner(KeepingRunner):
         A process of a worker may end before the delay is over, and no web process may be there.
         Nothing is made in a folder without a file: a worker may have a process for each call.
         """
-        if self._folder is None or self.holds_delays:
+        if self.holds_delays:
             return
+        assert self._folder is not None  # or the runner keeps nothing
         try:
             if self._folder.numbers():
                 self.start()

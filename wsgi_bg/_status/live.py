@@ -10,7 +10,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import filterfalse, islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from wsgi_bg._status.model import OTHER_NAMES, RunningTask, State
@@ -93,11 +93,11 @@ def look(wall: Callable[[float], float] | None) -> Live:
     for ledger in ledgers_here():
         for later in islice(ledger.waiting.copy(), MAX_WAITING):
             _count(later.tasks, waiting)
-        for number, unsent in enumerate(ledger.unsent.copy()):
-            if _is_in_file(unsent):
-                in_files.update(unsent.tasks)
-            elif number < MAX_WAITING:
-                _count(unsent.tasks, waiting)
+        unsent = ledger.unsent.copy()
+        for kept in filter(_is_in_file, unsent):
+            in_files.update(kept.tasks)
+        for in_memory in islice(filterfalse(_is_in_file, unsent), MAX_WAITING):
+            _count(in_memory.tasks, waiting)
     unlisted: Counter[str] = Counter()
     _count(running[MAX_RUNNING:], unlisted)
     return Live(
