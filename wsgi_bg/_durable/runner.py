@@ -28,6 +28,7 @@ from wsgi_bg._process.interrupts import type_name
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._process.repeated import RepeatedError
 from wsgi_bg._tasks import registry
+from wsgi_bg._tasks.background_tasks import context_of
 from wsgi_bg._tasks.batch import Batch
 from wsgi_bg._tasks.checks import seconds, whole_number
 from wsgi_bg._tasks.options import Options
@@ -1075,9 +1076,9 @@ class _State:
         if not tasks:
             return None
         if queue.request is None:
-            context = tasks[0].context or tasks[0].plan.context
-            carried = context.get(headers.carried) if context is not None else None
-            queue.restore_request((carried or {}).get(headers.REQUEST))
+            context = context_of(tasks[0])
+            assert context is not None
+            queue.restore_request((context[headers.carried] or {}).get(headers.REQUEST))
         queue.close()
         for task in tasks:
             task.options.calls.received(task, queue)

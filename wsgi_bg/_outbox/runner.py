@@ -241,13 +241,12 @@ class OutboxRunner(KeepingRunner):
         A process of a worker may end before the delay is over, and no web process may be there.
         Nothing is made in a folder without a file: a worker may have a process for each call.
         """
-        if self.holds_delays:
+        files = self._states.get().files
+        if files is None or self.holds_delays:
             return
-        assert self._folder is not None  # or the runner keeps nothing
         try:
-            if self._folder.numbers():
-                self.start()
-        except (OSError, RuntimeError) as exc:  # again for a message that has to be stored
+            files.start_if_any()
+        except (OSError, RuntimeError) as exc:  # raised again if a message has to be stored
             self._not_started.log(exc, self)
 
     def check(self, task: BackgroundTask) -> Stored | None:

@@ -163,6 +163,15 @@ class StoredMessages:
             self._right["to start"] = True
             raise
 
+    def start_if_any(self) -> None:
+        """Do what :meth:`start` does, but only if the folder has a file.
+
+        :raises StoreError: as :meth:`start` does.
+        :raises OSError: if the folder cannot be read.
+        """
+        if self._right and self._folder.numbers():
+            self.start()
+
     def keep(self, messages: Sequence[Stored]) -> None:
         """Store messages in one transaction; blocks.
 

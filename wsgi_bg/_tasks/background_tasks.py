@@ -472,7 +472,7 @@ class TaskQueue(BackgroundTasks):
         """
         has_added = task.plan.has_added
         added = reversed(self._list or ())
-        return [*takewhile(lambda each: has_added(_context_of(each)), added)][::-1]
+        return [*takewhile(lambda each: has_added(context_of(each)), added)][::-1]
 
     def left(self) -> list[BackgroundTask]:
         """The tasks that are not done; may be called on any thread."""
@@ -504,7 +504,8 @@ class TaskQueue(BackgroundTasks):
             self.remove(task)
 
 
-def _context_of(task: BackgroundTask) -> Context | None:
+def context_of(task: BackgroundTask) -> Context | None:
+    """Return the context in which ``task`` runs next; None if the task runs in it now."""
     plan = plan_of(task)
     return task.context if plan is None or plan.context is None else plan.context
 

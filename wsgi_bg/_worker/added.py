@@ -33,11 +33,13 @@ class AddedTasks:
 
     :param task: the task that the worker runs.
     :param options: those of the worker's calls, with the runner.
+    :param request: the label of the request that has added the task, which may be forged.
     :ivar tasks: the ``BackgroundTasks`` of the call.
     """
 
-    def __init__(self, task: BackgroundTask, options: Options) -> None:
+    def __init__(self, task: BackgroundTask, options: Options, request: object) -> None:
         self.tasks = _Tasks()
+        self.tasks.restore_request(request)
         # The request is long over: its outcome was known when the message was sent.
         self.tasks.options = replace(options, run_on="always")
         self._task = task

@@ -75,8 +75,7 @@ def run_call(
     options = runner.options
     if options.calls is DIRECT:  # no middleware has the runner
         options = merge_options(options, runner=runner)
-    added = AddedTasks(task, options)
-    added.tasks.restore_request(carried.get(headers.REQUEST))
+    added = AddedTasks(task, options, carried.get(headers.REQUEST))
     context.run(current.set, added.tasks)
     retry = retries.find(carried.get(retries.RETRY), registration.retry)
     task.plan = Plan(retry, attempt, on_worker=True)

@@ -150,8 +150,7 @@ def _run(self: Any, *args: Any, **kwargs: Any) -> Any:
     attempt = request.retries + 1
     task.plan = Plan(retry, attempt, on_worker=True)
     if not request.called_directly:  # else no one would run the tasks that the task adds
-        added = AddedTasks(task, served.options)
-        added.tasks.restore_request(carried.get(headers.REQUEST))
+        added = AddedTasks(task, served.options, carried.get(headers.REQUEST))
         setattr(request, _ADDED, added)
         context.run(current.set, added.tasks)
         task.keep_id(request.id)
