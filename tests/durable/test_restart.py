@@ -174,7 +174,9 @@ def test_tasks_added_by_tasks_and_threads_keep_their_place_behind_other_requests
     shop.gate("gate")
     assert run_beside(runner, 5) == ["beside"]
     shop.gate("gate").set()
-    assert shop.wait_for(7) == ["beside", "gate", 1, 2, "a.1", "a.2", "other"]
+    calls = list(shop.wait_for(7))
+    calls.remove("other")  # begins when "gate" has ended, beside the tasks after it
+    assert calls == ["beside", "gate", 1, 2, "a.1", "a.2"]
 
 
 def test_tasks_that_an_error_of_the_stream_lets_run_keep_their_place(
