@@ -31,6 +31,7 @@ from wsgi_bg import (
     BackgroundTasksMiddleware,
     background_tasks,
     get_background_tasks,
+    inject,
 )
 
 
@@ -154,6 +155,25 @@ def test_pyramids_dummy_request_has_no_tasks() -> None:
     request = DummyRequest()
     with pytest.raises(LookupError, match="BackgroundTasksMiddleware"):
         get_background_tasks(request.environ)
+
+
+def test_an_injected_pyramid_view_takes_the_context_too() -> None:
+    from pyramid.config import Configurator
+    from pyramid.response import Response
+
+    done: list[str] = []
+
+    @inject
+    def view(context: Any, request: Any, tasks: BackgroundTasks) -> Any:
+        tasks.add_task(done.append, request.path)
+        return Response("ok")
+
+    config = Configurator()
+    config.add_route("page", "/page")
+    config.add_view(view, route_name="page")
+    app = BackgroundTasksMiddleware(config.make_wsgi_app())
+    assert frameworks.via_webtest(app, "/page") == (200, b"ok")
+    assert done == ["/page"]
 
 
 # The page about other frameworks

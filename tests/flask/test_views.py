@@ -614,6 +614,25 @@ def test_a_method_view_may_define_head_and_name_methods_without_a_function(
     assert heads == ["the request's"]
 
 
+def test_a_head_method_that_does_not_ask_for_the_tasks_is_not_given_those_of_get(
+    app: Flask,
+) -> None:
+    heads: list[str] = []
+
+    class Page(MethodView):
+        def get(self, tasks: BackgroundTasks) -> str:
+            return looks_like(tasks)
+
+        def head(self) -> str:
+            heads.append(request.method)
+            return ""
+
+    add(app, Page.as_view("page"))
+    assert get(app).text == "the request's"
+    assert get(app, "/", "HEAD").status_code == 200
+    assert heads == ["HEAD"]
+
+
 def test_first_requests_on_two_threads_look_once() -> None:
     looks: list[type] = []
     looking, second, go_on = (threading.Event() for _ in range(3))

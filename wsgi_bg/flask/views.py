@@ -59,17 +59,16 @@ def _handlers_of(view: Any) -> dict[str, Callable[..., Any]]:
         return {_ANY: view}  # a mock has any attribute
     handlers: dict[str, Callable[..., Any]] = {_ANY: view_class.dispatch_request}
     if issubclass(view_class, MethodView):
-        for method in map(str.lower, view_class.methods or ()):
-            if hasattr(view_class, method):
-                handlers[method] = getattr(view_class, method)
+        for method in {"head", *map(str.lower, view_class.methods or ())}:
+            is_get = method == "head" and not hasattr(view_class, "head")
+            handler = getattr(view_class, "get" if is_get else method, None)
+            if handler is not None:
+                handlers[method] = handler
     return handlers
 
 
 def _injected_now(injected: dict[str, list[InjectedParameter]]) -> list[InjectedParameter]:
-    method = request.method.lower()
-    if method == "head" and method not in injected:
-        method = "get"  # as MethodView.dispatch_request does
-    return injected.get(_ANY) or injected.get(method, [])
+    return injected.get(_ANY) or injected.get(request.method.lower(), [])
 
 
 def _find_injected(
