@@ -633,6 +633,21 @@ def test_a_head_method_that_does_not_ask_for_the_tasks_is_not_given_those_of_get
     assert heads == ["HEAD"]
 
 
+def test_a_rule_may_name_more_methods_than_its_method_view(app: Flask) -> None:
+    class Page(MethodView):
+        methods = ["GET"]  # noqa: RUF012
+
+        def get(self, tasks: BackgroundTasks) -> str:
+            return looks_like(tasks)
+
+        def post(self, bg: BackgroundTasks) -> str:
+            return looks_like(bg)
+
+    add(app, Page.as_view("page"), methods=["GET", "POST"])
+    assert get(app).text == "the request's"
+    assert get(app, "/", "POST").text == "the request's"
+
+
 def test_first_requests_on_two_threads_look_once() -> None:
     looks: list[type] = []
     looking, second, go_on = (threading.Event() for _ in range(3))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from flask import Flask, request
-from flask.views import MethodView, View
+from flask.views import MethodView, View, http_method_funcs
 
 from wsgi_bg._request.injection import InjectedParameter, fill_injected, find_injected
 from wsgi_bg._tasks.callables import name_of, signature_of
@@ -59,7 +59,8 @@ def _handlers_of(view: Any) -> dict[str, Callable[..., Any]]:
         return {_ANY: view}  # a mock has any attribute
     handlers: dict[str, Callable[..., Any]] = {_ANY: view_class.dispatch_request}
     if issubclass(view_class, MethodView):
-        for method in {"head", *map(str.lower, view_class.methods or ())}:
+        # A rule may name methods that the class does not.
+        for method in http_method_funcs.union(map(str.lower, view_class.methods or ())):
             is_get = method == "head" and not hasattr(view_class, "head")
             handler = getattr(view_class, "get" if is_get else method, None)
             if handler is not None:
