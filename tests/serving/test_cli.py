@@ -323,6 +323,9 @@ REFUSED = {
     "shop:slow_async": (
         "shop:slow_async is async, as ASGI applications are: give a WSGI application"
     ),
+    "shop:slow_async -- --call": (
+        "shop:slow_async is async, as ASGI applications are: give a WSGI application"
+    ),
     "shop:app --nothing": "unrecognized arguments: --nothing (see wsgi-bg --help)",
     "shop:app --por 1": "unrecognized arguments: --por 1 (see wsgi-bg --help)",
     "shop:app --port x": "argument --port: invalid int value: 'x' (see wsgi-bg --help)",

@@ -205,7 +205,7 @@ def _load(target: str, is_factory: bool) -> Any:
     if sys.path[:1] != [directory]:  # with python -m it is the first already
         sys.path.insert(0, directory)
     app = _find(module_name, path)
-    if is_factory and callable(app):
+    if is_factory and callable(app) and not is_coroutine_callable(app):
         app = app()
         target += "()"  # its result is meant below
     if not callable(app):
