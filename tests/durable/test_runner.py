@@ -1421,20 +1421,50 @@ def test_suspects_run_one_at_a_time_as_there_is_room(tmp_path: Path) -> None:
     assert runner.drain(TIMEOUT) == []
 
 
-def test_a_suspect_that_waits_for_its_next_attempt_lets_the_next_one_run(
-    runner: DurableRunner, tmp_path: Path
+@pytest.mark.parametrize("options", ["", '{"stop_on_error": true}'])
+def test_a_suspect_that_waits_for_its_next_attempt_lets_the_next_one_run_at_once(
+    runner: DurableRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str
 ) -> None:
-    for number in range(2):
-        row = Row(
-            "durable.fail_for_long",
-            f"[1,[{number}],{{}}]",
-            '{"stop_on_error": true}',
-            crashes=1,
-        )
+    monkeypatch.setattr("wsgi_bg._durable.runner._LOOK", 100)  # less than the waits of 300 s
+    for call in (("wait_and_fail", '"gate"'), ("fail_for_long", "1")):
+        row = Row(f"durable.{call[0]}", f"[1,[{call[1]}],{{}}]", options, crashes=1)
         left_by_a_dead_process(tmp_path / "tasks", row)
+    gate = shop.gate("gate")
     runner.start()
-    assert sorted(shop.wait_for(2)) == [0, 1]
+    assert wait_until(lambda: runner._states.get()._more_suspects)
+    gate.set()
+    assert shop.wait_for(1) == [1]
     assert wait_until(lambda: runner.statistics().waiting == 2)
+
+
+def test_the_end_of_a_suspect_makes_no_file_be_read_that_has_nothing_due(
+    runner: DurableRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsgi_bg._durable.runner._LOOK", 3600)
+    monkeypatch.setattr("wsgi_bg._durable.owned_files._PARK", math.inf)  # no file is closed
+    folder, names = tmp_path / "tasks", ("a", "b", "c")
+    left_by_a_dead_process(folder, Row("durable.write", "[1,[0],{}]", due=9e9))
+    (waits,) = check_folder(folder).numbers()
+    for name in names:
+        row = Row("durable.wait_at", f'[1,["{name}"],{{}}]', crashes=1)
+        left_by_a_dead_process(folder, row)
+    reads: list[int] = []
+    read = Store.read
+
+    def counting(store: Store, now: float, limit: int) -> list[Row]:
+        reads.append(store.number)
+        return read(store, now, limit)
+
+    monkeypatch.setattr(Store, "read", counting)
+    gates = [shop.gate(name) for name in names]
+    runner.start()
+    assert wait_until(lambda: len(runner._states.get()._more_suspects) == 2)
+    for name, gate in zip(names, gates, strict=True):
+        assert shop.begun[name].wait(TIMEOUT)
+        if name == "c":  # two looks are over: only the first was one at all files
+            assert reads.count(waits) == 2
+        gate.set()
+    assert shop.wait_for(3) == [*names]
 
 
 def test_a_function_that_is_not_registered_is_retried_in_memory(runner: DurableRunner) -> None:

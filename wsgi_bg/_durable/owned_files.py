@@ -38,6 +38,7 @@ class OwnedFiles:
         self._attempt = attempt
         self._own: Store | None = None
         self._adopted: list[Store] = []
+        self._behind: set[Store] = set()  # adopted files with further rows to be read
         self._parked: dict[int, Parked] = {}  # by the number of the file
 
     @property
@@ -85,10 +86,15 @@ class OwnedFiles:
                 del self._parked[number]
                 self._begin_work(Store.reopen(self._folder, number, self._settings))
 
-    def work_off(self) -> None:
-        """Read further rows of the files of dead processes; remove or close what is done."""
+    def work_off(self, *, is_time: bool = True) -> None:
+        """Read further rows of the files of dead processes; remove or close what is done.
+
+        :param is_time: False to look only at the files that have work left: the process may own
+            a hundred of them.
+        """
         for store in list(self._adopted):
-            self._attempt(partial(self._work_off, store))
+            if is_time or store in self._behind or store.needs_tidy:
+                self._attempt(partial(self._work_off, store))
 
     def _begin_work(self, store: Store) -> None:
         self._adopted.append(store)
@@ -96,7 +102,10 @@ class OwnedFiles:
         self._attempt(partial(self._work_off, store))  # now: there may be hundreds to be closed
 
     def _work_off(self, store: Store) -> None:
+        self._behind.discard(store)
         has_more = self._read(store)
+        if has_more:
+            self._behind.add(store)
         store.tidy()
         if store.is_empty:
             has_gone = store.remove(self.own)
@@ -107,3 +116,4 @@ class OwnedFiles:
                 self._parked[store.number] = parked
         if has_gone:
             self._adopted.remove(store)
+            self._behind.discard(store)

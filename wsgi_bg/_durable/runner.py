@@ -814,7 +814,7 @@ class _State:
                 store.pause(row)
                 return False
         kept.store = None
-        if row.due < self._next_look:
+        if row.crashes or row.due < self._next_look:  # the next suspect may run meanwhile
             self._wake.set()
         return True
 
@@ -843,6 +843,8 @@ class _State:
             log.error(_IN_MEMORY, task.name, exc_info=exc, extra=fields(task))
             store.pause(row)
             return False
+        if row.crashes:  # the next suspect may run meanwhile
+            self._wake.set()
         return True
 
     def leave(self, kept: Kept) -> None:
@@ -958,7 +960,7 @@ class _State:
         if is_time:
             self._try(self._files.adopt)
             self._try(self._files.reopen)
-        self._files.work_off()
+        self._files.work_off(is_time=is_time)
         if self._lacks_room:  # also for a task that is due
             self._next_look = now + _ROOM
 
