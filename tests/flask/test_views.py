@@ -633,6 +633,31 @@ def test_a_head_method_that_does_not_ask_for_the_tasks_is_not_given_those_of_get
     assert heads == ["HEAD"]
 
 
+def test_a_method_view_whose_head_is_none_answers_head_by_get(app: Flask) -> None:
+    given: list[str] = []
+
+    class Page(MethodView):
+        head = None
+
+        def get(self, tasks: BackgroundTasks) -> str:
+            given.append(looks_like(tasks))
+            return ""
+
+    add(app, Page.as_view("page"))
+    assert get(app, "/", "HEAD").status_code == 200
+    assert given == ["the request's"]
+
+
+def test_a_method_view_may_have_no_get(app: Flask) -> None:
+    class Page(MethodView):
+        def post(self, tasks: BackgroundTasks) -> str:
+            return looks_like(tasks)
+
+    add(app, Page.as_view("page"))
+    assert get(app, "/", "POST").text == "the request's"
+    assert get(app, "/", "HEAD").status_code == 405
+
+
 def test_a_rule_may_name_more_methods_than_its_method_view(app: Flask) -> None:
     class Page(MethodView):
         methods = ["GET"]  # noqa: RUF012

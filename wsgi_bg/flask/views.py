@@ -61,10 +61,11 @@ def _handlers_of(view: Any) -> dict[str, Callable[..., Any]]:
     if issubclass(view_class, MethodView):
         # A rule may name methods that the class does not.
         for method in http_method_funcs.union(map(str.lower, view_class.methods or ())):
-            is_get = method == "head" and not hasattr(view_class, "head")
-            handler = getattr(view_class, "get" if is_get else method, None)
+            handler = getattr(view_class, method, None)
             if handler is not None:
                 handlers[method] = handler
+        if "get" in handlers:
+            handlers.setdefault("head", handlers["get"])  # as MethodView.dispatch_request does
     return handlers
 
 
