@@ -25,6 +25,7 @@ from tests.support.brokers import RabbitServer, RedisServer
 from tests.support.engine_shop import block, fail_twice, look, note_call, note_slowly
 from tests.support.engines import TIMEOUT, Dramatiq, Worker, send, worker
 from wsgi_bg import BackgroundTasksMiddleware, Retry, registered_task, wait
+from wsgi_bg._messages import headers
 from wsgi_bg.dramatiq import DramatiqRunner
 from wsgi_bg.exceptions import MessageError, NameTakenError, OptionTypeError, OptionValueError
 from wsgi_bg.hooks import Hooks, TaskRecord
@@ -112,6 +113,30 @@ def test_a_wrong_option_raises_in_add_task(
 ) -> None:
     with pytest.raises(error, match=match):
         send(DramatiqRunner(stub()), look, "", using={"engine": options})
+
+
+def test_a_message_keeps_the_trace_of_its_request_for_sentrys_integration(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class FromThread(dramatiq.Middleware):
+        """Like Sentry's: takes the trace from the thread that sends."""
+
+        def before_enqueue(self, broker: Any, message: Any, delay: int | None) -> None:
+            message.options["_sentry_headers"] = {"sentry-trace": "of the thread"}
+
+    broker = StubBroker(middleware=[FromThread(), Retries()])
+    runner = DramatiqRunner(broker)
+
+    def carry(found: dict[str, str]) -> None:
+        found["sentry-trace"] = "of the request"
+
+    send(runner, look, "")
+    monkeypatch.setattr(headers, "carriers", {"sentry": carry})
+    send(runner, look, "")
+    assert wait(TIMEOUT) == []
+    sent = [dramatiq.Message.decode(each) for each in broker.queues["default"].queue]
+    traces = {message.options["_sentry_headers"]["sentry-trace"] for message in sent}
+    assert traces == {"of the thread", "of the request"}
 
 
 def test_an_own_actor_keeps_its_name() -> None:

@@ -207,11 +207,25 @@ def test_a_worker_of_rq_with_sentrys_integration_continues_the_trace(
 
 def test_an_error_that_an_engine_logs_is_one_event(tmp_path: Path) -> None:
     path = tmp_path / "items"
-    done = in_process("run_dramatiq()", SENTRY_ITEMS=str(path))
+    done = in_process("run_dramatiq(fail_there)", SENTRY_ITEMS=str(path))
     assert done.returncode == 0, done.stderr
     assert "with unhandled exception" in done.stderr
     [event] = of_type("event", json_lines(path))
     assert event["exception"]["values"][0]["mechanism"]["type"] == "wsgi_bg"
+
+
+@pytest.mark.parametrize("delay", [None, 0.001])
+def test_a_worker_of_dramatiq_with_sentrys_integration_continues_the_trace(
+    tmp_path: Path, delay: float | None
+) -> None:
+    path = tmp_path / "items"
+    integration = "from sentry_sdk.integrations.dramatiq import DramatiqIntegration"
+    call = f"run_dramatiq(work, integrations=[DramatiqIntegration()], delay={delay})"
+    done = in_process(f"{integration}; {call}", SENTRY_ITEMS=str(path))
+    assert done.returncode == 0, done.stderr
+    request, task = of_type("transaction", json_lines(path))
+    assert trace_of(task)["op"] == "queue.task.dramatiq"
+    assert continues(task, request)
 
 
 # A client without integrations

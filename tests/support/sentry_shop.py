@@ -17,6 +17,7 @@ import flask
 import sentry_sdk
 from dramatiq.brokers.stub import StubBroker
 from sentry_sdk.envelope import Envelope
+from sentry_sdk.integrations import Integration
 from sentry_sdk.integrations.celery import CeleryIntegration
 from sentry_sdk.integrations.flask import FlaskIntegration
 from sentry_sdk.integrations.rq import RqIntegration
@@ -96,13 +97,13 @@ def fail_there(value: str) -> None:
 SECRET = "".join(("sec", "-", "ret"))  # not as a literal: events quote the source
 
 
-def start(**options: Any) -> None:
+def start(*integrations: Integration, **options: Any) -> None:
     sentry_sdk.init(
         dsn=DSN,
         transport=Recorder,
         traces_sample_rate=1.0,
         auto_enabling_integrations=False,  # there are many packages to find here
-        integrations=[FlaskIntegration(), CeleryIntegration(), RqIntegration()],
+        integrations=[FlaskIntegration(), CeleryIntegration(), RqIntegration(), *integrations],
         **options,
     )
 
@@ -136,13 +137,13 @@ def run_flask(runner: Any = "pool", **options: Any) -> None:
     sentry_sdk.flush()
 
 
-def request(runner: Any, *functions: Any) -> None:
+def request(runner: Any, *functions: Any, delay: float | None = None) -> None:
     """Handle a request that adds tasks inside of the transaction "request"."""
 
     def view(environ: object) -> None:
         with sentry_sdk.start_transaction(name="request", op="http.server"):
             for function in functions:
-                background_tasks.add_task(function, SECRET)
+                background_tasks.using(delay=delay).add_task(function, SECRET)
 
     app = BackgroundTasksMiddleware(app_that(view), runner=runner, hooks=SentryHooks())
     Server().run(app, make_server_environ())
@@ -160,11 +161,11 @@ def store_and_die(path: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run_dramatiq() -> None:
-    """Let a worker of Dramatiq, which logs errors, run a task that fails."""
-    start()
+def run_dramatiq(*functions: Any, integrations: Any = (), delay: float | None = None) -> None:
+    """Let a worker of Dramatiq, which logs errors, run tasks."""
+    start(*integrations)
     broker = StubBroker()
-    request(DramatiqRunner(broker), fail_there)
+    request(DramatiqRunner(broker), *functions, delay=delay)
     assert wsgi_bg.wait(20) == []
     worker = dramatiq.Worker(broker, worker_timeout=100)
     worker.start()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import dramatiq
-from dramatiq.middleware import CurrentMessage, Shutdown, TimeLimitExceeded
+from dramatiq.middleware import CurrentMessage, Middleware, Shutdown, TimeLimitExceeded
 
 from wsgi_bg._tasks import registry
 from wsgi_bg._tasks.registry import Registration
@@ -25,14 +26,28 @@ QUEUE = "default"
 _FAILURES = Exception, TimeLimitExceeded
 
 
+class _Trace(Middleware):
+    """Gives each message the trace of its request, for Sentry's integration on the worker.
+
+    Sentry's own middleware, which comes first, takes the trace from the thread that sends.
+    """
+
+    def before_enqueue(self, broker: dramatiq.Broker, message: Any, delay: int | None) -> None:
+        with suppress(LookupError, TypeError):  # of a message that is not ours
+            headers = message.options[CALL][1]
+            if "sentry-trace" in headers:
+                message.options["_sentry_headers"] = headers
+
+
 class Actors:
     """Makes each registered function an actor of ``broker``, also if registered later."""
 
     def __init__(self, runner: OutboxRunner, broker: dramatiq.Broker) -> None:
         self._runner = runner
         self._broker = broker
-        if not any(isinstance(each, CurrentMessage) for each in broker.middleware):
-            broker.add_middleware(CurrentMessage())
+        for kind in (CurrentMessage, _Trace):
+            if not any(isinstance(each, kind) for each in broker.middleware):
+                broker.add_middleware(kind())
         registry.subscribe(self._add)
 
     def _add(self, registration: Registration) -> None:
