@@ -504,7 +504,8 @@ class Outbox:
         else:
             self._queue.extendleft(reversed(left))
         if left:  # else given up meanwhile
-            error = f"{type_name(exc)}: {exc}"
+            both = exc, exc.__cause__  # the first of kombu's two names no reason
+            error = ", from ".join(f"{type_name(each)}: {each}" for each in both if each)
             self._away.count(error, len(self._unsent), self._runner)
 
     def _refuse(self, unsent: Unsent, exc: BaseException) -> None:
