@@ -96,6 +96,27 @@ def test_tasks_added_while_the_broker_is_away_are_sent_when_it_is_back(
     assert "could not be reached" in log.warnings[0]
 
 
+def test_the_record_of_a_redis_that_takes_nothing_names_the_reason(
+    redis: RedisServer, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kombu's own error says that a batch has failed, and no more."""
+    monkeypatch.setattr(sending, "_PAUSES", (0.05, 0.05))
+    broker = redis.fresh()
+    runner = broker.runner()
+    request(runner, add("connects"))
+    with Connection(broker.url) as connection:
+        client = connection.default_channel.client
+        client.config_set("maxmemory", 1)
+        try:
+            request(runner, add("held"), sends=False)
+            assert wait_until(lambda: log.warnings, TIMEOUT)
+        finally:
+            client.config_set("maxmemory", 0)
+    assert wait(TIMEOUT) == []
+    assert "OutOfMemoryError: " in log.warnings[0]
+    assert waiting(broker.url) == 2
+
+
 def test_an_idle_connection_that_the_network_has_dropped_costs_no_task_its_time(
     server: BrokerServer, monkeypatch: pytest.MonkeyPatch, log: Log
 ) -> None:
@@ -138,6 +159,33 @@ def test_an_apply_async_that_sends_nothing_holds_up_no_confirm(server: BrokerSer
     request(runner, lambda: [add("first")(), background_tasks.add_task(once), add("last")()])
     assert waiting(broker.url) == 2
     assert runner.statistics().sent == 3
+
+
+def test_a_queue_that_is_deleted_under_a_connection_is_declared_again(
+    rabbitmq: RabbitServer, log: Log
+) -> None:
+    broker = rabbitmq.fresh()
+    runner = broker.runner()
+    request(runner, add("declares"))
+    with Connection(broker.url) as connection:
+        connection.default_channel.queue_delete("celery")
+    request(runner, lambda: [add(f"{number}")() for number in range(3)])
+    request(runner, lambda: [add(f"{number}")() for number in range(3)])
+    assert waiting(broker.url) == 6
+    assert runner.statistics().sent == 7
+    assert log.warnings == []
+
+
+def test_a_message_that_no_queue_gets_is_sent_as_celery_sends_it(
+    rabbitmq: RabbitServer, log: Log
+) -> None:
+    runner = rabbitmq.fresh().runner()
+    with Connection(runner._app.conf.broker_url) as connection:
+        Exchange("nobody", "fanout")(connection.default_channel).declare()
+        nobody = {"exchange": "nobody", "routing_key": "x"}
+        request(runner, lambda: background_tasks.using(celery=nobody).add_task(note, "path"))
+    assert runner.statistics().sent == 1
+    assert log.warnings == []
 
 
 def test_a_message_that_rabbitmq_refuses_holds_up_no_other_and_sends_none_twice(
@@ -194,10 +242,10 @@ def test_a_connection_that_is_lost_while_messages_are_written_loses_none(
 ) -> None:
     publish, errors = BrokerConnection._publish, [ConnectionResetError()]
 
-    def cut_once(self: BrokerConnection, part: Any) -> None:
+    def cut_once(*arguments: Any) -> None:
         if errors:
             raise errors.pop()
-        publish(self, part)
+        publish(*arguments)
 
     monkeypatch.setattr(BrokerConnection, "_publish", cut_once)
     monkeypatch.setattr(sending, "_PAUSES", (0.01, 0.02))

@@ -94,13 +94,13 @@ class BrokerConnection:
             self._publish_all([message])
             confirmed(index)
 
-    def _publish_all(self, messages: Sequence[Message]) -> None:
+    def _publish_all(self, messages: Sequence[Message], **more: Any) -> None:
         for message in messages:
             for part in message.data:
-                self._publish(part)
+                self._publish(part, more)
 
-    def _publish(self, part: Published) -> None:
-        options = dict(part.options)
+    def _publish(self, part: Published, more: dict[str, Any]) -> None:
+        options = {**part.options, **more}
         headers = options["headers"] = dict(options["headers"])  # kombu writes into them
         if getattr(options["exchange"], "name", options["exchange"]) == _DELAYING:
             # Its key begins with the delay in bits, which Celery has counted from add_task.
@@ -110,21 +110,39 @@ class BrokerConnection:
         self._producer.publish(part.body, **options)
 
     def _send_with_confirms(
-        self, messages: Sequence[tuple[int, Message]], confirmed: Callable[[int], object]
+        self,
+        messages: Sequence[tuple[int, Message]],
+        confirmed: Callable[[int], object],
+        *,
+        is_first: bool = True,
     ) -> bool:
         """Send all messages, then wait for all confirms: AMQP's numbers of messages.
 
+        RabbitMQ confirms a message that no queue gets, too, but returns a mandatory one before.
+        The queue may have been deleted since this connection has declared it.
+
         :param messages: each with its index, for ``confirmed``.
+        :param is_first: False if no queue has got the messages, and may get none this time.
         :return: False if the broker could not keep a message.
         """
         channel = self._producer.channel
         waiting: dict[int, int] = {}  # the index of a message by the number of its last part
         refused: list[int] = []
+        returned: set[str | None] = set()
+        again: list[tuple[int, Message]] = []
+        by_index = dict(messages)
         error: Exception | None = None
+
+        def on_return(exc: object, exchange: str, key: str, message: Any) -> None:
+            returned.add(message.properties.get("correlation_id"))
 
         def on_ack(number: int, multiple: bool) -> None:
             for each in _numbers(waiting, number, multiple):
-                confirmed(waiting.pop(each))
+                index = waiting.pop(each)
+                if returned.isdisjoint(_ids(by_index[index])):
+                    confirmed(index)
+                else:
+                    again.append((index, by_index[index]))
 
         def on_nack(number: int, multiple: bool) -> None:
             for each in _numbers(waiting, number, multiple):
@@ -132,13 +150,14 @@ class BrokerConnection:
 
         channel.events["basic_ack"].add(on_ack)
         channel.events["basic_nack"].add(on_nack)
+        channel.events["basic_return"].add(on_return)
         try:
             for index, message in messages:
                 if not message.data:  # an apply_async of the user has sent nothing
                     confirmed(index)
                     continue
                 try:
-                    self._publish_all([message])
+                    self._publish_all([message], mandatory=is_first)
                 except Exception as exc:
                     if not _is_unwritable(exc):
                         raise
@@ -156,11 +175,15 @@ class BrokerConnection:
         finally:
             channel.events["basic_ack"].discard(on_ack)
             channel.events["basic_nack"].discard(on_nack)
+            channel.events["basic_return"].discard(on_return)
         if error is not None:
             try:
                 raise error
             finally:
                 del error  # or it refers to itself, by this frame
+        if again:
+            self._connection.declared_entities.clear()
+            return self._send_with_confirms(again, confirmed, is_first=False) and not refused
         return not refused
 
     def _block(self, reason: str) -> None:
@@ -192,6 +215,11 @@ def _destination(message: Message) -> tuple[str, ...]:
         for part in message.data
         for each in (part.options.get("exchange"), *(part.options.get("declare") or ()))
     )
+
+
+def _ids(message: Message) -> set[str | None]:
+    """The ids by which RabbitMQ's answer names the parts of a message."""
+    return {part.options.get("correlation_id") for part in message.data}
 
 
 def _is_unwritable(exc: Exception) -> bool:
