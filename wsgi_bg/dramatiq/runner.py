@@ -31,7 +31,7 @@ class DramatiqRunner(OutboxRunner):
     ``time_limit``, ``max_age`` and, on RabbitMQ, ``broker_priority``.
 
     :param broker: a ``RedisBroker``, a ``RabbitmqBroker(confirm_delivery=True)``, or a
-        ``StubBroker``. The runner adds the middleware ``CurrentMessage``.
+        ``StubBroker``. The runner adds ``CurrentMessage`` and a middleware of its own.
     :param options: see :class:`~wsgi_bg.outbox.OutboxRunner`.
     :raises ValueError: if the broker does not confirm messages, or has no middleware
         ``Retries``; if Dramatiq uses pickle; if an option is out of range.
