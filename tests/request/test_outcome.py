@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import socket
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from http import HTTPStatus
@@ -199,6 +201,89 @@ def test_a_client_that_leaves_a_real_server_is_no_failure() -> None:
         gone.set()
         assert done.wait(TIMEOUT)
     assert seen == ["ran"]
+
+
+def test_a_client_that_leaves_while_the_application_writes_is_no_failure() -> None:
+    seen: list[str] = []
+    done, gone = threading.Event(), threading.Event()
+
+    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        add_one_of_each(seen)(environ)
+        background_tasks.using(run_on="always").add_task(done.set)
+        write = start_response("200 OK", [])
+        write(b"x")
+        assert gone.wait(TIMEOUT)
+        for _ in range(10_000):
+            write(b"x" * 65536)
+        raise AssertionError("the server has not noticed")
+
+    with waitress(BackgroundTasksMiddleware(app)) as port:
+        with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+            assert connection.recv(1)
+        gone.set()
+        assert done.wait(TIMEOUT)
+    assert set(seen) == SUCCESS
+
+
+@pytest.mark.parametrize(
+    ("exc", "expected"),
+    [
+        (BrokenPipeError(), SUCCESS),
+        (ConnectionResetError(), SUCCESS),
+        (TimeoutError(), SUCCESS),
+        (OSError(errno.ENOSPC, "no space left for the server's buffer"), FAILURE),
+        (ValueError("more bytes than Content-Length"), FAILURE),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("status", ["200 OK", None], ids=["first", "again"])
+def test_only_a_lost_connection_in_write_is_no_failure(
+    exc: Exception, expected: set[str], status: str | None
+) -> None:
+    seen: list[str] = []
+    done = threading.Event()
+
+    def start_response(status: str, headers: Any, exc_info: Any = None) -> Any:
+        def write(data: bytes) -> None:
+            raise exc
+
+        return write
+
+    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        add_one_of_each(seen)(environ)
+        background_tasks.using(run_on="always").add_task(done.set)
+        write = start_response("200 OK", [])
+        if status is None:  # the second call has an exc_info, and a write() of its own
+            try:
+                raise KeyError
+            except KeyError:
+                write = start_response("200 OK", [], sys.exc_info())
+        write(b"x")
+        raise AssertionError
+
+    with pytest.raises(type(exc)):
+        BackgroundTasksMiddleware(app)(make_server_environ(), start_response)
+    assert done.wait(TIMEOUT)
+    assert set(seen) == expected
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_a_connection_that_the_application_itself_loses_is_a_failure(starts: bool) -> None:
+    seen: list[str] = []
+    done = threading.Event()
+
+    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        add_one_of_each(seen)(environ)
+        background_tasks.using(run_on="always").add_task(done.set)
+        if starts:
+            start_response("200 OK", [])
+        raise ConnectionResetError("the database is gone")
+
+    with pytest.raises(ConnectionResetError, match="database"):
+        BackgroundTasksMiddleware(app)(make_server_environ(), Server().start_response)
+    assert done.wait(TIMEOUT)
+    assert set(seen) == FAILURE
 
 
 @pytest.mark.parametrize(

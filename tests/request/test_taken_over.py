@@ -131,6 +131,10 @@ def test_an_error_is_not_an_ending_that_a_server_asks_for(
     assert not is_asked_for(environ, exc)
 
 
+def test_a_client_that_leaves_during_the_write_of_uwsgi_is_no_failure() -> None:
+    assert is_asked_for({"uwsgi.version": b"2.0"}, OSError("write error"))
+
+
 def test_a_socket_on_which_the_application_has_answered_is_a_success(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with gunicorn("gevent", "handled", log) as port:

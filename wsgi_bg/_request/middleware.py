@@ -21,7 +21,7 @@ from wsgi_bg._request.layer import (
 )
 from wsgi_bg._request.observer import observers
 from wsgi_bg._request.request_tasks import ObservedTasks, RequestTasks
-from wsgi_bg._request.servers import is_asked_for, refuse_eventlet
+from wsgi_bg._request.servers import is_asked_for, is_client_gone, refuse_eventlet
 from wsgi_bg._request.unclosed import ABANDONED, RAISED, Outcome, on_first_task
 from wsgi_bg._status.recorder import recorder
 from wsgi_bg._tasks.background_tasks import OPEN, BackgroundTasks
@@ -207,7 +207,7 @@ class BackgroundTasksMiddleware:
                 # This clause names no class, and above no condition is true for a request with
                 # tasks: on Python 3.15 an exception that a tracer raises right after a match or
                 # a true condition passes the enclosing try by.
-                tasks.end(environ, _outcome_of(environ, sys.exception()))
+                tasks.end(environ, _outcome_of(environ, sys.exception(), tasks))
                 raise
         except BaseException:
             # Once more: a signal handler may have raised before the first end() had begun.
@@ -301,5 +301,11 @@ def _noting_request(app: WSGIApplication) -> WSGIApplication:
     return noting
 
 
-def _outcome_of(environ: WSGIEnvironment, exc: BaseException | None) -> Outcome:
-    return ABANDONED if exc is not None and is_asked_for(environ, exc) else RAISED
+def _outcome_of(
+    environ: WSGIEnvironment, exc: BaseException | None, tasks: RequestTasks
+) -> Outcome:
+    if exc is not None and (
+        is_asked_for(environ, exc) or is_client_gone(getattr(tasks, "write", None), exc)
+    ):
+        return ABANDONED
+    return RAISED

@@ -43,6 +43,7 @@ class RequestTasks(Deferring):
     :ivar is_answered: True if the runner keeps tasks and the server may send the first byte:
         ``add_task`` lets the runner store each task from then on.
     :ivar is_used: True if the list of tasks was made; read without a call for each request.
+    :ivar write: the server's ``write()``; not set before ``start_response`` is called.
     """
 
     __slots__ = (
@@ -54,6 +55,7 @@ class RequestTasks(Deferring):
         "is_declared_late",
         "is_used",
         "status",
+        "write",
     )
 
     status: str
@@ -61,6 +63,7 @@ class RequestTasks(Deferring):
     is_answered: bool
     is_declared_late: bool
     is_used: bool
+    write: object
     # Set with the first task. The collector of this process holds the request until the tasks
     # begin to run.
     _collector: Collector
@@ -86,9 +89,11 @@ class RequestTasks(Deferring):
         self.headers = [*headers]  # the application may change its list later
         start_response = self._start_response
         if exc_info is None:
-            return start_response(status, headers)
+            write = self.write = start_response(status, headers)
+            return write
         self.is_declared_late = True  # perhaps: the server may have sent a Content-Length
-        return start_response(status, headers, exc_info)
+        write = self.write = start_response(status, headers, exc_info)
+        return write
 
     def _begin(self) -> list[BackgroundTask]:
         # Make all objects that a later step may need with the first task: a garbage

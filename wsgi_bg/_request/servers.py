@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable
 from functools import lru_cache
 from io import BytesIO
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, NamedTuple
 from wsgiref.util import FileWrapper
 
@@ -69,8 +70,12 @@ _LINTERS = ("werkzeug.middleware.lint", "wsgiref.validate")
 
 _FLAGS = ("multithread", "multiprocess", "run_once")
 
-# Also matches "unable to send websocket binary message".
-_UWSGI_CLOSED = ("unable to receive websocket ", "unable to send websocket ")
+# Also matches "unable to send websocket binary message". The third is of write().
+_UWSGI_CLOSED = (
+    "unable to receive websocket ",
+    "unable to send websocket ",
+    "write error",
+)
 
 BODYLESS = ("1", "204", "304")
 """Statuses, or how they begin, after which no body follows (RFC 9110, section 6.4.1)."""
@@ -97,8 +102,8 @@ def is_asked_for(environ: WSGIEnvironment, exc: BaseException) -> bool:
     """True if ``exc`` is the server's normal end of a connection the application took over.
 
     gunicorn closes the connection on a ``StopIteration`` and logs no error: the views of
-    flask-sock and python-engineio end in this way. uWSGI's functions for WebSockets raise an
-    ``OSError`` when the client has closed the connection.
+    flask-sock and python-engineio end in this way. uWSGI's ``write()`` and functions for
+    WebSockets raise an ``OSError`` when the client has closed the connection.
     """
     if issubclass(type(exc), StopIteration):  # isinstance() reads __class__, which may raise
         return "gunicorn.socket" in environ
@@ -107,6 +112,22 @@ def is_asked_for(environ: WSGIEnvironment, exc: BaseException) -> bool:
         and type(exc) is OSError
         and str(exc).startswith(_UWSGI_CLOSED)
     )
+
+
+def is_client_gone(write: object, exc: BaseException) -> bool:
+    """True if the server's ``write()`` has raised ``exc``, since the client has left.
+
+    ``exc`` has passed a frame of ``write`` then. An error of another connection, to a database
+    for example, has not.
+    """
+    kind = type(exc)
+    if not (
+        issubclass(kind, (ConnectionError, TimeoutError))
+        or kind.__name__ == "ClientDisconnected"  # waitress's, which is no OSError
+    ):
+        return False
+    code = getattr(getattr(write, "__func__", write), "__code__", None)
+    return any(frame.f_code is code for frame, _ in walk_tb(exc.__traceback__))
 
 
 def recognise(environ: WSGIEnvironment) -> Server | None:
