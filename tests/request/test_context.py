@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import Context, copy_context
@@ -304,6 +305,55 @@ def test_inject_names_an_annotation_that_cannot_be_resolved() -> None:
 def test_inject_refuses_objects_that_are_no_functions() -> None:
     with pytest.raises(OptionTypeError, match="@inject above a def"):
         inject("view")  # type: ignore[arg-type]
+
+
+def add_now(request: object, tasks: BackgroundTasks) -> None:
+    tasks.add_task(int)
+
+
+async def add_later(request: object, tasks: BackgroundTasks) -> None:
+    tasks.add_task(int)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [lambda: inject(add_now)(1, object()), lambda: asyncio.run(inject(add_later)(1, object()))],
+    ids=["plain", "async"],
+)
+def test_an_error_tells_that_the_caller_has_passed_another_object(call: Any) -> None:
+    """Pyramid calls a decorated view with its context and its request."""
+    with pytest.raises(AttributeError, match="'object' object has no attribute") as caught:
+        call()
+    [note] = caught.value.__notes__  # type: ignore[attr-defined, unused-ignore]
+    assert re.fullmatch(
+        r"The caller of tests\.request\.test_context\.[\w.]+ has passed this object as "
+        "argument 2, which is the parameter 'tasks' that @inject fills. "
+        "Put all parameters that the caller passes before it.",
+        note,
+    )
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: inject(lacks)(1, None),
+        lambda: inject(lacks)(1, tasks=None),
+        lambda: inject(lacks_by_name)(1, tasks=None),
+    ],
+    ids=["by position", "by name", "keyword-only"],
+)
+def test_other_attribute_errors_have_no_note(call: Any) -> None:
+    with pytest.raises(AttributeError) as caught:
+        call()
+    assert not hasattr(caught.value, "__notes__")
+
+
+def lacks(x: Any, tasks: BackgroundTasks | None = None) -> None:
+    raise AttributeError("without an object")
+
+
+def lacks_by_name(x: Any, *, tasks: BackgroundTasks | None = None) -> None:
+    x.missing()
 
 
 def test_a_class_with_a_partial_of_an_injected_function_is_filled() -> None:

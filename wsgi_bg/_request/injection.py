@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from inspect import Parameter
 from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin
 
+from wsgi_bg._process.interrupts import type_name
 from wsgi_bg._tasks.background_tasks import BackgroundTasks
 from wsgi_bg._tasks.callables import name_of, signature_of
 from wsgi_bg._tasks.task import current
@@ -165,17 +166,36 @@ def fill_injected(
                 args = (*args, tasks)
         return args
 
+    def explain(exc: AttributeError, args: tuple[Any, ...]) -> None:
+        for name, place, *_ in injected():
+            if place is None or place >= len(args):
+                continue
+            if args[place] is exc.obj is not None:
+                exc.add_note(
+                    f"The caller of {name_of(func)} has passed this {type_name(exc.obj)} as "
+                    f"argument {place + 1}, which is the parameter {name!r} that @inject "
+                    "fills. Put all parameters that the caller passes before it."
+                )
+
     if inspect.iscoroutinefunction(func):
 
         @functools.wraps(func)
         async def filled_async(*args: Any, **kwargs: Any) -> Any:
-            return await func(*fill(args, kwargs), **kwargs)
+            try:
+                return await func(*fill(args, kwargs), **kwargs)
+            except AttributeError as exc:
+                explain(exc, args)
+                raise
 
         return typing.cast("Callable[..., R]", filled_async)
 
     @functools.wraps(func)
     def filled(*args: Any, **kwargs: Any) -> R:
-        return func(*fill(args, kwargs), **kwargs)
+        try:
+            return func(*fill(args, kwargs), **kwargs)
+        except AttributeError as exc:
+            explain(exc, args)
+            raise
 
     return filled
 
