@@ -153,8 +153,12 @@ def test_done_tasks_are_listed_by_name_and_times(shop: Shop) -> None:
         kill(process)
     (task,) = listed(shop)
     assert task["added"] <= task["begun"] <= task["ended"]
+    assert (task["attempts"], task["crashes"]) == (None, None)  # not kept
+    _, line = tasks(shop.folder, "list").stdout.splitlines()
+    assert line.split()[-3:] == ["-", "-", "-"]
     result = tasks(shop.folder, "show", task["id"])
-    assert "arguments" not in result.stdout
+    for title in ("arguments", "attempts", "crashes"):
+        assert title not in result.stdout
     assert result.stderr == ""
 
 

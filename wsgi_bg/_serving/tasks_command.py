@@ -288,10 +288,20 @@ def _cells(task: Found) -> Sequence[str]:
         local_time(row.added),
         local_time(_due(outcome)),
         local_time(outcome.ended),
-        str(row.attempts),
-        str(row.crashes),
+        *map(_text_of, _counts(outcome)),
         outcome.error,
     )
+
+
+def _counts(outcome: Outcome) -> tuple[int | None, int | None]:
+    """Attempts that have raised, and crashes; None if the file does not keep them."""
+    if outcome.state == "done":
+        return None, None
+    return outcome.row.attempts, outcome.row.crashes
+
+
+def _text_of(count: int | None) -> str:
+    return "" if count is None else str(count)
 
 
 def _title(task: Found) -> str:
@@ -301,6 +311,7 @@ def _title(task: Found) -> str:
 def _block(task: Found) -> str:
     """Everything about a task; indented, so that no stored text can look like another task."""
     row, state, begun, ended, error, traceback = task.outcome
+    attempts, crashes = _counts(task.outcome)
     fields = {
         "name": row.name,
         "state": state,
@@ -308,8 +319,8 @@ def _block(task: Found) -> str:
         "due": local_time(_due(task.outcome)),
         "begun": local_time(begun),
         "ended": local_time(ended),
-        "attempts": str(row.attempts),
-        "crashes": str(row.crashes),
+        "attempts": _text_of(attempts),
+        "crashes": _text_of(crashes),
         "process": "lives" if task.is_owned else "none",
         "error": error,
         "options": row.options,
@@ -337,6 +348,7 @@ def _lines(text: str) -> list[str]:
 
 def _as_json(task: Found) -> dict[str, Any]:
     row, state, begun, ended, error, _ = task.outcome
+    attempts, crashes = _counts(task.outcome)
     return {
         "id": row.id,
         "name": row.name,
@@ -345,8 +357,8 @@ def _as_json(task: Found) -> dict[str, Any]:
         "due": _utc(_due(task.outcome)),
         "begun": _utc(begun),
         "ended": _utc(ended),
-        "attempts": row.attempts,
-        "crashes": row.crashes,
+        "attempts": attempts,
+        "crashes": crashes,
         "error": error or None,
         "owned": task.is_owned,
     }
