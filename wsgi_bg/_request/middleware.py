@@ -21,7 +21,7 @@ from wsgi_bg._request.layer import (
 )
 from wsgi_bg._request.observer import observers
 from wsgi_bg._request.request_tasks import ObservedTasks, RequestTasks
-from wsgi_bg._request.servers import is_asked_for, is_client_gone, refuse_eventlet
+from wsgi_bg._request.servers import is_asked_for, refuse_eventlet
 from wsgi_bg._request.unclosed import ABANDONED, RAISED, Outcome, on_first_task
 from wsgi_bg._status.recorder import recorder
 from wsgi_bg._tasks.background_tasks import OPEN, BackgroundTasks
@@ -304,8 +304,6 @@ def _noting_request(app: WSGIApplication) -> WSGIApplication:
 def _outcome_of(
     environ: WSGIEnvironment, exc: BaseException | None, tasks: RequestTasks
 ) -> Outcome:
-    if exc is not None and (
-        is_asked_for(environ, exc) or is_client_gone(getattr(tasks, "write", None), exc)
-    ):
+    if exc is not None and (is_asked_for(environ, exc) or tasks.has_lost_client(exc)):
         return ABANDONED
     return RAISED

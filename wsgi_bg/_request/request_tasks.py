@@ -43,7 +43,6 @@ class RequestTasks(Deferring):
     :ivar is_answered: True if the runner keeps tasks and the server may send the first byte:
         ``add_task`` lets the runner store each task from then on.
     :ivar is_used: True if the list of tasks was made; read without a call for each request.
-    :ivar write: the server's ``write()``; not set before ``start_response`` is called.
     """
 
     __slots__ = (
@@ -55,7 +54,6 @@ class RequestTasks(Deferring):
         "is_declared_late",
         "is_used",
         "status",
-        "write",
     )
 
     status: str
@@ -63,7 +61,6 @@ class RequestTasks(Deferring):
     is_answered: bool
     is_declared_late: bool
     is_used: bool
-    write: object
     # Set with the first task. The collector of this process holds the request until the tasks
     # begin to run.
     _collector: Collector
@@ -89,11 +86,9 @@ class RequestTasks(Deferring):
         self.headers = [*headers]  # the application may change its list later
         start_response = self._start_response
         if exc_info is None:
-            write = self.write = start_response(status, headers)
-            return write
+            return start_response(status, headers)
         self.is_declared_late = True  # perhaps: the server may have sent a Content-Length
-        write = self.write = start_response(status, headers, exc_info)
-        return write
+        return start_response(status, headers, exc_info)
 
     def _begin(self) -> list[BackgroundTask]:
         # Make all objects that a later step may need with the first task: a garbage
@@ -130,6 +125,10 @@ class RequestTasks(Deferring):
     def expects(self, task: BackgroundTask) -> bool:
         """See :meth:`BackgroundTasks.expects`."""
         return self.phase != OPEN or task.options.lets_run(_code_of(_text_of(self.status)))
+
+    def has_lost_client(self, exc: BaseException) -> bool:
+        """True if the server's ``write()`` has raised ``exc``, since the client has left."""
+        return servers.is_client_gone(self._start_response, exc)
 
     def end(self, environ: WSGIEnvironment, outcome: Outcome, *, closed: bool = True) -> None:
         """Submit the tasks, if any: the application is done with the request.

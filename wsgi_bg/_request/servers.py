@@ -114,11 +114,13 @@ def is_asked_for(environ: WSGIEnvironment, exc: BaseException) -> bool:
     )
 
 
-def is_client_gone(write: object, exc: BaseException) -> bool:
+def is_client_gone(start_response: object, exc: BaseException) -> bool:
     """True if the server's ``write()`` has raised ``exc``, since the client has left.
 
-    ``exc`` has passed a frame of ``write`` then. An error of another connection, to a database
+    ``exc`` has passed a frame of the server then. An error of another connection, to a database
     for example, has not.
+
+    :param start_response: the server's function, of the same module as its ``write()``.
     """
     kind = type(exc)
     if not (
@@ -126,8 +128,9 @@ def is_client_gone(write: object, exc: BaseException) -> bool:
         or kind.__name__ == "ClientDisconnected"  # waitress's, which is no OSError
     ):
         return False
-    code = getattr(getattr(write, "__func__", write), "__code__", None)
-    return any(frame.f_code is code for frame, _ in walk_tb(exc.__traceback__))
+    module = getattr(start_response, "__module__", None)
+    frames = walk_tb(exc.__traceback__)
+    return any(frame.f_globals.get("__name__") == module for frame, _ in frames)
 
 
 def recognise(environ: WSGIEnvironment) -> Server | None:
