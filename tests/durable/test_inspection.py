@@ -15,6 +15,7 @@ from wsgi_bg._durable.folder import Folder
 from wsgi_bg._durable.inspection import Found, list_tasks
 from wsgi_bg._durable.rows import Outcome, Row, Settings
 from wsgi_bg._durable.store import Store
+from wsgi_bg._status import stored
 from wsgi_bg.exceptions import StoreError
 
 
@@ -99,6 +100,68 @@ def test_a_failed_task_is_discarded(store: Store, folder: Folder) -> None:
     inspection.order(folder, find(folder, "aside"), "discard")
     look(store)
     assert "aside" not in states(folder)
+
+
+def state_of(folder: Folder, id: str) -> str | None:
+    return stored.state_of(folder, id)
+
+
+@pytest.mark.usefixtures("rows")
+def test_the_id_of_a_discarded_task_is_known_and_no_action_finds_the_task(
+    store: Store, folder: Folder
+) -> None:
+    ids = {name: find(folder, name).outcome.row.id for name in ("waits", "failed", "aside")}
+    inspection.order(folder, find(folder, "failed"), "retry")
+    look(store)
+    for name in ids:
+        inspection.order(folder, find(folder, name), "discard")
+    look(store)
+    assert states(folder).keys() & ids.keys() == set()
+    assert [state_of(folder, id) for id in ids.values()] == ["discarded"] * 3  # noqa: A001
+
+
+def test_a_discarded_task_is_known_after_its_file_has_gone(
+    store: Store, folder: Folder
+) -> None:
+    dead_store(folder, "store.add([Row('dead', '', id='1')])")
+    inspection.order(folder, find(folder, "dead"), "discard")
+    left = Store.adopt(folder, Settings())
+    assert left is not None
+    assert left.remove(store)
+    assert state_of(folder, "1") == "discarded"
+    assert states(folder) == {}
+
+
+def test_a_failed_task_that_is_discarded_has_failed(store: Store, folder: Folder) -> None:
+    (row,) = store.add([task("failed")._replace(id="1")])
+    store.end(Outcome(row, "failed", 1.0, time.time()))
+    store.tidy()
+    inspection.order(folder, find(folder, "failed"), "discard")
+    look(store)
+    assert state_of(folder, "1") is None  # the processes that have recorded the end know it
+
+
+def test_kept_tasks_that_a_killed_process_has_left_in_two_files_are_one(
+    store: Store, folder: Folder
+) -> None:
+    code = """
+        rows = store.add([Row('failed', '', id='1'), Row('waits', '', id='2')])
+        store.end(Outcome(rows[0], 'failed', 1.0, time.time()))
+        store.tidy()
+        """
+    dead_store(folder, code)
+    (row,) = store.add([task("failed")._replace(id="1")])
+    store.end(Outcome(row, "failed", 1.0, time.time()))
+    store.tidy()
+    assert sorted(each.outcome.row.id for each in list_tasks(folder)) == ["1", "2"]
+    inspection.order(folder, find(folder, "failed"), "retry")
+    look(store)
+    left = Store.adopt(folder, Settings())
+    assert left is not None
+    look(left)
+    due = [*store.read(time.time(), 9), *left.read(time.time(), 9)]
+    assert sorted(each.id for each in due) == ["1", "2"]
+    left.close()
 
 
 def test_a_waiting_task_that_is_discarded_does_not_begin(

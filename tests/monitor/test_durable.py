@@ -104,6 +104,19 @@ def test_a_forked_process_leaves_the_files_that_its_parent_has_open(
     assert "wsgi-bg tasks" in answer.json["error"]
 
 
+def test_a_forked_process_orders_tasks_in_files_that_its_parent_has_not_opened(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_failed(shop, 1)
+    monitor = open_monitor(actions=True, path=shop.folder)
+    task = id_of(shop, "durable.fail")
+    parents = shop.folder / "00000099.sqlite"
+    parents.touch()
+    status = parents.stat()
+    monkeypatch.setitem(folders._opened, (status.st_dev, status.st_ino), os.getpid() + 1)
+    assert post(monitor, f"/retry?id={task}").code == 202
+
+
 def test_a_task_whose_end_is_being_written_may_be_asked_for_again(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,7 +144,7 @@ def test_a_durable_task_that_waits_for_its_next_attempt_is_retrying(folder: Path
     assert (task.attempt, task.due, task.pid) == (3, 9e9, 7)
 
 
-def test_a_task_that_is_discarded_in_the_file_waits_no_longer(folder: Path) -> None:
+def test_a_task_that_is_discarded_in_the_file_is_known_as_discarded(folder: Path) -> None:
     runner = DurableRunner(folder)
     gc.disable()
     try:
@@ -153,7 +153,8 @@ def test_a_task_that_is_discarded_in_the_file_waits_no_longer(folder: Path) -> N
         assert status.of(name) == "waiting"
         (found,) = list_tasks(check_folder(folder))
         order(check_folder(folder), found, "discard")
-        assert wait_until(lambda: status.of(name) is None)
+        assert wait_until(lambda: status.of(name) == "discarded")
+        assert [each.state for each in status.snapshot().durable] == ["discarded"]
     finally:
         gc.enable()
 

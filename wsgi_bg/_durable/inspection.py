@@ -18,9 +18,15 @@ from contextlib import closing, suppress
 from typing import NamedTuple
 
 from wsgi_bg._durable import notes
-from wsgi_bg._durable.folder import LOCK_FILE, Folder, check_version, read_epoch
+from wsgi_bg._durable.folder import (
+    LOCK_FILE,
+    Folder,
+    check_version,
+    is_of_parent,
+    read_epoch,
+)
 from wsgi_bg._durable.owner import Locks, locks_of
-from wsgi_bg._durable.rows import OF_ROW, Outcome, Row, text_of, typed
+from wsgi_bg._durable.rows import DISCARDED, OF_ROW, Outcome, Row, text_of, typed
 from wsgi_bg._durable.writer import connect, describe
 from wsgi_bg.exceptions import StoreError
 
@@ -41,7 +47,7 @@ _KEPT_IN_BRIEF = """
 """
 _DONE = """
     SELECT name, '', '', '', 0.0, 0, 0, id, added, 0, 0, 'done', begun, ended, '', ''
-    FROM done ORDER BY seq
+    FROM done WHERE begun IS NOT ? ORDER BY seq
 """
 _KINDS = (*OF_ROW, str, float, float, str, str)
 
@@ -73,19 +79,32 @@ def list_tasks(
     """Return the tasks in the order added.
 
     Rows are data that may be forged: a value of a wrong type becomes ``""`` or 0, bytes that
-    are no text become replacement characters.
+    are no text become replacement characters. Files that a parent had opened before it forked
+    this process are left out.
 
     :param wanted: chooses tasks while the files are read: a folder may have a million.
     :param is_brief: leave out arguments, options, context and traceback.
     :raises StoreError: if a file is damaged, or a newer version has made it.
     """
     found: list[Found] = []
+    kept: set[str] = set()
+
+    def is_copy(outcome: Outcome) -> bool:
+        """True if a process was killed while it moved kept tasks into its own file."""
+        known = outcome.state in ORDERS["retry"] and outcome.row.id in kept
+        kept.update([outcome.row.id] if outcome.state in ORDERS["retry"] else [])
+        return known
+
     for number in folder.numbers():
+        if is_of_parent(folder.file(number)):
+            continue
         is_owned = _locks(folder).is_owned(number)
         try:
             outcomes = _read(folder, number, is_owned=is_owned, is_brief=is_brief)
             found += [
-                Found(number, is_owned, outcome) for outcome in outcomes if wanted(outcome)
+                Found(number, is_owned, outcome)
+                for outcome in outcomes
+                if wanted(outcome) and not is_copy(outcome)
             ]
         except sqlite3.Error as exc:
             if os.path.exists(folder.file(number)):  # else its tasks are done
@@ -127,7 +146,7 @@ def _read(folder: Folder, number: int, *, is_owned: bool, is_brief: bool) -> Ite
         for stored in connection.execute(_KEPT_IN_BRIEF if is_brief else _KEPT):
             values = typed(stored, _KINDS)
             yield Outcome(Row(*values[:11]), *values[11:])
-        for stored in connection.execute(_DONE):
+        for stored in connection.execute(_DONE, (DISCARDED,)):
             values = typed(stored, _KINDS)
             yield Outcome(Row(*values[:11]), *values[11:])
 

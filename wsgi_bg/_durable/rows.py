@@ -12,6 +12,9 @@ OF_ROW = (*(str,) * 4, float, int, int, str, float, int, int)
 OF_DONE = (str, str, float, float, float)
 """The types of the id, the name and the times of a done task."""
 
+DISCARDED = -1.0
+"""The begin of a task that was discarded by hand, whose id is kept as those of done tasks."""
+
 NO_LIMIT = 2**63 - 1
 """For any number of tasks: the greatest number of SQLite."""
 

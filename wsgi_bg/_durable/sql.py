@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
-from wsgi_bg._durable.rows import NO_LIMIT, Outcome, Row, Settings
+from wsgi_bg._durable.rows import DISCARDED, NO_LIMIT, Outcome, Row, Settings
 
 Statement = tuple[str, Sequence[Any]]
 
@@ -202,6 +202,23 @@ def retry(id: str, key: int) -> list[Statement]:  # noqa: A002
         SELECT name, arguments, options, context, ?, 0, 0, id, added, ?, ?
         FROM kept WHERE id = ?"""
     return [(sql, (time.time(), key, key, id)), forget(id)]
+
+
+def discard(key: int, settings: Settings) -> list[Statement]:
+    """Delete the row of a task that has not begun, and keep the id."""
+    return [_record_discarded("tasks", "key = ?", key), delete([key]), _prune_done(settings)]
+
+
+def discard_kept(id: str, settings: Settings) -> list[Statement]:  # noqa: A002
+    """Forget a failed task; keep the id of a task that was put aside, which has no end."""
+    recorded = _record_discarded("kept", "id = ? AND state = 'aside'", id)
+    return [recorded, forget(id), _prune_done(settings)]
+
+
+def _record_discarded(table: str, where: str, value: object) -> Statement:
+    sql = f"""INSERT INTO done (id, name, added, begun, ended)
+        SELECT id, name, added, {DISCARDED}, ? FROM {table} WHERE {where}"""
+    return sql, (time.time(), value)
 
 
 def forget(id: str) -> Statement:  # noqa: A002

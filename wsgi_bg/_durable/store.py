@@ -590,16 +590,16 @@ class Store:
             is_kept = self._reader.execute("SELECT 1 FROM kept WHERE id = ?", (id,)).fetchone()
         if is_kept:
             new = next(self._keys)
-            self._write(
-                sql.retry(id, new) if what == "retry" else [sql.forget(id)], is_synced=False
-            )
+            is_retry = what == "retry"
+            discarded = sql.discard_kept(id, self.settings)
+            self._write(sql.retry(id, new) if is_retry else discarded, is_synced=False)
         elif number == self.number and what == "discard":
             is_held = key in self._held
             self._discarded.add(key)  # from now on begin() refuses
             if key in self._notes:  # begin() was quicker
                 self._discarded.discard(key)
                 return True
-            self._write([sql.delete([key])], is_synced=False)
+            self._write(sql.discard(key, self.settings), is_synced=False)
             if not is_held:
                 self._forget([key])
         return bool(is_kept) or number == self.number

@@ -15,6 +15,7 @@ from wsgi_bg._durable import notes
 from wsgi_bg._durable.folder import Folder, check_version, is_of_parent, read_epoch
 from wsgi_bg._durable.inspection import read_notes
 from wsgi_bg._durable.owner import locks_of
+from wsgi_bg._durable.rows import DISCARDED
 from wsgi_bg._durable.writer import Turns, connect
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._status.model import OTHER_NAMES, DurableTask, State
@@ -40,7 +41,7 @@ _NOTED: Mapping[int | None, State] = {
 
 _TASKS = "SELECT id, name, added, due, attempts, key FROM tasks"
 _KEPT = "SELECT id, name, added, attempts, state, error, ended FROM kept"
-_DONE = "SELECT id, name, added, ended FROM done"
+_DONE = "SELECT id, name, added, begun FROM done"
 
 _turns = PerProcess(Turns)  # for a fork waits until no thread is inside SQLite
 
@@ -164,12 +165,19 @@ class _File:
         ]
 
     def done(self, where: str, *values: object) -> list[DurableTask]:
-        """Return tasks that have succeeded."""
+        """Return tasks that have succeeded, or were discarded by hand."""
         return [
             DurableTask(
-                _text(name), _text(id), "succeeded", _number(added), None, 1, "", self._pid
+                _text(name),
+                _text(id),
+                "discarded" if begun == DISCARDED else "succeeded",
+                _number(added),
+                None,
+                1,
+                "",
+                self._pid,
             )
-            for id, name, added, _ in self._select(_DONE, where, values)  # noqa: A001
+            for id, name, added, begun in self._select(_DONE, where, values)  # noqa: A001
         ]
 
     def waiting(self) -> Counter[str]:

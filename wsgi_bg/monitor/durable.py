@@ -92,16 +92,17 @@ def _find(
     found: list[tuple[Folder, Found]] = []
     with turn:
         for folder in folders:
-            if any(is_of_parent(folder.file(number)) for number in folder.numbers()):
-                # SQLite would take the locks of the parent for its own.
-                instead = "use the command wsgi-bg tasks, or another worker"
-                raise RefusedError(
-                    "503 Service Unavailable",
-                    f"This process was forked while it had the folder open: {instead}.",
-                )
             tasks = list_tasks(folder, lambda each: each.row.id == id, is_brief=is_brief)
             found += [(folder, task) for task in tasks]
     if not found:
+        files = [folder.file(number) for folder in folders for number in folder.numbers()]
+        if any(map(is_of_parent, files)):
+            # SQLite would take the locks of the parent for its own.
+            instead = "use the command wsgi-bg tasks"
+            raise RefusedError(
+                "503 Service Unavailable",
+                f"This process was forked while it had a file of the folder open: {instead}.",
+            )
         if any(state_of(folder, id) is not None for folder in folders):
             # Its owner has noted the end of the task, and writes the details within a second.
             raise RefusedError(
