@@ -61,6 +61,11 @@ class OwnedFiles:
         """The numbers of all files."""
         return [*self._parked.copy(), *(store.number for store in self.open)]
 
+    @property
+    def are_behind(self) -> bool:
+        """True if files of dead processes have further rows to be read."""
+        return bool(self._behind)
+
     def count_parked(self) -> int:
         """Return the number of rows in the files that are closed."""
         return sum(each.waiting for each in self._parked.copy().values())

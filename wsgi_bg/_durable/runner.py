@@ -327,6 +327,11 @@ class DurableRunner(KeepingRunner):
 
     # A runner's methods.
 
+    def statistics(self) -> Statistics:
+        """Return numbers of tasks, also of those that wait in the file for room."""
+        found = super().statistics()
+        return replace(found, pending=found.pending + self._states.get().count_left())
+
     @property
     def is_behind(self) -> bool:
         """See :class:`LedgerRunner`."""
@@ -882,6 +887,15 @@ class _State:
             if not self._lacks_room:
                 self._lacks_room = True
                 self._wake.set()
+
+    def count_left(self) -> int:
+        """Return the number of rows that are due, and that no memory holds for want of room."""
+        left = 0
+        if self._has_left_some or self._is_reading or self._files.are_behind:
+            for store in self._files.open:
+                with suppress(StoreError):  # removed meanwhile, for example
+                    left += store.count_left(time.time())
+        return left
 
     def stop_reading(self) -> None:
         """Begin no stored task from now on; say once how many stay in the file."""

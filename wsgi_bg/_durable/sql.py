@@ -58,6 +58,10 @@ COUNT_WAITING = """
     SELECT count(*) FROM tasks
     WHERE due > 0 AND due > ? AND key NOT IN (SELECT value FROM json_each(?))
 """
+COUNT_LEFT = """
+    SELECT count(*) FROM tasks
+    WHERE due <= ? AND key NOT IN (SELECT value FROM json_each(?))
+"""
 READ_DONE = "SELECT id, name, added, begun, ended FROM done ORDER BY seq"
 
 _KEYS = "key IN (SELECT value FROM json_each(?))"

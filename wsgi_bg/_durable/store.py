@@ -459,9 +459,19 @@ class Store:
 
         :raises StoreError: if the file cannot be read.
         """
+        return self._count(sql.COUNT_WAITING, now)
+
+    def count_left(self, now: float) -> int:
+        """Return the number of rows that nobody holds and that are due. Reads the whole table.
+
+        :raises StoreError: if the file cannot be read.
+        """
+        return self._count(sql.COUNT_LEFT, now)
+
+    def _count(self, query: str, now: float) -> int:
         with self._reading_turn():
             held = json.dumps(list(self._held.copy()))
-            ((number,),) = self._reader.execute(sql.COUNT_WAITING, (now, held))
+            ((number,),) = self._reader.execute(query, (now, held))
             return int(number)
 
     def count(self) -> dict[str, int]:

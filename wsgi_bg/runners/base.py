@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 class Statistics:
     """A snapshot of the numbers of a runner's tasks, unfinished and finished.
 
-    :ivar pending: submitted tasks that have not begun.
+    :ivar pending: submitted tasks that have not begun, also those that wait in a file of this
+        process until the pool has room.
     :ivar running: tasks that run now.
     :ivar succeeded: tasks that have returned in this process.
     :ivar failed: tasks that have raised.
