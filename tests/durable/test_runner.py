@@ -479,6 +479,42 @@ def test_tasks_beyond_max_pending_stay_in_the_file_until_there_is_room(tmp_path:
     assert sorted(shop.calls[1:]) == [0, 1, 2, 3, 4]
 
 
+def test_tasks_that_wait_in_the_file_for_room_are_pending(tmp_path: Path) -> None:
+    runner = DurableRunner(tmp_path, local=PoolRunner(threads=1, max_pending=1))
+    handle(runner, (wait_at, "gate"))
+    shop.gate("gate")
+    assert shop.begun["gate"].wait(TIMEOUT)
+    handle(runner, (write, 1), (write, 2))
+    run_view(runner, lambda _: background_tasks.using(delay=600.0).add_task(write, 3))
+    assert wait_until(lambda: runner.statistics().waiting == 1)
+    assert runner.statistics() == Statistics(2, 1, 0, 0, 0, waiting=1)
+    shop.gate("gate").set()
+    assert wait(TIMEOUT) == []
+    assert runner.statistics() == Statistics(0, 0, 3, 0, 0, waiting=1)
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_task_that_outlives_the_exit_and_can_add_no_task_runs_again(
+    tmp_path: Path, log: Log, stops: bool
+) -> None:
+    runner = DurableRunner(tmp_path)
+
+    def view(environ: Any) -> None:
+        background_tasks.using(stop_on_error=stops).add_task(shop.add_at, "gate")
+        background_tasks.add_task(write, "after")
+
+    run_view(runner, view)
+    shop.gate("gate")
+    assert shop.begun["gate"].wait(TIMEOUT)
+    assert runner.drain(0.0) != []
+    runner.abandon()
+    shop.gate("gate").set()
+    assert wait_until(lambda: any("BatchEndedError" in message for message in log.errors))
+    assert wait_until(lambda: runner.statistics().running == 0)
+    expected = [("waiting", "durable.add_at"), ("waiting", "durable.write")]
+    assert stored(tmp_path) == expected
+
+
 def test_wait_does_not_wait_for_tasks_in_the_file_if_the_pool_is_drained(
     tmp_path: Path,
 ) -> None:

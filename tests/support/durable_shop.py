@@ -77,6 +77,14 @@ def wait_at(name: str) -> None:
     note(name)
 
 
+@registered_task(name="durable.add_at")
+def add_at(name: str) -> None:
+    opened = gate(name)
+    begun[name].set()
+    assert opened.wait(10)
+    background_tasks.add_task(write, name)
+
+
 @registered_task(name="durable.wait_for_line")
 def wait_for_line() -> None:
     """Wait for a line on standard input: a gate that works across processes."""

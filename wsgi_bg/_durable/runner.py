@@ -35,7 +35,12 @@ from wsgi_bg._tasks.options import Options
 from wsgi_bg._tasks.retry import Plan, Retry
 from wsgi_bg._tasks.task import DIRECT, BackgroundTask, fill
 from wsgi_bg._tasks.task_log import fields, fields_of, notify_discarded
-from wsgi_bg.exceptions import OptionTypeError, OptionValueError, StoreError
+from wsgi_bg.exceptions import (
+    BatchEndedError,
+    OptionTypeError,
+    OptionValueError,
+    StoreError,
+)
 from wsgi_bg.runners import Runner, Statistics, resolve
 from wsgi_bg.runners.attached import Attached
 from wsgi_bg.runners.keeping import (
@@ -723,7 +728,7 @@ class _State:
     def note_end(self, task: BackgroundTask, state: str, exc: BaseException | None) -> None:
         """Note the end of ``task``, and store the tasks that it has added."""
         kept = task.message
-        if not isinstance(kept, Kept) or kept.store is None:
+        if not isinstance(kept, Kept) or kept.store is None or self._was_cut(exc):
             return
         store, children = kept.store, kept.children
         kept.store = kept.children = None  # first: a thread that adds a child looks again
@@ -745,6 +750,13 @@ class _State:
         if exc is not None or kept.row.crashes or store.needs_tidy:
             self._wake.set()
 
+    def _was_cut(self, exc: BaseException | None) -> bool:
+        """True if a task could add no task any more, since the exit has ended its batch.
+
+        The exit has named the task, and the next process runs it.
+        """
+        return self._is_stopping and isinstance(exc, BatchEndedError)
+
     def _end_with(
         self, task: BackgroundTask, store: Store, outcome: Outcome, new: list[BackgroundTask]
     ) -> bool:
@@ -765,6 +777,8 @@ class _State:
         return True
 
     def stopped(self, task: BackgroundTask, exc: BaseException, tasks: TaskQueue) -> None:
+        if self._was_cut(exc):
+            return
         kept = task.message
         store = kept.store if isinstance(kept, Kept) else None
         self.note_end(task, "failed", exc)
