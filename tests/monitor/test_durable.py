@@ -117,6 +117,13 @@ def test_a_forked_process_orders_tasks_in_files_that_its_parent_has_not_opened(
     assert post(monitor, f"/retry?id={task}").code == 202
 
 
+def test_a_discarded_task_has_no_details(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_failed(shop, 1)
+    monkeypatch.setattr(durable, "state_of", lambda folder, task: "discarded")
+    answer = Answer(open_monitor(path=shop.folder), "/task.json?id=1")
+    assert (answer.code, answer.json["error"]) == (404, "The task is not there any more.")
+
+
 def test_a_task_whose_end_is_being_written_may_be_asked_for_again(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,7 +103,7 @@ def _find(
                 "503 Service Unavailable",
                 f"This process was forked while it had a file of the folder open: {instead}.",
             )
-        if any(state_of(folder, id) is not None for folder in folders):
+        if any(state_of(folder, id) not in (None, "discarded") for folder in folders):
             # Its owner has noted the end of the task, and writes the details within a second.
             raise RefusedError(
                 "503 Service Unavailable", "The task is being written: try again."
