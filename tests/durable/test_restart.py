@@ -291,6 +291,63 @@ def test_a_retry_that_holds_its_request_survives_with_its_attempt_and_no_crash(
     assert min(each.row.due for each in found) > time.time() + 100
 
 
+LABELLED = """
+    def view(environ):
+        background_tasks.add_task(write, 1)
+        background_tasks.using(run_on="error").add_task(write, 2)
+        environ["user"] = "7"
+
+    def label(environ):
+        asked.append(environ)
+        return f"user {environ['user']}"
+
+    asked = []
+    app = BackgroundTasksMiddleware(app_that(view), runner=runner, request_label=label)
+    body = app(make_server_environ(), Server().start_response)
+    assert len(asked) == 1
+    die()
+    """
+
+
+def test_the_label_of_a_request_survives_with_its_tasks(
+    tmp_path: Path, runner: DurableRunner
+) -> None:
+    killed(tmp_path, LABELLED)
+    hooks = Requests()
+    BackgroundTasksMiddleware(app_that(print), runner=runner, hooks=hooks)
+    runner.start()
+    assert shop.wait_for(1) == [1]
+    assert wait_until(lambda: hooks.requests == ["user 7"])
+
+
+class Requests(Hooks):
+    """Notes the requests of tasks that have finished."""
+
+    def __init__(self) -> None:
+        self.requests: list[str | None] = []
+
+    def task_finished(self, record: TaskRecord) -> None:
+        self.requests.append(record.request)
+
+
+def test_the_label_is_asked_for_once_and_before_the_answer(runner: DurableRunner) -> None:
+    asked: list[str] = []
+
+    def label(environ: Any) -> str:
+        asked.append(environ["PATH_INFO"])
+        return "label"
+
+    def view(environ: Any) -> None:
+        if environ["PATH_INFO"] == "/task":
+            background_tasks.add_task(write, 1)
+
+    app = BackgroundTasksMiddleware(app_that(view), runner=runner, request_label=label)
+    for path in ("/no-task", "/task"):
+        Server().run(app, make_server_environ(PATH_INFO=path))
+    assert asked == ["/task"]
+    assert shop.wait_for(1) == [1]
+
+
 def test_the_last_attempt_of_a_function_that_has_lost_its_retry_has_its_number(
     tmp_path: Path, runner: DurableRunner, log: Log
 ) -> None:

@@ -22,6 +22,8 @@ class _Tasks(Protocol):
 
     is_answered: bool
 
+    def note_early(self, environ: WSGIEnvironment) -> None: ...
+
     def expected(self, status: str, *, runs: bool = True) -> list[BackgroundTask]: ...
 
 
@@ -57,7 +59,7 @@ class KeepingApp:
             self._runner.start()
         except StoreError as exc:  # raised again for a request that has tasks to store
             self._not_started.log(exc, self._runner)
-        request = _KeptRequest(tasks, self._runner, start_response)
+        request = _KeptRequest(tasks, self._runner, start_response, environ)
         app_iter = self._app(environ, request.start_response)
         try:
             request.app_has_returned()
@@ -77,11 +79,16 @@ class _KeptRequest:
     """
 
     def __init__(
-        self, tasks: _Tasks, runner: KeepingRunner, start_response: Callable[..., Any]
+        self,
+        tasks: _Tasks,
+        runner: KeepingRunner,
+        start_response: Callable[..., Any],
+        environ: WSGIEnvironment,
     ) -> None:
         self._tasks = tasks
         self._runner = runner
         self._start_response = start_response
+        self._environ = environ
         self._has_returned = False
         self._status = ""  # of the last call of start_response
         self._kept_for = ""  # the status for which the tasks were stored
@@ -112,7 +119,10 @@ class _KeptRequest:
         # First, so that each task is in the list now or is stored by add_task.
         tasks.is_answered = True
         try:
-            self._runner.keep(tasks.expected(self._status))
+            expected = tasks.expected(self._status)
+            if expected:
+                tasks.note_early(self._environ)
+            self._runner.keep(expected)
         except BaseException:
             tasks.is_answered = False
             raise

@@ -1156,6 +1156,10 @@ def _batches(rows: list[Row]) -> list[list[Row]]:
 def _row_of(task: BackgroundTask) -> Row:
     """The row to store: the delay of the task begins now, unless it has begun."""
     row: Row = task.message.row
+    if headers.REQUEST not in row.context and (label := task.request) is not None:
+        # Of a request_label, which was not called yet in add_task.
+        context = {**json.loads(row.context or "{}"), headers.REQUEST: label}
+        row = row._replace(context=json.dumps(context))
     return row._replace(due=time.time() + delay_left(task)) if task.options.delay else row
 
 

@@ -88,9 +88,9 @@ class BackgroundTasksMiddleware:
         rule; default False).
     :param hooks: a :class:`~wsgi_bg.hooks.Hooks` object, or a list of them, called when a
         task is added, started, finished, failed and discarded.
-    :param request_label: called with the environ at the end of a request that has added tasks;
-        returns how logs, hooks and the status name the request. Default: method and path,
-        without the query.
+    :param request_label: called with the environ at the end of a request that has added tasks,
+        or when a runner stores them; returns how logs, hooks and the status name the request.
+        Default: method and path, without the query.
     :param slow_after: a task that still runs after so many seconds is logged once an attempt at
         WARNING, with the stack of its thread or coroutine (not under gevent).
     :param status: True to record the status of the tasks, for :mod:`wsgi_bg.status`.

@@ -119,9 +119,16 @@ class BackgroundTasks:
         if isinstance(label, str):
             self._request = _shortened(label)
 
+    def note_early(self, environ: Mapping[str, Any]) -> None:
+        """Note the label of a ``request_label`` before the end of the request."""
+        if self.options.request_label is not None:
+            self.note_request(environ)
+
     def note_request(self, environ: Mapping[str, Any]) -> None:
         """Note the label of the request that ``environ`` belongs to, for logs and hooks."""
         make = self.options.request_label
+        if make is not None and self.request is not None:
+            return
         if make is None or not environ:  # empty for a response that was not closed, nor freed
             method = environ.get("REQUEST_METHOD")
             if method is not None:

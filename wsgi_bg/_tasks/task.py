@@ -384,7 +384,7 @@ class BackgroundTask:
         """The label of the task's request: method and path, unless ``request_label`` is given.
 
         Known from the end of the request on, in ``on_error`` and in the task itself. On a
-        worker, or after a restart: method and path, or None if there is a ``request_label``.
+        worker: method and path, or None if there is a ``request_label``.
         """
         root = self.root
         return None if root is None else root.request

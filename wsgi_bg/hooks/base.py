@@ -37,8 +37,8 @@ class _Record:
     def request(self) -> str | None:
         """The request: method and path, or the result of the middleware's ``request_label``.
 
-        On a worker, or after a restart: method and path, or None if there is a
-        ``request_label``, which is called only when the request ends.
+        On a worker: method and path, or None if there is a ``request_label``, which is called
+        only when the request ends, or when its durable tasks are stored.
         """
         return self.batch.root.request
 
