@@ -56,11 +56,14 @@ READ_ADDED = "SELECT * FROM tasks WHERE request < 0 AND request = -?"
 NEXT_DUE = "SELECT due, key FROM tasks WHERE due > 0 AND due < 9e999 ORDER BY due, key"
 COUNT_WAITING = """
     SELECT count(*) FROM tasks
-    WHERE due > 0 AND due > ? AND key NOT IN (SELECT value FROM json_each(?))
+    WHERE due > 0 AND due > :now AND key NOT IN (SELECT value FROM json_each(:held))
 """
+# Does not look into each row: SQLite counts the rows of a table by its pages.
 COUNT_LEFT = """
-    SELECT count(*) FROM tasks
-    WHERE due <= ? AND key NOT IN (SELECT value FROM json_each(?))
+    SELECT (SELECT count(*) FROM tasks)
+        - (SELECT count(*) FROM tasks WHERE due > 0 AND due > :now)
+        - (SELECT count(*) FROM tasks
+           WHERE due <= :now AND key IN (SELECT value FROM json_each(:held)))
 """
 READ_DONE = "SELECT id, name, added, begun, ended FROM done ORDER BY seq"
 
