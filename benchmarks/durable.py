@@ -49,10 +49,10 @@ from wsgi_bg import (
     PoolRunner,
     registered_task,
 )
-from wsgi_bg._durable.folder import check_folder
-from wsgi_bg._durable.rows import Row, Settings
-from wsgi_bg._durable.store import Store
-from wsgi_bg._durable.writer import Writer, connect
+from wsgi_bg._store.folder import check_folder
+from wsgi_bg._store.rows import Row, Settings
+from wsgi_bg._store.store import Store
+from wsgi_bg._store.writer import Writer, connect
 
 PAUSE = 0.001
 ARGUMENTS = ("ada@example.com", 4711)

@@ -44,8 +44,8 @@ from threading import Event, Semaphore
 from typing import Any
 
 from wsgi_bg import BackgroundTasksMiddleware, DurableRunner, background_tasks, registered_task
-from wsgi_bg._durable.folder import check_folder
-from wsgi_bg._durable.inspection import list_tasks
+from wsgi_bg._store.folder import check_folder
+from wsgi_bg._store.inspection import list_tasks
 
 CLIENTS = 8
 TASKS = 5

@@ -14,7 +14,6 @@ import pytest
 from tests.servers import table
 from tests.support import TIMEOUT, Clock, Gate
 from tests.support.brokers import RabbitServer, RedisServer, rabbit_server, redis_server
-from wsgi_bg._durable import store as stores
 from wsgi_bg._loop import executor, portal, shared_portal
 from wsgi_bg._loop.portal import PortalThread
 from wsgi_bg._outbox.stored import StoredMessages
@@ -22,6 +21,7 @@ from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._request.layer import everywhere
 from wsgi_bg._request.unclosed import Collector, collectors
 from wsgi_bg._status.recorder import recorder
+from wsgi_bg._store import store as stores
 from wsgi_bg._tasks.task import current
 from wsgi_bg.runners import shutdown, timer
 from wsgi_bg.runners.ledger import ledgers_here

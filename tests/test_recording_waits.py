@@ -20,8 +20,8 @@ from wsgi_bg import (
     background_tasks,
     registered_task,
 )
-from wsgi_bg._durable.folder import check_folder
-from wsgi_bg._durable.inspection import list_tasks
+from wsgi_bg._store.folder import check_folder
+from wsgi_bg._store.inspection import list_tasks
 from wsgi_bg.runners.timer import timers
 
 LATER: dict[str, Any] = {"delay": 600, "retry": Retry(3, first=600)}

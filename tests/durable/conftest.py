@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.durable.support import open_folder
-from wsgi_bg._durable.folder import Folder, check_folder
-from wsgi_bg._durable.store import Store
+from wsgi_bg._store.folder import Folder, check_folder
+from wsgi_bg._store.store import Store
 
 
 class Interrupted(BaseException):

@@ -13,15 +13,15 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from tests.support import TIMEOUT
-from wsgi_bg._durable.folder import Folder, check_folder
-from wsgi_bg._durable.rows import Outcome, Row, Settings
-from wsgi_bg._durable.store import Store
+from wsgi_bg._store.folder import Folder, check_folder
+from wsgi_bg._store.rows import Outcome, Row, Settings
+from wsgi_bg._store.store import Store
 
 PRELUDE = """
 import os, signal, sys, threading, time
-from wsgi_bg._durable.folder import check_folder
-from wsgi_bg._durable.rows import Outcome, Row, Settings
-from wsgi_bg._durable.store import Store
+from wsgi_bg._store.folder import check_folder
+from wsgi_bg._store.rows import Outcome, Row, Settings
+from wsgi_bg._store.store import Store
 from wsgi_bg.exceptions import StoreError
 
 def tell(*words):

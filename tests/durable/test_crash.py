@@ -17,9 +17,9 @@ import pytest
 
 from tests.support import TIMEOUT, wait_until
 from tests.support.durable import ROOT, Shop, kill, said
-from wsgi_bg._durable.folder import check_folder
-from wsgi_bg._durable.rows import Settings
-from wsgi_bg._durable.store import Store
+from wsgi_bg._store.folder import check_folder
+from wsgi_bg._store.rows import Settings
+from wsgi_bg._store.store import Store
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from tests.durable.support import dead_store, open_folder, task
-from wsgi_bg._durable.folder import Folder, check_folder, file_system, is_of_parent
-from wsgi_bg._durable.inspection import list_tasks
-from wsgi_bg._durable.rows import Settings
-from wsgi_bg._durable.store import Store
+from wsgi_bg._store.folder import Folder, check_folder, file_system, is_of_parent
+from wsgi_bg._store.inspection import list_tasks
+from wsgi_bg._store.rows import Settings
+from wsgi_bg._store.store import Store
 from wsgi_bg.exceptions import StoreError
 
 MOUNTS = r"""
@@ -77,7 +77,7 @@ def test_an_unknown_file_system_is_accepted(tmp_path: Path) -> None:
 def test_a_remote_file_system_is_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr("wsgi_bg._durable.folder.file_system", lambda path: kind)
+    monkeypatch.setattr("wsgi_bg._store.folder.file_system", lambda path: kind)
     with pytest.raises(StoreError, match=f"{kind} .*choose a folder on a local disk"):
         check_folder(tmp_path / "tasks")
     assert not (tmp_path / "tasks").exists()
@@ -264,6 +264,6 @@ def test_a_file_system_without_shared_memory_is_refused(
 ) -> None:
     # A file in memory has no WAL either.
     with closing(sqlite3.connect(":memory:", check_same_thread=False)) as connection:
-        monkeypatch.setattr("wsgi_bg._durable.writer.connect", lambda path: connection)
+        monkeypatch.setattr("wsgi_bg._store.writer.connect", lambda path: connection)
         with pytest.raises(StoreError, match="cannot keep a WAL on this file system"):
             Store.own(folder, Settings())

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.durable.support import child, dead_store, done, is_sound, open_folder, task
-from wsgi_bg._durable.folder import Folder, check_folder
-from wsgi_bg._durable.inspection import list_tasks
-from wsgi_bg._durable.rows import Outcome, Row
-from wsgi_bg._durable.store import Store
+from wsgi_bg._store.folder import Folder, check_folder
+from wsgi_bg._store.inspection import list_tasks
+from wsgi_bg._store.rows import Outcome, Row
+from wsgi_bg._store.store import Store
 from wsgi_bg.exceptions import StoreError
 
 

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 
 from tests.durable.support import child, dead_store, done, task
-from wsgi_bg._durable import inspection
-from wsgi_bg._durable.folder import Folder
-from wsgi_bg._durable.inspection import Found, list_tasks
-from wsgi_bg._durable.rows import Outcome, Row, Settings
-from wsgi_bg._durable.store import Store
 from wsgi_bg._status import stored
+from wsgi_bg._store import inspection
+from wsgi_bg._store.folder import Folder
+from wsgi_bg._store.inspection import Found, list_tasks
+from wsgi_bg._store.rows import Outcome, Row, Settings
+from wsgi_bg._store.store import Store
 from wsgi_bg.exceptions import StoreError
 
 
@@ -76,7 +76,7 @@ def test_another_process_lists_the_tasks_and_takes_nothing_over(
     store: Store, folder: Folder
 ) -> None:
     code = """
-    from wsgi_bg._durable.inspection import list_tasks
+    from wsgi_bg._store.inspection import list_tasks
     tell(*sorted(found.outcome.state for found in list_tasks(folder)))
     tell(all(found.is_owned for found in list_tasks(folder)))
     """
@@ -226,7 +226,7 @@ def test_each_of_the_calls_that_come_once_a_second_looks_for_orders(
 ) -> None:
     moment = time.monotonic() + 10.0
     clock = SimpleNamespace(time=time.time, monotonic=lambda: moment)
-    monkeypatch.setattr("wsgi_bg._durable.store.time", clock)
+    monkeypatch.setattr("wsgi_bg._store.store.time", clock)
     store.tidy()
     inspection.order(folder, find(folder, "failed"), "discard")
     moment += 0.999  # the first call was the slower one to get here

@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
-import wsgi_bg._durable
+import wsgi_bg._store
 from tests.durable.support import done, is_sound, task
-from wsgi_bg._durable.rows import Row
-from wsgi_bg._durable.store import Store
+from wsgi_bg._store.rows import Row
+from wsgi_bg._store.store import Store
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"  # raised in Turn.__del__()
 )
 
-PACKAGE = str(Path(wsgi_bg._durable.__file__).parent)
+PACKAGE = str(Path(wsgi_bg._store.__file__).parent)
 
 
 def interrupted_calls(

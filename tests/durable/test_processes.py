@@ -23,11 +23,11 @@ from tests.durable.support import (
     work_off,
 )
 from tests.support import TIMEOUT
-from wsgi_bg._durable.folder import Folder, check_folder
-from wsgi_bg._durable.inspection import list_tasks
-from wsgi_bg._durable.owner import locks_of
-from wsgi_bg._durable.rows import Outcome, Settings
-from wsgi_bg._durable.store import Store
+from wsgi_bg._store.folder import Folder, check_folder
+from wsgi_bg._store.inspection import list_tasks
+from wsgi_bg._store.owner import locks_of
+from wsgi_bg._store.rows import Outcome, Settings
+from wsgi_bg._store.store import Store
 from wsgi_bg.exceptions import StoreError
 
 # Done tasks end at a time long ago.
@@ -310,7 +310,7 @@ def test_a_lock_file_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
 def test_a_process_that_looks_who_owns_a_file_is_not_the_owner(folder: Folder) -> None:
     code = """
     import fcntl
-    from wsgi_bg._durable.owner import locks_of
+    from wsgi_bg._store.owner import locks_of
     lockf = fcntl.lockf
 
     def lock(*given):

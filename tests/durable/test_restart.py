@@ -28,10 +28,10 @@ from wsgi_bg import (
     get_background_tasks,
     wait,
 )
-from wsgi_bg._durable.folder import check_folder
-from wsgi_bg._durable.inspection import list_tasks
-from wsgi_bg._durable.rows import Outcome, Row
-from wsgi_bg._durable.store import Store
+from wsgi_bg._store.folder import check_folder
+from wsgi_bg._store.inspection import list_tasks
+from wsgi_bg._store.rows import Outcome, Row
+from wsgi_bg._store.store import Store
 from wsgi_bg.exceptions import StoreError
 from wsgi_bg.hooks import Hooks, TaskRecord
 
@@ -65,8 +65,8 @@ def killed(path: Path, code: str) -> None:
         sys.path.insert(0, {str(ROOT)!r})
         from tests.support.durable_shop import *
         from wsgi_bg import get_background_tasks
-        from wsgi_bg._durable.folder import check_folder
-        from wsgi_bg._durable.inspection import list_tasks
+        from wsgi_bg._store.folder import check_folder
+        from wsgi_bg._store.inspection import list_tasks
         folder = {str(path)!r}
         runner = DurableRunner(folder, local=PoolRunner(threads=2))
 
@@ -233,8 +233,8 @@ def test_a_late_task_that_is_far_behind_in_the_file_is_read_with_its_request(
     tmp_path: Path, runner: DurableRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = """
-        from wsgi_bg._durable.rows import Row, Settings
-        from wsgi_bg._durable.store import Store
+        from wsgi_bg._store.rows import Row, Settings
+        from wsgi_bg._store.store import Store
         store = Store.own(check_folder(folder), Settings())
         [first] = store.add([Row("durable.wait_at", '[1,["gate"],{}]')])
         for number in range(5):

@@ -59,12 +59,12 @@ from wsgi_bg import (
     registered_task,
     wait,
 )
-from wsgi_bg._durable.folder import check_folder
-from wsgi_bg._durable.inspection import list_tasks, order
-from wsgi_bg._durable.rows import Row
 from wsgi_bg._durable.runner import Kept, _running, _State
-from wsgi_bg._durable.store import Store
 from wsgi_bg._process.workers import Workers
+from wsgi_bg._store.folder import check_folder
+from wsgi_bg._store.inspection import list_tasks, order
+from wsgi_bg._store.rows import Row
+from wsgi_bg._store.store import Store
 from wsgi_bg.exceptions import StoreError, WaitingLimitError
 from wsgi_bg.flask import Background
 from wsgi_bg.hooks import BatchRecord, Hooks, TaskRecord
@@ -1386,8 +1386,8 @@ def test_with_the_fixture_in_mode_real_tasks_are_stored_before_the_answer(
         import sys, pytest
         sys.path.insert(0, {str(ROOT)!r})
         from tests.support.durable_shop import *
-        from wsgi_bg._durable.folder import check_folder
-        from wsgi_bg._durable.inspection import list_tasks
+        from wsgi_bg._store.folder import check_folder
+        from wsgi_bg._store.inspection import list_tasks
 
         @pytest.mark.wsgi_bg(mode="real")
         def test_it(background_tasks, tmp_path):
@@ -1477,7 +1477,7 @@ def test_the_end_of_a_suspect_makes_no_file_be_read_that_has_nothing_due(
     runner: DurableRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("wsgi_bg._durable.runner._LOOK", 3600)
-    monkeypatch.setattr("wsgi_bg._durable.owned_files._PARK", math.inf)  # no file is closed
+    monkeypatch.setattr("wsgi_bg._store.owned_files._PARK", math.inf)  # no file is closed
     folder, names = tmp_path / "tasks", ("a", "b", "c")
     left_by_a_dead_process(folder, Row("durable.write", "[1,[0],{}]", due=9e9))
     (waits,) = check_folder(folder).numbers()

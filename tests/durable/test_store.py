@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.durable.support import done, is_sound, names, open_folder, task, work_off
-from wsgi_bg._durable import notes
-from wsgi_bg._durable.folder import Folder
-from wsgi_bg._durable.rows import Outcome, Settings
-from wsgi_bg._durable.store import Store
-from wsgi_bg._durable.writer import connect
+from wsgi_bg._store import notes
+from wsgi_bg._store.folder import Folder
+from wsgi_bg._store.rows import Outcome, Settings
+from wsgi_bg._store.store import Store
+from wsgi_bg._store.writer import connect
 from wsgi_bg.exceptions import StoreError
 
 
@@ -195,21 +195,21 @@ def fill_wal(store: Store, size: int) -> int:
 
 @pytest.fixture
 def short_wal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wsgi_bg._durable.store.WAL_FULL", 100_000)
-    monkeypatch.setattr("wsgi_bg._durable.store.WAL_LIMIT", 200_000)
+    monkeypatch.setattr("wsgi_bg._store.store.WAL_FULL", 100_000)
+    monkeypatch.setattr("wsgi_bg._store.store.WAL_LIMIT", 200_000)
 
 
 def test_a_store_needs_to_be_tidied_after_many_ends_and_many_commits(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wsgi_bg._durable.store.CHUNK", 2)
+    monkeypatch.setattr("wsgi_bg._store.store.CHUNK", 2)
     needs = []
     for _ in range(2):
         store.take_back(store.add([task()]))
         needs.append(store.needs_tidy)
     store.tidy()
     needs.append(store.needs_tidy)
-    monkeypatch.setattr("wsgi_bg._durable.store.WAL_COMMITS", 1)
+    monkeypatch.setattr("wsgi_bg._store.store.WAL_COMMITS", 1)
     store.add([task()])
     needs.append(store.needs_tidy)
     store.tidy()

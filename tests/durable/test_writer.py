@@ -17,10 +17,10 @@ import pytest
 
 from tests.durable.support import open_folder, task
 from tests.support import TIMEOUT, run_python
-from wsgi_bg._durable import sql
-from wsgi_bg._durable.rows import Row, Settings
-from wsgi_bg._durable.store import Store
-from wsgi_bg._durable.writer import Turn, Turns, _Write, connect
+from wsgi_bg._store import sql
+from wsgi_bg._store.rows import Row, Settings
+from wsgi_bg._store.store import Store
+from wsgi_bg._store.writer import Turn, Turns, _Write, connect
 from wsgi_bg.exceptions import StoreError
 
 
@@ -283,9 +283,9 @@ def test_a_thread_that_waits_lets_greenlets_run(tmp_path: Path) -> None:
         f"""
         import threading
         import gevent
-        from wsgi_bg._durable.folder import check_folder
-        from wsgi_bg._durable.rows import Row, Settings
-        from wsgi_bg._durable.store import Store
+        from wsgi_bg._store.folder import check_folder
+        from wsgi_bg._store.rows import Row, Settings
+        from wsgi_bg._store.store import Store
 
         store = Store.own(check_folder({os.fspath(tmp_path / "tasks")!r}), Settings())
         taken, gate, ended = threading.Event(), threading.Event(), threading.Event()

@@ -16,8 +16,8 @@ from tests.monitor.support import Answer, open_monitor, post, token_of
 from tests.support import TIMEOUT, wait_until
 from tests.support.command import running
 from tests.support.durable import Shop, at_gate, forge, id_of, leave_failed
-from wsgi_bg._durable import folder as folders
 from wsgi_bg._messages.codec import encode
+from wsgi_bg._store import folder as folders
 from wsgi_bg._tasks.registry import Registration
 from wsgi_bg.monitor import durable
 

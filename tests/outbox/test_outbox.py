@@ -45,13 +45,13 @@ from wsgi_bg import (
     background_tasks,
     registered_task,
 )
-from wsgi_bg._durable.folder import check_folder
-from wsgi_bg._durable.inspection import list_tasks, order
-from wsgi_bg._durable.rows import Row, Settings
-from wsgi_bg._durable.store import Store
 from wsgi_bg._outbox import outbox as sending
 from wsgi_bg._outbox import stored as reading
 from wsgi_bg._outbox.stored import Stored
+from wsgi_bg._store.folder import check_folder
+from wsgi_bg._store.inspection import list_tasks, order
+from wsgi_bg._store.rows import Row, Settings
+from wsgi_bg._store.store import Store
 from wsgi_bg.exceptions import OptionError, OutboxFullError, PublishError, StoreError
 from wsgi_bg.hooks import Hooks, TaskRecord
 from wsgi_bg.runners import Statistics

@@ -33,9 +33,9 @@ from wsgi_bg import (
     registered_task,
     wait,
 )
-from wsgi_bg._durable.folder import check_folder
-from wsgi_bg._durable.inspection import list_tasks
-from wsgi_bg._durable.rows import Row
+from wsgi_bg._store.folder import check_folder
+from wsgi_bg._store.inspection import list_tasks
+from wsgi_bg._store.rows import Row
 from wsgi_bg.exceptions import (
     MessageError,
     OptionTypeError,

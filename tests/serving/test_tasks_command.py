@@ -34,12 +34,12 @@ from tests.support.durable import (
     said,
     tasks,
 )
-from wsgi_bg._durable.folder import Folder, check_folder
-from wsgi_bg._durable.inspection import Found, list_tasks, order
-from wsgi_bg._durable.rows import Outcome, Row, Settings
-from wsgi_bg._durable.store import Store
 from wsgi_bg._serving import tasks_command
 from wsgi_bg._serving.cli import main
+from wsgi_bg._store.folder import Folder, check_folder
+from wsgi_bg._store.inspection import Found, list_tasks, order
+from wsgi_bg._store.rows import Outcome, Row, Settings
+from wsgi_bg._store.store import Store
 from wsgi_bg.exceptions import StoreError
 
 NOBODY = "wsgi-bg tasks: no process uses the folder now: the next one that starts"
@@ -539,9 +539,9 @@ def test_a_reader_that_has_seen_enough_is_no_error(shop: Shop) -> None:
 def test_ends_that_a_dead_process_has_noted_count(tmp_path: Path) -> None:
     code = """
 import os, signal, sys
-from wsgi_bg._durable.folder import Folder, check_folder
-from wsgi_bg._durable.rows import Outcome, Row, Settings
-from wsgi_bg._durable.store import Store
+from wsgi_bg._store.folder import Folder, check_folder
+from wsgi_bg._store.rows import Outcome, Row, Settings
+from wsgi_bg._store.store import Store
 
 store = Store.own(check_folder(sys.argv[1]), Settings())
 for row in store.add([Row(name, "") for name in ("done", "failed", "aside", "running", "x")]):

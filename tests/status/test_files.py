@@ -17,13 +17,13 @@ from tests.conftest import Log
 from tests.status.support import fail, handle, nothing
 from tests.support import wait_until
 from wsgi_bg import status
-from wsgi_bg._durable.folder import Folder
-from wsgi_bg._durable.owner import locks_of
 from wsgi_bg._status.document import Document, KeepDone, Past
 from wsgi_bg._status.files import EndedFile, ProcessFile, open_folder, read_all
 from wsgi_bg._status.model import Failure, ProcessStatus, RunningTask
 from wsgi_bg._status.numbers import SUCCEEDED
 from wsgi_bg._status.recorder import recorder
+from wsgi_bg._store.folder import Folder
+from wsgi_bg._store.owner import locks_of
 
 PROCESS = ProcessStatus(7, 1.0, 2.0, True, "command", 1, 2, 3, 4, None, 5, None, 6)
 

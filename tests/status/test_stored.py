@@ -25,13 +25,13 @@ from wsgi_bg import (
     status,
     wait,
 )
-from wsgi_bg._durable.folder import check_folder
-from wsgi_bg._durable.inspection import list_tasks, order
-from wsgi_bg._durable.rows import Outcome, Row, Settings
-from wsgi_bg._durable.store import Store
 from wsgi_bg._messages.codec import encode
 from wsgi_bg._status import stored
 from wsgi_bg._status.recorder import recorder
+from wsgi_bg._store.folder import check_folder
+from wsgi_bg._store.inspection import list_tasks, order
+from wsgi_bg._store.rows import Outcome, Row, Settings
+from wsgi_bg._store.store import Store
 from wsgi_bg._tasks.registry import find
 from wsgi_bg.outbox import Connection, OutboxRunner, run_call
 
@@ -222,9 +222,9 @@ def test_rows_with_wrong_types_are_shown_without_them(folder: Path) -> None:
 
 def test_a_file_that_the_parent_has_opened_is_not_read_in_a_fork(folder: Path) -> None:
     code = """
-        from wsgi_bg._durable.folder import check_folder
-        from wsgi_bg._durable.rows import Row, Settings
-        from wsgi_bg._durable.store import Store
+        from wsgi_bg._store.folder import check_folder
+        from wsgi_bg._store.rows import Row, Settings
+        from wsgi_bg._store.store import Store
         from wsgi_bg._status import stored
         store = Store.own(check_folder(PATH), Settings())
         store.add([Row("a", "", id="1")])

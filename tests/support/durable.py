@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import TIMEOUT, run_python, text_of, wait_until
-from wsgi_bg._durable.folder import check_folder
-from wsgi_bg._durable.inspection import list_tasks
-from wsgi_bg._durable.rows import Row
+from wsgi_bg._store.folder import check_folder
+from wsgi_bg._store.inspection import list_tasks
+from wsgi_bg._store.rows import Row
 
 ROOT = Path(__file__).parents[2]
 COMMAND = (sys.executable, "-m", "wsgi_bg", "tasks")
@@ -151,9 +151,9 @@ def requests_of_a_dead_process(path: Path, *requests: list[Row]) -> None:
     """Leave the rows of several requests."""
     code = f"""
     import os
-    from wsgi_bg._durable.folder import check_folder
-    from wsgi_bg._durable.rows import Row, Settings
-    from wsgi_bg._durable.store import Store
+    from wsgi_bg._store.folder import check_folder
+    from wsgi_bg._store.rows import Row, Settings
+    from wsgi_bg._store.store import Store
     store = Store.own(check_folder({str(path)!r}), Settings())
     for rows in {requests!r}:
         store.add(rows)

@@ -21,8 +21,8 @@ from wsgi_bg import (
     Retry,
     background_tasks,
 )
-from wsgi_bg._durable.folder import check_folder
-from wsgi_bg._durable.inspection import list_tasks
+from wsgi_bg._store.folder import check_folder
+from wsgi_bg._store.inspection import list_tasks
 from wsgi_bg._tasks import task as tasks_module
 from wsgi_bg.hooks import Hooks, TaskRecord
 

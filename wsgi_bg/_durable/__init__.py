@@ -1,1 +1,1 @@
-"""Durable tasks: a folder of SQLite files that keeps tasks until they have run."""
+"""Durable tasks: the runner that keeps tasks in a folder until they have run."""

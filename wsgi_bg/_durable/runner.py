@@ -16,10 +16,6 @@ from math import inf, nextafter
 from threading import TIMEOUT_MAX
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from wsgi_bg._durable.folder import Folder, check_folder
-from wsgi_bg._durable.owned_files import OwnedFiles
-from wsgi_bg._durable.rows import NO_LIMIT, Outcome, Row, Settings
-from wsgi_bg._durable.store import Store
 from wsgi_bg._messages import headers, retries
 from wsgi_bg._messages.codec import decode, encode
 from wsgi_bg._process import log
@@ -27,6 +23,10 @@ from wsgi_bg._process.greenlets import event, start_daemon
 from wsgi_bg._process.interrupts import type_name
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._process.repeated import RepeatedError
+from wsgi_bg._store.folder import Folder, check_folder
+from wsgi_bg._store.owned_files import OwnedFiles
+from wsgi_bg._store.rows import NO_LIMIT, Outcome, Row, Settings
+from wsgi_bg._store.store import Store
 from wsgi_bg._tasks import registry
 from wsgi_bg._tasks.background_tasks import context_of
 from wsgi_bg._tasks.batch import Batch

@@ -13,8 +13,6 @@ from threading import TIMEOUT_MAX
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypedDict
 from weakref import WeakValueDictionary
 
-from wsgi_bg._durable.folder import Folder, check_folder
-from wsgi_bg._durable.rows import NO_LIMIT, Row, Settings
 from wsgi_bg._messages import headers
 from wsgi_bg._outbox.encoded import EngineOptions, encode_call, load_call
 from wsgi_bg._outbox.outbox import Connection, Limits, Outbox
@@ -22,6 +20,8 @@ from wsgi_bg._outbox.stored import Message, Stored, StoredMessages
 from wsgi_bg._process.interrupts import type_name
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._process.repeated import RepeatedError, RepeatedWarning
+from wsgi_bg._store.folder import Folder, check_folder
+from wsgi_bg._store.rows import NO_LIMIT, Row, Settings
 from wsgi_bg._tasks import registry
 from wsgi_bg._tasks.checks import (
     WhenUnsent,

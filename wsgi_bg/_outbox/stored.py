@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from wsgi_bg._durable.folder import Folder
-from wsgi_bg._durable.owned_files import OwnedFiles
-from wsgi_bg._durable.rows import Outcome, Row, Settings
-from wsgi_bg._durable.store import Store
 from wsgi_bg._process import log
 from wsgi_bg._process.greenlets import event, start_daemon
 from wsgi_bg._process.repeated import RepeatedError
+from wsgi_bg._store.folder import Folder
+from wsgi_bg._store.owned_files import OwnedFiles
+from wsgi_bg._store.rows import Outcome, Row, Settings
+from wsgi_bg._store.store import Store
 from wsgi_bg._tasks.checks import WhenUnsent
 from wsgi_bg._tasks.task_log import fields_of
 from wsgi_bg.exceptions import MessageError, StoreError

@@ -16,13 +16,13 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from wsgi_bg._durable.folder import Folder, check_folder
-from wsgi_bg._durable.inspection import ORDERS, Found, is_used, list_tasks, order
-from wsgi_bg._durable.rows import Outcome
 from wsgi_bg._messages.codec import describe
 from wsgi_bg._process.printable import printable
 from wsgi_bg._serving.output import cell, local_time, moment, say, table
 from wsgi_bg._serving.usage import Parser, UsageError
+from wsgi_bg._store.folder import Folder, check_folder
+from wsgi_bg._store.inspection import ORDERS, Found, is_used, list_tasks, order
+from wsgi_bg._store.rows import Outcome
 from wsgi_bg.exceptions import StoreError
 
 PAUSE = 0.05

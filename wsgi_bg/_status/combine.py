@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from wsgi_bg._durable.folder import Folder
 from wsgi_bg._status import stored
 from wsgi_bg._status.document import (
     MAX_FAILURES,
@@ -22,6 +21,7 @@ from wsgi_bg._status.files import OUTBOX, Found, find_folder
 from wsgi_bg._status.live import MAX_RUNNING
 from wsgi_bg._status.model import DurableTask, Minute, RunningTask, Snapshot, State
 from wsgi_bg._status.numbers import Tally, merged
+from wsgi_bg._store.folder import Folder
 
 _NO_TALLY = Tally()
 

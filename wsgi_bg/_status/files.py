@@ -2,7 +2,7 @@
 
 Each process replaces its own file ``NUMBER.status``, a document of JSON, and appends the ids of
 tasks that have ended to ``NUMBER.ended``. The process holds a lock of that number, which the
-kernel drops when the process dies: see :mod:`wsgi_bg._durable.owner`. A process that finds the
+kernel drops when the process dies: see :mod:`wsgi_bg._store.owner`. A process that finds the
 files of an ended process adds their numbers to ``past.status`` and removes the files.
 """
 
@@ -17,10 +17,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar, get_args
 
-from wsgi_bg._durable.folder import Folder, check_folder
-from wsgi_bg._durable.owner import locks_of
 from wsgi_bg._status.document import VERSION, Document, Past
 from wsgi_bg._status.model import End, State
+from wsgi_bg._store.folder import Folder, check_folder
+from wsgi_bg._store.owner import locks_of
 from wsgi_bg.exceptions import OptionTypeError, OptionValueError, StoreError
 
 T = TypeVar("T")

@@ -8,10 +8,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
-from wsgi_bg._durable.writer import Turn, Turns
 from wsgi_bg._status.document import KEEP_DONE, MAX_FAILURES, MINUTES, KeepDone, Numbers
 from wsgi_bg._status.model import End, Failure, State
 from wsgi_bg._status.numbers import SUCCEEDED, Histogram, Tally
+from wsgi_bg._store.writer import Turn, Turns
 
 T = TypeVar("T")
 

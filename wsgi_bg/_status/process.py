@@ -8,7 +8,6 @@ from functools import partial
 from os import getpid
 from typing import TYPE_CHECKING, Protocol
 
-from wsgi_bg._durable.writer import Turns
 from wsgi_bg._loop import portal
 from wsgi_bg._process import per_process
 from wsgi_bg._process.greenlets import event, event_for_thread, start_daemon
@@ -18,12 +17,13 @@ from wsgi_bg._status.files import ProcessFile, open_folder
 from wsgi_bg._status.journal import Journal
 from wsgi_bg._status.live import Live, command, look
 from wsgi_bg._status.model import End, ProcessStatus
+from wsgi_bg._store.writer import Turns
 from wsgi_bg.exceptions import StoreError
 from wsgi_bg.runners.shutdown import call_after_drain
 
 if TYPE_CHECKING:
-    from wsgi_bg._durable.folder import Folder
     from wsgi_bg._loop.portal import PortalThread
+    from wsgi_bg._store.folder import Folder
 
 INTERVAL = 1.0
 """Seconds between two looks of the thread that writes."""

@@ -21,8 +21,8 @@ from wsgi_bg.hooks.base import OptionHooks, TaskRecord
 from wsgi_bg.runners.keeping import KeepingRunner
 
 if TYPE_CHECKING:
-    from wsgi_bg._durable.folder import Folder
     from wsgi_bg._status.process import Process
+    from wsgi_bg._store.folder import Folder
 
 _MAX_MESSAGE = 1_000  # characters
 _MAX_TRACEBACK = 10_000

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 
-from wsgi_bg._durable.folder import Folder
 from wsgi_bg._status import files
 from wsgi_bg._status.combine import Folders, combine
 from wsgi_bg._status.document import Document, Past
@@ -17,6 +16,7 @@ from wsgi_bg._status.live import look, states_of
 from wsgi_bg._status.model import End, NameCounts, Snapshot, State
 from wsgi_bg._status.process import status_of_process
 from wsgi_bg._status.recorder import recorder
+from wsgi_bg._store.folder import Folder
 from wsgi_bg.runners.ledger import ledgers_here
 from wsgi_bg.runners.pool import pools_here
 

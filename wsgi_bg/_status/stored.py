@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any, NamedTuple, TypeVar
 
-from wsgi_bg._durable import notes
-from wsgi_bg._durable.folder import Folder, check_version, is_of_parent, read_epoch
-from wsgi_bg._durable.inspection import read_notes
-from wsgi_bg._durable.owner import locks_of
-from wsgi_bg._durable.rows import DISCARDED
-from wsgi_bg._durable.writer import Turns, connect
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._status.model import OTHER_NAMES, DurableTask, State
+from wsgi_bg._store import notes
+from wsgi_bg._store.folder import Folder, check_version, is_of_parent, read_epoch
+from wsgi_bg._store.inspection import read_notes
+from wsgi_bg._store.owner import locks_of
+from wsgi_bg._store.rows import DISCARDED
+from wsgi_bg._store.writer import Turns, connect
 from wsgi_bg.exceptions import StoreError
 
 T = TypeVar("T")

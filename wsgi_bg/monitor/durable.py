@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from wsgi_bg._durable.folder import Folder, is_of_parent
-from wsgi_bg._durable.inspection import ORDERS, Found, list_tasks, order
-from wsgi_bg._durable.writer import Turns
 from wsgi_bg._messages.codec import describe
 from wsgi_bg._process.per_process import PerProcess
 from wsgi_bg._status.stored import state_of
+from wsgi_bg._store.folder import Folder, is_of_parent
+from wsgi_bg._store.inspection import ORDERS, Found, list_tasks, order
+from wsgi_bg._store.writer import Turns
 from wsgi_bg.exceptions import StoreError
 
 _LONGEST = 2_000  # characters of an argument

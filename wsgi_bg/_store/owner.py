@@ -13,8 +13,8 @@ import fcntl
 import os
 import threading
 
-from wsgi_bg._durable.folder import LOCK_FILE, Folder
 from wsgi_bg._process.per_process import PerProcess
+from wsgi_bg._store.folder import LOCK_FILE, Folder
 from wsgi_bg.exceptions import StoreError
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
-from wsgi_bg._durable.rows import DISCARDED, NO_LIMIT, Outcome, Row, Settings
+from wsgi_bg._store.rows import DISCARDED, NO_LIMIT, Outcome, Row, Settings
 
 Statement = tuple[str, Sequence[Any]]
 

@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from wsgi_bg._durable.sql import Statement, together
 from wsgi_bg._process import greenlets, per_process
 from wsgi_bg._process.interrupts import is_from_signal_handler, is_raised_here
+from wsgi_bg._store.sql import Statement, together
 from wsgi_bg.exceptions import StoreError
 
 LOOK_AGAIN = 0.05

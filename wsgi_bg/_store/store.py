@@ -18,8 +18,9 @@ from itertools import count, islice, takewhile
 from shutil import copyfile
 from typing import Any, NamedTuple
 
-from wsgi_bg._durable import notes, sql
-from wsgi_bg._durable.folder import (
+from wsgi_bg._process.per_process import PerProcess
+from wsgi_bg._store import notes, sql
+from wsgi_bg._store.folder import (
     Folder,
     check_notes,
     check_version,
@@ -27,11 +28,10 @@ from wsgi_bg._durable.folder import (
     note_opened,
     read_epoch,
 )
-from wsgi_bg._durable.owner import Locks, locks_of
-from wsgi_bg._durable.rows import OF_DONE, OF_ROW, Outcome, Row, Settings, text_of, typed
-from wsgi_bg._durable.sql import Statement
-from wsgi_bg._durable.writer import Turn, Turns, Writer, connect, describe
-from wsgi_bg._process.per_process import PerProcess
+from wsgi_bg._store.owner import Locks, locks_of
+from wsgi_bg._store.rows import OF_DONE, OF_ROW, Outcome, Row, Settings, text_of, typed
+from wsgi_bg._store.sql import Statement
+from wsgi_bg._store.writer import Turn, Turns, Writer, connect, describe
 from wsgi_bg.exceptions import StoreError
 
 SIBLINGS = (".sqlite-wal", ".sqlite-shm")

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
-from wsgi_bg._durable.folder import Folder, file_of_order
-from wsgi_bg._durable.rows import Settings
-from wsgi_bg._durable.store import Parked, Store
+from wsgi_bg._store.folder import Folder, file_of_order
+from wsgi_bg._store.rows import Settings
+from wsgi_bg._store.store import Parked, Store
 from wsgi_bg.exceptions import StoreError
 
 _PARK = 60.0  # a file of a dead process is closed if nothing is due for so many seconds

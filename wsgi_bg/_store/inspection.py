@@ -17,17 +17,17 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from typing import NamedTuple
 
-from wsgi_bg._durable import notes
-from wsgi_bg._durable.folder import (
+from wsgi_bg._store import notes
+from wsgi_bg._store.folder import (
     LOCK_FILE,
     Folder,
     check_version,
     is_of_parent,
     read_epoch,
 )
-from wsgi_bg._durable.owner import Locks, locks_of
-from wsgi_bg._durable.rows import DISCARDED, OF_ROW, Outcome, Row, text_of, typed
-from wsgi_bg._durable.writer import connect, describe
+from wsgi_bg._store.owner import Locks, locks_of
+from wsgi_bg._store.rows import DISCARDED, OF_ROW, Outcome, Row, text_of, typed
+from wsgi_bg._store.writer import connect, describe
 from wsgi_bg.exceptions import StoreError
 
 ORDERS = {"retry": ("failed", "aside"), "discard": ("failed", "aside", "waiting")}

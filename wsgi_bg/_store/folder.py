@@ -9,8 +9,8 @@ import sys
 from contextlib import suppress
 from typing import NamedTuple
 
-from wsgi_bg._durable.sql import SELECT_ONE, VERSION
-from wsgi_bg._durable.writer import connect, describe
+from wsgi_bg._store.sql import SELECT_ONE, VERSION
+from wsgi_bg._store.writer import connect, describe
 from wsgi_bg.exceptions import StoreError
 
 LOCK_FILE = "owners.lock"
