@@ -243,7 +243,7 @@ def test_a_late_task_that_is_far_behind_in_the_file_is_read_with_its_request(
         die()
         """
     killed(tmp_path, code)
-    monkeypatch.setattr("wsgi_bg._durable.runner._READ", 2)
+    monkeypatch.setattr("wsgi_bg._durable.state._READ", 2)
     runner.start()
     shop.gate("gate")
     assert shop.wait_for(5) == ["other"] * 5
@@ -697,7 +697,7 @@ def test_a_task_that_another_thread_stores_begins_when_it_is_stored(
     monkeypatch.setattr(Store, "add", add_slowly)
     hooks.opened.set()
     assert stores.wait(TIMEOUT)
-    monkeypatch.setattr("wsgi_bg._durable.runner.event", Pause)
+    monkeypatch.setattr("wsgi_bg._durable.state.event", Pause)
     assert list(body) == [b"ok"]
     body.close()
     assert shop.wait_for(1) == [1]

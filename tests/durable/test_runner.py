@@ -59,7 +59,8 @@ from wsgi_bg import (
     registered_task,
     wait,
 )
-from wsgi_bg._durable.runner import Kept, _running, _State
+from wsgi_bg._durable.kept import Kept, running
+from wsgi_bg._durable.state import State
 from wsgi_bg._process.workers import Workers
 from wsgi_bg._store.folder import check_folder
 from wsgi_bg._store.inspection import list_tasks, order
@@ -536,7 +537,7 @@ def test_wait_does_not_wait_for_tasks_in_the_file_if_the_pool_is_drained(
 def test_a_full_pool_is_not_looked_at_all_the_time_for_a_task_that_is_due(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wsgi_bg._durable.runner.start_daemon", lambda *args: None)
+    monkeypatch.setattr("wsgi_bg._durable.state.start_daemon", lambda *args: None)
     runner = DurableRunner(tmp_path, local=PoolRunner(threads=1, max_pending=1))
     handle(runner, (wait_at, "gate"))
     shop.gate("gate")
@@ -576,7 +577,7 @@ def test_tasks_in_a_file_that_cannot_be_read_are_read_later(
 def test_tasks_in_the_file_are_read_when_there_is_room_and_not_once_a_second(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wsgi_bg._durable.runner._LOOK", 3600)
+    monkeypatch.setattr("wsgi_bg._durable.state._LOOK", 3600)
     runner = DurableRunner(tmp_path, local=PoolRunner(threads=1, max_pending=1))
     handle(runner, (wait_at, "gate"))
     shop.gate("gate")
@@ -595,8 +596,8 @@ def test_a_long_file_of_a_dead_process_is_read_in_one_go(
     runner: DurableRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests_of_a_dead_process(tmp_path / "tasks", *([writing(each)] for each in range(20)))
-    monkeypatch.setattr("wsgi_bg._durable.runner._LOOK", 3600)
-    monkeypatch.setattr("wsgi_bg._durable.runner._READ", 2)
+    monkeypatch.setattr("wsgi_bg._durable.state._LOOK", 3600)
+    monkeypatch.setattr("wsgi_bg._durable.state._READ", 2)
     runner.start()
     assert sorted(shop.wait_for(20)) == list(range(20))
 
@@ -773,11 +774,11 @@ def test_a_task_that_runs_after_its_delay_holds_up_no_other_task(runner: Durable
 def test_wait_includes_a_task_that_is_due_in_the_file(
     runner: DurableRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    look = _State._look
+    look = State._look
     may_look = threading.Event()
     waits = threading.Event()
 
-    def look_later(state: _State) -> None:
+    def look_later(state: State) -> None:
         if waits.is_set():
             assert may_look.wait(TIMEOUT)
         look(state)
@@ -786,7 +787,7 @@ def test_wait_includes_a_task_that_is_due_in_the_file(
         may_look.set()
         return batches_under_way()
 
-    monkeypatch.setattr(_State, "_look", look_later)
+    monkeypatch.setattr(State, "_look", look_later)
     monkeypatch.setattr("wsgi_bg.runners.shutdown.batches_under_way", open_and_list)
     waits.set()
     run_view(runner, lambda environ: background_tasks.using(delay=0.05).add_task(write, 1))
@@ -799,10 +800,10 @@ def test_wait_includes_a_task_that_is_due_in_the_file(
 def test_wait_includes_a_task_that_goes_into_the_file_meanwhile(
     runner: DurableRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    look = _State._look
+    look = State._look
     may_look = threading.Event()
 
-    def look_later(state: _State) -> None:
+    def look_later(state: State) -> None:
         assert may_look.wait(TIMEOUT)
         look(state)
 
@@ -820,7 +821,7 @@ def test_wait_includes_a_task_that_goes_into_the_file_meanwhile(
         gate.set()
         return found
 
-    monkeypatch.setattr(_State, "_look", look_later)
+    monkeypatch.setattr(State, "_look", look_later)
     monkeypatch.setattr("wsgi_bg.runners.shutdown.batches_under_way", list_and_open)
     run_view(runner, add)
     store = runner.ledger.files.own
@@ -969,7 +970,7 @@ def test_the_longer_a_count_of_waiting_tasks_takes_the_later_is_the_next(
     ledger.max_waiting = 1
     monkeypatch.setattr(ledger.files, "count_waiting", count_waiting)
     clock = SimpleNamespace(monotonic=lambda: moment)
-    monkeypatch.setattr("wsgi_bg._durable.runner.time", clock)
+    monkeypatch.setattr("wsgi_bg._durable.state.time", clock)
     assert not ledger.may_wait()
     waiting_in_file = 0
     assert not ledger.may_wait()
@@ -1461,7 +1462,7 @@ def test_suspects_run_one_at_a_time_as_there_is_room(tmp_path: Path) -> None:
 def test_a_suspect_that_waits_for_its_next_attempt_lets_the_next_one_run_at_once(
     runner: DurableRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str
 ) -> None:
-    monkeypatch.setattr("wsgi_bg._durable.runner._LOOK", 100)  # less than the waits of 300 s
+    monkeypatch.setattr("wsgi_bg._durable.state._LOOK", 100)  # less than the waits of 300 s
     for call in (("wait_and_fail", '"gate"'), ("fail_for_long", "1")):
         row = Row(f"durable.{call[0]}", f"[1,[{call[1]}],{{}}]", options, crashes=1)
         left_by_a_dead_process(tmp_path / "tasks", row)
@@ -1476,7 +1477,7 @@ def test_a_suspect_that_waits_for_its_next_attempt_lets_the_next_one_run_at_once
 def test_the_end_of_a_suspect_makes_no_file_be_read_that_has_nothing_due(
     runner: DurableRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wsgi_bg._durable.runner._LOOK", 3600)
+    monkeypatch.setattr("wsgi_bg._durable.state._LOOK", 3600)
     monkeypatch.setattr("wsgi_bg._store.owned_files._PARK", math.inf)  # no file is closed
     folder, names = tmp_path / "tasks", ("a", "b", "c")
     left_by_a_dead_process(folder, Row("durable.write", "[1,[0],{}]", due=9e9))
@@ -1618,11 +1619,11 @@ def test_a_thread_that_adds_as_its_task_ends_lets_the_request_store_the_task(
             parent.children = None
 
     parent.children = Children()
-    token = _running.set(parent)
+    token = running.set(parent)
     try:
         handle(runner, (write, 1))
     finally:
-        _running.reset(token)
+        running.reset(token)
     assert shop.wait_for(1) == [1]
 
 
@@ -1804,7 +1805,7 @@ def test_a_delay_counts_from_the_end_of_the_stream(
         clock.time = lambda: time.time() + 100.0
 
     clock = SimpleNamespace(time=time.time, monotonic=time.monotonic)
-    monkeypatch.setattr("wsgi_bg._durable.runner.time", clock)
+    monkeypatch.setattr("wsgi_bg._durable.state.time", clock)
     begun = time.time()
     run_view(
         runner, lambda _: background_tasks.using(delay=3600).add_task(write, 1), body=stream
@@ -1829,7 +1830,7 @@ def test_a_delay_in_a_running_task_counts_from_add_task(
 def test_many_tasks_of_a_request_keep_their_order(
     runner: DurableRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wsgi_bg._durable.runner._READ", 4)
+    monkeypatch.setattr("wsgi_bg._durable.state._READ", 4)
     left_by_a_dead_process(tmp_path / "tasks", *map(writing, range(10)))
     runner.start()
     assert shop.wait_for(10) == list(range(10))
@@ -1838,7 +1839,7 @@ def test_many_tasks_of_a_request_keep_their_order(
 def test_requests_are_not_split_between_two_reads(
     runner: DurableRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wsgi_bg._durable.runner._READ", 5)
+    monkeypatch.setattr("wsgi_bg._durable.state._READ", 5)
     requests = ([writing(start + each) for each in range(3)] for start in (0, 3, 6))
     requests_of_a_dead_process(tmp_path / "tasks", *requests)
     runner.start()
