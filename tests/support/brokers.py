@@ -57,6 +57,13 @@ _kept: list[CeleryRunner] = []
 and pytest fails for a socket that is freed open."""
 
 
+def _states_of_threads(pid: int) -> Iterator[str]:
+    """The letter of each thread's state: ``"T"`` is stopped (proc_pid_stat(5))."""
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # the thread has just ended
+            yield (thread / "stat").read_text().rpartition(") ")[2][0]
+
+
 class Broker(NamedTuple):
     """The address of a broker, and the options of its transport."""
 
@@ -155,6 +162,8 @@ class BrokerServer:
     def hang(self) -> None:
         """Stop the process: the kernel still accepts connections, and nothing answers."""
         os.kill(self.pid, signal.SIGSTOP)
+        # A thread that runs on another processor answers until it stops, too.
+        assert wait_until(lambda: set(_states_of_threads(self.pid)) == {"T"})
 
     def go_on(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
