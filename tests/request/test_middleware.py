@@ -6,6 +6,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 from wsgiref.validate import validator
 
@@ -31,6 +32,7 @@ from wsgi_bg import (
     BackgroundTask,
     BackgroundTasks,
     BackgroundTasksMiddleware,
+    DurableRunner,
     InlineRunner,
     Retry,
     background_tasks,
@@ -248,6 +250,29 @@ def test_options_of_the_innermost_layer_that_sets_them_hold() -> None:
     respond(outer)
     assert seen == ["inner"]
     assert told == ["in"]
+
+
+def test_a_runner_of_an_inner_layer_that_would_keep_the_tasks_is_named_once(
+    tmp_path: Path, log: Log
+) -> None:
+    app = app_that(lambda environ: None)
+    inner = BackgroundTasksMiddleware(app, runner=DurableRunner(tmp_path))
+    respond(BackgroundTasksMiddleware(inner))
+    respond(BackgroundTasksMiddleware(inner))  # another layer around it: said already
+    [message] = log.warnings
+    assert str(tmp_path) in message
+    assert "InlineRunner() of an outer middleware" in message
+
+
+def test_other_runners_of_inner_layers_are_replaced_in_silence(
+    tmp_path: Path, log: Log
+) -> None:
+    app = app_that(lambda environ: None)
+    runner = DurableRunner(tmp_path)
+    inner = BackgroundTasksMiddleware(app, runner=runner)
+    respond(BackgroundTasksMiddleware(inner, runner=runner))
+    respond(BackgroundTasksMiddleware(BackgroundTasksMiddleware(app, runner="pool")))
+    assert not log.warnings
 
 
 def test_options_of_an_inner_layer_do_not_hold_for_the_next() -> None:

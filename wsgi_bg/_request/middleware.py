@@ -10,6 +10,7 @@ from types import GeneratorType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from wsgi_bg._durable.keeping import KeepingApp
+from wsgi_bg._process import log
 from wsgi_bg._request.body import Body, GeneratorBody, SizedBody
 from wsgi_bg._request.calls import Around
 from wsgi_bg._request.layer import (
@@ -136,6 +137,7 @@ class BackgroundTasksMiddleware:
         self._hooks = hooks
         self._merged: _MergedOptions | None = None
         self._names_runner = runner is not None
+        self._has_warned = False
         resolved = resolve(runner)
         if request_label is not None and not (
             callable(request_label) and is_plain(request_label)
@@ -265,8 +267,18 @@ class BackgroundTasksMiddleware:
     def _merge_options(self, root: Options, outer: Options) -> _MergedOptions:
         """Merge the outer options with those of this middleware; each request gets the same."""
         runner = None
+        own = self._options
         if self._names_runner and root.runner_is_default:
-            runner = self._options.runner
+            runner = own.runner
+        elif own.check is not None and own.runner is not root.runner and not self._has_warned:
+            # A runner that keeps tasks, or sends them: its promise does not hold.
+            self._has_warned = True
+            log.warning(
+                "%s does not run the tasks, since %s of an outer middleware does: give the "
+                "runner to the outermost one (said once)",
+                own.runner,
+                root.runner,
+            )
         new_root = root if runner is None else merge_options(root, runner=runner)
         if self._request_label is not None:
             new_root = replace(new_root, request_label=self._request_label)
