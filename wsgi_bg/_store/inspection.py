@@ -91,9 +91,11 @@ def list_tasks(
 
     def is_copy(outcome: Outcome) -> bool:
         """True if a process was killed while it moved kept tasks into its own file."""
-        known = outcome.state in ORDERS["retry"] and outcome.row.id in kept
-        kept.update([outcome.row.id] if outcome.state in ORDERS["retry"] else [])
-        return known
+        if outcome.state not in ORDERS["retry"]:
+            return False
+        is_known = outcome.row.id in kept
+        kept.add(outcome.row.id)
+        return is_known
 
     for number in folder.numbers():
         if is_of_parent(folder.file(number)):
