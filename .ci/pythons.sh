@@ -1,11 +1,12 @@
 # Runs the tests on each other Python that is to be had. To be sourced behind stages.sh; uses the
 # environment that .ci/run makes.
 
-# These tests depend on a server, an engine or a browser more than on the Python, or take minutes:
-# half of the time. The gate runs them on the oldest Python, and .ci/long on each.
+# These tests depend on a server, an engine, a browser or mypy more than on the Python, or take
+# minutes: more than half of the time. The gate runs them on the oldest Python, and .ci/long on each.
 outer=(
     --ignore=tests/celery/test_{away,brokers,django,engine,flask,own_tasks,refused,worker}.py
-    --ignore=tests/docs/test_celery_example.py
+    --deselect=tests/docs/test_pages.py::test_the_python_blocks_are_typed
+    --ignore=tests/docs/test_{celery_example,tracing}.py
     --ignore=tests/dramatiq
     --ignore=tests/monitor
     --ignore=tests/opentelemetry
