@@ -316,7 +316,8 @@ worker = begin(Worker(12, handler=lambda *_: None))
 submit(pool, wait_for_ever)
 signal.raise_signal(signal.SIGTERM)
 end(worker)
-"""
+""",
+        with_waits=True,
     )
     assert ended.stdout == (
         "the process ends, and waits for 1 background task (1 __main__.wait_for_ever): "

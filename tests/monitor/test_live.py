@@ -60,7 +60,7 @@ def test_a_task_appears_and_ends_and_fails(browser: Browser, tmp_path: Path) -> 
         shop.post("/add/fail")
         browser.wait(lambda: names(browser, "failures") == ["__main__.fail"])
         assert "LookupError" in browser.text("#failures")
-        assert "4711" not in browser.run("return document.documentElement.outerHTML")
+        assert "secret" not in browser.run("return document.documentElement.outerHTML")
         browser.click("#failures summary")
         browser.wait(lambda: "LookupError: secret 4711" in browser.text("#failures pre"))
         assert "Failed\n1" in browser.text("#totals")

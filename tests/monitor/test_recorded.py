@@ -41,7 +41,7 @@ def test_message_and_traceback_are_sent_when_they_are_asked_for(tmp_path: Path) 
     app = new_shop(tmp_path)
     add(app, "fail")
     answer = Answer(app, OVERVIEW)
-    assert b"4711" not in answer.body
+    assert b"secret" not in answer.body  # no number: a time may have the digits
     (row,) = answer.json["failures"]["rows"]
     assert (row["name"], row["error"]) == ("tests.monitor.shop.fail", "LookupError")
     found = Answer(app, f"/admin/tasks/error.json?key={row['key']}").json

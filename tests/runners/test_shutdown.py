@@ -464,9 +464,7 @@ def test_a_batch_that_comes_after_the_drain_of_its_runner_is_waited_for() -> Non
         request(PoolRunner(), lambda: begun.wait(10))
         """
     )
-    assert (code, lines[-1]) == (0, "ran")
-    waits = "WARNING the process ends, and waits for 1 background task (1 __main__.late): "
-    assert all(line.startswith(waits) for line in lines[:-1])
+    assert (code, lines) == (0, ["ran"])
 
 
 def test_a_hook_that_never_ends_does_not_keep_the_process() -> None:

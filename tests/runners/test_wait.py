@@ -258,10 +258,10 @@ def here():
 """
 
 
-def run(code: str) -> list[str]:
+def run(code: str, *, with_waits: bool = False) -> list[str]:
     import textwrap
 
-    done = run_python(SETUP + textwrap.dedent(code))
+    done = run_python(SETUP + textwrap.dedent(code), with_waits=with_waits)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.splitlines()
 
@@ -497,7 +497,8 @@ def test_one_warning_names_the_tasks_of_all_runners() -> None:
         assert begun.wait(10)
         print(wsgi_bg.drain(20))
         print([0.5 < timeout < 1.1 for timeout in Mine.given[:1]])
-        """
+        """,
+        with_waits=True,
     ) == [
         "WARNING the process ends, and waits for 3 background tasks (2 __main__.stuck, 1 "
         "__main__.here): for 19 s more at most; Ctrl-C ends the wait",
@@ -530,7 +531,8 @@ def test_a_warning_names_the_longest_drain_time() -> None:
         runners = [PoolRunner(drain_timeout=seconds) for seconds in (20, 90)]
         for runner in runners:
             submit(runner, stuck)
-        """
+        """,
+        with_waits=True,
     )
     assert [line.partition(": ")[2] for line in lines] == [
         "for 89 s more at most; Ctrl-C ends the wait"
@@ -549,7 +551,8 @@ def test_a_thread_that_serves_on_is_waited_beside_with_a_warning() -> None:
         submit(runner, stuck, here)
         assert begun.wait(10)
         threading.Thread(target=lambda: threading.main_thread().join()).start()
-        """
+        """,
+        with_waits=True,
     ) == [
         "WARNING the process ends, and waits for 2 background tasks (1 __main__.stuck, 1 "
         "__main__.here): for 29 s more at most; Ctrl-C ends the wait",
